@@ -1,0 +1,1 @@
+"""Checkpoint to ONNX: graphs, quantization, LoRA folding, and the checkpoints that tests use."""

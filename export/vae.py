@@ -1,0 +1,225 @@
+"""The VAE's two graphs, traced from diffusers' `AutoencoderKLFlux2` on fake tensors.
+
+What diffusers' pipeline does around the VAE is part of the graphs: pixels come and go as uint8 in
+image order, latents as the transformer's tokens in grid order (2x2 patches, normalised with the
+BatchNorm statistics). Source: `Flux2KleinKVPipeline._encode_vae_image`, `_patchify_latents` and
+the end of `__call__`; `VaeImageProcessor.preprocess` and `postprocess`.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from diffusers import AutoencoderKLFlux2
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from klein_kv.config import ModelConfig
+from klein_kv.errors import CheckpointError
+from klein_kv.export.onnx_ops import OPSET, external_tensor
+from klein_kv.signature import make_signature
+from klein_kv.weights import WeightRef
+
+__all__ = ["vae_graph", "vae_parameters"]
+
+_MICROSOFT = "com.microsoft"
+
+
+class _Statistics(torch.nn.Module):
+    """Mean and standard deviation of tokens, in the grid layout [B, C, h, w]."""
+
+    def __init__(self, vae: AutoencoderKLFlux2) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        bn = self.vae.bn
+        mean = bn.running_mean.view(1, -1, 1, 1)
+        std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
+        return mean, std
+
+
+class _Encoder(_Statistics):
+    """uint8 [1, H, W, 3] -> normalised tokens [1, h, w, C]."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        mean, std = self.mean_std()
+        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
+        z = self.vae.encode(pixels.to(mean.dtype), return_dict=False)[0].mode()
+        b, c, h, w = z.shape
+        z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        z = z.reshape(b, 4 * c, h // 2, w // 2)
+        tokens: torch.Tensor = ((z - mean) / std).permute(0, 2, 3, 1)
+        return tokens
+
+
+class _Decoder(_Statistics):
+    """Tokens [B, h, w, C] -> uint8 [B, H, W, 3] and the same values as [B, 3, H, W] in 0..1."""
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = self.mean_std()
+        z = latents.permute(0, 3, 1, 2) * std + mean
+        b, c, h, w = z.shape
+        z = z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+        z = z.reshape(b, c // 4, 2 * h, 2 * w)
+        sample = (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+        pixels = (sample.to(torch.float32) * 255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1), sample
+
+
+def _build(config: Mapping[str, Any], dtype: str) -> AutoencoderKLFlux2:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        vae = AutoencoderKLFlux2.from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"vae config: diffusers cannot build the model: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    return vae.eval()
+
+
+def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the VAE's tensors, from diffusers' own module.
+
+    Args:
+        config: the checkpoint's `vae/config.json`.
+    """
+    with FakeTensorMode():
+        state = _build(config, "float32").state_dict()
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def vae_graph(
+    graph: str,
+    config: ModelConfig,
+    vae_config: Mapping[str, Any],
+    dtype: str,
+    weights: Mapping[str, WeightRef],
+) -> ir.Model:
+    """Traces `vae_encoder` or `vae_decoder`; no weight is read.
+
+    Args:
+        graph: which of the two.
+        config: the checkpoint's configuration.
+        vae_config: its `vae/config.json`.
+        dtype: type of activations and weights.
+        weights: where the VAE's tensors lie.
+    """
+    unit = config.vae.multiple_of
+    height, width = (torch.export.Dim(f"grid_{side}", min=2) for side in ("height", "width"))
+    # The dimensions traced with must differ from each other and from 0 and 1.
+    with FakeTensorMode():
+        vae = _build(vae_config, dtype)
+        if graph == "vae_encoder":
+            module: torch.nn.Module = _Encoder(vae)
+            example = torch.zeros(1, 3 * unit, 4 * unit, 3, dtype=torch.uint8)
+            axes: dict[int, Any] = {1: unit * height, 2: unit * width}
+        else:
+            module = _Decoder(vae)
+            shape = (2, 3, 4, config.transformer.in_channels)
+            example = torch.zeros(shape, dtype=getattr(torch, dtype))
+            axes = {0: torch.export.Dim("batch", min=1), 1: height, 2: width}
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                dynamic_shapes=(axes,),
+                verbose=False,
+            )
+    if program is None:
+        raise CheckpointError(f"{graph}: torch.onnx returned nothing")
+    model = program.model
+    if dtype == "float32":
+        _use_multi_head_attention(model)
+    _apply_signature(model, graph, config, dtype)
+    _point_at_weights(model.graph, weights)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the exporter says of absent torchvision and of its own future."""
+    logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _apply_signature(model: ir.Model, graph: str, config: ModelConfig, dtype: str) -> None:
+    signature = make_signature(graph, config, dtype)
+    model.graph.name = graph
+    for values, specs in (
+        (model.graph.inputs, signature.inputs),
+        (model.graph.outputs, signature.outputs),
+    ):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+            value.shape = ir.Shape(spec.shape)
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None  # traced symbols are not the signature's
+
+
+def _point_at_weights(graph: ir.Graph, weights: Mapping[str, WeightRef]) -> None:
+    for name in list(graph.initializers):
+        value = graph.initializers[name]
+        source = name.removeprefix("vae.")
+        if not value.uses():
+            del graph.initializers[name]
+        elif source in weights:
+            del graph.initializers[name]
+            value.name = source
+            value.const_value = external_tensor(source, weights[source])
+            graph.initializers[source] = value
+
+
+def _use_multi_head_attention(model: ir.Model) -> None:
+    """Replaces `Attention` by ONNX Runtime's operator, which never holds the score matrix."""
+    graph = model.graph
+    graph.opset_imports[_MICROSOFT] = 1
+    flat = ir.Value(
+        name="sequence_shape", const_value=ir.tensor(np.array([0, 0, -1]), name="sequence_shape")
+    )
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        query = node.inputs[0]
+        heads = None if query is None or query.shape is None else query.shape[1]
+        if not isinstance(heads, int):
+            raise CheckpointError("vae: attention without a known number of heads")
+        new: list[ir.Node] = []
+        sequences = []
+        for value in node.inputs[:3]:
+            new.append(ir.node("Transpose", [value], attributes={"perm": [0, 2, 1, 3]}))
+            new.append(ir.node("Reshape", [new[-1].outputs[0], flat]))
+            sequences.append(new[-1].outputs[0])
+        new.append(
+            ir.node(
+                "MultiHeadAttention",
+                sequences,
+                attributes={"num_heads": heads},
+                domain=_MICROSOFT,
+            )
+        )
+        shape = ir.tensor(np.array([0, 0, heads, -1]), name=f"{node.name}_heads")
+        split = ir.Value(name=shape.name, const_value=shape)
+        graph.register_initializer(split)
+        new.append(ir.node("Reshape", [new[-1].outputs[0], split]))
+        new.append(ir.node("Transpose", [new[-1].outputs[0]], attributes={"perm": [0, 2, 1, 3]}))
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], new, node.outputs, new[-1].outputs
+        )
+    if flat.uses():
+        graph.register_initializer(flat)

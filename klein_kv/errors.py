@@ -1,0 +1,50 @@
+"""Everything that klein-kv raises on purpose.
+
+    KleinKVError
+    |-- CheckpointError     a checkpoint that cannot be exported: files, tensors, shapes, config
+    |-- ArtifactError       an artifact folder that is not whole, not ours, or was altered
+    |-- RequestError        a call with bad arguments (also a ValueError)
+    |-- BackendError        a missing library, device or data type
+    |-- CapacityError       not enough memory or disk for what was asked
+    `-- BuildError          TensorRT refused to build, or to load, an engine
+
+Messages say what was wrong, what was found, what was expected and how to mend it, in that order.
+"""
+
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "BuildError",
+    "CapacityError",
+    "CheckpointError",
+    "KleinKVError",
+    "RequestError",
+]
+
+
+class KleinKVError(Exception):
+    """Base of every error that klein-kv raises on purpose."""
+
+
+class CheckpointError(KleinKVError):
+    """The checkpoint cannot be read or does not describe a klein model."""
+
+
+class ArtifactError(KleinKVError):
+    """The artifact folder is incomplete, altered, or from another format version."""
+
+
+class RequestError(KleinKVError, ValueError):
+    """An argument of a call is out of range or contradicts another one."""
+
+
+class BackendError(KleinKVError):
+    """A library, device or data type that the request needs is not there."""
+
+
+class CapacityError(KleinKVError):
+    """Memory or disk does not suffice; the message gives the numbers."""
+
+
+class BuildError(KleinKVError):
+    """TensorRT refused a network or an engine; the message carries its own words."""

@@ -1,0 +1,235 @@
+"""`klein.json`: what an artifact folder is, and the digest of every file that makes it.
+
+The manifest is checked before anything else of the folder is opened. Paths in it are relative and
+stay inside the folder.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from klein_kv.config import ModelConfig
+from klein_kv.digest import combine_digests, file_digest
+from klein_kv.errors import ArtifactError, CheckpointError
+from klein_kv.signature import GRAPH_FILES
+from klein_kv.weights import WeightRef
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "FileRecord",
+    "Manifest",
+    "graph_weights",
+    "inside",
+    "save_graph_weights",
+    "weights_file",
+]
+
+MANIFEST = "klein.json"
+FORMAT_VERSION = 1
+_FORMAT = "klein-kv artifacts"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and digest of one file."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Content of `klein.json`.
+
+    Attributes:
+        model_id: name of the checkpoint, for people.
+        variant: "kv"; never guessed from the weights.
+        dtype: floating point type of graphs and weights.
+        config: the three networks.
+        scheduler: diffusers' scheduler configuration, as found.
+        files: records by path relative to the folder.
+        licence: notice about the weights, for people.
+    """
+
+    model_id: str
+    variant: str
+    dtype: str
+    config: ModelConfig
+    scheduler: dict[str, Any]
+    files: dict[str, FileRecord]
+    licence: str
+
+    @property
+    def model_digest(self) -> str:
+        """Hex digest of graphs and weights together; what a K/V cache or an image belongs to."""
+        parts = {
+            name: record.digest
+            for name, record in self.files.items()
+            if name.endswith((".onnx", ".safetensors"))
+        }
+        return combine_digests(parts)
+
+    def save(self, folder: Path) -> None:
+        """Writes `klein.json` into the folder."""
+        value = {
+            "format": _FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model_id": self.model_id,
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "licence": self.licence,
+            "graphs": GRAPH_FILES,
+            "config": self.config.to_dict(),
+            "scheduler": self.scheduler,
+            "files": {
+                name: {"bytes": record.bytes, "digest": record.digest}
+                for name, record in sorted(self.files.items())
+            },
+        }
+        (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, check_files: bool = True) -> Self:
+        """Reads and checks an artifact folder's manifest.
+
+        Args:
+            folder: the artifact folder.
+            check_files: also check size and digest of every file.
+
+        Raises:
+            ArtifactError: not an artifact folder, a newer format, or a file that does not match.
+        """
+        value = _read_manifest(folder)
+        try:
+            manifest = cls(
+                model_id=value["model_id"],
+                variant=value["variant"],
+                dtype=value["dtype"],
+                config=ModelConfig.from_saved(value["config"]),
+                scheduler=value["scheduler"],
+                files={
+                    name: FileRecord(record["bytes"], record["digest"])
+                    for name, record in value["files"].items()
+                },
+                licence=value["licence"],
+            )
+        except (KeyError, TypeError, AttributeError, CheckpointError) as error:
+            raise ArtifactError(
+                f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
+            ) from error
+        if check_files:
+            manifest.check_files(folder)
+        return manifest
+
+    def check_files(self, folder: Path) -> None:
+        """Compares every recorded file with the folder.
+
+        Raises:
+            ArtifactError: a file is missing, has another size or another digest.
+        """
+        for graph, name in GRAPH_FILES.items():
+            if name not in self.files:
+                raise ArtifactError(
+                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
+                )
+        for name, record in self.files.items():
+            path = inside(folder, name)
+            try:
+                size = path.stat().st_size
+                digest = file_digest(path) if size == record.bytes else ""
+            except OSError as error:
+                raise ArtifactError(
+                    f"{path} is listed in {MANIFEST} but cannot be read ({error.strerror}); "
+                    "export the checkpoint again"
+                ) from error
+            if digest != record.digest:
+                got = f"{size} bytes" if size != record.bytes else digest
+                expected = f"{record.bytes} bytes" if size != record.bytes else record.digest
+                raise ArtifactError(
+                    f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
+                    f"{expected}; it was changed or damaged, export the checkpoint again"
+                )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused where `name` would leave the folder.
+
+    Raises:
+        ArtifactError: an absolute path or one with `..`.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise ArtifactError(
+            f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
+        )
+    return folder / pure
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = (
+            " (this is a checkpoint: export it first with `klein-kv export`)"
+            if (folder / "model_index.json").exists()
+            else ""
+        )
+        raise ArtifactError(
+            f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version}, this klein-kv reads {FORMAT_VERSION}; "
+            "upgrade klein-kv or export again"
+        )
+    return value
+
+
+def weights_file(graph_file: str) -> str:
+    """Path of the weight table beside a graph: `x/y.onnx` -> `x/y.weights.json`."""
+    return graph_file.removesuffix(".onnx") + ".weights.json"
+
+
+def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
+    """Writes the weight table of one graph: initializer -> file, offset, nbytes, dtype, shape."""
+    table = {
+        name: [ref.path.name, ref.offset, ref.nbytes, ref.dtype, list(ref.shape)]
+        for name, ref in weights.items()
+    }
+    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def graph_weights(folder: Path, graph: str) -> dict[str, WeightRef]:
+    """Where the initializers of one graph lie, by initializer name.
+
+    Raises:
+        ArtifactError: the table is unreadable or points outside its folder or file.
+    """
+    path = folder / weights_file(GRAPH_FILES[graph])
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        refs = {
+            name: WeightRef(
+                inside(path.parent, file), int(offset), int(nbytes), dtype, tuple(shape)
+            )
+            for name, (file, offset, nbytes, dtype, shape) in table.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
+    sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
+    for name, ref in refs.items():
+        if ref.offset < 0 or ref.offset + ref.nbytes > sizes[ref.path]:
+            raise ArtifactError(
+                f"{path}: {name} ends at byte {ref.offset + ref.nbytes}, {ref.path.name} has "
+                f"{sizes[ref.path]}; export again"
+            )
+    return refs

@@ -1,0 +1,136 @@
+"""`Ops` computed by PyTorch: the reference for the exported graphs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+__all__ = ["TorchOps"]
+
+
+class TorchOps:
+    """Runs `model.py` and `text_model.py` eagerly, or under `torch.compile`.
+
+    Args:
+        weights: the checkpoint's tensors, on the device to compute on.
+        dtype: type of the activations.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self.weights = weights
+        self.dtype = dtype
+        self.device = next(iter(weights.values())).device
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], torch.Tensor] = {}
+
+    def constant(self, value: NDArray[Any]) -> torch.Tensor:
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._constants:
+            self._constants[key] = torch.from_numpy(value.copy()).to(self.device)
+        return self._constants[key]
+
+    def linear(
+        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        w = self.weights[weight]
+        return F.linear(rows, w if part is None else w[part[0] : part[1]])
+
+    def embedding(self, ids: torch.Tensor, weight: str) -> torch.Tensor:
+        return F.embedding(ids, self.weights[weight]).flatten(0, 1)
+
+    def layer_norm(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+
+    def rms_norm(self, x: torch.Tensor, weight: str, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[weight], eps)
+
+    def timestep_embedding(
+        self, timestep: torch.Tensor, frequencies: NDArray[np.float32]
+    ) -> torch.Tensor:
+        angles = timestep[:, None].float() * self.constant(frequencies)[None]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
+
+    def rope_table(self, ids: torch.Tensor, tables: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+        columns = [self.constant(table)[ids[:, axis]] for axis, table in enumerate(tables)]
+        return torch.cat(columns, dim=-1)[None]
+
+    def sequence_positions(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.arange(like.shape[1], device=self.device)[:, None]
+
+    def norm_rope(
+        self,
+        x: torch.Tensor,
+        weight: str,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+    ) -> torch.Tensor:
+        x = self.rms_norm(x, weight, eps)
+        cos, sin, y = cos[:, :, None], sin[:, :, None], x.float()
+        if interleaved:
+            a, b = y.view(*y.shape[:-1], -1, 2).unbind(-1)
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = y.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return turned.to(x.dtype)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+
+    def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        length = attention_mask.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        allowed = causal & attention_mask.bool()[:, None, None]
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)
+
+    def heads(self, rows: torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
+        return rows.view(like.shape[0], like.shape[1], num_heads, -1)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).flatten(0, 1) if x.ndim > 2 else x
+
+    def sequence(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return rows.view(like.shape[0], like.shape[1], -1)
+
+    def expand_batch(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.expand(like.shape[0], *x.shape[1:])
+
+    def concat(self, parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        return torch.cat(list(parts), dim=axis)
+
+    def split_tokens(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = at.shape[1]
+        return x[:, :count], x[:, count:]
+
+    def split_features(self, x: torch.Tensor, parts: int) -> list[torch.Tensor]:
+        return list(x.flatten().chunk(parts))
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x)
+
+    def saturate(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+    def to_float32(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    def to_model_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)

@@ -1,0 +1,73 @@
+"""What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
+
+Backends: "onnxruntime" (CPU). `open_backend` picks one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from klein_kv.errors import BackendError
+from klein_kv.manifest import Manifest
+
+__all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
+
+BACKENDS = ("auto", "onnxruntime")
+
+Buffer = Any
+"""A tensor on the backend's device; only the backend that made it knows what it is."""
+
+
+class Backend(Protocol):
+    """Graphs of one artifact folder on one device."""
+
+    name: str
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Runs a graph.
+
+        Args:
+            graph: a key of `signature.GRAPH_FILES`; loaded when first used.
+            inputs: every input of the graph's signature. Buffers stay the caller's.
+
+        Returns:
+            All outputs by name, newly allocated on the device.
+        """
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        """A buffer with the array's content. The array must not change while the buffer lives."""
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """The buffer's content on the host; without a copy where the device is the host."""
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
+        """The same memory under another shape."""
+
+    def release(self, graph: str) -> None:
+        """Frees what a loaded graph holds; the next run loads it again."""
+
+
+def open_backend(
+    name: str, artifacts: Path, manifest: Manifest, device: str | None, threads: int | None
+) -> Backend:
+    """Opens a backend on an artifact folder whose manifest has been checked.
+
+    Args:
+        name: one of `BACKENDS`; "auto" takes what this machine can run.
+        artifacts: the folder.
+        manifest: its manifest.
+        device: "cpu", or None for the backend's own.
+        threads: CPU threads; None leaves it to the library.
+
+    Raises:
+        BackendError: unknown backend or device, a missing library, or a type it cannot compute.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if device not in (None, "cpu"):
+        raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
+    from klein_kv.runtime.ort_backend import OrtBackend
+
+    return OrtBackend(artifacts, manifest, threads)

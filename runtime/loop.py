@@ -1,0 +1,105 @@
+"""The denoising loop: backend calls and nothing else.
+
+`first_step` takes the references' tokens and leaves their keys and values on the device; every
+later step is `cached_step` on those buffers. With keys and values at hand from the start, or
+without references (R = 0), all steps are `cached_step`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.schedule import Schedule
+
+__all__ = ["LoopInputs", "LoopTimes", "denoise_loop"]
+
+
+@dataclass(slots=True)
+class LoopInputs:
+    """Buffers of one request; exactly one of `references` and `kv` is given.
+
+    Attributes:
+        latents: noise, [B, S, C].
+        text: encoder_hidden_states [B, T, 3 * hidden].
+        img_ids: int64 [S, 4].
+        txt_ids: int64 [T, 4].
+        references: `ref_hidden_states` and `ref_ids`, still to be encoded.
+        kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
+    """
+
+    latents: Buffer
+    text: Buffer
+    img_ids: Buffer
+    txt_ids: Buffer
+    references: dict[str, Buffer] | None = None
+    kv: dict[str, Buffer] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LoopTimes:
+    """Seconds of each step, and of those the part spent inside the backend."""
+
+    steps: list[float] = field(default_factory=list)
+    backend: list[float] = field(default_factory=list)
+
+
+AfterStep = Callable[[int, LoopInputs], bool]
+"""Called after each step with its index and the buffers, which it may replace; True stops."""
+
+
+def denoise_loop(
+    backend: Backend,
+    schedule: Schedule,
+    inputs: LoopInputs,
+    dtype: str,
+    after_step: AfterStep | None = None,
+) -> LoopTimes:
+    """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values.
+
+    Args:
+        backend: where the graphs run.
+        schedule: timesteps and step sizes.
+        inputs: buffers, updated in place.
+        dtype: type of the graphs, whose rounding the timestep follows.
+        after_step: see `AfterStep`.
+    """
+    times = LoopTimes()
+    clock = time.perf_counter
+    scalars = [
+        (
+            backend.upload(np.array([schedule.model_timestep(i, dtype)], np.float32)),
+            backend.upload(schedule.sigma_steps[i : i + 1]),
+        )
+        for i in range(schedule.num_steps)
+    ]
+    for i, (timestep, sigma_step) in enumerate(scalars):
+        start = clock()
+        feeds = {
+            "hidden_states": inputs.latents,
+            "encoder_hidden_states": inputs.text,
+            "timestep": timestep,
+            "sigma_step": sigma_step,
+            "img_ids": inputs.img_ids,
+            "txt_ids": inputs.txt_ids,
+        }
+        graph = "cached_step"
+        if inputs.references is not None:
+            graph = "first_step"
+            feeds |= inputs.references
+        else:
+            feeds |= inputs.kv
+        before = clock()
+        outputs = backend.run(graph, feeds)
+        after = clock()
+        inputs.latents = outputs.pop("latents")
+        del outputs["noise_pred"]
+        if inputs.references is not None:
+            inputs.kv, inputs.references = outputs, None
+        times.backend.append(after - before)
+        times.steps.append(clock() - start)
+        if after_step is not None and after_step(i, inputs):
+            break
+    return times

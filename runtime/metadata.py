@@ -1,0 +1,191 @@
+"""How an image was made, kept in its PNG file.
+
+Two text chunks: `parameters` in the one-line form that image tools and web interfaces read, and
+`klein_kv` with the same facts as JSON, which `read_metadata` gives back.
+"""
+
+import contextlib
+import errno
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from klein_kv import __version__
+from klein_kv.errors import CapacityError, RequestError
+
+__all__ = ["ImageParameters", "png_info", "read_metadata", "save_png"]
+
+_CHUNK = "klein_kv"
+_MODEL_HASH_DIGITS = 10
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageParameters:
+    """Facts about one image.
+
+    Attributes:
+        prompt: As the user gave it.
+        steps: Number of steps.
+        width: Pixels.
+        height: Pixels.
+        references: Number of reference images.
+        model: Name of the model.
+        model_digest: sha256 of the weights, with or without "sha256:" before it.
+        seed: None if the noise came from elsewhere.
+        version: Of klein-kv.
+    """
+
+    prompt: str
+    steps: int
+    width: int
+    height: int
+    references: int
+    model: str
+    model_digest: str
+    seed: int | None = None
+    version: str = __version__
+
+    @property
+    def text(self) -> str:
+        """The prompt, and below it one line `Steps: 4, Sampler: Euler, ...`."""
+        fields: dict[str, object] = {"Steps": self.steps, "Sampler": "Euler"}
+        if self.seed is not None:
+            fields["Seed"] = self.seed
+        fields["Size"] = f"{self.width}x{self.height}"
+        fields["Model"] = self.model
+        fields["Model hash"] = self.model_digest.removeprefix("sha256:")[:_MODEL_HASH_DIGITS]
+        fields["References"] = self.references
+        fields["Version"] = f"klein-kv {self.version}"
+        line = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
+        return f"{self.prompt}\n{line}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "steps": self.steps,
+            "width": self.width,
+            "height": self.height,
+            "references": self.references,
+            "model": self.model,
+            "model_digest": self.model_digest,
+            "version": self.version,
+        }
+
+
+def png_info(parameters: ImageParameters) -> PngInfo:
+    """The text chunks for `PIL.Image.Image.save(..., pnginfo=...)`.
+
+    Both are iTXt, so every language and emoji survives. Half a surrogate pair, which no encoding
+    has a form for, becomes "?"; NUL, which ends a text in PNG, is dropped.
+    """
+    info = PngInfo()
+    info.add_itxt("parameters", _storable(parameters.text))
+    facts = {
+        name: _storable(value) if isinstance(value, str) else value
+        for name, value in parameters.to_dict().items()
+    }
+    info.add_itxt(_CHUNK, json.dumps(facts, ensure_ascii=False))
+    return info
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """Reads back what `save_png` stored.
+
+    Returns:
+        The keys of `ImageParameters`, or None if the image has no klein_kv chunk.
+
+    Raises:
+        RequestError: no such file, not an image, or the chunk is damaged.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # text chunks may come after the pixels
+            stored = image.info.get(_CHUNK)
+    except FileNotFoundError as error:
+        raise RequestError(f"image file does not exist: {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"not a PNG file that can be read: {path}: {error}") from error
+    if stored is None:
+        return None
+    try:
+        facts = json.loads(stored)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the {_CHUNK} chunk of {path} is not JSON: {error}") from error
+    if not isinstance(facts, Mapping):
+        raise RequestError(f"the {_CHUNK} chunk of {path} is not a JSON object")
+    return dict(facts)
+
+
+def save_png(
+    image: Image.Image, path: str | Path, parameters: ImageParameters | None = None
+) -> None:
+    """Writes a PNG file, whole or not at all.
+
+    The file is written under another name in the same folder and then put in place: a reader never
+    sees half of it, and a failure leaves whatever was there before.
+
+    Args:
+        image: Any mode that PNG has.
+        path: File to write; an existing file is replaced.
+        parameters: Stored in the file unless None.
+
+    Raises:
+        RequestError: the name does not end in .png, or the folder is missing or not writable.
+        CapacityError: the disk is full, or a quota is used up.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"image file is {path}, expected a name that ends in .png")
+    partial = path.with_name(f".klein-{secrets.token_hex(8)}.part")
+    try:
+        try:
+            with partial.open("xb") as file:
+                image.save(file, format="PNG", pnginfo=parameters and png_info(parameters))
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CapacityError(
+                f"image cannot be written: {path}: {error.strerror}; about "
+                f"{_image_bytes(image) / 2**20:.1f} MiB are needed, "
+                f"{_free_bytes(path.parent) / 2**20:.1f} MiB are free; make room, or choose "
+                "another folder"
+            ) from error
+        raise RequestError(
+            f"image cannot be written: {path}: {error.strerror or error}; expected an existing, "
+            "writable folder"
+        ) from error
+
+
+def _quoted(value: object) -> str:
+    """A value with a separator in it goes between quotes, as readers of this form expect."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _image_bytes(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
