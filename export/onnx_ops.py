@@ -247,7 +247,19 @@ class OnnxOps:
         if self.dtype == "float32" and mask is None and q_heads == kv_heads:
             return self._one("MultiHeadAttention", q, k, v, domain=_MICROSOFT, num_heads=q_heads)
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
-        return self._one("Attention", *inputs, q_num_heads=q_heads, kv_num_heads=kv_heads, rank=3)
+        heads = {"q_num_heads": q_heads, "kv_num_heads": kv_heads}
+        out = self._one("Attention", *inputs, rank=3, **heads)
+        return out if mask is None else self._one("Mul", out, self._sees_a_key(mask), rank=3)
+
+    def _sees_a_key(self, mask: ir.Value) -> ir.Value:
+        """[B, T, 1]: 0 where an additive mask [B, 1, T, K] hides every key from a query, else 1."""
+        key = ("sees a key", mask)
+        if key not in self._shapes:
+            highest = self._one("ReduceMax", mask, self._ints(-1), keepdims=1)
+            hidden = self._one("Cast", highest, to=ir.DataType.BOOL)
+            seen = self._one("Cast", self._one("Not", hidden), to=_IR_DTYPES[self.dtype])
+            self._shapes[key] = self._one("Squeeze", seen, self._ints(1))
+        return self._shapes[key]
 
     def causal_mask(self, attention_mask: ir.Value) -> ir.Value:
         position = self.sequence_positions(attention_mask)  # [T, 1]

@@ -6,6 +6,7 @@ so that no later module has to ask.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{what} is missing: {path} does not exist; expected a checkpoint in diffusers layout"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{what} cannot be read: {path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
@@ -69,6 +70,24 @@ def _get(config: Mapping[str, Any], component: str, key: str) -> Any:
             "transformers saves"
         )
     return config[key]
+
+
+def _number(config: Mapping[str, Any], component: str, key: str, default: float) -> float:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{component} config: {key} is {value!r}, expected a number")
+    return float(value)
+
+
+def _integers(
+    config: Mapping[str, Any], component: str, key: str, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+        raise CheckpointError(
+            f"{component} config: {key} is {value!r}, expected a list of integers"
+        )
+    return tuple(value)
 
 
 def _positive(component: str, **values: int) -> None:
@@ -165,10 +184,10 @@ class TransformerConfig:
             num_attention_heads=_get(config, part, "num_attention_heads"),
             joint_attention_dim=_get(config, part, "joint_attention_dim"),
             timestep_guidance_channels=config.get("timestep_guidance_channels", 256),
-            mlp_ratio=float(config.get("mlp_ratio", 3.0)),
-            axes_dims_rope=tuple(config.get("axes_dims_rope", (32, 32, 32, 32))),
-            rope_theta=float(config.get("rope_theta", 2000)),
-            eps=float(config.get("eps", 1e-6)),
+            mlp_ratio=_number(config, part, "mlp_ratio", 3.0),
+            axes_dims_rope=_integers(config, part, "axes_dims_rope", (32, 32, 32, 32)),
+            rope_theta=_number(config, part, "rope_theta", 2000),
+            eps=_number(config, part, "eps", 1e-6),
         )
 
 
@@ -242,16 +261,19 @@ class TextEncoderConfig:
             },
         )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
+        if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
             raise CheckpointError(
-                f"text_encoder config: rope_type is {rope['rope_type']!r}, expected 'default'"
+                f"text_encoder config: the RoPE parameters are {rope!r}, expected those of "
+                "rope_type 'default'"
             )
-        if "sliding_attention" in (config.get("layer_types") or ()):
+        kinds = config.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             raise CheckpointError(
-                "text_encoder config: layer_types names sliding_attention, expected full_attention"
+                f"text_encoder config: layer_types is {kinds!r:.80}, expected full_attention alone"
             )
         heads = _get(config, part, "num_attention_heads")
         hidden = _get(config, part, "hidden_size")
+        _positive(part, num_attention_heads=heads, hidden_size=hidden)
         return cls(
             hidden_size=hidden,
             intermediate_size=_get(config, part, "intermediate_size"),
@@ -260,8 +282,13 @@ class TextEncoderConfig:
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             vocab_size=_get(config, part, "vocab_size"),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=_number(
+                {"rope_theta": rope.get("rope_theta") or config.get("rope_theta")},
+                part,
+                "rope_theta",
+                10000.0,
+            ),
+            rms_norm_eps=_number(config, part, "rms_norm_eps", 1e-6),
             layers=tuple(layers),
         )
 
@@ -297,12 +324,14 @@ class VaeConfig:
             CheckpointError: another class of autoencoder.
         """
         _require(config, "vae", {"_class_name": "AutoencoderKLFlux2", "in_channels": 3})
-        if tuple(config.get("patch_size", (2, 2))) != (2, 2):
+        if _integers(config, "vae", "patch_size", (2, 2)) != (2, 2):
             raise CheckpointError(f"vae config: patch_size is {config['patch_size']}, expected 2x2")
+        latent_channels = config.get("latent_channels", 32)
+        _positive("vae", latent_channels=latent_channels)
         return cls(
-            latent_channels=config.get("latent_channels", 32),
-            num_levels=len(config.get("block_out_channels", (0, 0, 0, 0))),
-            batch_norm_eps=float(config.get("batch_norm_eps", 1e-4)),
+            latent_channels=latent_channels,
+            num_levels=len(_integers(config, "vae", "block_out_channels", (0, 0, 0, 0))),
+            batch_norm_eps=_number(config, "vae", "batch_norm_eps", 1e-4),
         )
 
 

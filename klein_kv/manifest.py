@@ -5,12 +5,14 @@ stay inside the folder.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from klein_kv.config import ModelConfig
+from klein_kv.config import DTYPES, ITEM_SIZE, ModelConfig
 from klein_kv.digest import combine_digests, file_digest
 from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.signature import GRAPH_FILES
@@ -116,10 +118,16 @@ class Manifest:
                 },
                 licence=value["licence"],
             )
-        except (KeyError, TypeError, AttributeError, CheckpointError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
+        if manifest.dtype not in DTYPES.values() or manifest.variant != "kv":
+            raise ArtifactError(
+                f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
+                f"{manifest.dtype!r}, expected 'kv' and one of {', '.join(DTYPES.values())}; "
+                "export the checkpoint again"
+            )
         if check_files:
             manifest.check_files(folder)
         return manifest
@@ -136,13 +144,13 @@ class Manifest:
                     f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
                 )
         for name, record in self.files.items():
-            path = inside(folder, name)
             try:
+                path = inside(folder, name)
                 size = path.stat().st_size
                 digest = file_digest(path) if size == record.bytes else ""
-            except OSError as error:
+            except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
                 raise ArtifactError(
-                    f"{path} is listed in {MANIFEST} but cannot be read ({error.strerror}); "
+                    f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
                     "export the checkpoint again"
                 ) from error
             if digest != record.digest:
@@ -158,14 +166,20 @@ def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused where `name` would leave the folder.
 
     Raises:
-        ArtifactError: an absolute path or one with `..`.
+        ArtifactError: an absolute path, one with `..`, or a link to a file elsewhere.
     """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise ArtifactError(
             f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
         )
-    return folder / pure
+    path = folder / pure
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, outside the folder; copy the file itself there "
+            "(downloads from a hub: with a local folder, not through its cache)"
+        )
+    return path
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")
@@ -219,17 +233,29 @@ def graph_weights(folder: Path, graph: str) -> dict[str, WeightRef]:
         table = json.loads(path.read_text(encoding="utf-8"))
         refs = {
             name: WeightRef(
-                inside(path.parent, file), int(offset), int(nbytes), dtype, tuple(shape)
+                inside(path.parent, file),
+                index(offset),
+                index(nbytes),
+                dtype,
+                tuple(map(index, shape)),
             )
             for name, (file, offset, nbytes, dtype, shape) in table.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
-    sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
+        sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
+        expected = {
+            name: math.prod(ref.shape, start=ITEM_SIZE[ref.dtype]) for name, ref in refs.items()
+        }
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error!r}; export again") from error
     for name, ref in refs.items():
-        if ref.offset < 0 or ref.offset + ref.nbytes > sizes[ref.path]:
+        if (
+            not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes
+            or ref.nbytes != expected[name]
+            or min((0, *ref.shape)) < 0
+        ):
             raise ArtifactError(
-                f"{path}: {name} ends at byte {ref.offset + ref.nbytes}, {ref.path.name} has "
+                f"{path}: {name} of shape {ref.shape} and dtype {ref.dtype} is said to take bytes "
+                f"{ref.offset} to {ref.offset + ref.nbytes} of {ref.path.name}, which has "
                 f"{sizes[ref.path]}; export again"
             )
     return refs

@@ -72,11 +72,12 @@ class Ops(Protocol[T]):
             q: queries.
             k: keys; query heads share key heads in groups where there are fewer.
             v: values.
-            mask: added to the scores, [B, 1, S, K].
+            mask: what `causal_mask` returns. A query that may see no key (padding on the left of a
+                text) gets zeros, as from torch's `scaled_dot_product_attention`.
         """
 
     def causal_mask(self, attention_mask: T) -> T:
-        """Additive mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
+        """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
 
     def heads(self, rows: T, like: T, num_heads: int) -> T:
         """[B * S, H * D] -> [B, S, H, D], with B and S those of `like` [B, S, ...]."""

@@ -91,9 +91,7 @@ class TorchOps:
     def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         length = attention_mask.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-        allowed = causal & attention_mask.bool()[:, None, None]
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)
+        return causal & attention_mask.bool()[:, None, None]
 
     def heads(self, rows: torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
         return rows.view(like.shape[0], like.shape[1], num_heads, -1)

@@ -80,29 +80,47 @@ def read_header(path: Path) -> dict[str, WeightRef]:
         raise CheckpointError(
             f"weight file is missing: {path}; download the whole checkpoint"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file ({error}); only safetensors is read, never pickle"
         ) from error
     start = 8 + length
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
-    return {
+    refs = {
         name: _ref_from_entry(path, name, entry, start, size)
         for name, entry in header.items()
         if name != "__metadata__"
     }
+    end = start
+    for name, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != end:  # the format allows neither
+            what = "overlaps the tensor before it" if ref.offset < end else "follows a gap"
+            raise CheckpointError(
+                f"{path}: {name} starts at byte {ref.offset}, expected {end}: it {what}; "
+                "download the file again"
+            )
+        end += ref.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, its tensors end at {end}; download it again"
+        )
+    return refs
 
 
 def _ref_from_entry(path: Path, name: str, entry: Any, start: int, size: int) -> WeightRef:
     try:
-        code, shape = entry["dtype"], tuple(int(axis) for axis in entry["shape"])
-        begin, end = (int(value) for value in entry["data_offsets"])
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: the header entry of {name} is malformed: {error}"
+            f"{path}: the header entry of {name} is malformed: {error!r}"
         ) from error
-    if code not in _DTYPES:
+    if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
+        raise CheckpointError(
+            f"{path}: {name} has shape {shape} and bytes {begin!r} to {end!r}, expected integers "
+            "of 0 or more"
+        )
+    if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {code}, expected one of {', '.join(_DTYPES)}"
         )
@@ -110,7 +128,7 @@ def _ref_from_entry(path: Path, name: str, entry: Any, start: int, size: int) ->
     count = ITEM_SIZE[dtype]
     for axis in shape:
         count *= axis
-    if not 0 <= begin <= end or end - begin != count:
+    if end - begin != count:
         raise CheckpointError(
             f"{path}: {name} of shape {shape} and dtype {dtype} should take {count} bytes, "
             f"its header gives {begin} to {end}"

@@ -6,6 +6,7 @@ Prepacking is off for that reason; with it each session would make its own copy 
 (measured with onnxruntime 1.31 at 1,536 rows: 1.08 s against 1.03 to 1.18 s).
 """
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -25,6 +26,21 @@ __all__ = ["OrtBackend"]
 
 _log = logging.getLogger(__name__)
 _STORAGE = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64), np.dtype(np.uint8)}
+
+
+@functools.cache
+def _share_arena(onnxruntime: Any) -> None:
+    """One arena for all sessions of the process: what a finished graph leaves, the next one uses.
+
+    Measured on an edit with four 512x512 references: 1.45 GB at the peak against 1.92 GB.
+    """
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu",
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        0,
+        onnxruntime.OrtMemType.DEFAULT,
+    )
+    onnxruntime.create_and_register_allocator(info, None)
 
 
 class OrtBackend:
@@ -56,6 +72,7 @@ class OrtBackend:
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads}, expected 1 or more")
         self._ort = onnxruntime
+        _share_arena(onnxruntime)
         self._artifacts = artifacts
         self._manifest = manifest
         self._threads = threads
@@ -79,7 +96,13 @@ class OrtBackend:
     def upload(self, array: NDArray[Any]) -> Buffer:
         if array.dtype not in _STORAGE:
             raise BackendError(f"cannot upload {array.dtype}, expected one of {_STORAGE}")
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        # Memory of its own: `OrtValue.numpy()` keeps that alive as long as any view of it, but not
+        # an array that was lent to `ortvalue_from_numpy` (onnxruntime 1.31).
+        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(
+            array.shape, array.dtype.type, "cpu"
+        )
+        buffer.update_inplace(np.ascontiguousarray(array))
+        return buffer
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         array: NDArray[Any] = buffer.numpy()
@@ -94,6 +117,7 @@ class OrtBackend:
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads

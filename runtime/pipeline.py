@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from klein_kv.errors import BackendError, RequestError
-from klein_kv.manifest import Manifest
+from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.images import images_from_uint8, prepare_reference
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
@@ -28,7 +28,7 @@ from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.references import ReferenceSet, grid_ids, reference_ids, text_ids
 from klein_kv.schedule import make_schedule
 from klein_kv.signature import MAX_POSITION, kv_names
-from klein_kv.weights import WeightIndex, map_weight
+from klein_kv.weights import map_weight
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
@@ -199,13 +199,23 @@ class KleinKVPipeline:
 
         Raises:
             RequestError: see `images.prepare_reference`.
+            CapacityError: the keys and values do not fit into memory.
         """
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         pixels = [prepare_reference(x, self.config.vae.multiple_of) for x in images]
-        tokens = self._reference_tokens(pixels)
         count = self._count_tokens(pixels)
+        parts = request_bytes(
+            self.config,
+            self.manifest.dtype,
+            batch=1,
+            image_tokens=0,
+            ref_tokens=count,
+            text_tokens=0,
+        )
+        check_request_memory(parts, count)
+        tokens = self._reference_tokens(pixels)
         kv = self.backend.run("encode_references", tokens)
         return ReferenceSet(
             kv=kv,
@@ -369,6 +379,7 @@ class KleinKVPipeline:
                 self.backend, schedule, inputs, self.manifest.dtype, after_step
             )
         self._current_timestep = None
+        inputs.kv = {}  # gigabytes that decoding can use
         result = self._finish(inputs.latents, (batch, *grid), output_type)
         return KleinKVOutput(result) if return_dict else (result,)
 
@@ -533,8 +544,8 @@ class KleinKVPipeline:
 
     def _vae_latents(self, tokens: NDArray[Any]) -> NDArray[Any]:
         """Tokens [B, h, w, 4C] to the VAE's latents [B, C, 2h, 2w] (diffusers: "latent")."""
-        index = WeightIndex.from_folder(self.artifacts / "vae", "vae")
-        mean, var = (map_weight(index[f"bn.running_{name}"]) for name in ("mean", "var"))
+        weights = graph_weights(self.artifacts, "vae_decoder")
+        mean, var = (map_weight(weights[f"bn.running_{name}"]) for name in ("mean", "var"))
         std = np.sqrt(var + np.asarray(self.config.vae.batch_norm_eps, var.dtype))
         b, h, w, c = tokens.shape
         z = (tokens * std + mean).reshape(b, h, w, c // 4, 2, 2)

@@ -1,0 +1,266 @@
+"""`klein-kv`: one function per verb.
+
+Results go to standard output (a text, or one JSON document with `--json`), progress and logs to
+standard error. Exit codes: 0 done, 1 failed with one line that says why, 2 wrong usage,
+130 interrupted.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from klein_kv import __version__
+from klein_kv.config import DTYPES
+from klein_kv.errors import KleinKVError, RequestError
+
+__all__ = ["main"]
+
+_EXTRA_OF = {"export": "export", "fixture": "export", "verify": "export,cpu", "build": "rtx"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    level = logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("klein_kv").setLevel(level)
+    try:
+        result = args.run(args)
+    except KleinKVError as error:
+        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get(args.verb, "cpu")
+        print(
+            f"klein-kv {args.verb}: error: {error.name} is not installed; install it with "
+            f"pip install 'klein-kv[{extra}]'",
+            file=sys.stderr,
+        )
+        return 1
+    except MemoryError:
+        print(
+            f"klein-kv {args.verb}: error: out of memory; use a smaller size or fewer references",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    value, text, code = result
+    print(json.dumps(value, indent=2) if args.json else text)
+    return int(code)
+
+
+Result = tuple[dict[str, Any], str, int]
+"""What a verb gives: the JSON document, the text, the exit code."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klein-kv", description="Export, build and run FLUX.2 [klein] 9B-KV."
+    )
+    parser.add_argument("--version", action="version", version=f"klein-kv {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Result], about: str) -> Any:
+        sub = verbs.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.add_argument("-q", "--quiet", action="store_true", help="warnings only")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("fixture", _fixture, "Make a random checkpoint in diffusers layout.")
+    sub.add_argument("out", type=Path, metavar="OUT")
+    sub.add_argument("--size", default="tiny", help="tiny, small or 9b-shapes (sparse files)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--dtype", choices=DTYPES, help="default fp32; 9b-shapes bf16")
+
+    sub = verb("export", _export, "Turn a checkpoint into ONNX graphs.")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--dtype", choices=DTYPES, help="default: the transformer's own")
+    sub.add_argument("--variant", choices=("kv",), default="kv", help="kind of weights")
+    sub.add_argument(
+        "--text-layers",
+        type=_layers,
+        metavar="I,J,...",
+        help="hidden states of the text encoder to read (default 9,18,27)",
+    )
+
+    sub = verb("generate", _generate, "Make an image from a prompt and reference images.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("-p", "--prompt", required=True)
+    sub.add_argument("-r", "--reference", action="append", type=Path, default=[], metavar="IMAGE")
+    sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), metavar="OUT.png")
+    sub.add_argument("--height", type=int, help="default: the first reference's, else 1024")
+    sub.add_argument("--width", type=int)
+    sub.add_argument("--steps", type=int, default=4)
+    sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
+    sub.add_argument("--num-images", type=int, default=1)
+    sub.add_argument("--backend", default="auto")
+    sub.add_argument("--threads", type=int, help="CPU threads")
+    sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
+
+    sub = verb("verify", _verify, "Compare an artifact folder with diffusers.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("--threads", type=int, help="CPU threads")
+
+    sub = verb("inspect", _inspect, "Show what an artifact folder holds, and check its files.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+
+    verb("doctor", _doctor, "Show versions, devices, and what is missing.")
+    return parser
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _fixture(args: argparse.Namespace) -> Result:
+    from klein_kv.export.fixture import make_fixture
+
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    make_fixture(args.out, args.size, args.seed, dtype)
+    value = {"checkpoint": str(args.out), "size": args.size, "seed": args.seed}
+    return value, f"random checkpoint ({args.size}, seed {args.seed}): {args.out}", 0
+
+
+def _export(args: argparse.Namespace) -> Result:
+    from klein_kv.config import DEFAULT_TEXT_LAYERS
+    from klein_kv.export.exporter import export_checkpoint
+
+    done = export_checkpoint(
+        args.checkpoint,
+        args.artifacts,
+        variant=args.variant,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
+    )
+    value = {
+        "artifacts": str(done.artifacts),
+        "dtype": done.dtype,
+        "nodes": done.nodes,
+        "seconds": round(done.seconds, 3),
+        "bytes_written": done.bytes_written,
+    }
+    text = (
+        f"{len(done.nodes)} graphs in {done.dtype}, {done.seconds:.1f} s, "
+        f"{done.bytes_written / 1e6:.1f} MB written: {done.artifacts}"
+    )
+    return value, text, 0
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from klein_kv.runtime.images import load_image
+    from klein_kv.runtime.metadata import ImageParameters, save_png
+    from klein_kv.runtime.noise import random_seed
+    from klein_kv.runtime.pipeline import KleinKVPipeline
+
+    if not args.prompt.strip():
+        raise RequestError("the prompt is empty, expected a text after -p")
+    if args.out.suffix.lower() != ".png":
+        raise RequestError(f"output is {args.out}, expected a name that ends in .png")
+    if not args.out.absolute().parent.is_dir():
+        raise RequestError(f"folder {args.out.absolute().parent} does not exist; make it first")
+    images = [load_image(path) for path in args.reference]
+    seed = random_seed() if args.seed is None else args.seed
+    pipe = KleinKVPipeline.from_pretrained(
+        args.artifacts, backend=args.backend, threads=args.threads
+    )
+    result = pipe(
+        prompt=args.prompt,
+        image=images or None,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        num_images_per_prompt=args.num_images,
+        seed=seed,
+    )
+    assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+    paths = _numbered(args.out, len(result.images))
+    for image, path in zip(result.images, paths, strict=True):
+        parameters = ImageParameters(
+            prompt=args.prompt,
+            seed=seed,
+            steps=args.steps,
+            width=image.width,
+            height=image.height,
+            references=len(images),
+            model=pipe.manifest.model_id,
+            model_digest=pipe.manifest.model_digest,
+        )
+        save_png(image, path, None if args.no_metadata else parameters)
+    value = {
+        "images": [str(path) for path in paths],
+        "seed": seed,
+        "width": result.images[0].width,
+        "height": result.images[0].height,
+        "step_seconds": [round(seconds, 4) for seconds in pipe.times.steps],
+    }
+    return value, "\n".join(str(path) for path in paths), 0
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    """OUT.png for one image; OUT-1.png, OUT-2.png, ... for several."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
+
+
+def _verify(args: argparse.Namespace) -> Result:
+    from klein_kv.export.verify import verify_artifacts
+
+    rows = verify_artifacts(args.artifacts, args.checkpoint, threads=args.threads)
+    good = all(row.ok for row in rows)
+    value = {
+        "ok": good,
+        "rows": [
+            {
+                "name": row.name,
+                "max_abs": row.max_abs,
+                "mean_abs": row.mean_abs,
+                "cosine": row.cosine,
+                "tolerance": row.tolerance,
+                "ok": row.ok,
+            }
+            for row in rows
+        ],
+    }
+    lines = [f"{'against diffusers in float32':40} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"]
+    for row in rows:
+        mark = "" if row.ok else f"  FAILED, tolerance {row.tolerance:g}"
+        lines.append(
+            f"{row.name:40} {row.max_abs:10.2e} {row.mean_abs:10.2e} {row.cosine:12.9f}{mark}"
+        )
+    lines.append("parity holds" if good else "parity does NOT hold")
+    return value, "\n".join(lines), 0 if good else 1
+
+
+def _inspect(args: argparse.Namespace) -> Result:
+    from klein_kv.inspection import inspect_artifacts
+
+    value, text = inspect_artifacts(args.artifacts)
+    return value, text, 0
+
+
+def _doctor(_args: argparse.Namespace) -> Result:
+    from klein_kv.inspection import examine_machine
+
+    value, text = examine_machine()
+    return value, text, 0 if value["ready"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
