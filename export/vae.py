@@ -49,7 +49,10 @@ class _Encoder(_Statistics):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         mean, std = self.mean_std()
         pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
-        z = self.vae.encode(pixels.to(mean.dtype), return_dict=False)[0].mode()
+        # The mode of the latent distribution is its mean, the first half of the moments. Asking the
+        # distribution for it exports torch.chunk as a sequence, which TensorRT does not parse.
+        moments = self.vae._encode(pixels.to(mean.dtype))
+        z = moments[:, : self.vae.config.latent_channels]
         b, c, h, w = z.shape
         z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
         z = z.reshape(b, 4 * c, h // 2, w // 2)

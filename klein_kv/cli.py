@@ -125,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of layers, expected for example 9,18,27"
+        ) from None
 
 
 def _fixture(args: argparse.Namespace) -> Result:

@@ -338,10 +338,17 @@ class _Network(Generic[T]):
 
 
 def timestep_frequencies(channels: int) -> NDArray[np.float32]:
-    """Frequencies of the sinusoidal timestep embedding (diffusers: `get_timestep_embedding`)."""
+    """Frequencies of the sinusoidal timestep embedding (diffusers: `get_timestep_embedding`).
+
+    torch takes the exponential, as in diffusers: its last bit differs from numpy's now and then,
+    and times a timestep of 1000 that bit is worth 6e-5.
+    """
+    import torch
+
     half = channels // 2
-    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    return np.exp(exponent.astype(np.float64)).astype(np.float32)
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+    frequencies: NDArray[np.float32] = torch.exp(exponent).numpy()
+    return frequencies
 
 
 def rope_tables(config: TransformerConfig) -> tuple[list[NDArray[np.float32]], ...]:

@@ -118,6 +118,7 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
