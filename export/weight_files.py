@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from io import BufferedWriter
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from klein_kv.config import ITEM_SIZE
 from klein_kv.errors import CapacityError, CheckpointError
 from klein_kv.weights import (
+    NUMPY_DTYPES,
     WeightIndex,
     WeightRef,
     map_weight,
@@ -24,11 +24,7 @@ from klein_kv.weights import (
 __all__ = ["place_weights"]
 
 _log = logging.getLogger(__name__)
-_FLOATS = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+_FLOATS = ("float32", "float16", "bfloat16")
 _CHUNK = 64 << 20
 
 
@@ -127,12 +123,11 @@ def _write_tensor(file: BufferedWriter, name: str, ref: WeightRef, dtype: str) -
     if ref.dtype not in _FLOATS:
         file.write(flat.tobytes())
         return
-    flat = flat.view(_FLOATS[ref.dtype])
     step = _CHUNK // 4
     for start in range(0, flat.size, step):
         piece = flat[start : start + step]
         with np.errstate(over="ignore"):
-            converted = piece.astype(_FLOATS[dtype])
+            converted = piece.astype(NUMPY_DTYPES[dtype])
         if not np.isfinite(converted.astype(np.float32)).all():
             raise CheckpointError(
                 f"{name}: values that {dtype} cannot hold (or not finite to begin with); export "

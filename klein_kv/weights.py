@@ -12,13 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.config import ITEM_SIZE, read_json
 from klein_kv.errors import CheckpointError
 
-__all__ = ["WeightIndex", "WeightRef", "map_weight", "read_header", "safetensors_header"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "WeightIndex",
+    "WeightRef",
+    "map_weight",
+    "read_header",
+    "safetensors_header",
+]
 
 _DTYPES = {
     "F32": "float32",
@@ -29,13 +37,14 @@ _DTYPES = {
 }
 _CODES = {name: code for code, name in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
-_STORAGE = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int64": np.int64,
-    "uint8": np.uint8,
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
 }
+"""How each type lies in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +260,10 @@ def map_weight(ref: WeightRef) -> NDArray[Any]:
     """Maps a tensor read-only; nothing is read until it is used.
 
     Returns:
-        An array of the tensor's shape; bfloat16 comes as its uint16 bit patterns.
+        An array of the tensor's shape and type; bfloat16 is `ml_dtypes.bfloat16`.
     """
     mapped = np.memmap(ref.path, mode="r", dtype=np.uint8, offset=ref.offset, shape=(ref.nbytes,))
-    return np.asarray(mapped).view(_STORAGE[ref.dtype]).reshape(ref.shape)
+    return np.asarray(mapped).view(NUMPY_DTYPES[ref.dtype]).reshape(ref.shape)
 
 
 def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:

@@ -28,12 +28,11 @@ from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.references import ReferenceSet, grid_ids, reference_ids, text_ids
 from klein_kv.schedule import make_schedule
 from klein_kv.signature import MAX_POSITION, kv_names
-from klein_kv.weights import map_weight
+from klein_kv.weights import NUMPY_DTYPES, map_weight
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
-_HOST_DTYPES = {"float32": np.float32, "float16": np.float16}
 _DEFAULT_LATENT_SIDE = 128
 _MIN_SIDE, _MAX_SIDE = 128, 2048
 _CALLBACK_TENSORS = ("latents", "prompt_embeds")
@@ -427,7 +426,7 @@ class KleinKVPipeline:
             raise RequestError(f"{name} has dtype {array.dtype}, expected floating point values")
         if not np.isfinite(array).all():
             raise RequestError(f"{name} holds values that are not finite")
-        return np.ascontiguousarray(array, dtype=_HOST_DTYPES[self.manifest.dtype])
+        return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[self.manifest.dtype])
 
     def _check_embeds(self, embeds: NDArray[Any]) -> None:
         width = self.config.transformer.joint_attention_dim
@@ -472,7 +471,9 @@ class KleinKVPipeline:
         seed: int | None,
     ) -> NDArray[Any]:
         if latents is None:
-            return initial_noise(shape, generator=generator, seed=seed, dtype=self.manifest.dtype)
+            dtype = self.manifest.dtype
+            drawn = initial_noise(shape, generator=generator, seed=seed, dtype=dtype)
+            return drawn.astype(NUMPY_DTYPES[dtype], copy=False)
         if latents.shape != shape:
             raise RequestError(
                 f"latents has shape {latents.shape}, expected {shape} for this batch and size"
@@ -495,7 +496,7 @@ class KleinKVPipeline:
     def _no_references(self) -> dict[str, Buffer]:
         net = self.config.transformer
         shape = (1, 0, net.num_attention_heads, net.attention_head_dim)
-        empty = np.zeros(shape, _HOST_DTYPES[self.manifest.dtype])
+        empty = np.zeros(shape, NUMPY_DTYPES[self.manifest.dtype])
         return {name: self.backend.upload(empty) for name in kv_names(net.num_blocks)}
 
     def _call_back(
