@@ -1,6 +1,6 @@
 """What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
 
-Backends: "onnxruntime" (CPU). `open_backend` picks one.
+Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_backend` picks one.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from klein_kv.manifest import Manifest
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
 
-BACKENDS = ("auto", "onnxruntime")
+BACKENDS = ("auto", "onnxruntime", "tensorrt")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
@@ -55,18 +55,35 @@ def open_backend(
     """Opens a backend on an artifact folder whose manifest has been checked.
 
     Args:
-        name: one of `BACKENDS`; "auto" takes what this machine can run.
+        name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
+            is not "cpu", else "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
-        device: "cpu", or None for the backend's own.
+        device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads; None leaves it to the library.
 
     Raises:
         BackendError: unknown backend or device, a missing library, or a type it cannot compute.
+        ArtifactError: the folder's engines are not whole.
+        BuildError: the engines are for another GPU or TensorRT.
     """
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
-    if device not in (None, "cpu"):
+    kind, _, ordinal = (device or "").partition(":")
+    if kind not in ("", "cpu", "cuda") or not (ordinal or "0").isdigit():
+        raise BackendError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
+    if name == "auto":
+        from klein_kv.engines.manifest import find_engines
+
+        built = kind != "cpu" and find_engines(artifacts)
+        name = "tensorrt" if built else "onnxruntime"
+    if name == "tensorrt":
+        if kind == "cpu":
+            raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
+        from klein_kv.runtime.trt_backend import TrtBackend
+
+        return TrtBackend(artifacts, manifest, device=int(ordinal or 0))
+    if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
 

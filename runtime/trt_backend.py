@@ -1,0 +1,240 @@
+"""Backend "tensorrt": engines of `tensorrt_rtx` or `tensorrt`, driven through cuda-python.
+
+Weights are uploaded once and bound to every engine by address; outputs of one engine are inputs of
+the next without a copy. Nothing here synchronises except an upload or a download.
+
+Not run on a GPU by this project's tests: they drive it with stand-ins for CUDA and TensorRT, and
+check that every name used exists in the installed bindings.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from klein_kv.engines.manifest import EngineManifest, EngineRecord, find_engines
+from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, module_version
+from klein_kv.errors import ArtifactError, BackendError, BuildError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, load_cudart
+from klein_kv.signature import GRAPH_FILES
+from klein_kv.weights import WeightRef
+
+__all__ = ["TrtBackend"]
+
+_log = logging.getLogger(__name__)
+
+
+class TrtBackend:
+    """Runs the engines of one folder on one GPU.
+
+    Args:
+        artifacts: the artifact folder, its manifest checked.
+        manifest: that manifest.
+        engines: folder of the engines; None takes the only one below `artifacts/engines`.
+        device: ordinal of the GPU.
+        cudart: CUDA runtime bindings; None loads cuda-python.
+        trt: TensorRT module; None loads the one that the engines were built with.
+        nvtx: mark every graph as an NVTX range (needs the nvtx package).
+
+    Raises:
+        ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
+        BuildError: they were built by another TensorRT, or for another GPU.
+        BackendError: no GPU, or a library is missing.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        artifacts: Path,
+        manifest: Manifest,
+        *,
+        engines: Path | None = None,
+        device: int = 0,
+        cudart: Any = None,
+        trt: Any = None,
+        nvtx: bool = False,
+    ) -> None:
+        self._folder = engines or _only_folder(artifacts)
+        self._engines = EngineManifest.load(self._folder)
+        self._trt = trt or load_module(self._engines.module)
+        self._engines.check_module(self._trt.__name__, module_version(self._trt))
+        for graph, record in self._engines.engines.items():
+            if record.onnx_digest != manifest.files[GRAPH_FILES[graph]].digest:
+                raise ArtifactError(
+                    f"{self._folder}: the engine of {graph} was built from another export; build "
+                    "it again with `klein-kv build`"
+                )
+        self._artifacts = artifacts
+        self._memory = CudaMemory(cudart or load_cudart(), device)
+        self._engines.check_device(self._memory.compute_capability)
+        self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
+        self._weights: dict[WeightRef, DeviceBuffer] = {}
+        self._loaded: dict[str, _Engine] = {}
+        self._range = _nvtx_range() if nvtx else contextlib.nullcontext
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        engine = self._loaded.get(graph) or self._load(graph)
+        with self._range(graph):
+            return engine.run(inputs)
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        return self._memory.upload(array)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        return self._memory.download(buffer)
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
+        view: Buffer = buffer.view(shape)
+        return view
+
+    def release(self, graph: str) -> None:
+        engine = self._loaded.pop(graph, None)
+        if engine is None:
+            return
+        engine.save_cache()
+        del engine
+        # Weights that no loaded engine binds any more go too.
+        bound = [other.weight_refs for other in self._loaded.values()]
+        kept = {ref for refs in bound for ref in refs.values()}
+        for ref in [ref for ref in self._weights if ref not in kept]:
+            del self._weights[ref]
+        self._memory.trim()
+
+    def close(self) -> None:
+        """Saves the kernels compiled so far and frees all device memory."""
+        for graph in list(self._loaded):
+            self.release(graph)
+        self._memory.close()
+
+    def _load(self, graph: str) -> "_Engine":
+        record = self._engines.record(graph)
+        blob = self._engines.read_engine(self._folder, graph)
+        refs = record.weight_refs(self._artifacts)
+        self._weights |= self._memory.upload_weights(
+            [ref for ref in refs.values() if ref not in self._weights]
+        )
+        engine = self._runtime.deserialize_cuda_engine(blob)
+        if engine is None:
+            raise BuildError(
+                f"{self._trt.__name__} refuses {graph} of {self._folder}; build the engines again "
+                "with `klein-kv build`"
+            )
+        cache = self._folder / f"{graph}.runtime.cache"
+        weights = {name: self._weights[ref] for name, ref in refs.items()}
+        self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
+        self._loaded[graph].weight_refs = refs
+        return self._loaded[graph]
+
+
+def _only_folder(artifacts: Path) -> Path:
+    found = find_engines(artifacts)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ArtifactError(
+            f"expected one folder of engines in {artifacts / 'engines'}, found {names}; name one, "
+            "or build with `klein-kv build`"
+        )
+    return found[0]
+
+
+def _nvtx_range() -> Callable[[str], Any]:
+    try:
+        import nvtx
+    except ImportError as error:
+        raise BackendError(
+            "NVTX ranges need the nvtx package; install it with pip install nvtx"
+        ) from error
+
+    def mark(graph: str) -> Any:
+        return nvtx.annotate(graph, domain="klein_kv")
+
+    return mark
+
+
+class _Engine:
+    """One deserialised engine with its execution context; weights stay bound."""
+
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        record: EngineRecord,
+        weights: dict[str, DeviceBuffer],
+        memory: CudaMemory,
+        cache_file: Path,
+    ) -> None:
+        self.record = record
+        self.weight_refs: dict[str, WeightRef] = {}
+        self._engine = engine
+        self._weights = weights
+        self._memory = memory
+        self._cache_file = cache_file
+        self._cache: Any = None
+        self._context = self._create_context(trt)
+        self._bind_all(weights)
+
+    def _create_context(self, trt: Any) -> Any:
+        """A context with saved kernels, whole-graph capture and specialised kernels, if offered.
+
+        TensorRT-RTX captures the whole execution as a CUDA graph itself and captures anew when
+        shapes or addresses change; in a loop that repeats, `CudaMemory` gives the same addresses.
+        """
+        if not hasattr(trt, "CudaGraphStrategy"):
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        self._cache = config.create_runtime_cache()
+        if self._cache_file.exists() and not self._cache.deserialize(self._cache_file.read_bytes()):
+            _log.info("%s is of another driver; kernels are compiled anew", self._cache_file)
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
+
+    def save_cache(self) -> None:
+        """Writes compiled kernels beside the engine, aside first."""
+        if self._cache is None:
+            return
+        partial = self._cache_file.with_name(f".{self._cache_file.name}.partial-{os.getpid()}")
+        try:
+            partial.write_bytes(bytes(self._cache.serialize()))
+            partial.replace(self._cache_file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            _log.warning("cannot save %s: %s", self._cache_file, error.strerror)
+
+    def _bind_all(self, buffers: Mapping[str, DeviceBuffer]) -> None:
+        for name, buffer in buffers.items():
+            if not self._context.set_tensor_address(name, buffer.pointer):
+                raise BackendError(f"{self.record.graph}: TensorRT refuses an address for {name}")
+
+    def run(self, inputs: Mapping[str, DeviceBuffer]) -> dict[str, DeviceBuffer]:
+        """Enqueues one execution; outputs are valid in stream order."""
+        context, graph, stream = self._context, self.record.graph, self._memory.stream
+        profile = self.record.profile_for({name: buffer.shape for name, buffer in inputs.items()})
+        if profile != context.active_optimization_profile:
+            if not context.set_optimization_profile_async(profile, stream):
+                raise BackendError(f"{graph}: TensorRT refuses profile {profile}")
+            self._bind_all(self._weights)
+        for name, buffer in inputs.items():
+            if not context.set_input_shape(name, buffer.shape):
+                raise BackendError(f"{graph}: TensorRT refuses shape {buffer.shape} for {name}")
+        outputs = {
+            output.name: self._memory.allocate(
+                tuple(context.get_tensor_shape(output.name)), output.dtype
+            )
+            for output in self.record.outputs
+        }
+        self._bind_all(inputs)
+        self._bind_all(outputs)
+        if not context.execute_async_v3(stream):
+            raise BackendError(f"{graph}: TensorRT could not run the engine")
+        return outputs

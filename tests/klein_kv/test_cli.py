@@ -1,0 +1,184 @@
+"""The command line, in the process of the test: exit codes, one line per failure, JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from klein_kv.cli import main
+from klein_kv.runtime.metadata import read_metadata
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_generate_writes_an_image_with_its_parameters(capsys, tiny_artifacts, tmp_path):
+    references = [picture(tmp_path / "a.png", 130, 170), picture(tmp_path / "b.png", 200, 128, 1)]
+    out = tmp_path / "out.png"
+    code, text, _ = run(
+        capsys, "generate", tiny_artifacts, "-p", "a kite, 凧", "-r", references[0],
+        "-r", references[1], "-o", out, "--steps", 2, "--seed", 5, "--json",
+    )  # fmt: skip
+    assert code == 0
+    value = json.loads(text)
+    assert value["images"] == [str(out)]
+    with Image.open(out) as image:
+        assert image.size == (128, 160)  # the first reference's, cropped to multiples of 16
+        assert image.text["parameters"].startswith("a kite, 凧\nSteps: 2, Sampler: Euler, Seed: 5")
+    facts = read_metadata(out)
+    assert facts is not None
+    assert (facts["seed"], facts["steps"], facts["references"]) == (5, 2, 2)
+
+
+def test_generate_repeats_itself_by_seed(capsys, tiny_artifacts, tmp_path):
+    def pixels(name: str, seed: int) -> bytes:
+        out = tmp_path / name
+        size = ("--height", 128, "--width", 144, "--steps", 1)
+        argv = ("generate", tiny_artifacts, "-p", "x", "-o", out, "--seed", seed, *size)
+        assert run(capsys, *argv)[0] == 0
+        with Image.open(out) as image:
+            return image.tobytes()
+
+    assert pixels("a.png", 1) == pixels("b.png", 1)
+    assert pixels("a.png", 1) != pixels("c.png", 2)
+
+
+def test_several_images_are_numbered_and_metadata_can_be_left_out(capsys, tiny_artifacts, tmp_path):
+    code, text, _ = run(
+        capsys, "generate", tiny_artifacts, "-p", "x", "-o", tmp_path / "k.png", "--height", 128,
+        "--width", 128, "--steps", 1, "--num-images", 2, "--no-metadata",
+    )  # fmt: skip
+    assert code == 0
+    paths = [tmp_path / "k-1.png", tmp_path / "k-2.png"]
+    assert text.split() == [str(path) for path in paths]
+    assert [read_metadata(path) for path in paths] == [None, None]
+
+
+def test_verify_passes_on_what_was_exported(capsys, tiny_artifacts, tiny_checkpoint):
+    code, text, _ = run(capsys, "verify", tiny_artifacts, tiny_checkpoint, "--json")
+    value = json.loads(text)
+    assert code == 0
+    assert value["ok"]
+    names = [row["name"] for row in value["rows"]]
+    assert "first_step, k_ref and v_ref" in names
+    assert "end to end, 2 references, pixels" in names
+
+
+def test_verify_fails_on_another_checkpoint(capsys, tiny_artifacts, tmp_path):
+    other = tmp_path / "other"
+    assert run(capsys, "fixture", other, "--seed", 99)[0] == 0
+    code, text, _ = run(capsys, "verify", tiny_artifacts, other)
+    assert code == 1
+    assert "parity does NOT hold" in text
+
+
+def test_inspect_lists_every_graph(capsys, tiny_artifacts):
+    code, text, _ = run(capsys, "inspect", tiny_artifacts, "--json")
+    value = json.loads(text)
+    assert code == 0
+    assert set(value["graphs"]) == {
+        "text_encoder", "vae_encoder", "vae_decoder",
+        "encode_references", "first_step", "cached_step",
+    }  # fmt: skip
+    assert run(capsys, "inspect", tiny_artifacts)[1].count("k_ref.0 ... v_ref.") == 3
+
+
+def test_doctor_tells_versions_and_readiness(capsys):
+    code, text, _ = run(capsys, "doctor", "--json")
+    value = json.loads(text)
+    assert code == 0
+    assert value["ready"]
+    assert value["packages"]["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("-p", " "), "the prompt is empty"),
+        (("-p", "x", "--height", "500"), "height is 500, expected a multiple of 16"),
+        (("-p", "x", "--width", "112"), "width is 112, expected a multiple of 16 from 128 to 2048"),
+        (("-p", "x", "--height", "2064"), "height is 2064"),
+        (("-p", "x", "--steps", "0"), "num_inference_steps is 0, expected 1 to 50"),
+        (("-p", "x", "--seed", "-1"), "seed is -1"),
+        (("-p", "x", "--num-images", "0"), "num_images_per_prompt is 0"),
+        (("-p", "x", "--backend", "abacus"), "backend is 'abacus'"),
+        (("-p", "x", "--threads", "0"), "threads is 0"),
+        (("-p", "x", "-r", "{tmp}/none.png"), "does not exist"),
+        (("-p", "x", "-r", "{tmp}/small.png"), "63x200"),
+        (("-p", "x", "-r", "{tmp}/wide.png"), "8:1"),
+        (("-p", "x", "-r", "{tmp}/cut.png"), "cut short"),
+        (("-p", "x", "-r", "{tmp}/bomb.png"), "too large"),
+        (("-p", "x", "-r", "{tmp}/text.png"), "not an image"),
+        (("-p", "x", "-o", "{tmp}/out.jpg"), "ends in .png"),
+        (("-p", "x", "-o", "{tmp}/nowhere/out.png"), "does not exist"),
+    ],
+)
+def test_bad_requests_are_one_line(capsys, tiny_artifacts, tmp_path, argv, message):
+    picture(tmp_path / "small.png", 63, 200)
+    picture(tmp_path / "wide.png", 1000, 100)
+    whole = picture(tmp_path / "whole.png", 128, 128).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no image")
+    if any("bomb" in arg for arg in argv):
+        Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    out = () if "-o" in argv else ("-o", tmp_path / "out.png")
+    argv = [arg.replace("{tmp}", str(tmp_path)) for arg in argv]
+    code, text, errors = run(capsys, "generate", tiny_artifacts, *argv, *out)
+    assert code == 1
+    assert text == ""
+    assert message in errors
+    lines = [line for line in errors.splitlines() if line.startswith("klein-kv generate: error:")]
+    assert len(lines) == 1
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_checkpoint_in_place_of_artifacts_is_told_apart(capsys, tiny_checkpoint):
+    code, _, errors = run(capsys, "generate", tiny_checkpoint, "-p", "x")
+    assert code == 1
+    assert "export it first" in errors
+
+
+def test_wrong_usage_exits_with_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "a", "b", "--text-layers", "nine"])
+    assert caught.value.code == 2
+
+
+def test_interrupt_is_no_traceback(capsys, monkeypatch, tiny_artifacts):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("klein_kv.inspection.Manifest.load", interrupted)
+    code, _, errors = run(capsys, "inspect", tiny_artifacts)
+    assert (code, errors.strip()) == (130, "klein-kv inspect: interrupted")
+
+
+def test_absent_library_names_its_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "klein_kv.export.exporter", None)
+    code, _, errors = run(capsys, "export", tmp_path, tmp_path / "out")
+    assert code == 1
+    assert "pip install 'klein-kv[export]'" in errors
+
+
+def test_console_script_is_installed():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("klein-kv"), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("klein-kv ")
