@@ -48,7 +48,8 @@ class _Encoder(_Statistics):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         mean, std = self.mean_std()
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255 * 2 - 1
+        # TensorRT does nothing but cast uint8: the cast comes first here, and last in the decoder.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
         # The mode of the latent distribution is its mean, the first half of the moments. Asking the
         # distribution for it exports torch.chunk as a sequence, which TensorRT does not parse.
         moments = self.vae._encode(pixels.to(mean.dtype))
@@ -70,8 +71,8 @@ class _Decoder(_Statistics):
         z = z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
         z = z.reshape(b, c // 4, 2 * h, 2 * w)
         sample = (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
-        pixels = (sample.to(torch.float32) * 255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1), sample
+        pixels = (sample.to(torch.float32) * 255).round().permute(0, 2, 3, 1)
+        return pixels.to(torch.uint8), sample
 
 
 def _build(config: Mapping[str, Any], dtype: str) -> AutoencoderKLFlux2:

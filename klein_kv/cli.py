@@ -87,16 +87,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=DTYPES, help="default fp32; 9b-shapes bf16")
 
     sub = verb("export", _export, "Turn a checkpoint into ONNX graphs.")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
+    )
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
+    sub.add_argument("--revision", help="Hugging Face: branch, tag or commit")
     sub.add_argument("--dtype", choices=DTYPES, help="default: the transformer's own")
-    sub.add_argument("--variant", choices=("kv",), default="kv", help="kind of weights")
+    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
     sub.add_argument(
         "--text-layers",
         type=_layers,
         metavar="I,J,...",
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
+
+    sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--target", help="rtx5090, rtx4090, ... or smNN (default: the recipe's)")
+    sub.add_argument("--recipe", help="name or .toml file of sizes to build for")
+    sub.add_argument("--weights", choices=("shared", "embedded"), help="default: the recipe's")
+    sub.add_argument("--graph", action="append", metavar="GRAPH", help="only this one (repeatable)")
+    sub.add_argument("--backend", default="auto", help="tensorrt_rtx or tensorrt")
+    sub.add_argument("--force", action="store_true", help="build even what has not changed")
 
     sub = verb("generate", _generate, "Make an image from a prompt and reference images.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
@@ -117,8 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     sub.add_argument("--threads", type=int, help="CPU threads")
 
-    sub = verb("inspect", _inspect, "Show what an artifact folder holds, and check its files.")
-    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub = verb("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
+    sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]")
+    sub.add_argument("--gpu", help="engines: price the kernel plans for this GPU")
+    sub.add_argument("--html", type=Path, metavar="PAGE", help="engines: write one page of plans")
+    sub.add_argument("--compare", type=Path, metavar="ENGINES", help="engines: a second build")
+    sub.add_argument(
+        "--polygraphy", action="store_true", help="print commands that compare a graph's outputs"
+    )
 
     verb("doctor", _doctor, "Show versions, devices, and what is missing.")
     return parser
@@ -149,6 +170,8 @@ def _export(args: argparse.Namespace) -> Result:
     done = export_checkpoint(
         args.checkpoint,
         args.artifacts,
+        base=args.base,
+        revision=args.revision,
         variant=args.variant,
         dtype=DTYPES[args.dtype] if args.dtype else None,
         text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
@@ -253,10 +276,56 @@ def _verify(args: argparse.Namespace) -> Result:
     return value, "\n".join(lines), 0 if good else 1
 
 
-def _inspect(args: argparse.Namespace) -> Result:
-    from klein_kv.inspection import inspect_artifacts
+def _build(args: argparse.Namespace) -> Result:
+    from klein_kv.engines.build import build_artifacts
 
-    value, text = inspect_artifacts(args.artifacts)
+    records = build_artifacts(
+        args.artifacts,
+        target=args.target,
+        recipe=args.recipe,
+        weights=args.weights,
+        graphs=args.graph,
+        module=args.backend,
+        force=args.force,
+    )
+    value = {
+        "engines": [
+            {
+                "graph": record.graph,
+                "file": record.file,
+                "bytes": record.bytes,
+                "seconds": round(record.seconds, 3),
+                "scratch_bytes": record.scratch_bytes,
+                "peak_rss": record.peak_rss,
+                "weights": "shared" if record.weights else "embedded",
+            }
+            for record in records
+        ]
+    }
+    lines = [
+        f"{r.graph:18} {r.bytes / 1e6:8.2f} MB {r.seconds:7.1f} s "
+        f"{r.scratch_bytes / 1e9:6.2f} GB scratch"
+        for r in records
+    ]
+    return value, "\n".join(lines), 0
+
+
+def _inspect(args: argparse.Namespace) -> Result:
+    from klein_kv.inspection import inspect_artifacts, polygraphy_commands
+
+    if (args.folder / "engine.json").exists():
+        from klein_kv.engines.inspection import inspect_engines
+
+        value, text = inspect_engines(args.folder, args.gpu, args.html, args.compare)
+        return value, text, 0
+    if args.gpu or args.html or args.compare:
+        raise RequestError(
+            f"{args.folder} holds no engines; expected a folder below ARTIFACTS/engines"
+        )
+    if args.polygraphy:
+        value, text = polygraphy_commands(args.folder)
+        return value, text, 0
+    value, text = inspect_artifacts(args.folder)
     return value, text, 0
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from klein_kv import __version__
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.signature import GRAPH_FILES, TensorSpec, make_signature
 
-__all__ = ["examine_machine", "inspect_artifacts"]
+__all__ = ["examine_machine", "inspect_artifacts", "polygraphy_commands"]
 
 # Distribution, what it is for, and the extra that brings it.
 _DISTRIBUTIONS = (
@@ -79,6 +80,32 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
     }
     return value, "\n".join(lines)
+
+
+def polygraphy_commands(folder: Path) -> tuple[dict[str, Any], str]:
+    """Commands that compare each graph between ONNX Runtime and TensorRT, for debugging.
+
+    Polygraphy is no part of the runtime: it lets engine files bring host code.
+
+    Raises:
+        ArtifactError: the folder is not whole.
+    """
+    manifest = Manifest.load(folder)
+    sizes = {"batch": 1, "image_tokens": 256, "ref_tokens": 256, "text_tokens": 64}
+    unit = manifest.config.vae.multiple_of
+    sizes |= {"grid_height": 16, "grid_width": 16, "height": 16 * unit, "width": 16 * unit}
+    commands = {}
+    for graph, file in GRAPH_FILES.items():
+        signature = make_signature(graph, manifest.config, manifest.dtype)
+        shapes = " ".join(
+            f"{spec.name}:[{','.join(str(axis) for axis in spec.concrete(sizes))}]"
+            for spec in signature.inputs
+        )
+        commands[graph] = (
+            f"polygraphy run {shlex.quote(str(folder / file))} --onnxrt --trt "
+            f"--input-shapes {shapes}"
+        )
+    return {"commands": commands}, "\n\n".join(commands.values())
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:

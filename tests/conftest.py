@@ -1,22 +1,164 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use. What they return is shared: read it only."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from tests.tolerances import MEASURED, TOLERANCES
+
+if TYPE_CHECKING:
+    from diffusers import Flux2KleinKVPipeline
+
+    from klein_kv import KleinKVPipeline
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--measured", action="store_true", help="print the largest error of each tolerance entry"
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if not config.getoption("measured"):
+        return
+    terminalreporter.section("measured errors")
+    for key, value in sorted(MEASURED.items()):
+        graph, precision = key
+        terminalreporter.write_line(
+            f"{graph:32} {precision:10} {value:9.3g}  (allowed {TOLERANCES[key].bound:g}, "
+            f"recorded {TOLERANCES[key].measured:g})"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Keep torch from starting one thread per core: the models are tiny."""
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """The models are tiny: threads that wait for each other only suffer from what else runs."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint of size `tiny`, seed 0, float32. Shared: read it only."""
+    """A random checkpoint of size `tiny`, seed 0, float32."""
     from klein_kv.export.fixture import make_fixture
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     make_fixture(folder, "tiny", seed=0)
     return folder
+
+
+def _export(checkpoint: Path, dtype: str) -> Path:
+    from klein_kv.export.exporter import export_checkpoint
+
+    return export_checkpoint(
+        checkpoint, checkpoint.with_name(f"tiny-{dtype}"), dtype=dtype
+    ).artifacts
+
+
+@pytest.fixture(scope="session")
+def tiny_artifacts(tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint, exported in float32 (which takes about ten seconds)."""
+    return _export(tiny_checkpoint, "float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_artifacts(tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint, exported in float16."""
+    return _export(tiny_checkpoint, "float16")
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16_artifacts(tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint, exported in bfloat16."""
+    return _export(tiny_checkpoint, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def tiny_ours(tiny_artifacts: Path) -> "KleinKVPipeline":
+    """Our pipeline on the tiny checkpoint, float32."""
+    return load_ours(tiny_artifacts)
+
+
+@pytest.fixture(scope="session")
+def tiny_theirs(tiny_checkpoint: Path) -> "Flux2KleinKVPipeline":
+    """diffusers' pipeline on the tiny checkpoint, float32."""
+    from tests.checkpoints import load_diffusers
+
+    return load_diffusers(tiny_checkpoint)
+
+
+def load_ours(artifacts: Path) -> "KleinKVPipeline":
+    """Our pipeline, on one thread, without its progress bar, and computing everything anew."""
+    from klein_kv import KleinKVPipeline
+
+    pipeline = KleinKVPipeline.from_pretrained(
+        artifacts, threads=1, reference_cache_bytes=0, prompt_cache_bytes=0
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of `tests.checkpoints`, exported, and loaded by both pipelines.
+
+    Attributes:
+        checkpoint: as diffusers saved it.
+        artifacts: exported in float32.
+        ours: our pipeline.
+        theirs: diffusers' pipeline.
+        text_layers: hidden states that the text comes from.
+        unit: pixels per token and side.
+    """
+
+    checkpoint: Path
+    artifacts: Path
+    ours: "KleinKVPipeline"
+    theirs: "Flux2KleinKVPipeline"
+    text_layers: tuple[int, ...]
+    unit: int
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Models of `tests.checkpoints.MODELS` by name, each built when first asked for."""
+    from klein_kv.export.exporter import export_checkpoint
+    from tests.checkpoints import MODELS, load_diffusers, save_checkpoint
+
+    built: dict[str, Model] = {}
+
+    def get(name: str) -> Model:
+        if name not in built:
+            folder, architecture = tmp_path_factory.mktemp(name), MODELS[name]
+            checkpoint, artifacts = folder / "checkpoint", folder / "artifacts"
+            save_checkpoint(checkpoint, architecture, seed=sorted(MODELS).index(name))
+            export_checkpoint(checkpoint, artifacts, text_layers=architecture.text_layers)
+            built[name] = Model(
+                checkpoint,
+                artifacts,
+                load_ours(artifacts),
+                load_diffusers(checkpoint),
+                architecture.text_layers,
+                architecture.unit,
+            )
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., Image.Image]:
+    """Makes a smooth random picture: `picture(width, height, seed)`."""
+
+    def make(width: int, height: int, seed: int = 0) -> Image.Image:
+        coarse: Any = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return make

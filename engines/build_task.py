@@ -1,0 +1,127 @@
+"""What a build has to do: which graphs, from which inputs, under which key."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from klein_kv.config import DTYPES
+from klein_kv.digest import file_digest
+from klein_kv.engines.graph_rewrite import Graph, read_graph
+from klein_kv.engines.manifest import EngineManifest
+from klein_kv.engines.profiles import EngineProfile, engine_profiles
+from klein_kv.engines.recipe import Recipe
+from klein_kv.errors import ArtifactError, BuildError, RequestError
+from klein_kv.manifest import Manifest
+from klein_kv.signature import GRAPH_FILES, make_signature
+
+__all__ = ["BuildTask", "artifact_precision", "chosen_graphs", "engine_key", "make_task"]
+
+_ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
+_NEEDS_REFERENCES = ("vae_encoder", "encode_references", "first_step")
+
+_BUILDER_VERSION = 1
+"""Raise it when the same inputs are to be built differently: engines are then built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTask:
+    """One graph to build, everything about it decided."""
+
+    graph: str
+    source: Graph
+    profiles: list[EngineProfile]
+    onnx_digest: str
+    key: str
+
+
+def engine_key(parts: dict[str, Any]) -> str:
+    """Digest of everything that an engine depends on; equal keys need no new build."""
+    text = json.dumps({"builder": _BUILDER_VERSION, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
+    """The precision that the artifacts hold, "bf16" or "fp16".
+
+    Raises:
+        BuildError: they are fp32, or the recipe is for another precision.
+    """
+    held = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
+    if held == "fp32":
+        raise BuildError(
+            "the artifacts are fp32, expected bf16 or fp16: TensorRT has no fused attention in "
+            "fp32, and fp32 graphs use an operator of ONNX Runtime; export with --dtype bf16"
+        )
+    if recipe.precision not in (None, held):
+        raise BuildError(
+            f"recipe {recipe.name} is for {recipe.precision}, the artifacts are {held}; export "
+            f"with --dtype {recipe.precision}, or choose another recipe"
+        )
+    return held
+
+
+def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe) -> list[str]:
+    """The graphs to build, in the order of `GRAPH_FILES`; None are all that the recipe can use.
+
+    Raises:
+        RequestError: an unknown graph.
+    """
+    unknown = [graph for graph in graphs or () if graph not in GRAPH_FILES]
+    if unknown:
+        raise RequestError(
+            f"unknown graph {unknown[0]!r}, expected some of {', '.join(GRAPH_FILES)}"
+        )
+    if graphs is not None:
+        return [graph for graph in GRAPH_FILES if graph in graphs]
+    references = any(profile.references.max for profile in recipe.profiles)
+    return [graph for graph in GRAPH_FILES if references or graph not in _NEEDS_REFERENCES]
+
+
+def make_task(
+    artifacts: Path, manifest: Manifest, graph: str, recipe: Recipe, engines: EngineManifest
+) -> BuildTask:
+    """Reads and checks one graph and settles how it is built.
+
+    Raises:
+        ArtifactError: the graph is not the exported one, or its weights are not whole.
+        BuildError: the recipe has no sizes for it.
+    """
+    file = GRAPH_FILES[graph]
+    if file not in manifest.files:
+        raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
+    path = artifacts / file
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); export again") from error
+    if digest != manifest.files[file].digest:
+        raise ArtifactError(
+            f"{path} is not the graph that klein.json describes: got {digest}, expected "
+            f"{manifest.files[file].digest}; export the checkpoint again"
+        )
+    shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
+    signature = make_signature(graph, manifest.config, manifest.dtype)
+    source = read_graph(path, signature, shared)
+    profiles = engine_profiles(signature, recipe, manifest.config)
+    parts = {
+        "onnx": digest,
+        "module": engines.module,
+        "version": engines.version,
+        "sm": engines.sm,
+        "shared": shared,
+        "profiles": [asdict(profile) for profile in profiles],
+        # Weights of inputs may change without a new engine; embedded ones are part of it.
+        "weights": [] if shared else _weight_digests(artifacts, manifest, source),
+    }
+    return BuildTask(graph, source, profiles, digest, engine_key(parts))
+
+
+def _weight_digests(artifacts: Path, manifest: Manifest, graph: Graph) -> list[str]:
+    files = {ref.path.relative_to(artifacts).as_posix() for ref in graph.weights.values()}
+    missing = sorted(files - set(manifest.files))
+    if missing:
+        raise ArtifactError(f"{artifacts}: klein.json lists no {missing[0]}; export again")
+    return [f"{name} {manifest.files[name].digest}" for name in sorted(files)]

@@ -1,0 +1,239 @@
+"""One graph to one serialized engine."""
+
+import contextlib
+import logging
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from klein_kv.engines.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
+from klein_kv.engines.manifest import TensorInfo
+from klein_kv.engines.profiles import EngineProfile
+from klein_kv.engines.progress import make_monitor
+from klein_kv.engines.targets import Target, compute_capability
+from klein_kv.engines.trt_module import BuildLog, make_logger
+from klein_kv.errors import BackendError, BuildError, CapacityError
+
+__all__ = ["EMBEDDED_FACTOR", "BuiltEngine", "build_engine", "peak_rss"]
+
+_log = logging.getLogger(__name__)
+
+EMBEDDED_FACTOR = 3.1
+"""Peak memory of a build with embedded weights, in weight bytes (measured, TensorRT-RTX 1.7.1)."""
+
+_BASE_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """What a build made.
+
+    Attributes:
+        plan: the serialized engine; a buffer that the library owns.
+        inputs: inputs that a caller feeds, without the weights.
+        outputs: outputs.
+        layers: kernel plan lines per optimization profile.
+        scratch_bytes: activation memory, the largest of all profiles.
+        seconds: wall time of parsing and building.
+        peak_rss: peak resident memory of this process so far, bytes.
+        peak_rss_delta: by how much this build raised it.
+    """
+
+    plan: Any
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    layers: list[list[str]]
+    scratch_bytes: int
+    seconds: float
+    peak_rss: int
+    peak_rss_delta: int
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def build_engine(
+    trt: Any,
+    name: str,
+    graph: Graph,
+    profiles: Sequence[EngineProfile],
+    target: Target,
+    progress: bool | None = None,
+) -> BuiltEngine:
+    """Builds one engine.
+
+    Args:
+        trt: the module that `trt_module.load_module` gave.
+        name: the graph's name, for messages.
+        graph: what `graph_rewrite.read_graph` gave.
+        profiles: at least one.
+        target: what to build for.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        BuildError: TensorRT does not know the target, or refuses the graph.
+        BackendError: TensorRT cannot start.
+        CapacityError: not enough memory for embedded weights.
+        KeyboardInterrupt: the user stopped the build; TensorRT is left in order.
+    """
+    if not graph.shared:
+        _check_memory(name, graph.weight_bytes)
+    start, before = time.perf_counter(), peak_rss()
+    log = BuildLog()
+    capability = compute_capability(trt, target)
+    try:
+        builder = trt.Builder(make_logger(trt, log))
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"{trt.__name__} cannot start: {_reason(log) or error}") from error
+    network = _parse(trt, builder, name, graph, log)
+    _allow_unfused(trt, network, name.startswith("vae_"))
+    inputs, outputs = _tensors(trt, network, graph)
+    config = _configure(trt, builder, profiles, capability, target)
+    with make_monitor(trt, name, progress) as monitor, _interruptible() as stopped:
+        monitor.stopped = stopped
+        config.progress_monitor = monitor.trt_monitor
+        plan = builder.build_serialized_network(network, config)
+    if stopped.is_set():
+        raise KeyboardInterrupt
+    if plan is None:
+        raise BuildError(
+            f"{name}: {trt.__name__} {trt.__version__} cannot build this graph for {target.name}: "
+            f"{_reason(log) or 'it gave no reason'}"
+        )
+    peak = peak_rss()
+    return BuiltEngine(
+        plan=plan,
+        inputs=inputs,
+        outputs=outputs,
+        layers=log.layers,
+        scratch_bytes=max(log.scratch_bytes, default=0),
+        seconds=time.perf_counter() - start,
+        peak_rss=peak,
+        peak_rss_delta=peak - before,
+    )
+
+
+def _check_memory(name: str, weight_bytes: int) -> None:
+    needed = int(weight_bytes * EMBEDDED_FACTOR) + _BASE_MEMORY
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise CapacityError(
+            f"{name}: embedding {weight_bytes / 1e9:.1f} GB of weights needs about "
+            f"{needed / 1e9:.0f} GB of memory ({EMBEDDED_FACTOR} times the weights), "
+            f"{available / 1e9:.1f} GB are available; build with shared weights, which needs less "
+            "than 2 GB, or on a larger machine"
+        )
+
+
+def _parse(trt: Any, builder: Any, name: str, graph: Graph, log: BuildLog) -> Any:
+    flag = trt.NetworkDefinitionCreationFlag
+    # TensorRT 11 and TensorRT-RTX are always strongly typed; the flag may go.
+    flags = 1 << int(flag.STRONGLY_TYPED) if hasattr(flag, "STRONGLY_TYPED") else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, builder.logger)
+    # The path tells where external data lies.
+    if not parser.parse(graph.model, path=str(graph.path)):
+        reasons = [_parser_reason(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise BuildError(
+            f"{name}: {trt.__name__} {trt.__version__} cannot read {graph.path.name}: "
+            f"{'; '.join(reasons) or _reason(log)}"
+        )
+    return network
+
+
+def _parser_reason(error: Any) -> str:
+    return f"{error.node_operator()} {error.node_name()}: {error.desc().strip()}"[:400]
+
+
+def _allow_unfused(trt: Any, network: Any, everywhere: bool) -> None:
+    """Lets TensorRT decompose attention that it has no kernel for.
+
+    A fused kernel is used wherever there is one. In the transformers there must be one, since
+    unfused attention holds all scores in memory: there the build fails otherwise. The VAE has one
+    small attention, for which TensorRT-RTX lacks a kernel at some sizes.
+    """
+    if not hasattr(trt, "IAttentionInputLayer"):
+        return
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            if everywhere or layer.get_input(0).shape[-1] > MAX_FUSED_HEAD_DIM:
+                layer.attention.decomposable = True
+
+
+def _tensors(
+    trt: Any, network: Any, graph: Graph
+) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    names = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.INT64: "int64",
+        trt.DataType.UINT8: "uint8",
+    }
+
+    def info(tensor: Any) -> TensorInfo:
+        return TensorInfo(tensor.name, names[tensor.dtype], tuple(tensor.shape))
+
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    outputs = (network.get_output(i) for i in range(network.num_outputs))
+    return (
+        tuple(info(tensor) for tensor in inputs if tensor.name not in graph.weights),
+        tuple(info(tensor) for tensor in outputs),
+    )
+
+
+def _configure(
+    trt: Any, builder: Any, profiles: Sequence[EngineProfile], capability: Any, target: Target
+) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if capability is not None:
+        config.num_compute_capabilities = 1
+        if not config.set_compute_capability(capability, 0):
+            raise BuildError(
+                f"target {target.name}: {trt.__name__} {trt.__version__} refuses compute "
+                f"capability {target.sm / 10:.1f}"
+            )
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for tensor, (low, typical, high) in profile.shapes.items():
+            shapes.set_shape(tensor, low, typical, high)
+        if config.add_optimization_profile(shapes) < 0:
+            raise BuildError(
+                f"profile {profile.name}: TensorRT refuses the shapes {profile.shapes}"
+            )
+    return config
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets.
+
+    The build runs in native code, where an exception from a callback would end the process; the
+    progress monitor asks the event instead and stops the build.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _reason(log: BuildLog) -> str:
+    return " | ".join(message.strip() for message in log.errors[:2])[:600]

@@ -1,0 +1,245 @@
+"""The kernel plan of an engine: what the builder says it will launch, kernel by kernel.
+
+With `ProfilingVerbosity.DETAILED` the builder logs "Engine Layer Information", one line per kernel
+with every operand's dimensions, strides and type. Without a GPU it is the only look into an engine
+(reading a serialized one needs a device), and it is enough to price a plan: see `plan_cost`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+from klein_kv.errors import ArtifactError, BuildError
+
+__all__ = ["FORMAT", "Kernel", "KernelPlan", "Operand", "parse_line"]
+
+FORMAT = "klein-kv kernel plan 1"
+
+ITEM_BITS = {
+    "Float": 32,
+    "Half": 16,
+    "BFloat16": 16,
+    "Int64": 64,
+    "Int32": 32,
+    "UInt8": 8,
+    "Int8": 8,
+    "Bool": 8,
+    "FP8": 8,
+    "E8M0": 8,
+    "FP4": 4,
+    "Int4": 4,
+}
+"""Bits per element of the types that TensorRT names in its log."""
+
+# The builder's stream synchronisation and shape arithmetic on the host: no work for the GPU.
+_NO_KERNEL = ("signal", "wait", "shape_call")
+
+_FIELDS = (
+    ("Inputs: ", ", Constants: "),
+    ("Constants: ", ", Outputs: "),
+    ("Outputs: ", ", TacticName: "),
+)
+_OPERAND = re.compile(
+    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], "
+    r"Strides: \[(?P<strides>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)"
+)
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor that a kernel reads or writes; -1 marks an axis unknown at build."""
+
+    name: str
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+    @property
+    def known(self) -> bool:
+        """Whether every dimension is a number."""
+        return all(dim >= 0 for dim in self.dims)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return prod(self.dims)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements; a type without a size in the table counts as two bytes."""
+        return self.elements * ITEM_BITS.get(self.dtype, 16) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: the builder's name, with a number that makes it unique.
+        kind: the builder's layer type: "gemm", "kgen", "runtime_fusion", "correlation", ...
+        inputs: what it reads; one tensor may appear twice, read through two slices.
+        constants: weights that the engine holds.
+        outputs: what it writes.
+        onnx_layers: names of the ONNX nodes it computes, as far as the builder tells.
+        stream: number of the stream it runs in.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[Operand, ...]
+    constants: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    onnx_layers: tuple[str, ...]
+    stream: int
+
+    @property
+    def operation(self) -> str:
+        """The name without what makes it unique: equal for equal kernels of different blocks."""
+        found = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
+        return found[1] if found else self.name
+
+    @property
+    def block(self) -> str:
+        """The transformer block it belongs to: the scope of its first ONNX node, or ""."""
+        scopes = [name.rpartition("/")[0] for name in self.onnx_layers]
+        return next((scope for scope in scopes if scope), "")
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is a fused attention kernel."""
+        return "gemm_mha" in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """All kernels of one engine, in launch order.
+
+    Attributes:
+        graph: name of the graph.
+        engine: where it came from, for people: target, precision, recipe, library version.
+        kernels: without events and host arithmetic.
+        scratch_bytes: activation memory besides inputs and outputs.
+        weights: names of the inputs that are weights.
+    """
+
+    graph: str
+    engine: str
+    kernels: tuple[Kernel, ...]
+    scratch_bytes: int
+    weights: tuple[str, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether every operand has concrete dimensions: not so for dynamic shapes."""
+        return all(
+            operand.known
+            for kernel in self.kernels
+            for operand in (*kernel.inputs, *kernel.constants, *kernel.outputs)
+        )
+
+    @classmethod
+    def from_lines(
+        cls,
+        graph: str,
+        engine: str,
+        lines: Sequence[str],
+        scratch_bytes: int = 0,
+        weights: Sequence[str] = (),
+    ) -> Self:
+        """Parses the builder's lines.
+
+        Raises:
+            BuildError: a line of another form.
+        """
+        kernels = [parse_line(line) for line in lines]
+        kept = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
+        return cls(graph, engine, kept, scratch_bytes, tuple(weights))
+
+    def to_json(self) -> str:
+        """The content of `*.layers.json`; `load` reads it."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads `*.layers.json`.
+
+        Raises:
+            ArtifactError: missing, or not a kernel plan.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+                raise ArtifactError(f"{path} is not a kernel plan of this klein-kv; build again")
+            kernels = tuple(_kernel_from_json(kernel) for kernel in value["kernels"])
+            return cls(
+                value["graph"],
+                value["engine"],
+                kernels,
+                int(value["scratch_bytes"]),
+                tuple(value["weights"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error!r}; build again") from error
+
+
+def parse_line(line: str) -> Kernel:
+    """One line of "Engine Layer Information".
+
+    Raises:
+        BuildError: the line has another form; TensorRT has changed it.
+    """
+    head = re.match(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: ", line)
+    if head is None:
+        raise BuildError(
+            f"cannot read the builder's kernel plan: expected 'Name: ..., LayerType: ..., "
+            f"Inputs: ...', got {line[:120]!r}"
+        )
+    operands = []
+    for start, end in _FIELDS:
+        _, found, rest = line.partition(start)
+        text, closed, _ = rest.partition(end)
+        operands.append(tuple(_operands(text)) if found and closed else ())
+    stream = re.search(r", StreamId: (\d+)", line)
+    return Kernel(
+        name=head["name"],
+        kind=head["kind"],
+        inputs=operands[0],
+        constants=operands[1],
+        outputs=operands[2],
+        onnx_layers=tuple(_ONNX_LAYER.findall(line.rpartition("Metadata: ")[2])),
+        stream=int(stream[1]) if stream else 0,
+    )
+
+
+def _operands(text: str) -> list[Operand]:
+    return [
+        Operand(found["name"], _ints(found["dims"]), _ints(found["strides"]), found["dtype"])
+        for found in _OPERAND.finditer(text)
+    ]
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",")) if text else ()
+
+
+def _kernel_from_json(value: dict[str, Any]) -> Kernel:
+    def operands(key: str) -> tuple[Operand, ...]:
+        return tuple(
+            Operand(o["name"], tuple(o["dims"]), tuple(o["strides"]), o["dtype"])
+            for o in value[key]
+        )
+
+    return Kernel(
+        value["name"],
+        value["kind"],
+        operands("inputs"),
+        operands("constants"),
+        operands("outputs"),
+        tuple(value["onnx_layers"]),
+        int(value["stream"]),
+    )

@@ -1,0 +1,119 @@
+"""Progress of a TensorRT build: a bar on a terminal, a line per stage otherwise."""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["PhaseTree", "ProgressBar", "make_monitor"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+    inner: float = 0.0  # of the step that is under way
+
+
+class PhaseTree:
+    """Phases within phases, as TensorRT reports them, to one number from 0 to 1."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, _Phase] = {}
+        self._finished = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> bool:
+        """Opens a phase; says whether it is a stage (one level below the build) worth a line."""
+        self._phases[name] = _Phase(parent, max(steps, 1))
+        return parent is not None and self._phases.get(parent, _Phase("", 1)).parent is None
+
+    def step(self, name: str) -> None:
+        """Counts a step of a phase."""
+        if phase := self._phases.get(name):
+            phase.done, phase.inner = phase.done + 1, 0.0
+            self._carry(phase)
+
+    def finish(self, name: str) -> None:
+        """Closes a phase."""
+        phase = self._phases.pop(name, None)
+        if phase is not None and phase.parent is None:
+            self._finished = 1.0
+
+    @property
+    def fraction(self) -> float:
+        """Share of the build that is done; never falls."""
+        return self._finished
+
+    def _carry(self, phase: _Phase) -> None:
+        share = min(phase.done + phase.inner, phase.steps) / phase.steps
+        parent = self._phases.get(phase.parent) if phase.parent else None
+        if parent is not None:
+            parent.inner = max(parent.inner, share)
+            self._carry(parent)
+        elif phase.parent is None:
+            self._finished = max(self._finished, share)
+
+
+@dataclass(slots=True)
+class ProgressBar:
+    """What the builder hands to TensorRT.
+
+    Attributes:
+        trt_monitor: the `IProgressMonitor`.
+        stopped: set this event to stop the build at the next step.
+    """
+
+    trt_monitor: Any
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+@contextlib.contextmanager
+def make_monitor(trt: Any, title: str, show: bool | None) -> Iterator[ProgressBar]:
+    """A progress monitor for one build.
+
+    Args:
+        trt: the TensorRT module.
+        title: what the bar, or each line, begins with.
+        show: a bar or none; None shows one on a terminal.
+    """
+    visible = sys.stderr.isatty() if show is None else show
+    tree = PhaseTree()
+    bar = tqdm(
+        total=100,
+        desc=title,
+        disable=not visible,
+        leave=False,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}",
+    )
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if tree.start(name, parent, steps):
+                bar.set_postfix_str(f" {name}", refresh=False)
+                if not visible:
+                    _log.info("%s: %s", title, name)
+
+        def step_complete(self, name: str, step: int) -> bool:  # noqa: ARG002
+            tree.step(name)
+            bar.update(int(100 * tree.fraction) - bar.n)
+            return not handle.stopped.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            tree.finish(name)
+
+    handle = ProgressBar(Monitor())
+    try:
+        yield handle
+    finally:
+        bar.close()

@@ -1,0 +1,176 @@
+"""What engines are built for: GPUs by name, or compute capabilities as `smNN`."""
+
+import importlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from klein_kv.errors import BackendError, BuildError
+
+__all__ = [
+    "GPUS",
+    "TARGETS",
+    "Gpu",
+    "Target",
+    "compute_capability",
+    "find_target",
+    "local_sm",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Figures that kernel plans are priced with.
+
+    Attributes:
+        name: what people call it.
+        tflops: peak dense tensor throughput with float32 accumulation, 1e12 FLOP/s, by the type
+            of the operands: "bf16", "fp16", "fp8", "fp4". A type that is absent has no figure.
+        bandwidth: memory bandwidth, 1e9 B/s.
+        memory: device memory, 1e9 B.
+    """
+
+    name: str
+    tflops: dict[str, float]
+    bandwidth: float
+    memory: float
+
+    def peak(self, precision: str) -> float | None:
+        """FLOP/s for operands of this type, or None where no figure is known."""
+        value = self.tflops.get(precision)
+        return None if value is None else value * 1e12
+
+
+GPUS = {
+    # NVIDIA's figures for the GeForce RTX 5090 (RTX Blackwell GPU Architecture whitepaper).
+    "rtx5090": Gpu(
+        "GeForce RTX 5090", {"bf16": 209.5, "fp16": 209.5, "fp8": 419.0, "fp4": 1676.0}, 1792, 32
+    ),
+    # Derived from NVIDIA's "1801 AI TOPS" (FP4 with sparsity): dense FP4 is half of it, and FP8 and
+    # BF16 a quarter and an eighth of dense FP4, as on the RTX 5090 (3352 AI TOPS). Memory:
+    # notebookcheck.net, "Nvidia GeForce RTX 5080".
+    "rtx5080": Gpu(
+        "GeForce RTX 5080", {"bf16": 112.6, "fp16": 112.6, "fp8": 225.1, "fp4": 900.5}, 960, 16
+    ),
+    # hmc-tech.com and waredb.com, "GeForce RTX 4090": tensor FP16 and FP8 with FP32 accumulation.
+    "rtx4090": Gpu("GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3}, 1008, 24),
+    # 142 TFLOP/s is the dense FP16 figure with FP16 accumulation (Tom's Hardware's table of the
+    # RTX 3090); with FP32 accumulation GeForce cards run at half of it.
+    "rtx3090": Gpu("GeForce RTX 3090", {"bf16": 71.0, "fp16": 71.0}, 936, 24),
+}
+"""GPUs with figures; other targets build as well and have no price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What one set of engines is built for.
+
+    Attributes:
+        name: how the folder of the engines is called.
+        sm: compute capability without the dot: 120 is 12.0.
+        gpu: figures to price kernel plans with, where known.
+    """
+
+    name: str
+    sm: int
+    gpu: Gpu | None = None
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("rtx5090", 120, GPUS["rtx5090"]),
+        Target("rtx5080", 120, GPUS["rtx5080"]),
+        Target("rtx5070ti", 120),
+        Target("rtx5070", 120),
+        Target("rtx5060ti", 120),
+        # Workstation, Max-Q and server editions have different clocks: no figures.
+        Target("rtx-pro-6000", 120),
+        Target("rtx4090", 89, GPUS["rtx4090"]),
+        Target("rtx4080", 89),
+        Target("rtx4070", 89),
+        Target("l40s", 89),
+        Target("rtx6000-ada", 89),
+        Target("rtx3090", 86, GPUS["rtx3090"]),
+        Target("rtx3080", 86),
+        Target("a6000", 86),
+        Target("a10", 86),
+    )
+}
+"""Targets by name. The compute capabilities: https://developer.nvidia.com/cuda-gpus."""
+
+# The GPU whose figures stand for a bare `smNN`.
+_TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
+
+
+def find_target(name: str) -> Target:
+    """A target by name (`rtx5090`), or by compute capability (`sm120`).
+
+    Raises:
+        BuildError: no such target.
+    """
+    key = name.lower()
+    if key in TARGETS:
+        return TARGETS[key]
+    if found := re.fullmatch(r"sm_?(\d{2,3})", key):
+        sm = int(found[1])
+        typical = _TYPICAL.get(sm)
+        return Target(f"sm{sm}", sm, GPUS[typical] if typical else None)
+    raise BuildError(
+        f"unknown target {name!r}; expected one of {', '.join(TARGETS)}, or a compute capability "
+        "such as sm120"
+    )
+
+
+def compute_capability(trt: Any, target: Target) -> Any | None:
+    """The library's own constant for a target, or None for a library that has none.
+
+    `tensorrt` has none: it builds for the GPU of the machine it runs on.
+
+    Raises:
+        BuildError: the library knows no such compute capability, or builds for another GPU.
+        BackendError: the library needs a GPU to build, and there is none.
+    """
+    if not hasattr(trt, "ComputeCapability"):
+        if (sm := local_sm()) != target.sm:
+            raise BuildError(
+                f"target {target.name} has compute capability {target.sm / 10:.1f}, the GPU of "
+                f"this machine has {sm / 10:.1f}: {trt.__name__} builds for the machine's own GPU; "
+                f"build with --target sm{sm} here, or with tensorrt_rtx, which needs no GPU"
+            )
+        return None
+    known = {
+        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
+    if f"SM{target.sm}" not in known:
+        raise BuildError(
+            f"target {target.name}: {trt.__name__} {trt.__version__} cannot build for compute "
+            f"capability {target.sm / 10:.1f}; it knows {', '.join(sorted(known, key=_number))}"
+        )
+    return known[f"SM{target.sm}"]
+
+
+def local_sm() -> int:
+    """Compute capability of this machine's first GPU, without the dot.
+
+    Raises:
+        BackendError: cuda-python is missing, or there is no usable GPU.
+    """
+    try:
+        cudart = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(
+            "finding this machine's GPU needs cuda-python; install it: "
+            "pip install 'klein-kv[tensorrt]'"
+        ) from error
+    status, properties = cudart.cudaGetDeviceProperties(0)
+    if status != cudart.cudaError_t.cudaSuccess:
+        raise BackendError(
+            f"no usable NVIDIA GPU (CUDA says {status.name}); tensorrt builds on the GPU it builds "
+            "for, tensorrt_rtx builds without one: pip install 'klein-kv[rtx]'"
+        )
+    return int(properties.major) * 10 + int(properties.minor)
+
+
+def _number(name: str) -> int:
+    return int(name[2:])

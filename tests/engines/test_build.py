@@ -1,0 +1,280 @@
+"""The tiny model's graphs to engines. A GPU is not needed, and nothing is deserialised."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from klein_kv.engines import build, builder
+from klein_kv.engines.build import build_artifacts, engine_folder
+from klein_kv.engines.kernel_plan import KernelPlan
+from klein_kv.engines.manifest import EngineManifest
+from klein_kv.engines.plan_cost import price_plan
+from klein_kv.engines.recipe import Recipe
+from klein_kv.engines.targets import GPUS
+from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
+from klein_kv.manifest import MANIFEST, Manifest
+from klein_kv.signature import GRAPH_FILES
+
+pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
+
+SMALL = ["encode_references", "cached_step"]
+RECIPE = Recipe.from_toml(
+    """
+    [[profiles]]
+    name = "tiny"
+    text_tokens = 64
+    output = "256x192"
+    references = 2
+    reference_size = "128x128"
+    """,
+    "tiny",
+)
+
+
+@pytest.fixture
+def artifacts(tiny_bf16_artifacts: Path, tmp_path: Path) -> Path:
+    """The tiny artifacts, hard-linked: engines and damage stay in this test."""
+    folder = tmp_path / "artifacts"
+    shutil.copytree(tiny_bf16_artifacts, folder, copy_function=os.link)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All engines of the tiny model, one shape."""
+    folder = tmp_path_factory.mktemp("built") / "artifacts"
+    shutil.copytree(tiny_bf16_artifacts, folder, copy_function=os.link)
+    build_artifacts(folder, recipe=RECIPE, progress=False)
+    return folder
+
+
+def _folder(artifacts: Path) -> Path:
+    return engine_folder(artifacts, "rtx5090", "bf16", "tiny")
+
+
+def _damage(path: Path, data: bytes) -> None:
+    path.unlink()  # it may be a hard link
+    path.write_bytes(data)
+
+
+def test_all_graphs_build(built: Path) -> None:
+    engines = EngineManifest.load(_folder(built))
+    assert set(engines.engines) == set(GRAPH_FILES)
+    assert (engines.module, engines.sm, engines.precision) == ("tensorrt_rtx", 120, "bf16")
+    for graph, record in engines.engines.items():
+        assert (_folder(built) / record.file).stat().st_size == record.bytes
+        plan = engines.read_engine(_folder(built), graph)
+        packed = not graph.startswith("vae_")
+        assert record.file == f"{graph}.engine{'.zlib' if packed else ''}"
+        assert (len(plan) > record.bytes) if packed else (len(plan) == record.bytes)
+        assert (record.weights == {}) == graph.startswith("vae_")
+        assert record.seconds > 0
+        assert record.scratch_bytes > 0
+        assert record.peak_rss > 0
+    files = {path.name for path in _folder(built).iterdir()}
+    expected = {f"{graph}.layers.json" for graph in GRAPH_FILES} | {"engine.json"}
+    assert files == expected | {record.file for record in engines.engines.values()}
+
+
+def test_transformer_engines_bind_the_same_weights(built: Path) -> None:
+    records = EngineManifest.load(_folder(built)).engines
+    first, cached = records["first_step"].weights, records["cached_step"].weights
+    assert first == cached
+    assert records["encode_references"].weights.items() <= first.items()
+    refs = records["first_step"].weight_refs(built)
+    name = "single_transformer_blocks.0.attn.to_out.weight"
+    assert refs[name].shape == first[name].shape
+    assert [tensor.name for tensor in records["first_step"].outputs][:2] == [
+        "noise_pred",
+        "latents",
+    ]
+
+
+def test_every_attention_is_fused_and_no_weight_is_copied(built: Path) -> None:
+    config = Manifest.load(built, check_files=False).config
+    blocks, layers = config.transformer.num_blocks, config.text_encoder.num_exported_layers
+    # The reference stream of the last block ends at its keys and values.
+    expected = {
+        "cached_step": blocks,
+        "first_step": 2 * blocks - 1,
+        "encode_references": blocks - 1,
+        "text_encoder": layers,
+    }
+    for graph, attentions in expected.items():
+        plan = KernelPlan.load(_folder(built) / f"{graph}.layers.json")
+        cost = price_plan(plan, GPUS["rtx5090"])
+        assert cost.attention_kernels == attentions, graph
+        assert cost.weight_copies == (), graph
+        assert cost.blended_modulations == (), graph
+        assert cost.scratch_bytes > 0
+
+
+def test_unchanged_engines_are_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = EngineManifest.load(_folder(built))
+    _refuse_to_build(monkeypatch)
+    records = build_artifacts(built, recipe=RECIPE)
+    assert {record.graph: record for record in records} == before.engines
+
+
+def _refuse_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(build, "build_engine", fail)
+
+
+def _other_version(_: Any) -> str:
+    return "9.9"
+
+
+@pytest.mark.parametrize("change", ["version", "force", "engine", "layers", "manifest", "weights"])
+def test_changed_inputs_are_built_again(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    graphs = ["encode_references"]
+    build_artifacts(artifacts, recipe=RECIPE, graphs=graphs, progress=False)
+    options: dict[str, Any] = {}
+    if change == "version":
+        monkeypatch.setattr(build, "module_version", _other_version)
+    elif change == "force":
+        options["force"] = True
+    elif change == "weights":
+        options["weights"] = "embedded"
+    else:
+        name = {
+            "engine": "encode_references.engine.zlib",
+            "layers": "encode_references.layers.json",
+            "manifest": "engine.json",
+        }[change]
+        path = _folder(artifacts) / name
+        path.write_bytes(path.read_bytes()[:-9]) if change != "layers" else path.unlink()
+    _refuse_to_build(monkeypatch)
+    with pytest.raises(AssertionError, match="built"):
+        build_artifacts(artifacts, recipe=RECIPE, graphs=graphs, **options)
+
+
+def test_one_graph_more_keeps_the_others(artifacts: Path) -> None:
+    (first,) = build_artifacts(artifacts, recipe=RECIPE, graphs=SMALL[:1], progress=False)
+    both = build_artifacts(artifacts, recipe=RECIPE, graphs=SMALL, progress=False)
+    assert both[0] == first
+    assert set(EngineManifest.load(_folder(artifacts)).engines) == set(SMALL)
+
+
+@pytest.mark.parametrize(("target", "sm"), [("sm86", 86), ("rtx4090", 89), ("sm120", 120)])
+def test_every_target_builds(artifacts: Path, target: str, sm: int) -> None:
+    build_artifacts(artifacts, target, RECIPE, graphs=["cached_step"], progress=False)
+    engines = EngineManifest.load(engine_folder(artifacts, target, "bf16", "tiny"))
+    assert engines.sm == sm
+
+
+def test_dynamic_shapes_and_several_profiles(artifacts: Path) -> None:
+    recipe = Recipe.from_toml(
+        """
+        [[profiles]]
+        name = "edit"
+        text_tokens = 64
+        output = ["128x128", "256x256", "512x256"]
+        references = [0, 1, 4]
+        reference_size = ["64x64", "128x128", "128x128"]
+        [[profiles]]
+        name = "text"
+        text_tokens = 64
+        output = "512x512"
+        references = 0
+        """,
+        "two",
+    )
+    graphs = ["cached_step", "vae_encoder"]
+    encoder, cached = build_artifacts(artifacts, recipe=recipe, graphs=graphs, progress=False)
+    assert [profile.name for profile in cached.profiles] == ["edit", "text"]
+    assert cached.profile_for({"img_ids": (1024, 4)}) == 1
+    assert cached.inputs[0].shape == (-1, -1, 128)
+    assert len(encoder.profiles) == 4
+    path = engine_folder(artifacts, "rtx5090", "bf16", "two") / cached.layers
+    assert not KernelPlan.load(path).known
+
+
+def test_embedded_weights(artifacts: Path) -> None:
+    (record,) = build_artifacts(
+        artifacts, recipe=RECIPE, weights="embedded", graphs=SMALL[:1], progress=False
+    )
+    assert record.weights == {}
+
+
+def test_too_little_memory_or_disk_is_said_before_building(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SimpleNamespace(available=1 << 20)
+    monkeypatch.setattr(builder.psutil, "virtual_memory", lambda: small)
+    with pytest.raises(CapacityError, match=r"needs about .* GB of memory .* shared weights"):
+        build_artifacts(artifacts, recipe=RECIPE, weights="embedded", graphs=SMALL)
+    full = SimpleNamespace(free=1 << 20)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(CapacityError, match=r"needs up to 0.3 GB of disk, 0.0 GB are free"):
+        build_artifacts(artifacts, recipe=RECIPE, graphs=SMALL)
+    assert not (artifacts / "engines").exists()
+
+
+def test_fp32_artifacts_are_refused(artifacts: Path) -> None:
+    path = artifacts / MANIFEST
+    _damage(path, path.read_bytes().replace(b'"dtype": "bfloat16"', b'"dtype": "float32"'))
+    with pytest.raises(BuildError, match="export with --dtype bf16"):
+        build_artifacts(artifacts, recipe=RECIPE)
+
+
+def test_a_graph_that_is_not_ours_is_refused(artifacts: Path) -> None:
+    cached, other = (artifacts / GRAPH_FILES[name] for name in ("cached_step", "first_step"))
+    _damage(cached, other.read_bytes())
+    with pytest.raises(ArtifactError, match=r"is not the graph that klein\.json describes"):
+        build_artifacts(artifacts, recipe=RECIPE, graphs=["cached_step"])
+    manifest = json.loads((artifacts / MANIFEST).read_text())
+    names = [GRAPH_FILES[name] for name in ("cached_step", "first_step")]
+    manifest["files"][names[0]] = manifest["files"][names[1]]
+    _damage(artifacts / MANIFEST, json.dumps(manifest).encode())
+    with pytest.raises(ArtifactError, match="is not the graph 'cached_step' of this klein-kv"):
+        build_artifacts(artifacts, recipe=RECIPE, graphs=["cached_step"])
+    assert not (artifacts / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": "rtx9999"}, BuildError, "unknown target"),
+        ({"target": "sm90"}, BuildError, "cannot build for compute capability 9.0"),
+        ({"recipe": "fast"}, BuildError, "unknown recipe"),
+        ({"weights": "both"}, RequestError, "expected shared or embedded"),
+        ({"graphs": ["unet"]}, RequestError, "unknown graph 'unet'"),
+        ({"module": "openvino"}, RequestError, "module is 'openvino'"),
+    ],
+)
+def test_bad_requests_are_one_clear_error(
+    artifacts: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build_artifacts(artifacts, **{"recipe": RECIPE, **options})
+    assert not (artifacts / "engines").exists()
+
+
+def test_not_an_artifact_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not a klein-kv artifact folder"):
+        build_artifacts(tmp_path)
+
+
+def test_ctrl_c_stops_the_build_and_leaves_nothing_half_written(artifacts: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    timer = threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_artifacts(artifacts, recipe=RECIPE, graphs=["text_encoder"], progress=False)
+    finally:
+        timer.cancel()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not list((artifacts / "engines").glob("**/*.engine*"))
