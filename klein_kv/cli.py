@@ -113,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--backend", default="auto", help="tensorrt_rtx or tensorrt")
     sub.add_argument("--force", action="store_true", help="build even what has not changed")
 
+    sub = verb("plan", _plan, "Tell what fits into a GPU's memory before anything is loaded.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--gpu", default="rtx5090")
+    sub.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH")
+    sub.add_argument("--refs", type=int, help="reference images (default: 0 to 4, a line each)")
+    sub.add_argument("--precision", help="bf16, fp8 or nvfp4 (default: all three)")
+    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--engines", type=Path, help="folder of engines whose scratch counts")
+
     sub = verb("generate", _generate, "Make an image from a prompt and reference images.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("-p", "--prompt", required=True)
@@ -308,6 +317,29 @@ def _build(args: argparse.Namespace) -> Result:
         for r in records
     ]
     return value, "\n".join(lines), 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected for example 1024x1024")
+    return int(width), int(height)
+
+
+def _plan(args: argparse.Namespace) -> Result:
+    from klein_kv.runtime.memory_plan import Request, plan_artifacts, text_from_plans
+
+    width, height = args.size
+    counts = range(5) if args.refs is None else [args.refs]
+    plans = plan_artifacts(
+        args.artifacts,
+        args.gpu,
+        [Request(height, width, count, batch=args.batch) for count in counts],
+        ["bf16", "fp8", "nvfp4"] if args.precision is None else [args.precision],
+        args.engines,
+    )
+    value = {"plans": [plan.to_dict() for plan in plans]}
+    return value, text_from_plans(plans), 0 if any(plan.fits for plan in plans) else 1
 
 
 def _inspect(args: argparse.Namespace) -> Result:
