@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from klein_kv.config import (
 from klein_kv.digest import file_digest
 from klein_kv.errors import CapacityError, CheckpointError, RequestError
 from klein_kv.export.graphs import text_encoder_graph, transformer_graph
+from klein_kv.export.quantized_files import Fp8Weight, Nvfp4Weight
+from klein_kv.export.single_file import JoinedRows, StoredWeight, read_single_file
+from klein_kv.export.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.vae import vae_graph, vae_parameters
-from klein_kv.export.weight_files import place_weights
+from klein_kv.export.weight_files import Placement, place_weights
 from klein_kv.manifest import (
     MANIFEST,
     FileRecord,
@@ -41,9 +44,10 @@ from klein_kv.signature import GRAPH_FILES
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightIndex, WeightRef
 
-__all__ = ["ExportResult", "export_checkpoint"]
+__all__ = ["VARIANTS", "ExportResult", "export_checkpoint"]
 
 _log = logging.getLogger(__name__)
+VARIANTS = ("kv", "plain")
 _TRANSFORMER_GRAPHS = ("encode_references", "first_step", "cached_step")
 _FLOATS = ("float32", "float16", "bfloat16")
 # Tensors that checkpoints hold and the graphs do not read.
@@ -71,38 +75,59 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """A checkpoint in diffusers layout, its configuration and tensors checked."""
+    """A checkpoint, its configuration and tensors checked; tensors by diffusers' names."""
 
     folder: Path
     config: ModelConfig
     vae_config: dict[str, Any]
     scheduler: dict[str, Any]
-    indices: dict[str, WeightIndex]
+    weights: Mapping[str, Mapping[str, StoredWeight | JoinedRows]]
     parameters: dict[str, dict[str, tuple[int, ...]]]
 
     @property
     def dtype(self) -> str:
-        """Type of the transformer's weights."""
-        return self.indices["transformer"]["proj_out.weight"].dtype
+        """Type of the transformer's weights.
+
+        Raises:
+            RequestError: they are quantized.
+        """
+        transformer = self.weights["transformer"]
+        for name, weight in transformer.items():
+            parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
+            kinds = {"fp8" for part in parts if isinstance(part, Fp8Weight)}
+            kinds |= {"nvfp4" for part in parts if isinstance(part, Nvfp4Weight)}
+            if kinds:
+                raise RequestError(
+                    f"the checkpoint is quantized ({name} is {kinds.pop()}): add --dtype bf16 (for "
+                    "GPUs) or --dtype fp32 (for CPUs) to export what its numbers stand for"
+                )
+        return transformer["proj_out.weight"].dtype
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: Path | str,
     artifacts: Path,
     *,
-    variant: str = "kv",
+    base: Path | str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
     dtype: str | None = None,
     text_layers: tuple[int, ...] = DEFAULT_TEXT_LAYERS,
 ) -> ExportResult:
-    """Exports a checkpoint in diffusers layout.
+    """Exports a checkpoint.
 
     Args:
-        checkpoint: folder with model_index.json, transformer/, text_encoder/, tokenizer/, vae/
-            and scheduler/, weights as safetensors.
+        checkpoint: a folder in diffusers layout (model_index.json, transformer/, text_encoder/,
+            tokenizer/, vae/, scheduler/, weights as safetensors), a single .safetensors file with
+            the transformer, or a Hugging Face repository.
         artifacts: folder to create; must not exist, or be empty.
-        variant: "kv": the only kind of weights whose reference keys and values may be cached.
-            Plain klein looks the same on disk, so this is the caller's word.
-        dtype: "float32", "float16" or "bfloat16"; default the transformer's own.
+        base: the rest of the pipeline, for a single file.
+        revision: branch, tag or commit of a Hugging Face repository.
+        variant: "kv", the only kind of weights whose reference keys and values may be cached, or
+            "plain". Needed where the checkpoint does not say it itself: the two look the same on
+            disk.
+        dtype: "float32", "float16" or "bfloat16"; default the transformer's own. Quantized weights
+            are dequantized to it.
         text_layers: hidden states of the text encoder to read (diffusers:
             `text_encoder_out_layers`).
 
@@ -112,50 +137,46 @@ def export_checkpoint(
         CapacityError: not enough disk.
     """
     start = time.perf_counter()
+    if variant is not None and variant not in VARIANTS:
+        raise RequestError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    if dtype is not None and dtype not in _FLOATS:
+        raise RequestError(f"dtype is {dtype!r}, expected one of {', '.join(_FLOATS)}")
+    source = find_source(checkpoint, base, revision)
+    variant = source.settle_variant(variant)
     if variant != "kv":
         raise RequestError(
             f"variant is {variant!r}, expected 'kv' (FLUX.2 [klein] 9B-KV weights): the reference "
             "keys and values of other variants change from step to step and cannot be cached"
         )
-    if dtype is not None and dtype not in _FLOATS:
-        raise RequestError(f"dtype is {dtype!r}, expected one of {', '.join(_FLOATS)}")
-    source = _read_checkpoint(checkpoint, text_layers)
-    dtype = dtype or source.dtype
+    whole = _read_checkpoint(source, text_layers)
+    dtype = dtype or whole.dtype
     if dtype not in _FLOATS:
         raise CheckpointError(f"transformer weights are {dtype}, expected {', '.join(_FLOATS)}")
     if dtype == "float16":
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
     with _staging(artifacts) as folder:
-        nodes = _write_graphs(source, folder, dtype)
-        _write_tokenizer(source.folder, folder)
-        licence = _copy_licences(source.folder, folder)
-        links = _linked_files(source, folder)
-        files = {
-            path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, file_digest(path))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        placed = _place_weights(whole, folder, dtype)
+        nodes = _write_graphs(whole, placed, folder, dtype)
+        _write_tokenizer(whole.folder, folder)
+        licence = copy_licences(source, folder)
+        files = _file_records(folder, placed)
         Manifest(
-            model_id=source.folder.name,
+            model_id=source.name,
             variant=variant,
             dtype=dtype,
-            config=source.config,
-            scheduler=source.scheduler,
+            config=whole.config,
+            scheduler=whole.scheduler,
             files=files,
             licence=licence,
         ).save(folder)
-        written = sum(record.bytes for name, record in files.items() if name not in links)
+        shared = {path for part in placed.values() for path in part.shared}
+        written = sum(r.bytes for name, r in files.items() if folder / name not in shared)
         written += (folder / MANIFEST).stat().st_size
     return ExportResult(artifacts, dtype, nodes, time.perf_counter() - start, written)
 
 
-def _read_checkpoint(folder: Path, text_layers: tuple[int, ...]) -> _Checkpoint:
-    folder = folder.resolve()
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"checkpoint {folder} is not a folder; expected a checkpoint in diffusers layout"
-        )
-    read_json(folder / "model_index.json", "checkpoint")
+def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoint:
+    folder = source.folder
     transformer = TransformerConfig.from_dict(
         read_json(folder / "transformer/config.json", "transformer config")
     )
@@ -165,21 +186,35 @@ def _read_checkpoint(folder: Path, text_layers: tuple[int, ...]) -> _Checkpoint:
     vae_config = read_json(folder / "vae/config.json", "vae config")
     config = ModelConfig(transformer, text, VaeConfig.from_dict(vae_config))
     scheduler = read_json(folder / "scheduler/scheduler_config.json", "scheduler config")
-    parts = ("transformer", "text_encoder", "vae")
-    indices = {part: WeightIndex.from_folder(folder / part, part) for part in parts}
     parameters = {
         "transformer": transformer_parameters(transformer),
         "text_encoder": text_encoder_parameters(text),
         "vae": vae_parameters(vae_config),
     }
-    indices["transformer"].expect(parameters["transformer"])
-    indices["text_encoder"].expect(parameters["text_encoder"], ignore=_UNREAD_TEXT)
+    text_encoder = WeightIndex.from_folder(folder / "text_encoder", "text_encoder")
+    text_encoder.expect(parameters["text_encoder"], ignore=_UNREAD_TEXT)
     # The batch counter of BatchNorm is not used at inference, and not always saved.
     counters = [name for name in parameters["vae"] if name.endswith("num_batches_tracked")]
     for name in counters:
         del parameters["vae"][name]
-    indices["vae"].expect(parameters["vae"], ignore=tuple(counters))
-    return _Checkpoint(folder, config, vae_config, scheduler, indices, parameters)
+    vae = WeightIndex.from_folder(folder / "vae", "vae")
+    vae.expect(parameters["vae"], ignore=tuple(counters))
+    denoiser: Mapping[str, StoredWeight | JoinedRows]
+    if source.transformer is None:
+        index = WeightIndex.from_folder(folder / "transformer", "transformer")
+        index.expect(parameters["transformer"])
+        denoiser = index
+    else:
+        denoiser = read_single_file(source.transformer, transformer)
+    weights = {"transformer": denoiser, "text_encoder": text_encoder, "vae": vae}
+    for part, names in parameters.items():
+        for name in names:
+            weight = weights[part][name]
+            if isinstance(weight, WeightRef) and weight.dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{part}: {name} is {weight.dtype}, expected one of {', '.join(_FLOATS)}"
+                )
+    return _Checkpoint(folder, config, vae_config, scheduler, weights, parameters)
 
 
 @contextlib.contextmanager
@@ -207,20 +242,37 @@ def _staging(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_graphs(source: _Checkpoint, folder: Path, dtype: str) -> dict[str, int]:
-    placed: dict[str, dict[str, WeightRef]] = {}
+def _place_weights(source: _Checkpoint, folder: Path, dtype: str) -> dict[str, Placement]:
+    placed = {}
     for part, names in source.parameters.items():
         (folder / part).mkdir()
-        placed[part] = place_weights(source.indices[part], names, dtype, folder / part)
+        placed[part] = place_weights(source.weights[part], names, dtype, folder / part, part)
+    return placed
+
+
+def _file_records(folder: Path, placed: Mapping[str, Placement]) -> dict[str, FileRecord]:
+    origins = {file: origin for part in placed.values() for file, origin in part.sources.items()}
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sha256 = known_sha256(origins[path]) if path in origins else ""
+            name = path.relative_to(folder).as_posix()
+            records[name] = FileRecord(path.stat().st_size, file_digest(path), sha256)
+    return records
+
+
+def _write_graphs(
+    source: _Checkpoint, placed: Mapping[str, Placement], folder: Path, dtype: str
+) -> dict[str, int]:
     config, nodes = source.config, {}
     for graph, file in GRAPH_FILES.items():
         start = time.perf_counter()
         if graph in _TRANSFORMER_GRAPHS:
-            model = transformer_graph(graph, config, dtype, placed["transformer"])
+            model = transformer_graph(graph, config, dtype, placed["transformer"].refs)
         elif graph == "text_encoder":
-            model = text_encoder_graph(config, dtype, placed["text_encoder"])
+            model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:
-            model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"])
+            model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"].refs)
         nodes[graph] = len(model.graph)
         _save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[graph], time.perf_counter() - start)
@@ -256,41 +308,20 @@ def _write_tokenizer(checkpoint: Path, folder: Path) -> None:
     """Saves the tokenizer in its fast form: whatever files it came in, one tokenizer.json."""
     from transformers import AutoTokenizer
 
+    source = checkpoint / "tokenizer"
+    # Without them transformers makes a tokenizer with an empty vocabulary (5.23).
+    older = ("vocab.json", "merges.txt")
+    if not (source / "tokenizer.json").is_file() and not all((source / x).is_file() for x in older):
+        raise CheckpointError(
+            f"tokenizer: {source} has no tokenizer.json, and not both of {' and '.join(older)}; "
+            "download the whole checkpoint"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint / "tokenizer", local_files_only=True, trust_remote_code=False
+            source, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(
-            f"tokenizer: {checkpoint / 'tokenizer'} cannot be loaded: {error}"
-        ) from error
+        raise CheckpointError(f"tokenizer: {source} cannot be loaded: {error}") from error
     if not tokenizer.chat_template:
-        raise CheckpointError(
-            f"tokenizer: {checkpoint / 'tokenizer'} has no chat template; klein prompts need one"
-        )
+        raise CheckpointError(f"tokenizer: {source} has no chat template; klein prompts need one")
     tokenizer.save_pretrained(folder / "tokenizer")
-
-
-def _copy_licences(checkpoint: Path, folder: Path) -> str:
-    found = [
-        path
-        for path in sorted(checkpoint.iterdir())
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-    ]
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    if not found:
-        return "No licence file came with the checkpoint; its own terms apply to these artifacts."
-    names = ", ".join(path.name for path in found)
-    return f"The checkpoint's licence applies to these artifacts: see {names}."
-
-
-def _linked_files(source: _Checkpoint, folder: Path) -> set[str]:
-    """Files of the folder that are hard links to the checkpoint's own."""
-    linked = set()
-    for part, index in source.indices.items():
-        for path in index.files:
-            target = folder / part / path.name
-            if target.exists() and target.samefile(path):
-                linked.add(target.relative_to(folder).as_posix())
-    return linked

@@ -27,7 +27,14 @@ __all__ = [
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Command-line names of the floating point types that a graph can compute in."""
 
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "uint8": 1}
+ITEM_SIZE = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "uint8": 1,
+}
 """Bytes per element."""
 
 DEFAULT_TEXT_LAYERS = (9, 18, 27)

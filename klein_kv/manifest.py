@@ -36,10 +36,17 @@ _FORMAT = "klein-kv artifacts"
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Size in bytes and digest of one file."""
+    """Size in bytes and digest of one file.
+
+    Attributes:
+        bytes: its size.
+        digest: what `digest.file_digest` makes of it; checked whenever the folder is opened.
+        sha256: the hub's own digest of the whole file, "" if it is not known.
+    """
 
     bytes: int
     digest: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class Manifest:
             "scheduler": self.scheduler,
             "files": {
                 name: {"bytes": record.bytes, "digest": record.digest}
+                | ({"sha256": record.sha256} if record.sha256 else {})
                 for name, record in sorted(self.files.items())
             },
         }
@@ -113,7 +121,7 @@ class Manifest:
                 config=ModelConfig.from_saved(value["config"]),
                 scheduler=value["scheduler"],
                 files={
-                    name: FileRecord(record["bytes"], record["digest"])
+                    name: FileRecord(record["bytes"], record["digest"], record.get("sha256", ""))
                     for name, record in value["files"].items()
                 },
                 licence=value["licence"],
@@ -246,7 +254,8 @@ def graph_weights(folder: Path, graph: str) -> dict[str, WeightRef]:
             name: math.prod(ref.shape, start=ITEM_SIZE[ref.dtype]) for name, ref in refs.items()
         }
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error!r}; export again") from error
+        kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
+        raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
     for name, ref in refs.items():
         if (
             not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes

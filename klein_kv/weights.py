@@ -25,6 +25,7 @@ __all__ = [
     "WeightRef",
     "map_weight",
     "read_header",
+    "read_metadata",
     "safetensors_header",
 ]
 
@@ -35,12 +36,14 @@ _DTYPES = {
     "I64": "int64",
     "U8": "uint8",
 }
-_CODES = {name: code for code, name in _DTYPES.items()}
+_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn"}
+_CODES = {name: code for code, name in _QUANTIZED_DTYPES.items()}
 _MAX_HEADER = 100_000_000
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "int64": np.dtype(np.int64),
     "uint8": np.dtype(np.uint8),
 }
@@ -69,12 +72,53 @@ class WeightRef:
         )
 
 
-def read_header(path: Path) -> dict[str, WeightRef]:
+def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
     """Reads the header of one safetensors file.
+
+    Args:
+        path: the file.
+        quantized: accept float8 tensors too, which mean nothing without their scales.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not safetensors.
     """
+    header, start, size = _parse_header(path)
+    dtypes = _QUANTIZED_DTYPES if quantized else _DTYPES
+    refs = {
+        name: _ref_from_entry(path, name, entry, start, size, dtypes)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    end = start
+    for name, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != end:  # the format allows neither
+            what = "overlaps the tensor before it" if ref.offset < end else "follows a gap"
+            raise CheckpointError(
+                f"{path}: {name} starts at byte {ref.offset}, expected {end}: it {what}; "
+                "download the file again"
+            )
+        end += ref.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, its tensors end at {end}; download it again"
+        )
+    return refs
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the texts that a safetensors file carries beside its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+    metadata = _parse_header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(x) is str for x in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata is no JSON object of texts")
+    return metadata
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON object, where the tensors start, and how long the file is."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -96,28 +140,12 @@ def read_header(path: Path) -> dict[str, WeightRef]:
     start = 8 + length
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
-    refs = {
-        name: _ref_from_entry(path, name, entry, start, size)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    end = start
-    for name, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if ref.offset != end:  # the format allows neither
-            what = "overlaps the tensor before it" if ref.offset < end else "follows a gap"
-            raise CheckpointError(
-                f"{path}: {name} starts at byte {ref.offset}, expected {end}: it {what}; "
-                "download the file again"
-            )
-        end += ref.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{path} has {size} bytes, its tensors end at {end}; download it again"
-        )
-    return refs
+    return header, start, size
 
 
-def _ref_from_entry(path: Path, name: str, entry: Any, start: int, size: int) -> WeightRef:
+def _ref_from_entry(
+    path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, str]
+) -> WeightRef:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -129,11 +157,11 @@ def _ref_from_entry(path: Path, name: str, entry: Any, start: int, size: int) ->
             f"{path}: {name} has shape {shape} and bytes {begin!r} to {end!r}, expected integers "
             "of 0 or more"
         )
-    if not isinstance(code, str) or code not in _DTYPES:
+    if not isinstance(code, str) or code not in dtypes:
         raise CheckpointError(
-            f"{path}: {name} has dtype {code}, expected one of {', '.join(_DTYPES)}"
+            f"{path}: {name} has dtype {code}, expected one of {', '.join(dtypes)}"
         )
-    dtype = _DTYPES[code]
+    dtype = dtypes[code]
     count = ITEM_SIZE[dtype]
     for axis in shape:
         count *= axis
@@ -234,12 +262,13 @@ def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{component}: {index} has no weight_map")
     shards: dict[str, dict[str, WeightRef]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
                 f"{component}: {index.name} names {shard!r}, expected a file in the same folder"
             )
-        shards[shard] = read_header(index.parent / shard)
+        if shard not in shards:
+            shards[shard] = read_header(index.parent / shard)
     refs = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
@@ -266,13 +295,16 @@ def map_weight(ref: WeightRef) -> NDArray[Any]:
     return np.asarray(mapped).view(NUMPY_DTYPES[ref.dtype]).reshape(ref.shape)
 
 
-def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The header of a safetensors file that holds these tensors in this order.
 
     Args:
         tensors: name -> (dtype, shape).
+        metadata: texts to carry; default is what makes other libraries take it for weights.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin = end

@@ -1,7 +1,8 @@
 """How an image was made, kept in its PNG file.
 
-Two text chunks: `parameters` in the one-line form that image tools and web interfaces read, and
-`klein_kv` with the same facts as JSON, which `read_metadata` gives back.
+Three text chunks: `parameters` in the one-line form that image tools and web interfaces read,
+`klein_kv` with the same facts as JSON, which `read_metadata` gives back, and an XMP packet that
+marks the image as made by a model, where photo libraries and platforms look for it.
 """
 
 import contextlib
@@ -23,6 +24,22 @@ from klein_kv.errors import CapacityError, RequestError
 __all__ = ["ImageParameters", "png_info", "read_metadata", "save_png"]
 
 _CHUNK = "klein_kv"
+_XMP_CHUNK = "XML:com.adobe.xmp"
+# XMP specification, part 3, "PNG": this keyword, not compressed. The property and its value are
+# IPTC's: Photo Metadata Standard, "Digital Source Type".
+_XMP = """\
+<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+    Iptc4xmpExt:DigitalSourceType=\
+"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    xmp:CreatorTool="klein-kv {version}"/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
 _MODEL_HASH_DIGITS = 10
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,7 +102,7 @@ class ImageParameters:
 def png_info(parameters: ImageParameters) -> PngInfo:
     """The text chunks for `PIL.Image.Image.save(..., pnginfo=...)`.
 
-    Both are iTXt, so every language and emoji survives. Half a surrogate pair, which no encoding
+    All are iTXt, so every language and emoji survives. Half a surrogate pair, which no encoding
     has a form for, becomes "?"; NUL, which ends a text in PNG, is dropped.
     """
     info = PngInfo()
@@ -95,6 +112,7 @@ def png_info(parameters: ImageParameters) -> PngInfo:
         for name, value in parameters.to_dict().items()
     }
     info.add_itxt(_CHUNK, json.dumps(facts, ensure_ascii=False))
+    info.add_itxt(_XMP_CHUNK, _XMP.format(version=_storable(parameters.version)))
     return info
 
 

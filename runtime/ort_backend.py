@@ -69,8 +69,9 @@ class OrtBackend:
                 f"{artifacts} is bfloat16, which ONNX Runtime does not compute on a CPU; export "
                 "the checkpoint again with --dtype fp32"
             )
-        if threads is not None and threads < 1:
-            raise BackendError(f"threads is {threads}, expected 1 or more")
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads is not None and (not whole or threads < 1):
+            raise BackendError(f"threads is {threads!r}, expected a whole number of 1 or more")
         self._ort = onnxruntime
         _share_arena(onnxruntime)
         self._artifacts = artifacts

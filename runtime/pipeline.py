@@ -5,9 +5,12 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 `output_type="pt"`.
 """
 
+import contextlib
 import functools
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
@@ -20,12 +23,26 @@ from tqdm import tqdm
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
-from klein_kv.runtime.images import images_from_uint8, prepare_reference
+from klein_kv.runtime.byte_cache import ByteCache
+from klein_kv.runtime.images import images_from_uint8
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
-from klein_kv.runtime.memory import check_request_memory, request_bytes
+from klein_kv.runtime.memory import (
+    check_request_memory,
+    default_cache_bytes,
+    default_prompt_bytes,
+    request_bytes,
+)
 from klein_kv.runtime.noise import initial_noise
 from klein_kv.runtime.prompts import PromptTokenizer
-from klein_kv.runtime.references import ReferenceSet, grid_ids, reference_ids, text_ids
+from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
+from klein_kv.runtime.reference_store import ReferenceFolder, ReferenceStore
+from klein_kv.runtime.references import (
+    KVOrigin,
+    ReferenceSet,
+    check_kv_dtype,
+    grid_ids,
+    text_ids,
+)
 from klein_kv.schedule import make_schedule
 from klein_kv.signature import MAX_POSITION, kv_names
 from klein_kv.weights import NUMPY_DTYPES, map_weight
@@ -79,16 +96,46 @@ class KleinKVPipeline:
     Attributes:
         manifest: what the folder says of itself.
         backend: where the graphs run.
+        reference_store: keys and values of references seen before, by digest.
+        prompt_cache: text embeddings seen before.
         times: step times of the last call.
     """
 
-    def __init__(self, artifacts: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(
+        self,
+        artifacts: Path,
+        manifest: Manifest,
+        backend: Backend,
+        *,
+        reference_cache_bytes: int | None = None,
+        reference_cache_dir: str | Path | None = None,
+        reference_cache_dir_bytes: int | None = None,
+        prompt_cache_bytes: int | None = None,
+        kv_dtype: str | None = None,
+    ) -> None:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
         self.config = manifest.config
         self.tokenizer = PromptTokenizer(artifacts / "tokenizer")
         self.times = LoopTimes()
+        origin = KVOrigin(
+            model_digest=manifest.model_digest,
+            lora_digest="",
+            dtype=manifest.dtype,
+            kv_dtype=check_kv_dtype(kv_dtype, manifest.dtype),
+            backend=backend.name,
+        )
+        if reference_cache_bytes is None:
+            reference_cache_bytes = default_cache_bytes(backend.name)
+        folder = self._reference_folder(
+            reference_cache_dir, reference_cache_dir_bytes, reference_cache_bytes, origin
+        )
+        self.reference_store: ReferenceStore = ByteCache(reference_cache_bytes, folder)
+        if prompt_cache_bytes is None:
+            prompt_cache_bytes = default_prompt_bytes()
+        self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
+        self._encoder = ReferenceEncoder(backend, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
@@ -102,6 +149,11 @@ class KleinKVPipeline:
         backend: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        reference_cache_bytes: int | None = None,
+        reference_cache_dir: str | Path | None = None,
+        reference_cache_dir_bytes: int | None = None,
+        prompt_cache_bytes: int | None = None,
+        kv_dtype: str | None = None,
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
@@ -110,14 +162,52 @@ class KleinKVPipeline:
             backend: "auto" or "onnxruntime".
             device: "cpu".
             threads: CPU threads of the backend; None leaves it to the library.
+            reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
+                quarter of the memory that is free now (on a GPU: 0).
+            reference_cache_dir: folder for sets that the store gives up; None drops them.
+            reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
+                space that is free now.
+            prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
+            kv_dtype: "fp8" keeps references in a quarter of float32's bytes (half of 16 bits'),
+                with a loss; None, or the graphs' own type, keeps them as they are.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
             BackendError: the backend cannot run these artifacts here.
+            RequestError: a budget below 0, another kv_dtype, a folder that cannot be made.
         """
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
-        return cls(folder, manifest, open_backend(backend, folder, manifest, device, threads))
+        return cls(
+            folder,
+            manifest,
+            open_backend(backend, folder, manifest, device, threads),
+            reference_cache_bytes=reference_cache_bytes,
+            reference_cache_dir=reference_cache_dir,
+            reference_cache_dir_bytes=reference_cache_dir_bytes,
+            prompt_cache_bytes=prompt_cache_bytes,
+            kv_dtype=kv_dtype,
+        )
+
+    def _reference_folder(
+        self,
+        folder: str | Path | None,
+        budget: int | None,
+        memory_budget: int,
+        origin: KVOrigin,
+    ) -> ReferenceFolder | None:
+        if folder is None:
+            return None
+        if memory_budget == 0:
+            raise RequestError(
+                "reference_cache_dir is given and reference_cache_bytes is 0, which turns reuse "
+                "off; give it a budget"
+            )
+        net = self.config.transformer
+        level = ReferenceFolder(Path(folder), budget or 0, self.backend, origin, net)
+        if budget is None:
+            level.budget = (shutil.disk_usage(level.folder).free + level.bytes) // 4
+        return level
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments for tqdm's progress bar, e.g. `disable=True`."""
@@ -159,32 +249,43 @@ class KleinKVPipeline:
             RequestError: not a text, or hidden states that were not exported.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if max_sequence_length > MAX_POSITION:
-            raise RequestError(
-                f"max_sequence_length is {max_sequence_length}, expected at most {MAX_POSITION}"
-            )
-        input_ids, attention_mask = self.tokenizer(prompts, max_sequence_length)
-        outputs = self.backend.run(
-            "text_encoder",
-            {
-                "input_ids": self.backend.upload(input_ids),
-                "attention_mask": self.backend.upload(attention_mask),
-            },
-        )
-        embeds = self.backend.download(outputs["encoder_hidden_states"])
-        return self._select_layers(embeds, tuple(text_encoder_out_layers))
+        at = self._layers_at(tuple(text_encoder_out_layers))
+        return self._encode_text(self._tokenize(prompts, max_sequence_length), at)
 
-    def _select_layers(self, embeds: NDArray[Any], layers: tuple[int, ...]) -> NDArray[Any]:
+    def _tokenize(self, prompts: list[str], length: int) -> dict[str, NDArray[np.int64]]:
+        if isinstance(length, int) and length > MAX_POSITION:
+            raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
+        input_ids, attention_mask = self.tokenizer(prompts, length)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _layers_at(self, layers: tuple[int, ...]) -> list[int]:
+        """Where the wanted hidden states stand among the exported ones."""
         exported = self.config.text_encoder.layers
         if layers in (exported, _DEFAULT_LAYERS):
-            return embeds
+            return list(range(len(exported)))
         if any(layer not in exported for layer in layers) or len(layers) != len(exported):
             raise RequestError(
                 f"text_encoder_out_layers is {layers}, the artifacts hold {exported}; export again "
                 "with --text-layers"
             )
+        return [exported.index(layer) for layer in layers]
+
+    def _encode_text(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> NDArray[Any]:
+        """Embeddings [B, T, D]: an array of the caller's own."""
+        # The whole batch is one key: a text encoded beside others may round differently.
+        state = hashlib.sha256(self.manifest.model_digest.encode())
+        for name, array in tokens.items():
+            state.update(f"{name} {array.dtype} {array.shape}".encode())
+            state.update(np.ascontiguousarray(array).data)
+        with self.prompt_cache.claim(state.hexdigest()) as claim:
+            embeds = claim.value
+            if embeds is None:
+                buffers = {name: self.backend.upload(array) for name, array in tokens.items()}
+                outputs = self.backend.run("text_encoder", buffers)
+                embeds = claim.publish(self.backend.download(outputs["encoder_hidden_states"]))
+        if at == list(range(len(at))):
+            return embeds.copy()
         width = self.config.text_encoder.hidden_size
-        at = [exported.index(layer) for layer in layers]
         return np.concatenate([embeds[..., i * width : (i + 1) * width] for i in at], axis=-1)
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
@@ -203,43 +304,16 @@ class KleinKVPipeline:
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images:
             raise RequestError("no reference image was given, expected at least one")
-        pixels = [prepare_reference(x, self.config.vae.multiple_of) for x in images]
-        count = self._count_tokens(pixels)
-        parts = request_bytes(
-            self.config,
-            self.manifest.dtype,
-            batch=1,
-            image_tokens=0,
-            ref_tokens=count,
-            text_tokens=0,
-        )
-        check_request_memory(parts, count)
-        tokens = self._reference_tokens(pixels)
-        kv = self.backend.run("encode_references", tokens)
-        return ReferenceSet(
-            kv=kv,
-            num_tokens=count,
-            nbytes=self.config.transformer.kv_bytes(count, self.manifest.dtype),
-            first_size=(pixels[0].shape[1], pixels[0].shape[2]),
-            model_digest=self.manifest.model_digest,
-        )
+        return self._encoder.encode(self._encoder.prepare(images))
 
-    def _count_tokens(self, pixels: list[NDArray[np.uint8]]) -> int:
-        unit = self.config.vae.multiple_of
-        return sum((x.shape[1] // unit) * (x.shape[2] // unit) for x in pixels)
+    def load_references(self, path: str | Path) -> ReferenceSet:
+        """A set that `ReferenceSet.save` wrote, ready to pass as `references=`.
 
-    def _reference_tokens(self, pixels: list[NDArray[np.uint8]]) -> dict[str, Buffer]:
-        backend = self.backend
-        tokens, grids = [], []
-        for image in pixels:
-            out = backend.run("vae_encoder", {"image": backend.upload(image)})
-            grid = backend.download(out["ref_hidden_states"])  # [1, h, w, C]
-            grids.append((grid.shape[1], grid.shape[2]))
-            tokens.append(grid.reshape(1, -1, grid.shape[3]))
-        return {
-            "ref_hidden_states": backend.upload(np.concatenate(tokens, axis=1)),
-            "ref_ids": backend.upload(reference_ids(grids)),
-        }
+        Raises:
+            ArtifactError: the file is missing, damaged, or no saved reference set.
+            RequestError: a set of other weights, LoRA set, types, backend or layout.
+        """
+        return self._encoder.load(Path(path))
 
     @_prompt_may_come_first
     def __call__(
@@ -312,36 +386,29 @@ class KleinKVPipeline:
         images = [] if image is None else [image] if not isinstance(image, list) else image
         if images and references is not None:
             raise RequestError("both image and references are given, expected one of them")
-        if references is not None and references.model_digest != self.manifest.model_digest:
-            raise RequestError(
-                "references belong to other weights than this pipeline's; encode them again"
-            )
-        pixels = [prepare_reference(x, self.config.vae.multiple_of) for x in images]
-        first = references.first_size if references is not None else None
-        if pixels:
-            first = (pixels[0].shape[1], pixels[0].shape[2])
+        if references is not None:
+            self._encoder.check(references)
+        prepared = self._encoder.prepare(images) if images else None
+        wanted = references or prepared
+        first = None if wanted is None else wanted.first_size
         noise = None if latents is None else self._host(latents, "latents")
         height, width = self._output_size(height, width, first, noise)
 
         given = None if prompt_embeds is None else self._host(prompt_embeds, "prompt_embeds")
         if given is not None:
             self._check_embeds(given)
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        count = len(given) if given is not None else len(prompts or [])
+        prompts = [prompt] if isinstance(prompt, str) else prompt or []
+        tokens = {} if given is not None else self._tokenize(prompts, max_sequence_length)
+        layers_at = self._layers_at(tuple(text_encoder_out_layers))
+        count = len(given) if given is not None else len(prompts)
         batch = count * num_images_per_prompt
         unit = self.config.vae.multiple_of
         grid = height // unit, width // unit
-        ref_tokens = references.num_tokens if references is not None else self._count_tokens(pixels)
-        check_request_memory(
-            request_bytes(
-                self.config,
-                self.manifest.dtype,
-                batch=batch,
-                image_tokens=grid[0] * grid[1],
-                ref_tokens=ref_tokens,
-                text_tokens=max_sequence_length if given is None else given.shape[1],
-            ),
-            ref_tokens,
+        self._check_memory(
+            wanted,
+            batch,
+            grid[0] * grid[1],
+            max_sequence_length if given is None else given.shape[1],
         )
         schedule = make_schedule(
             self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
@@ -351,32 +418,28 @@ class KleinKVPipeline:
         )
 
         if given is None:
-            given = self.encode_prompt(prompts or [], max_sequence_length, text_encoder_out_layers)
+            given = self._encode_text(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
         inputs = self._loop_inputs(noise, text, grid)
-        if references is not None:
-            inputs.kv = references.kv
-        elif pixels:
-            inputs.references = self._reference_tokens(pixels)
-        else:
-            inputs.kv = self._no_references()
+        with self._references_ready(inputs, references, prepared) as after_first_step:
+            self._interrupt = False
+            self._num_timesteps = schedule.num_steps
+            with tqdm(**{"total": schedule.num_steps, **self._progress_bar_config}) as bar:
 
-        self._interrupt = False
-        self._num_timesteps = schedule.num_steps
-        with tqdm(**{"total": schedule.num_steps, **self._progress_bar_config}) as bar:
+                def after_step(i: int, state: LoopInputs) -> bool:
+                    if i == 0:
+                        after_first_step()
+                    self._current_timestep = float(schedule.timesteps[i])
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        self._call_back(
+                            callback_on_step_end, i, state, callback_on_step_end_tensor_inputs
+                        )
+                    return self._interrupt
 
-            def after_step(i: int, state: LoopInputs) -> bool:
-                self._current_timestep = float(schedule.timesteps[i])
-                bar.update()
-                if callback_on_step_end is not None:
-                    self._call_back(
-                        callback_on_step_end, i, state, callback_on_step_end_tensor_inputs
-                    )
-                return self._interrupt
-
-            self.times = denoise_loop(
-                self.backend, schedule, inputs, self.manifest.dtype, after_step
-            )
+                self.times = denoise_loop(
+                    self.backend, schedule, inputs, self.manifest.dtype, after_step
+                )
         self._current_timestep = None
         inputs.kv = {}  # gigabytes that decoding can use
         result = self._finish(inputs.latents, (batch, *grid), output_type)
@@ -422,7 +485,7 @@ class KleinKVPipeline:
         if hasattr(value, "detach"):
             value = value.detach().cpu().float().numpy()
         array = np.asarray(value)
-        if array.dtype.kind != "f":
+        if array.dtype.kind != "f" and array.dtype != NUMPY_DTYPES["bfloat16"]:
             raise RequestError(f"{name} has dtype {array.dtype}, expected floating point values")
         if not np.isfinite(array).all():
             raise RequestError(f"{name} holds values that are not finite")
@@ -492,6 +555,61 @@ class KleinKVPipeline:
             img_ids=upload(grid_ids(*grid)),
             txt_ids=upload(text_ids(text.shape[1])),
         )
+
+    def _check_memory(
+        self,
+        references: ReferenceSet | PreparedReferences | None,
+        batch: int,
+        image_tokens: int,
+        text_tokens: int,
+    ) -> None:
+        count = 0 if references is None else references.num_tokens
+        parts = request_bytes(
+            self.config,
+            self.manifest.dtype,
+            batch=batch,
+            image_tokens=image_tokens,
+            ref_tokens=count,
+            text_tokens=text_tokens,
+        )
+        digest = None if references is None else references.digest
+        at_hand = isinstance(references, ReferenceSet) or digest in self.reference_store
+        if at_hand and self._encoder.exact:
+            del parts["reference K/V"]
+        check_request_memory(
+            parts, count, functools.partial(self.reference_store.free, keep=digest)
+        )
+
+    @contextlib.contextmanager
+    def _references_ready(
+        self,
+        inputs: LoopInputs,
+        references: ReferenceSet | None,
+        prepared: PreparedReferences | None,
+    ) -> Iterator[Callable[[], None]]:
+        """Gives the loop keys and values, or tokens whose keys and values are kept afterwards.
+
+        Yields:
+            What to call after the first step.
+        """
+        if prepared is None:
+            inputs.kv = self._no_references() if references is None else references.buffers()
+            yield lambda: None
+            return
+        with self.reference_store.claim(prepared.digest) as claim:
+            if claim.value is None and not self._encoder.exact:
+                # What is kept is not what was computed: all steps use the former, as a hit would.
+                claim.publish(self._encoder.compute(prepared))
+            if claim.value is not None:
+                inputs.kv = claim.value.buffers()
+                yield lambda: None
+                return
+            inputs.references = self._encoder.tokens(prepared)
+
+            def keep() -> None:
+                claim.publish(self._encoder.keep(prepared, inputs.kv))
+
+            yield keep
 
     def _no_references(self) -> dict[str, Buffer]:
         net = self.config.transformer

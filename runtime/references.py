@@ -1,39 +1,202 @@
 """Reference images as the transformer sees them: tokens, positions, and keys and values."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.runtime.backend import Buffer
+from klein_kv.config import DTYPES
+from klein_kv.errors import RequestError
+from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.kv_quantization import dequantize_kv, quantize_kv
+from klein_kv.weights import NUMPY_DTYPES
 
-__all__ = ["ReferenceSet", "grid_ids", "reference_ids", "text_ids"]
+__all__ = [
+    "SCALE_SUFFIX",
+    "KVOrigin",
+    "ReferenceSet",
+    "check_kv_dtype",
+    "grid_ids",
+    "images_digest",
+    "reference_ids",
+    "text_ids",
+]
 
 REFERENCE_TIME_STEP = 10
 """Reference i sits at T = 10 + 10 * i (diffusers: `_prepare_image_ids`, scale)."""
 
+SCALE_SUFFIX = ".scale"
+"""`k_ref.0.scale`: scales [H] of a tensor that is kept as float8."""
+
 
 @dataclass(frozen=True, slots=True)
-class ReferenceSet:
-    """Keys and values of an ordered set of reference images, on the backend's device.
-
-    They depend on the images, their order, and the weights; not on prompt, seed or size. Made by
-    `KleinKVPipeline.encode_references`, valid for the pipeline that made it.
+class KVOrigin:
+    """Everything but the images that keys and values depend on.
 
     Attributes:
-        kv: `k_ref.{i}` and `v_ref.{i}` of every block, each [1, R, H, D].
-        num_tokens: R, tokens of all images together.
-        nbytes: bytes of all keys and values.
-        first_size: (height, width) of the first image after cropping: the default output size.
-        model_digest: the weights they belong to.
+        model_digest: graphs and weights (`Manifest.model_digest`).
+        lora_digest: the LoRA set; empty for none.
+        dtype: type that the graphs compute in.
+        kv_dtype: type that keys and values are kept in: `dtype`, or "float8_e4m3fn".
+        backend: what computes them; another one rounds differently.
     """
 
-    kv: dict[str, Buffer]
+    model_digest: str
+    lora_digest: str
+    dtype: str
+    kv_dtype: str
+    backend: str
+
+    def digest(self, images: str) -> str:
+        """Hex digest of keys and values of the images with this `images_digest`."""
+        lines = "".join(f"{name} {value}\n" for name, value in asdict(self).items())
+        return hashlib.sha256(f"{lines}images {images}\n".encode()).hexdigest()
+
+    def difference(self, other: "KVOrigin") -> str | None:
+        """What keeps sets of the other origin from being used here, in words; None if nothing."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if mine != theirs:
+                values = f"(got {theirs[:16] or 'none'}, expected {mine[:16] or 'none'})"
+                return f"{_DIFFERENCES[item.name]} {values}"
+        return None
+
+
+_DIFFERENCES = {
+    "model_digest": "belong to other weights",
+    "lora_digest": "belong to another LoRA set",
+    "dtype": "were computed in another type",
+    "kv_dtype": "are kept in another type",
+    "backend": "were computed by another backend",
+}
+
+
+def images_digest(pixels: Sequence[NDArray[np.uint8]]) -> str:
+    """Hex digest of an ordered set of prepared images, each uint8 [1, H, W, 3]."""
+    state = hashlib.sha256()
+    for image in pixels:
+        state.update(np.array(image.shape, "<i8").tobytes())
+        state.update(np.ascontiguousarray(image).data)
+    return state.hexdigest()
+
+
+def check_kv_dtype(name: str | None, dtype: str) -> str:
+    """The type to keep keys and values in.
+
+    Args:
+        name: "fp32", "fp16" or "bf16", which must be the graphs' own; "fp8"; None for the graphs'.
+        dtype: type that the graphs compute in.
+
+    Raises:
+        RequestError: another type.
+    """
+    if name == "fp8":
+        return "float8_e4m3fn"
+    if name is not None and DTYPES.get(name) != dtype:
+        own = next(short for short, long in DTYPES.items() if long == dtype)
+        raise RequestError(
+            f"kv_dtype is {name!r}, the graphs compute in {dtype}; expected {own!r} or 'fp8'"
+        )
+    return dtype
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class ReferenceSet:
+    """Keys and values of an ordered set of reference images.
+
+    They depend on the images, their order, and `origin`; not on prompt, seed or output size. Made
+    by `KleinKVPipeline.encode_references` or `load_references`, and used by any number of requests
+    at once.
+
+    Attributes:
+        kv: `k_ref.{i}` and `v_ref.{i}` of every block, each [1, R, H, D], on the backend's device.
+            Kept as float8: arrays on the host, uint8, and their `k_ref.{i}.scale`.
+        num_tokens: R, tokens of all images together.
+        nbytes: bytes of all keys and values as they are kept.
+        first_size: (height, width) of the first image after cropping: the default output size.
+        images: `images_digest` of the prepared images.
+        origin: what else they depend on.
+        backend: where the buffers live.
+    """
+
+    kv: dict[str, Any] = field(repr=False)
     num_tokens: int
     nbytes: int
     first_size: tuple[int, int]
-    model_digest: str
+    images: str
+    origin: KVOrigin
+    backend: Backend = field(repr=False)
+
+    @classmethod
+    def from_buffers(
+        cls,
+        kv: Mapping[str, Buffer],
+        *,
+        first_size: tuple[int, int],
+        images: str,
+        origin: KVOrigin,
+        backend: Backend,
+    ) -> "ReferenceSet":
+        """A set of what a graph gave out, quantised if `origin` says so."""
+        held: dict[str, Any] = dict(kv)
+        arrays = {name: backend.download(buffer) for name, buffer in held.items()}
+        if origin.kv_dtype != origin.dtype:
+            held = {}
+            for name, array in arrays.items():
+                held[name], held[name + SCALE_SUFFIX] = quantize_kv(array)
+            arrays = held
+        return cls(
+            kv=held,
+            num_tokens=arrays["k_ref.0"].shape[1],
+            nbytes=sum(array.nbytes for array in arrays.values()),
+            first_size=first_size,
+            images=images,
+            origin=origin,
+            backend=backend,
+        )
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything that the keys and values depend on."""
+        return self.origin.digest(self.images)
+
+    @property
+    def model_digest(self) -> str:
+        """The weights they belong to."""
+        return self.origin.model_digest
+
+    @property
+    def exact(self) -> bool:
+        """Whether `buffers` gives what the graph computed, bit for bit."""
+        return self.origin.kv_dtype == self.origin.dtype
+
+    def buffers(self) -> dict[str, Buffer]:
+        """Keys and values as graphs take them: the set's own, or dequantised for this request."""
+        if self.exact:
+            return dict(self.kv)
+        dtype = NUMPY_DTYPES[self.origin.dtype]
+        return {
+            name: self.backend.upload(dequantize_kv(packed, self.kv[name + SCALE_SUFFIX], dtype))
+            for name, packed in self.kv.items()
+            if not name.endswith(SCALE_SUFFIX)
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the set as one safetensors file; `KleinKVPipeline.load_references` reads it.
+
+        An interrupted save leaves a file that was there before as it was.
+
+        Raises:
+            CapacityError: the disk is full.
+            RequestError: the file cannot be written there.
+        """
+        from klein_kv.runtime.reference_file import save_references
+
+        save_references(self, Path(path))
 
 
 def grid_ids(height: int, width: int, time: int = 0) -> NDArray[np.int64]:

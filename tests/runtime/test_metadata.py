@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(IMAGE))
     assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_marked_as_made_by_a_model(tmp_path: Path) -> None:
+    """The IPTC property, as an XML parser and as Pillow's XMP reader see it."""
+    path = tmp_path / "out.png"
+    save_png(IMAGE, path, PARAMETERS)
+    packet = text_of(path)["XML:com.adobe.xmp"]
+    root = ET.fromstring(packet)
+    kind = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    (entry,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    assert entry.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"] == kind
+    assert entry.attrib["{http://ns.adobe.com/xap/1.0/}CreatorTool"] == f"klein-kv {__version__}"
+    with Image.open(path) as image:
+        image.load()
+        assert image.info["xmp"].decode() == packet
+    save_png(IMAGE, path)
+    assert text_of(path) == {}
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,161 @@
+"""From reference images to a `ReferenceSet`: prepare, look up, and encode what is not there yet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from klein_kv.errors import RequestError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.images import prepare_reference
+from klein_kv.runtime.memory import check_request_memory, request_bytes
+from klein_kv.runtime.reference_file import load_references, read_reference_digest
+from klein_kv.runtime.reference_store import ReferenceStore
+from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
+
+__all__ = ["PreparedReferences", "ReferenceEncoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedReferences:
+    """Reference images as the VAE reads them.
+
+    Attributes:
+        pixels: uint8 [1, H, W, 3] each.
+        num_tokens: R, tokens of all images together.
+        first_size: (height, width) of the first image.
+        images: their `images_digest`.
+        digest: digest of the keys and values that they get here.
+    """
+
+    pixels: tuple[NDArray[np.uint8], ...]
+    num_tokens: int
+    first_size: tuple[int, int]
+    images: str
+    digest: str
+
+
+class ReferenceEncoder:
+    """Makes and finds the reference sets of one pipeline.
+
+    Args:
+        backend: what runs the graphs.
+        manifest: the artifacts' manifest.
+        origin: what the keys and values depend on besides the images.
+        store: where they are kept.
+    """
+
+    def __init__(
+        self, backend: Backend, manifest: Manifest, origin: KVOrigin, store: ReferenceStore
+    ) -> None:
+        self.origin = origin
+        self.store = store
+        self._backend = backend
+        self._manifest = manifest
+
+    @property
+    def exact(self) -> bool:
+        """Whether sets are kept as they were computed, bit for bit."""
+        return self.origin.kv_dtype == self.origin.dtype
+
+    def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
+        """Checks and crops one image or more; computes nothing yet.
+
+        Raises:
+            RequestError: see `images.prepare_reference`.
+        """
+        unit = self._manifest.config.vae.multiple_of
+        pixels = tuple(prepare_reference(image, unit) for image in images)
+        digest = images_digest(pixels)
+        return PreparedReferences(
+            pixels=pixels,
+            num_tokens=sum((x.shape[1] // unit) * (x.shape[2] // unit) for x in pixels),
+            first_size=(pixels[0].shape[1], pixels[0].shape[2]),
+            images=digest,
+            digest=self.origin.digest(digest),
+        )
+
+    def tokens(self, prepared: PreparedReferences) -> dict[str, Buffer]:
+        """Inputs `ref_hidden_states` and `ref_ids` of the graphs that encode references."""
+        backend = self._backend
+        tokens, grids = [], []
+        for image in prepared.pixels:
+            out = backend.run("vae_encoder", {"image": backend.upload(image)})
+            grid = backend.download(out["ref_hidden_states"])  # [1, h, w, C]
+            grids.append((grid.shape[1], grid.shape[2]))
+            tokens.append(grid.reshape(1, -1, grid.shape[3]))
+        return {
+            "ref_hidden_states": backend.upload(np.concatenate(tokens, axis=1)),
+            "ref_ids": backend.upload(reference_ids(grids)),
+        }
+
+    def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
+        """A set of keys and values that `first_step` or `encode_references` gave out."""
+        return ReferenceSet.from_buffers(
+            kv,
+            first_size=prepared.first_size,
+            images=prepared.images,
+            origin=self.origin,
+            backend=self._backend,
+        )
+
+    def compute(self, prepared: PreparedReferences) -> ReferenceSet:
+        """Encodes, without looking anything up."""
+        return self.keep(prepared, self._backend.run("encode_references", self.tokens(prepared)))
+
+    def encode(self, prepared: PreparedReferences) -> ReferenceSet:
+        """The set from the store, or computed and kept there.
+
+        Raises:
+            CapacityError: the keys and values do not fit into memory.
+        """
+        if prepared.digest not in self.store:
+            self.check_memory(prepared.num_tokens)
+        with self.store.claim(prepared.digest) as claim:
+            return claim.value or claim.publish(self.compute(prepared))
+
+    def load(self, path: Path) -> ReferenceSet:
+        """The set of a file; from the store, where it is already there.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, or no saved reference set.
+            RequestError: a set of other weights, LoRA set, types, backend or layout.
+        """
+        with self.store.claim(read_reference_digest(path)) as claim:
+            if claim.value is None:
+                net = self._manifest.config.transformer
+                claim.publish(load_references(path, self._backend, self.origin, net))
+            assert claim.value is not None  # noqa: S101 - published
+            return claim.value
+
+    def check(self, references: ReferenceSet) -> None:
+        """Refuses sets that belong to something else.
+
+        Raises:
+            RequestError: with the reason.
+        """
+        reason = self.origin.difference(references.origin)
+        if reason is not None:
+            raise RequestError(
+                f"the references cannot be used here: they {reason}; encode them again"
+            )
+
+    def check_memory(self, num_tokens: int) -> None:
+        """Refuses to encode more tokens than memory holds.
+
+        Raises:
+            CapacityError: with the numbers.
+        """
+        parts = request_bytes(
+            self._manifest.config,
+            self._manifest.dtype,
+            batch=1,
+            image_tokens=0,
+            ref_tokens=num_tokens,
+            text_tokens=0,
+        )
+        check_request_memory(parts, num_tokens, self.store.free)

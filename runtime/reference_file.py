@@ -1,0 +1,191 @@
+"""A reference set as one safetensors file: keys and values, and in the metadata what they are.
+
+The metadata names everything that the digest covers, so that a file is refused with a reason.
+Float8 values are stored as bytes (dtype U8) beside their scales. A CRC-32 over all tensors, in the
+order of the file, tells a damaged file; it is no protection against one that was forged.
+"""
+
+import contextlib
+import errno
+import os
+import zlib
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.config import TransformerConfig
+from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
+from klein_kv.runtime.backend import Backend
+from klein_kv.runtime.references import SCALE_SUFFIX, KVOrigin, ReferenceSet
+from klein_kv.signature import kv_names
+from klein_kv.weights import WeightRef, map_weight, read_header, read_metadata, safetensors_header
+
+__all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
+
+_FORMAT = "klein-kv reference set 1"
+_NO_CHECKSUM = "00000000"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def reference_file_bytes(references: ReferenceSet) -> int:
+    """Bytes of the file that `save_references` writes."""
+    return len(_header(references, _NO_CHECKSUM)) + references.nbytes
+
+
+def save_references(references: ReferenceSet, path: Path) -> None:
+    """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
+
+    Raises:
+        CapacityError: the disk is full.
+        RequestError: the file cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{id(references):x}.part")
+    try:
+        with partial.open("wb") as file:
+            _write(references, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CapacityError(
+                f"{path} cannot be written: {error.strerror}; the references take "
+                f"{reference_file_bytes(references) / 1e6:.1f} MB, make room or save elsewhere"
+            ) from error
+        raise RequestError(
+            f"{path} cannot be written: {error.strerror}; expected a file name in a folder that "
+            "exists and may be written"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone if all went well
+            partial.unlink()
+
+
+def _write(references: ReferenceSet, file: BinaryIO) -> None:
+    file.write(_header(references, _NO_CHECKSUM))
+    checksum = 0
+    for array in _arrays(references).values():
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        checksum = zlib.crc32(content, checksum)
+        file.write(content)
+    file.seek(0)
+    file.write(_header(references, f"{checksum:08x}"))
+
+
+def _arrays(references: ReferenceSet) -> dict[str, NDArray[Any]]:
+    if not references.exact:
+        return references.kv
+    return {name: references.backend.download(x) for name, x in references.kv.items()}
+
+
+def _header(references: ReferenceSet, checksum: str) -> bytes:
+    height, width = references.first_size
+    metadata = {
+        "format": _FORMAT,
+        **asdict(references.origin),
+        "images": references.images,
+        "first_size": f"{height}x{width}",
+        "crc32": checksum,
+    }
+    tensors = {name: (str(x.dtype), x.shape) for name, x in _arrays(references).items()}
+    return safetensors_header(tensors, metadata)
+
+
+def read_reference_digest(path: Path) -> str:
+    """Digest of the set that a file says it holds.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no saved reference set.
+    """
+    origin, images, _, _ = _read_description(path)
+    return origin.digest(images)
+
+
+def load_references(
+    path: Path, backend: Backend, origin: KVOrigin, net: TransformerConfig
+) -> ReferenceSet:
+    """Maps a file and uploads its keys and values tensor by tensor.
+
+    Args:
+        path: what `save_references` wrote.
+        backend: where to.
+        origin: what they must have been made with.
+        net: the network, whose blocks and heads they must fit.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no saved reference set.
+        RequestError: a set of other weights, LoRA set, types, backend or layout.
+    """
+    found, images, first_size, checksum = _read_description(path)
+    reason = origin.difference(found)
+    if reason is not None:
+        raise RequestError(
+            f"the references in {path} cannot be used here: they {reason}; encode them again"
+        )
+    try:
+        refs = read_header(path)
+    except CheckpointError as error:
+        raise _damaged(path, error) from error
+    _check_layout(path, refs, origin, net)
+    kv, seen = {}, 0
+    for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
+        try:
+            array = map_weight(ref)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        seen = zlib.crc32(array.reshape(-1).view(np.uint8).data, seen)
+        exact = origin.kv_dtype == origin.dtype
+        kv[name] = backend.upload(array) if exact else np.array(array)
+    if f"{seen:08x}" != checksum:
+        raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
+    return ReferenceSet(
+        kv=kv,
+        num_tokens=refs["k_ref.0"].shape[1],
+        nbytes=sum(ref.nbytes for ref in refs.values()),
+        first_size=first_size,
+        images=images,
+        origin=origin,
+        backend=backend,
+    )
+
+
+def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
+    """Origin, images digest, size of the first image and checksum, from the metadata."""
+    try:
+        metadata = read_metadata(path)
+        if metadata.get("format") != _FORMAT:
+            raise _damaged(path, f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+        height, width = metadata["first_size"].split("x")
+        origin = KVOrigin(**{item.name: metadata[item.name] for item in fields(KVOrigin)})
+        return origin, metadata["images"], (int(height), int(width)), metadata["crc32"]
+    except (CheckpointError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_layout(
+    path: Path, refs: dict[str, WeightRef], origin: KVOrigin, net: TransformerConfig
+) -> None:
+    tokens = refs["k_ref.0"].shape[1:2] if "k_ref.0" in refs else ()
+    shape = (1, *tokens, net.num_attention_heads, net.attention_head_dim)
+    exact = origin.kv_dtype == origin.dtype
+    expected = dict.fromkeys(kv_names(net.num_blocks), (origin.dtype if exact else "uint8", shape))
+    if not exact:
+        scales = {name + SCALE_SUFFIX: ("float32", shape[2:3]) for name in expected}
+        expected |= scales
+    for name in [*expected, *refs]:
+        want = expected.get(name)
+        got = (refs[name].dtype, refs[name].shape) if name in refs else None
+        if got != want:
+            raise RequestError(
+                f"the references in {path} have another layout: {name} is {got or 'not there'}, "
+                f"expected {want or 'no such tensor'}; encode the images again"
+            )
+
+
+def _damaged(path: Path, reason: object) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is no whole reference set ({reason}); encode the images again and save them"
+    )

@@ -1,0 +1,39 @@
+"""Configurations of the released models, for tests that need shapes and no weights."""
+
+from klein_kv.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+
+__all__ = ["KLEIN_4B", "KLEIN_9B"]
+
+
+def _klein(double: int, single: int, heads: int, text_hidden: int) -> ModelConfig:
+    return ModelConfig(
+        TransformerConfig.from_dict(
+            {
+                "in_channels": 128,
+                "num_layers": double,
+                "num_single_layers": single,
+                "attention_head_dim": 128,
+                "num_attention_heads": heads,
+                "joint_attention_dim": 3 * text_hidden,
+                "guidance_embeds": False,
+            }
+        ),
+        TextEncoderConfig.from_dict(
+            {
+                "model_type": "qwen3",
+                "hidden_size": text_hidden,
+                "intermediate_size": 3 * text_hidden,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "vocab_size": 151936,
+                "rope_theta": 1_000_000,
+            }
+        ),
+        VaeConfig(latent_channels=32, num_levels=4, batch_norm_eps=1e-4),
+    )
+
+
+KLEIN_9B = _klein(8, 24, 32, 4096)
+KLEIN_4B = _klein(5, 20, 24, 2560)

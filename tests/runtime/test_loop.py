@@ -1,0 +1,160 @@
+"""The denoising loop: which graphs run, on which buffers, and what stays where it is."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from klein_kv import KleinKVPipeline
+from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.loop import LoopInputs, denoise_loop
+from klein_kv.runtime.references import grid_ids, text_ids
+from klein_kv.schedule import make_schedule
+from klein_kv.signature import kv_names
+
+Call = tuple[str, dict[str, Buffer], dict[str, Buffer]]
+
+
+@pytest.fixture
+def calls(tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Graph, inputs and outputs of every backend call; the buffers are kept alive."""
+    seen: list[Call] = []
+    run = tiny_ours.backend.run
+
+    def spy(graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        outputs = run(graph, inputs)
+        seen.append((graph, dict(inputs), dict(outputs)))
+        return outputs
+
+    monkeypatch.setattr(tiny_ours.backend, "run", spy)
+    return seen
+
+
+def graphs(calls: list[Call]) -> list[str]:
+    return [graph for graph, _, _ in calls]
+
+
+def test_graphs_of_an_edit(
+    tiny_ours: KleinKVPipeline, calls: list[Call], picture: Callable[..., Image.Image]
+) -> None:
+    tiny_ours("a red kite", image=[picture(128, 128), picture(128, 64)], seed=0)
+    assert graphs(calls) == [
+        "text_encoder",
+        "vae_encoder",
+        "vae_encoder",
+        "first_step",
+        *3 * ["cached_step"],
+        "vae_decoder",
+    ]
+
+
+def test_graphs_without_references(tiny_ours: KleinKVPipeline, calls: list[Call]) -> None:
+    tiny_ours("a red kite", height=128, width=128, seed=0)
+    assert graphs(calls) == ["text_encoder", *4 * ["cached_step"], "vae_decoder"]
+    for name in kv_names(3):
+        assert calls[1][1][name].shape() == [1, 0, 2, 32]
+
+
+def test_graphs_with_references_at_hand(
+    tiny_ours: KleinKVPipeline, calls: list[Call], picture: Callable[..., Image.Image]
+) -> None:
+    references = tiny_ours.encode_references(picture(128, 128))
+    tiny_ours("a red kite", references=references, seed=0)
+    expected = ["vae_encoder", "encode_references", "text_encoder", *4 * ["cached_step"]]
+    assert graphs(calls) == [*expected, "vae_decoder"]
+    for name, buffer in references.kv.items():
+        later = [inputs for graph, inputs, _ in calls if graph == "cached_step"]
+        assert {inputs[name].data_ptr() for inputs in later} == {buffer.data_ptr()}
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2])
+def test_keys_and_values_stay_where_they_are(
+    per_prompt: int,
+    tiny_ours: KleinKVPipeline,
+    calls: list[Call],
+    picture: Callable[..., Image.Image],
+) -> None:
+    """Every cached step reads the very memory that the first step wrote: batch 1, no copy."""
+    image = picture(128, 128)
+    tiny_ours("a red kite", image=image, num_images_per_prompt=per_prompt, seed=0)
+    (first,) = (outputs for graph, _, outputs in calls if graph == "first_step")
+    later = [inputs for graph, inputs, _ in calls if graph == "cached_step"]
+    assert len(later) == 3
+    for name in kv_names(3):
+        assert first[name].shape() == [1, 64, 2, 32]
+        assert {inputs[name].data_ptr() for inputs in later} == {first[name].data_ptr()}
+
+
+def test_latents_go_from_step_to_step_without_a_copy(
+    tiny_ours: KleinKVPipeline, calls: list[Call]
+) -> None:
+    tiny_ours("a red kite", height=128, width=128, seed=0)
+    steps = [call for call in calls if call[0] == "cached_step"]
+    for (_, _, outputs), (_, inputs, _) in pairwise(steps):
+        assert inputs["hidden_states"] is outputs["latents"]
+
+
+def loop_inputs(pipeline: KleinKVPipeline, ref_tokens: int) -> LoopInputs:
+    net, rng = pipeline.config.transformer, np.random.default_rng(0)
+    upload = pipeline.backend.upload
+
+    def normal(*shape: int) -> Buffer:
+        return upload(rng.standard_normal(shape, np.float32))
+
+    head = net.num_attention_heads, net.attention_head_dim
+    return LoopInputs(
+        latents=normal(1, 16, net.in_channels),
+        text=normal(1, 8, net.joint_attention_dim),
+        img_ids=upload(grid_ids(4, 4)),
+        txt_ids=upload(text_ids(8)),
+        kv={name: normal(1, ref_tokens, *head) for name in kv_names(net.num_blocks)},
+    )
+
+
+def test_memory_does_not_grow_with_steps(tiny_ours: KleinKVPipeline) -> None:
+    tokens = 16384
+    inputs = loop_inputs(tiny_ours, tokens)
+    nbytes = tiny_ours.config.transformer.kv_bytes(tokens, "float32")
+    before = {name: buffer.data_ptr() for name, buffer in inputs.kv.items()}
+    first = inputs.kv["k_ref.0"].numpy().copy()
+    resident: list[int] = []
+
+    def after_step(_i: int, _state: LoopInputs) -> bool:
+        resident.append(psutil.Process().memory_info().rss)
+        return False
+
+    schedule = make_schedule({"use_dynamic_shifting": True}, 25, 16)
+    denoise_loop(tiny_ours.backend, schedule, inputs, "float32", after_step)
+    # Five steps to warm up; then twenty copies would be half a gigabyte.
+    assert nbytes > 25e6
+    assert max(resident[5:]) - resident[4] < nbytes / 2
+    assert {name: buffer.data_ptr() for name, buffer in inputs.kv.items()} == before
+    np.testing.assert_array_equal(inputs.kv["k_ref.0"].numpy(), first)
+
+
+def test_times_and_early_end(tiny_ours: KleinKVPipeline) -> None:
+    schedule = make_schedule({"use_dynamic_shifting": True}, 5, 16)
+    times = denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), "float32")
+    assert len(times.steps) == len(times.backend) == 5
+    assert all(0 < inner <= whole for inner, whole in zip(times.backend, times.steps, strict=True))
+    steps: list[int] = []
+
+    def after_step(i: int, _state: LoopInputs) -> bool:
+        steps.append(i)
+        return i == 1
+
+    inputs = loop_inputs(tiny_ours, 0)
+    denoise_loop(tiny_ours.backend, schedule, inputs, "float32", after_step)
+    assert steps == [0, 1]
+
+
+def test_time_and_step_sizes(tiny_ours: KleinKVPipeline, calls: list[Any]) -> None:
+    schedule = make_schedule({"use_dynamic_shifting": True}, 3, 16)
+    denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), "float32")
+    for i, (_, inputs, _) in enumerate(calls):
+        assert inputs["timestep"].numpy() == [schedule.model_timestep(i, "float32")]
+        assert inputs["sigma_step"].numpy() == [schedule.sigma_steps[i]]

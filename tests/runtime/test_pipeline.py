@@ -1,0 +1,315 @@
+"""Requests: what is refused, before anything is computed, and what the results carry."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import klein_kv
+from klein_kv import KleinKVPipeline
+from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+
+PROMPT = "a red kite over the sea"
+Picture = Callable[..., Image.Image]
+LATENTS = np.zeros((1, 128, 8, 8), np.float32)
+EMBEDS = np.zeros((1, 7, 96), np.float32)
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        # size
+        ({"height": 200}, "height is 200, expected a multiple of 16 from 128 to 2048"),
+        ({"width": 136}, "width is 136, expected a multiple of 16"),
+        ({"height": 112}, "height is 112"),
+        ({"width": 2064}, "width is 2064"),
+        ({"height": 0}, "height is 0"),
+        ({"width": -128}, "width is -128"),
+        ({"height": 256.0}, "height is 256.0"),
+        ({"width": "256"}, "width is '256'"),
+        ({"height": True}, "height is True"),
+        # prompt
+        ({"prompt": None}, "one of prompt and prompt_embeds, got neither"),
+        ({"prompt_embeds": EMBEDS}, "one of prompt and prompt_embeds, got both"),
+        ({"prompt": []}, "expected a text or a list of texts"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": ("a", "b")}, "expected a text or a list of texts"),
+        ({"prompt": ["a", None]}, "expected a text or a list of texts"),
+        ({"prompt": "half a pair \ud800"}, "lone surrogate"),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS[0]},
+            r"shape \(7, 96\), expected \[batch, tokens",
+        ),
+        ({"prompt": None, "prompt_embeds": EMBEDS[..., :95]}, r"shape \(1, 7, 95\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[:, :0]}, r"shape \(1, 0, 96\)"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 4097, 96))}, "at most 4096"),
+        ({"prompt": None, "prompt_embeds": EMBEDS.astype(int)}, "dtype int64, expected floating"),
+        ({"prompt": None, "prompt_embeds": EMBEDS * np.nan}, "not finite"),
+        ({"prompt": None, "prompt_embeds": "text"}, "prompt_embeds has dtype"),
+        ({"max_sequence_length": 0}, "max_length is 0"),
+        ({"max_sequence_length": 4097}, "max_sequence_length is 4097, expected at most 4096"),
+        ({"max_sequence_length": "512"}, "max_length is '512'"),
+        ({"max_sequence_length": None}, "max_length is None"),
+        ({"text_encoder_out_layers": (9, 18, 26)}, "the artifacts hold .*--text-layers"),
+        ({"text_encoder_out_layers": (9, 18)}, "the artifacts hold"),
+        # counts
+        ({"num_inference_steps": 0}, "num_inference_steps is 0, expected 1 to 50"),
+        ({"num_inference_steps": 51}, "num_inference_steps is 51, expected 1 to 50"),
+        ({"num_inference_steps": 4.0}, r"num_inference_steps is 4\.0"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0, expected 1 or more"),
+        ({"num_images_per_prompt": None}, "num_images_per_prompt is None"),
+        ({"sigmas": []}, "sigmas"),
+        ({"sigmas": [1.0, 1.5]}, r"expected numbers in \[0, 1\]"),
+        ({"sigmas": [900, 500]}, "divided by 1000"),
+        ({"sigmas": "abc"}, "sigmas"),
+        # noise
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, r"2\*\*63 - 1"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"seed": 1, "generator": torch.Generator()}, "both generator and seed"),
+        ({"generator": 5}, r"expected a torch\.Generator"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for a batch of 1"),
+        ({"latents": LATENTS[:, :64]}, r"latents has shape \(1, 64, 8, 8\)"),
+        ({"latents": LATENTS[0]}, "latents has shape"),
+        ({"latents": LATENTS, "height": 256}, "latents has shape"),
+        ({"latents": LATENTS, "num_images_per_prompt": 2}, "latents has shape"),
+        ({"latents": LATENTS.astype(np.int32)}, "latents has dtype int32"),
+        ({"latents": LATENTS + np.inf}, "latents holds values that are not finite"),
+        # the rest
+        ({"output_type": "jpeg"}, "'pil', 'np', 'pt' or 'latent'"),
+        ({"output_type": None}, "output_type is None"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"names \['noise'\]"),
+        ({"image": "photo.png"}, "reference image is a str"),
+        ({"image": np.zeros((64, 64, 3), np.uint8)}, "reference image is a ndarray"),
+        ({"image": [Image.new("RGB", (64, 64)), None]}, "reference image is a NoneType"),
+        ({"image": Image.new("RGB", (63, 64))}, "63x64, expected at least 64 pixels on each side"),
+        ({"image": Image.new("RGB", (64, 513))}, "expected at most 8:1"),
+    ],
+)
+def test_bad_request(
+    request_: dict[str, Any],
+    message: str,
+    tiny_ours: KleinKVPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One clear error; no graph has run, and the generator stands where it stood."""
+
+    def run(graph: str, _inputs: Any) -> None:
+        pytest.fail(f"{graph} ran before the request was refused")
+
+    monkeypatch.setattr(tiny_ours.backend, "run", run)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    request = {"prompt": PROMPT} | request_
+    if "seed" not in request and "latents" not in request:
+        request.setdefault("generator", generator)
+    with pytest.raises(RequestError, match=message) as caught:
+        tiny_ours(**request)
+    assert isinstance(caught.value, ValueError)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_prompt_first_and_named(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    with pytest.raises(RequestError, match="another prompt or positional argument"):
+        tiny_ours("a kite", prompt="a kite")
+    with pytest.raises(RequestError, match="pass the rest by name"):
+        tiny_ours("a kite", picture(64, 64))
+
+
+def test_unknown_argument(tiny_ours: KleinKVPipeline) -> None:
+    with pytest.raises(TypeError, match="guidance_scale"):
+        tiny_ours(PROMPT, guidance_scale=4.0)
+
+
+def test_images_and_references(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    references = tiny_ours.encode_references(picture(64, 64))
+    with pytest.raises(RequestError, match="both image and references"):
+        tiny_ours(PROMPT, image=picture(64, 64), references=references)
+
+
+def test_references_of_other_weights(
+    tiny_ours: KleinKVPipeline, models: Callable[[str], Any], picture: Picture
+) -> None:
+    references = models("plain").ours.encode_references(picture(64, 64))
+    with pytest.raises(RequestError, match="weights"):
+        tiny_ours(PROMPT, references=references)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([], "no reference image was given"),
+        (Image.new("RGB", (32, 640)), "expected at least 64 pixels"),
+        (["photo.png"], "reference image is a str"),
+    ],
+)
+def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
+    with pytest.raises(RequestError, match=message):
+        tiny_ours.encode_references(image)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": np.zeros((1, 64, 127), np.float32)}, "the callback returned latents of shape"),
+        ({"prompt_embeds": np.zeros((1, 7, 96), np.float32)}, "returned prompt_embeds of shape"),
+        ({"latents": np.zeros((1, 64, 128), np.int64)}, "latents has dtype int64"),
+        ({"latents": np.full((1, 64, 128), np.nan, np.float32)}, "not finite"),
+    ],
+)
+def test_bad_answer_of_a_callback(
+    returned: dict[str, Any], message: str, tiny_ours: KleinKVPipeline
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=lambda *_: returned)
+
+
+def test_error_in_a_callback_passes_through(tiny_ours: KleinKVPipeline) -> None:
+    def callback(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=callback)
+    tiny_ours(PROMPT, height=128, width=128, num_inference_steps=1)
+
+
+def test_empty_prompt_is_allowed(tiny_ours: KleinKVPipeline) -> None:
+    assert len(tiny_ours("", height=128, width=128, num_inference_steps=1).images) == 1
+
+
+def test_prompt_over_the_limit_is_cut_with_a_warning(
+    tiny_ours: KleinKVPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        tiny_ours("kite " * 2000, height=128, width=128, num_inference_steps=1, seed=0)
+    (record,) = caplog.records
+    assert re.search(r"prompt 0 has \d+ tokens .* the limit is 512", record.getMessage())
+
+
+def test_attention_kwargs_have_no_effect(
+    tiny_ours: KleinKVPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = {"height": 128, "width": 128, "num_inference_steps": 1, "seed": 0}
+    plain = tiny_ours(PROMPT, **request).images[0]
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        other = tiny_ours(PROMPT, attention_kwargs={"scale": 2}, **request).images[0]
+    np.testing.assert_array_equal(plain, other)
+    assert "scale" in caplog.text
+
+
+# --- results ---
+
+
+def test_same_request_gives_the_same_bits(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    request = {"image": [picture(100, 80)], "seed": 3, "output_type": "latent"}
+    first = tiny_ours(PROMPT, **request).images
+    np.testing.assert_array_equal(tiny_ours(PROMPT, **request).images, first)
+
+
+def test_without_a_seed_every_call_differs(tiny_ours: KleinKVPipeline) -> None:
+    request = {"height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
+    one, other = (tiny_ours(PROMPT, **request).images for _ in range(2))
+    assert not np.array_equal(one, other)
+
+
+def test_small_references_make_small_images(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    """As in diffusers: the range from 128 pixels is for sizes that the caller names."""
+    (image,) = tiny_ours(PROMPT, image=picture(64, 80), num_inference_steps=1).images
+    assert image.size == (64, 80)
+
+
+def test_reference_set(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    references = tiny_ours.encode_references([picture(70, 100), picture(128, 64)])
+    assert references.num_tokens == 4 * 6 + 8 * 4
+    assert references.first_size == (96, 64)
+    assert references.nbytes == tiny_ours.config.transformer.kv_bytes(56, "float32")
+    assert all(buffer.shape() == [1, 56, 2, 32] for buffer in references.kv.values())
+
+
+def test_a_reference_set_serves_many_requests(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    references = tiny_ours.encode_references(picture(96, 96))
+    before = {name: buffer.numpy().copy() for name, buffer in references.kv.items()}
+    for prompt in (PROMPT, [PROMPT, "snow"]):
+        tiny_ours(prompt, references=references, num_inference_steps=2)
+    for name, buffer in references.kv.items():
+        np.testing.assert_array_equal(buffer.numpy(), before[name])
+
+
+def test_times_of_the_last_call(tiny_ours: KleinKVPipeline) -> None:
+    tiny_ours(PROMPT, height=128, width=128, num_inference_steps=3)
+    assert len(tiny_ours.times.steps) == tiny_ours.num_timesteps == 3
+
+
+def test_progress_bar(
+    tiny_artifacts: Path, capsys: pytest.CaptureFixture[str], tiny_ours: KleinKVPipeline
+) -> None:
+    request = {"height": 128, "width": 128, "num_inference_steps": 3}
+    tiny_ours(PROMPT, **request)
+    assert capsys.readouterr() == ("", "")
+    tiny_ours.set_progress_bar_config(desc="drawing")
+    try:
+        tiny_ours(PROMPT, **request)
+    finally:
+        tiny_ours.set_progress_bar_config(disable=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "drawing" in err
+    assert "3/3" in err
+
+
+# --- loading ---
+
+
+def test_loads_from_a_text_path_and_any_backend_name(tiny_artifacts: Path) -> None:
+    for options in ({}, {"backend": "auto"}, {"backend": "onnxruntime", "device": "cpu"}):
+        pipeline = KleinKVPipeline.from_pretrained(str(tiny_artifacts), **options)
+        assert pipeline.backend.name == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "openvino"}, "backend is 'openvino', expected one of auto, onnxruntime"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"backend": "onnxruntime", "device": "cuda:0"}, "device is 'cuda:0', expected 'cpu'"),
+        ({"threads": 0}, "threads is 0, expected a whole number"),
+        ({"threads": -1}, "threads is -1"),
+        ({"threads": 1.5}, r"threads is 1\.5"),
+        ({"threads": "2"}, "threads is '2'"),
+        ({"threads": True}, "threads is True"),
+    ],
+)
+def test_bad_backend_options(options: dict[str, Any], message: str, tiny_artifacts: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        KleinKVPipeline.from_pretrained(tiny_artifacts, **options)
+
+
+def test_bfloat16_artifacts_say_what_to_do(tiny_bf16_artifacts: Path) -> None:
+    with pytest.raises(
+        BackendError,
+        match=r"is bfloat16, which ONNX Runtime does not compute on a CPU; export .*--dtype fp32",
+    ):
+        KleinKVPipeline.from_pretrained(tiny_bf16_artifacts)
+
+
+def test_checkpoint_is_not_an_artifact_folder(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ArtifactError, match="export it first"):
+        KleinKVPipeline.from_pretrained(tiny_checkpoint)
+
+
+def test_public_names() -> None:
+    assert sorted(klein_kv.__all__) == ["KleinKVPipeline", "__version__"]
+    assert klein_kv.KleinKVPipeline is KleinKVPipeline
+    with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
+        klein_kv.Pipeline  # noqa: B018
+    assert not issubclass(CapacityError, ValueError)

@@ -1,0 +1,457 @@
+"""The store inside the pipeline: whatever is asked in whatever order, results are those without it.
+
+The long sequences run on a stand-in for the graphs that is quick and as sensitive to its inputs.
+"""
+
+import errno
+import gc
+import hashlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from klein_kv import KleinKVPipeline
+from klein_kv.errors import CapacityError, RequestError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime import memory, reference_store
+from klein_kv.runtime.reference_store import ReferenceFolder
+from klein_kv.signature import kv_names
+
+Picture = Callable[..., Image.Image]
+Array = NDArray[Any]
+
+SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+# Indices into PICTURES: 64x64, 80x64, 96x64, 64x80, 64x96 pixels; 16 to 24 tokens each.
+PICTURES = [(64, 64), (80, 64), (96, 64), (64, 80), (64, 96)]
+SETS = st.lists(st.integers(0, len(PICTURES) - 1), min_size=1, max_size=3)
+TOKEN = 1536  # bytes of keys and values per token of the tiny model
+
+
+class Stub:
+    """Stands in for a backend: arrays on the host, cheap functions of all inputs."""
+
+    name = "onnxruntime"
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.net = manifest.config.transformer
+        self.graphs: list[str] = []
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.graphs.append(graph)
+        if graph == "vae_encoder":
+            pixels = inputs["image"][:, ::16, ::16].astype(np.float32)
+            return {"ref_hidden_states": pixels.repeat(43, axis=3)[..., : self.net.in_channels]}
+        if graph == "encode_references":
+            return self._encode(inputs)
+        kv = self._encode(inputs) if graph == "first_step" else {}
+        held = kv or inputs
+        seen = sum(float(held[name].sum(dtype=np.float64)) for name in kv_names(3))
+        text = float(inputs["encoder_hidden_states"].sum())
+        latents = inputs["hidden_states"] * np.float32(0.9) + np.float32(seen * 1e-3 + text)
+        return {"noise_pred": latents, "latents": latents, **kv}
+
+    def _encode(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        tokens, ids = inputs["ref_hidden_states"], inputs["ref_ids"]
+        head = (self.net.num_attention_heads, self.net.attention_head_dim)
+        mixed = tokens.mean(axis=1, keepdims=True) + tokens * (1 + ids.sum(axis=1)[None, :, None])
+        wide = mixed[..., : head[0] * head[1]].reshape(1, -1, *head).astype(np.float32)
+        return {name: wide * np.float32(i + 1) for i, name in enumerate(kv_names(3))}
+
+    def upload(self, array: Array) -> Array:
+        return np.array(array)
+
+    def download(self, buffer: Array) -> Array:
+        return buffer
+
+    def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
+        return buffer.reshape(shape)
+
+    def release(self, graph: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_artifacts: Path) -> Manifest:
+    return Manifest.load(tiny_artifacts)
+
+
+@pytest.fixture
+def stub(tiny_artifacts: Path, manifest: Manifest) -> Callable[..., KleinKVPipeline]:
+    """Pipelines on a stand-in; options as of `KleinKVPipeline`."""
+
+    def make(**options: Any) -> KleinKVPipeline:
+        pipeline = KleinKVPipeline(tiny_artifacts, manifest, Stub(manifest), **options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pictures(picture: Picture) -> list[Image.Image]:
+    return [picture(*size, seed=i) for i, size in enumerate(PICTURES)]
+
+
+EMBEDS = np.linspace(-1, 1, 2 * 96, dtype=np.float32).reshape(1, 2, 96)
+
+
+def edit(pipe: KleinKVPipeline, images: list[Image.Image], **request: Any) -> Array:
+    request = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"} | request
+    result: Array = pipe(
+        prompt_embeds=EMBEDS, image=images, height=128, width=128, **request
+    ).images
+    return result
+
+
+def graphs_of(pipe: KleinKVPipeline) -> list[str]:
+    graphs: list[str] = pipe.backend.graphs  # type: ignore[attr-defined]
+    return graphs
+
+
+# --- sequences of requests ---
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
+@given(
+    budget=st.integers(0, 100 * TOKEN),
+    with_folder=st.booleans(),
+    calls=st.lists(
+        st.tuples(SETS, st.sampled_from(["edit", "encode", "hold", "pin", "unpin", "drop"])),
+        max_size=12,
+    ),
+)
+def test_sequences_equal_those_without_a_store(
+    budget: int,
+    with_folder: bool,
+    calls: list[tuple[list[int], str]],
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    options: dict[str, Any] = {"reference_cache_bytes": budget}
+    if with_folder and budget:
+        folder = tmp_path_factory.mktemp("sets")
+        options |= {"reference_cache_dir": folder, "reference_cache_dir_bytes": 2 * budget}
+    pipe, plain = stub(**options), stub(reference_cache_bytes=0)
+    in_use = []
+    for chosen, what in calls:
+        images = [pictures[i] for i in chosen]
+        if what == "drop":
+            in_use.clear()
+        if what == "edit":
+            np.testing.assert_array_equal(edit(pipe, images), edit(plain, images))
+        else:
+            references = pipe.encode_references(images)
+            expected = plain.encode_references(images)
+            for name in kv_names(3):
+                np.testing.assert_array_equal(references.kv[name], expected.kv[name])
+            if what == "hold":
+                in_use.append(references)
+            elif what == "unpin":
+                pipe.reference_store.unpin(references.digest)
+            elif what == "pin" and budget:
+                room = budget - pipe.reference_store.stats.pinned_bytes
+                try:
+                    pipe.reference_store.pin(references.digest)
+                except CapacityError:
+                    assert references.nbytes > room
+        stats = pipe.reference_store.stats
+        assert stats.bytes <= budget
+        if pipe.reference_store.second is not None:
+            assert pipe.reference_store.second.bytes <= 2 * budget
+            assert not list(folder.glob(".*"))
+
+
+@settings(deadline=None, max_examples=8, suppress_health_check=SHARED)
+@given(
+    budget=st.sampled_from([0, 30 * TOKEN, 60 * TOKEN, 1 << 30]),
+    calls=st.lists(SETS, min_size=2, max_size=5),
+)
+def test_sequences_on_the_real_graphs(
+    budget: int,
+    calls: list[list[int]],
+    tiny_ours: KleinKVPipeline,
+    tiny_artifacts: Path,
+    manifest: Manifest,
+    pictures: list[Image.Image],
+) -> None:
+    pipe = KleinKVPipeline(
+        tiny_artifacts, manifest, tiny_ours.backend, reference_cache_bytes=budget
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for chosen in calls:
+        images = [pictures[i] for i in chosen]
+        np.testing.assert_array_equal(edit(pipe, images), edit(tiny_ours, images))
+        assert pipe.reference_store.stats.bytes <= budget
+
+
+def test_a_thousand_requests_leave_nothing_behind(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
+) -> None:
+    """Neither arrays nor entries; and nothing waits for the garbage collector."""
+    pipe = stub(reference_cache_bytes=70 * TOKEN)
+    rng = np.random.default_rng(0)
+    sets = [[pictures[i] for i in rng.integers(0, 5, rng.integers(1, 3))] for _ in range(40)]
+    arrays: list[weakref.ref[Array]] = []
+    run = pipe.backend.run
+
+    def watch(graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = run(graph, inputs)
+        arrays.extend(weakref.ref(array) for array in outputs.values())
+        return outputs
+
+    pipe.backend.run = watch  # type: ignore[method-assign]
+    gc.disable()
+    try:
+        for _ in range(1000):
+            edit(pipe, sets[rng.integers(0, len(sets))], num_inference_steps=1)
+            assert pipe.reference_store.stats.bytes <= 70 * TOKEN
+        stats = pipe.reference_store.stats
+        assert sum(array() is not None for array in arrays) == 6 * stats.entries
+        pipe.reference_store.clear()
+        assert all(array() is None for array in arrays)
+    finally:
+        gc.enable()
+    assert stats.hits + stats.misses == 1000
+    assert min(stats.hits, stats.misses, stats.evictions) > 20
+
+
+def test_dropped_sets_are_freed_at_once(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
+) -> None:
+    pipe = stub()
+    gc.disable()
+    try:
+        edit(pipe, pictures[:1])
+        dead = weakref.ref(pipe.encode_references(pictures[:1]))
+        pipe.reference_store.clear()
+        assert dead() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_that_ask_for_the_same_references_encode_once(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
+) -> None:
+    pipe = stub(reference_cache_bytes=1 << 20)
+    expected = edit(stub(reference_cache_bytes=0), pictures[:2])
+    results, barrier = [], threading.Barrier(6)
+
+    def work() -> None:
+        barrier.wait()
+        results.append(edit(pipe, pictures[:2]))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 6
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+    assert graphs_of(pipe).count("first_step") == 1
+    assert graphs_of(pipe).count("vae_encoder") == 2
+
+
+# --- budgets ---
+
+
+def test_default_budget_is_a_quarter_of_what_is_free(
+    stub: Callable[..., KleinKVPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 4000)
+    pipe = stub()
+    assert (pipe.reference_store.budget, pipe.prompt_cache.budget) == (1000, 250)
+    assert memory.default_cache_bytes("tensorrt") == 0
+
+
+def test_store_gives_way_to_a_request(
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = stub(reference_cache_bytes=1 << 20)
+    for image in pictures[:4]:
+        pipe.encode_references(image)
+    held = pipe.reference_store.stats
+    assert held.entries == 4
+    parts: list[int] = []
+    check = memory.check_request_memory
+
+    def record(sizes: dict[str, int], *args: Any) -> None:
+        parts.append(sum(sizes.values()))
+        check(sizes, *args)
+
+    monkeypatch.setattr("klein_kv.runtime.pipeline.check_request_memory", record)
+    edit(pipe, pictures[:1])
+    monkeypatch.setattr(memory, "available_memory", lambda: parts[0] - held.bytes // 2)
+    edit(pipe, pictures[:1])
+    assert 1 <= pipe.reference_store.stats.entries < 4
+    assert pipe.reference_store.stats.misses == 4  # its own references stayed
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    with pytest.raises(CapacityError, match="the request needs at least"):
+        edit(pipe, pictures[:1])
+
+
+def test_bad_budgets(stub: Callable[..., KleinKVPipeline], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="turns reuse off"):
+        stub(reference_cache_bytes=0, reference_cache_dir=tmp_path)
+    with pytest.raises(RequestError, match="-1 bytes"):
+        stub(reference_cache_dir=tmp_path, reference_cache_dir_bytes=-1)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(RequestError, match="cannot be made"):
+        stub(reference_cache_dir=tmp_path / "file")
+
+
+# --- the folder ---
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_evicted_sets_come_back_after_a_restart(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    options = {"reference_cache_bytes": 30 * TOKEN, "reference_cache_dir": tmp_path / "a" / "b"}
+    pipe = stub(**options)
+    expected = [edit(pipe, [image]) for image in pictures[:3]]
+    assert len(files_of(tmp_path / "a" / "b")) == 2
+    restarted = stub(**options)
+    for image, latents in zip(pictures[:2], expected, strict=False):
+        np.testing.assert_array_equal(edit(restarted, [image]), latents)
+    stats = restarted.reference_store.stats
+    assert (stats.restored, stats.misses) == (2, 0)
+    assert "first_step" not in graphs_of(restarted)
+    assert restarted.reference_store.second.budget > 1 << 20
+
+
+def test_folder_keeps_to_its_budget_and_drops_the_longest_unused(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    # Every set is larger than the memory, so it goes to the folder at once.
+    pipe = stub(
+        reference_cache_bytes=1, reference_cache_dir=tmp_path, reference_cache_dir_bytes=80_000
+    )
+    folder = pipe.reference_store.second
+    assert isinstance(folder, ReferenceFolder)
+    digests = []
+    for i, image in enumerate(pictures[:4]):
+        references = pipe.encode_references(image)
+        digests.append(references.digest)
+        os.utime(tmp_path / f"{references.digest}.safetensors", (i, i))
+        assert folder.bytes <= 80_000
+        del references
+    assert {path.stem for path in tmp_path.iterdir()} == set(digests[2:])
+    assert folder.load(digests[2]) is not None  # used again
+    pipe.encode_references(pictures[4])
+    assert digests[2] in {path.stem for path in tmp_path.iterdir()}
+    assert digests[3] not in {path.stem for path in tmp_path.iterdir()}
+    large = pipe.encode_references(pictures)
+    assert f"{large.digest}.safetensors" not in os.listdir(tmp_path)  # noqa: PTH208
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
+def test_damaged_file_is_dropped_and_computed_again(
+    damage: str,
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"reference_cache_bytes": 30 * TOKEN, "reference_cache_dir": tmp_path}
+    pipe = stub(**options)
+    expected = edit(pipe, pictures[:1])
+    edit(pipe, pictures[1:2])
+    edit(pipe, pictures[2:3])
+    one, two = files_of(tmp_path)
+    content = {"cut": one.read_bytes()[:-9], "garbage": b"?" * 500, "other": two.read_bytes()}
+    one.write_bytes(content[damage])
+    restarted = stub(**options)
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        np.testing.assert_array_equal(edit(restarted, pictures[:1]), expected)
+    assert "dropping" in caplog.text
+    assert not one.exists()
+    assert restarted.reference_store.stats.misses == 1
+    edit(restarted, pictures[1:2])
+    assert one.exists()  # evicted, written anew
+
+
+def test_full_disk_leaves_the_store_usable(
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pipe = stub(reference_cache_bytes=30 * TOKEN, reference_cache_dir=tmp_path)
+    plain = stub(reference_cache_bytes=0)
+    monkeypatch.setattr("klein_kv.runtime.reference_file.os.fsync", full)
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        for image in [*pictures, *pictures]:
+            np.testing.assert_array_equal(edit(pipe, [image]), edit(plain, [image]))
+    assert "No space left" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    assert pipe.reference_store.stats.evictions == 9
+    monkeypatch.undo()
+    edit(pipe, pictures[:1])
+    assert len(files_of(tmp_path)) == 1
+
+
+def test_sets_of_other_weights_are_never_returned(
+    stub: Callable[..., KleinKVPipeline],
+    tiny_artifacts: Path,
+    manifest: Manifest,
+    pictures: list[Image.Image],
+    tmp_path: Path,
+) -> None:
+    options = {"reference_cache_bytes": 30 * TOKEN, "reference_cache_dir": tmp_path}
+    pipe = stub(**options)
+    for image in pictures[:2]:
+        edit(pipe, [image])
+    (path,) = files_of(tmp_path)
+    changed = dict(manifest.files)
+    name = next(name for name in changed if name.endswith(".safetensors"))
+    changed[name] = replace(changed[name], digest=hashlib.sha256(b"other").hexdigest())
+    other_manifest = replace(manifest, files=changed)
+    other = KleinKVPipeline(tiny_artifacts, other_manifest, Stub(manifest), **options)
+    other.set_progress_bar_config(disable=True)
+    edit(other, pictures[:1])
+    assert other.reference_store.stats.misses == 1
+    # Not even under the other's name.
+    digest = other._encoder.prepare(pictures[1:2]).digest
+    path.rename(tmp_path / f"{digest}.safetensors")
+    edit(other, pictures[1:2])
+    assert other.reference_store.stats.restored == 0
+
+
+def test_leftovers_of_killed_processes_are_removed(
+    stub: Callable[..., KleinKVPipeline], tmp_path: Path
+) -> None:
+    old, new, foreign = (tmp_path / name for name in (".a.1.part", ".b.2.part", "notes.txt"))
+    for path in (old, new, foreign):
+        path.write_bytes(b"x")
+    past = time.time() - 2 * reference_store._STALE_SECONDS
+    for path in (old, foreign):
+        os.utime(path, (past, past))
+    pipe = stub(reference_cache_dir=tmp_path)
+    assert not old.exists()
+    assert new.exists()
+    assert foreign.exists()
+    assert pipe.reference_store.second.bytes == 0
