@@ -40,15 +40,13 @@ from klein_kv.manifest import (
     weights_file,
 )
 from klein_kv.model import transformer_parameters
-from klein_kv.signature import GRAPH_FILES
+from klein_kv.signature import VARIANTS
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightIndex, WeightRef
 
-__all__ = ["VARIANTS", "ExportResult", "export_checkpoint"]
+__all__ = ["ExportResult", "export_checkpoint"]
 
 _log = logging.getLogger(__name__)
-VARIANTS = ("kv", "plain")
-_TRANSFORMER_GRAPHS = ("encode_references", "first_step", "cached_step")
 _FLOATS = ("float32", "float16", "bfloat16")
 # Tensors that checkpoints hold and the graphs do not read.
 _UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
@@ -138,15 +136,19 @@ def export_checkpoint(
     """
     start = time.perf_counter()
     if variant is not None and variant not in VARIANTS:
-        raise RequestError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+        raise RequestError(
+            f"variant is {variant!r}, expected 'kv' (FLUX.2 [klein] 9B-KV weights) or 'plain' (any "
+            "other, whose reference keys and values change from step to step and cannot be cached)"
+        )
     if dtype is not None and dtype not in _FLOATS:
         raise RequestError(f"dtype is {dtype!r}, expected one of {', '.join(_FLOATS)}")
     source = find_source(checkpoint, base, revision)
     variant = source.settle_variant(variant)
-    if variant != "kv":
-        raise RequestError(
-            f"variant is {variant!r}, expected 'kv' (FLUX.2 [klein] 9B-KV weights): the reference "
-            "keys and values of other variants change from step to step and cannot be cached"
+    if variant == "plain" and not source.is_distilled:
+        _log.warning(
+            "%s is not distilled: it needs classifier-free guidance, which the exported step does "
+            "not do; run it twice, with and without the prompt, and combine the predictions",
+            source.name,
         )
     whole = _read_checkpoint(source, text_layers)
     dtype = dtype or whole.dtype
@@ -156,7 +158,7 @@ def export_checkpoint(
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
     with _staging(artifacts) as folder:
         placed = _place_weights(whole, folder, dtype)
-        nodes = _write_graphs(whole, placed, folder, dtype)
+        nodes = _write_graphs(whole, placed, folder, variant, dtype)
         _write_tokenizer(whole.folder, folder)
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
@@ -262,12 +264,12 @@ def _file_records(folder: Path, placed: Mapping[str, Placement]) -> dict[str, Fi
 
 
 def _write_graphs(
-    source: _Checkpoint, placed: Mapping[str, Placement], folder: Path, dtype: str
+    source: _Checkpoint, placed: Mapping[str, Placement], folder: Path, variant: str, dtype: str
 ) -> dict[str, int]:
     config, nodes = source.config, {}
-    for graph, file in GRAPH_FILES.items():
+    for graph, file in VARIANTS[variant].items():
         start = time.perf_counter()
-        if graph in _TRANSFORMER_GRAPHS:
+        if file.startswith("transformer/"):
             model = transformer_graph(graph, config, dtype, placed["transformer"].refs)
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)

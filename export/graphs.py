@@ -1,4 +1,4 @@
-"""The transformer's three graphs and the text encoder's, written from their descriptions."""
+"""The transformer's graphs and the text encoder's, written from their descriptions."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from klein_kv.config import ModelConfig
 from klein_kv.export.onnx_ops import OnnxOps
-from klein_kv.model import StepInputs, denoise, encode_references
+from klein_kv.model import StepInputs, denoise, denoise_with_references, encode_references
 from klein_kv.signature import make_signature
 from klein_kv.text_model import encode_text
 from klein_kv.weights import WeightRef
@@ -17,10 +17,10 @@ __all__ = ["text_encoder_graph", "transformer_graph"]
 def transformer_graph(
     graph: str, config: ModelConfig, dtype: str, weights: Mapping[str, WeightRef]
 ) -> ir.Model:
-    """Writes `first_step`, `cached_step` or `encode_references`.
+    """Writes `first_step`, `cached_step`, `encode_references` or `plain_step`.
 
     Args:
-        graph: which of the three.
+        graph: which of them.
         config: the checkpoint's configuration.
         dtype: type of activations and weights.
         weights: where the transformer's tensors lie.
@@ -30,11 +30,8 @@ def transformer_graph(
     """
     ops = OnnxOps(make_signature(graph, config, dtype), dtype, weights)
     inputs, net = ops.inputs, config.transformer
-    if graph == "cached_step":
-        kv = [value for name, value in inputs.items() if name[1:].startswith("_ref.")]
-    else:
-        kv = encode_references(ops, net, inputs["ref_hidden_states"], inputs["ref_ids"])
     if graph == "encode_references":
+        kv = encode_references(ops, net, inputs["ref_hidden_states"], inputs["ref_ids"])
         return ops.model(kv, "Reference tokens to per-block keys (after RoPE) and values.")
     step = StepInputs(
         inputs["hidden_states"],
@@ -44,6 +41,14 @@ def transformer_graph(
         inputs["img_ids"],
         inputs["txt_ids"],
     )
+    if graph == "plain_step":
+        tokens, ids = inputs["ref_hidden_states"], inputs["ref_ids"]
+        latents = list(denoise_with_references(ops, net, step, tokens, ids))
+        return ops.model(latents, "One denoising step in which the references take part.")
+    if graph == "cached_step":
+        kv = [value for name, value in inputs.items() if name[1:].startswith("_ref.")]
+    else:
+        kv = encode_references(ops, net, inputs["ref_hidden_states"], inputs["ref_ids"])
     outputs = list(denoise(ops, net, step, kv))
     if graph == "first_step":
         return ops.model(outputs + kv, "encode_references, then one denoising step.")

@@ -90,8 +90,11 @@ class JoinedRows:
         for part in self.parts:
             low, high = max(start - first, 0), min(stop - first, part.shape[0])
             if low < high:
-                whole = isinstance(part, WeightRef)
-                pieces.append(map_weight(part)[low:high] if whole else part.read(low, high))
+                pieces.append(
+                    map_weight(part)[low:high]
+                    if isinstance(part, WeightRef)
+                    else part.read(low, high)
+                )
             first += part.shape[0]
         return np.concatenate(pieces)
 

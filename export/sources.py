@@ -8,7 +8,7 @@ own settings from the environment (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...).
 import errno
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein_kv.config import read_json
@@ -87,6 +87,8 @@ class Source:
         variant: "kv" or "plain" if the checkpoint says so itself, else "".
         declared_by: what says so.
         licence_folders: where to look for licences, the weights' own first.
+        official: the variant is known from an official repository's name.
+        is_distilled: False if `folder` says that its weights need guidance.
     """
 
     name: str
@@ -95,14 +97,19 @@ class Source:
     variant: str
     declared_by: str
     licence_folders: tuple[Path, ...]
+    official: bool = False
+    is_distilled: bool = True
 
     def settle_variant(self, wanted: str | None) -> str:
         """The variant to export: what the checkpoint says, or what the caller says.
 
         Raises:
-            RequestError: nobody says it, or the two disagree.
+            RequestError: nobody says it, or an official repository says otherwise.
         """
-        if wanted is not None and self.variant and wanted != self.variant:
+        if wanted is not None and self.variant and wanted != self.variant and not self.official:
+            # A class name tells which pipeline saved the folder, not what the weights are for.
+            _log.warning("variant %s, although %s says %s", wanted, self.declared_by, self.variant)
+        elif wanted is not None and self.variant and wanted != self.variant:
             raise RequestError(
                 f"variant is {wanted!r}, but {self.declared_by} says {self.variant!r}; leave "
                 "--variant out, or correct the one that is wrong"
@@ -167,6 +174,7 @@ def _folder(path: Path, base: Path | str | None, name: str = "") -> Source:
         variant=_CLASSES.get(kind, ""),
         declared_by=f"{folder / 'model_index.json'} (_class_name {kind})",
         licence_folders=(folder,),
+        is_distilled=index.get("is_distilled") is not False,
     )
 
 
@@ -228,18 +236,13 @@ def _repository(name: str, file: str, base: Path | str | None, revision: str | N
     folder = _base_folder(base)
     licences = (path.parent, snapshot, folder) if path.parent != snapshot else (snapshot, folder)
     by = f"the repository {name}" if variant else ""
-    return Source(f"{name}/{file}", folder, path, variant, by, licences)
+    return Source(f"{name}/{file}", folder, path, variant, by, licences, official=bool(variant))
 
 
 def _as_official(source: Source, variant: str) -> Source:
     """Which weights a repository holds is known by its name, whatever class its index names."""
-    return Source(
-        source.name,
-        source.folder,
-        None,
-        variant,
-        f"the repository {source.name}",
-        source.licence_folders,
+    return replace(
+        source, variant=variant, declared_by=f"the repository {source.name}", official=True
     )
 
 

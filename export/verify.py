@@ -197,21 +197,22 @@ def _graphs(ours: KleinKVPipeline, theirs: Any, embeds: NDArray[Any]) -> Iterato
 
 def _end_to_end(ours: KleinKVPipeline, theirs: Any) -> Iterator[Comparison]:
     unit = ours.config.vae.multiple_of
-    size = {"height": 12 * unit, "width": 9 * unit}
     layers = ours.config.text_encoder.layers
     pictures = [_picture(10 * unit, 9 * unit, 3), _picture(8 * unit, 13 * unit, 4)]
     for count in (0, 1, 2):
         images = pictures[:count] or None
         for kind in ("latent", "pil"):
             results = []
-            for pipe in (ours, theirs):
+            pipes: tuple[Any, Any] = (ours, theirs)
+            for pipe in pipes:
                 out = pipe(
                     prompt=_PROMPT,
                     image=images,
                     generator=torch.Generator().manual_seed(0),
                     output_type=kind,
                     text_encoder_out_layers=layers,
-                    **size,
+                    height=12 * unit,
+                    width=9 * unit,
                 ).images
                 results.append(np.stack([np.asarray(image) for image in out]))
             what = "latents" if kind == "latent" else "pixels"

@@ -6,7 +6,7 @@ stay inside the folder.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from typing import Any, Self
 from klein_kv.config import DTYPES, ITEM_SIZE, ModelConfig
 from klein_kv.digest import combine_digests, file_digest
 from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.signature import GRAPH_FILES
+from klein_kv.signature import GRAPH_FILES, PLAIN_GRAPH_FILES, VARIANTS
 from klein_kv.weights import WeightRef
 
 __all__ = [
@@ -55,7 +55,7 @@ class Manifest:
 
     Attributes:
         model_id: name of the checkpoint, for people.
-        variant: "kv"; never guessed from the weights.
+        variant: "kv" or "plain"; never guessed from the weights.
         dtype: floating point type of graphs and weights.
         config: the three networks.
         scheduler: diffusers' scheduler configuration, as found.
@@ -90,7 +90,7 @@ class Manifest:
             "variant": self.variant,
             "dtype": self.dtype,
             "licence": self.licence,
-            "graphs": GRAPH_FILES,
+            "graphs": VARIANTS[self.variant],
             "config": self.config.to_dict(),
             "scheduler": self.scheduler,
             "files": {
@@ -102,12 +102,15 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, check_files: bool = True) -> Self:
+    def load(
+        cls, folder: Path, check_files: bool = True, variants: Sequence[str] = ("kv",)
+    ) -> Self:
         """Reads and checks an artifact folder's manifest.
 
         Args:
             folder: the artifact folder.
             check_files: also check size and digest of every file.
+            variants: kinds of weights that the caller can use.
 
         Raises:
             ArtifactError: not an artifact folder, a newer format, or a file that does not match.
@@ -130,10 +133,11 @@ class Manifest:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
-        if manifest.dtype not in DTYPES.values() or manifest.variant != "kv":
+        if manifest.dtype not in DTYPES.values() or manifest.variant not in variants:
             raise ArtifactError(
                 f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
-                f"{manifest.dtype!r}, expected 'kv' and one of {', '.join(DTYPES.values())}; "
+                f"{manifest.dtype!r}, expected {' or '.join(map(repr, variants))} and one of "
+                f"{', '.join(DTYPES.values())}; "
                 "export the checkpoint again"
             )
         if check_files:
@@ -146,7 +150,7 @@ class Manifest:
         Raises:
             ArtifactError: a file is missing, has another size or another digest.
         """
-        for graph, name in GRAPH_FILES.items():
+        for graph, name in VARIANTS[self.variant].items():
             if name not in self.files:
                 raise ArtifactError(
                     f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
@@ -236,7 +240,7 @@ def graph_weights(folder: Path, graph: str) -> dict[str, WeightRef]:
     Raises:
         ArtifactError: the table is unreadable or points outside its folder or file.
     """
-    path = folder / weights_file(GRAPH_FILES[graph])
+    path = folder / weights_file((GRAPH_FILES | PLAIN_GRAPH_FILES)[graph])
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         refs = {

@@ -10,6 +10,9 @@ network falls apart into two functions, exactly:
 
 Here a modulation is one vector, and nothing is computed on the reference stream after the last
 block's keys and values. Keys are ordered [references, text, image]; attention does not care.
+
+Plain klein weights know no such stream: their reference tokens take part in every step like the
+image's own, which `denoise_with_references` writes.
 """
 
 import math
@@ -24,7 +27,13 @@ from klein_kv.config import TransformerConfig
 from klein_kv.ops import Ops
 from klein_kv.signature import MAX_POSITION
 
-__all__ = ["StepInputs", "denoise", "encode_references", "transformer_parameters"]
+__all__ = [
+    "StepInputs",
+    "denoise",
+    "denoise_with_references",
+    "encode_references",
+    "transformer_parameters",
+]
 
 T = TypeVar("T")
 
@@ -172,11 +181,66 @@ def denoise(
     """
     net = _Network(ops, config)
     temb = net.time_embedding(inputs.timestep)
+    image = _run_blocks(net, inputs, temb, inputs.hidden_states, inputs.img_ids, kv)
+    return net.output(ops.rows(image), temb, inputs)
+
+
+def denoise_with_references(
+    ops: Ops[T],
+    config: TransformerConfig,
+    inputs: StepInputs[T],
+    ref_hidden_states: T,
+    ref_ids: T,
+) -> tuple[T, T]:
+    """Runs one step of plain klein weights: every token attends to every other.
+
+    Source: diffusers `Flux2KleinPipeline.__call__`, which appends the reference tokens to the
+    latents at every step and drops what is predicted for them.
+
+    Args:
+        ops: what computes, or writes the graph.
+        config: the network's shape.
+        inputs: latents, text, time and positions.
+        ref_hidden_states: VAE tokens of all references, [1, R, C], shared by every image of the
+            batch; R may be 0.
+        ref_ids: their positions (T, H, W, L), int64 [R, 4].
+
+    Returns:
+        noise_pred [B, S, C] and the latents after the step [B, S, C].
+    """
+    net = _Network(ops, config)
+    temb = net.time_embedding(inputs.timestep)
+    latents = inputs.hidden_states
+    tokens = ops.concat([latents, ops.expand_batch(ref_hidden_states, latents)], 1)
+    ids = ops.concat([inputs.img_ids, ref_ids], 0)
+    image, _ = ops.split_tokens(_run_blocks(net, inputs, temb, tokens, ids, ()), latents)
+    return net.output(ops.rows(image), temb, inputs)
+
+
+def _run_blocks(
+    net: "_Network[T]",
+    inputs: StepInputs[T],
+    temb: T,
+    img_seq: T,
+    img_ids: T,
+    kv: Sequence[T],
+) -> T:
+    """All blocks on text and image tokens [B, S, C]; the image tokens [B, S, D] after them.
+
+    Args:
+        net: the network.
+        inputs: the step's text and its positions.
+        temb: the timestep's embedding.
+        img_seq: tokens of the image.
+        img_ids: their positions.
+        kv: reference keys and values of every block, or none.
+    """
+    ops, config = net.ops, net.config
     image_mods = net.modulation(temb, "double_stream_modulation_img", 2)
     text_mods = net.modulation(temb, "double_stream_modulation_txt", 2)
     (single,) = net.modulation(temb, "single_stream_modulation", 1)
-    img_seq, txt_seq = inputs.hidden_states, inputs.encoder_hidden_states
-    img_rope, txt_rope = net.rope(inputs.img_ids, img_seq), net.rope(inputs.txt_ids, txt_seq)
+    txt_seq = inputs.encoder_hidden_states
+    img_rope, txt_rope = net.rope(img_ids, img_seq), net.rope(inputs.txt_ids, txt_seq)
     image = ops.linear(ops.rows(img_seq), "x_embedder.weight")
     text = ops.linear(ops.rows(txt_seq), "context_embedder.weight")
     for i in range(config.num_layers):
@@ -184,11 +248,11 @@ def denoise(
         image_norm, text_norm = net.modulate(image, image_mods[0]), net.modulate(text, text_mods[0])
         q_img, k_img, v_img = net.double_qkv(image_norm, block, _IMAGE, img_seq, img_rope)
         q_txt, k_txt, v_txt = net.double_qkv(text_norm, block, _TEXT, txt_seq, txt_rope)
-        k_ref, v_ref = (ops.expand_batch(x, img_seq) for x in kv[2 * i : 2 * i + 2])
+        ref = [ops.expand_batch(x, img_seq) for x in kv[2 * i : 2 * i + 2]]
         attended = ops.attention(
             ops.concat([q_txt, q_img], 1),
-            ops.concat([k_ref, k_txt, k_img], 1),
-            ops.concat([v_ref, v_txt, v_img], 1),
+            ops.concat([*ref[:1], k_txt, k_img], 1),
+            ops.concat([*ref[1:], v_txt, v_img], 1),
         )
         text_out, image_out = ops.split_tokens(attended, txt_seq)
         image = net.double_out(image, ops.rows(image_out), block, _IMAGE, image_mods)
@@ -203,11 +267,13 @@ def denoise(
         at = 2 * (config.num_layers + i)
         norm = net.modulate(joint, single)
         q, k, v = net.single_qkv(norm, block, joint_seq, rope)
-        k_ref, v_ref = (ops.expand_batch(x, img_seq) for x in kv[at : at + 2])
-        attended = ops.attention(q, ops.concat([k_ref, k], 1), ops.concat([v_ref, v], 1))
+        if kv:
+            k_ref, v_ref = (ops.expand_batch(x, img_seq) for x in kv[at : at + 2])
+            k, v = ops.concat([k_ref, k], 1), ops.concat([v_ref, v], 1)
+        attended = ops.attention(q, k, v)
         joint = net.single_out(joint, norm, ops.rows(attended), block, single)
     _, image_seq = ops.split_tokens(ops.sequence(joint, joint_seq), txt_seq)
-    return net.output(ops.rows(image_seq), temb, inputs)
+    return image_seq
 
 
 class _Network(Generic[T]):

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 
 from klein_kv.config import ITEM_SIZE, ModelConfig
 
-__all__ = ["GRAPH_FILES", "MAX_POSITION", "Signature", "TensorSpec", "kv_names", "make_signature"]
+__all__ = [
+    "GRAPH_FILES",
+    "MAX_POSITION",
+    "PLAIN_GRAPH_FILES",
+    "VARIANTS",
+    "Signature",
+    "TensorSpec",
+    "kv_names",
+    "make_signature",
+]
 
 GRAPH_FILES = {
     "text_encoder": "text_encoder/model.onnx",
@@ -25,7 +34,15 @@ GRAPH_FILES = {
     "first_step": "transformer/first_step.onnx",
     "cached_step": "transformer/cached_step.onnx",
 }
-"""Where an artifact folder keeps each graph."""
+"""Where an artifact folder keeps each graph of KV weights."""
+
+PLAIN_GRAPH_FILES = {
+    graph: file for graph, file in GRAPH_FILES.items() if not file.startswith("transformer/")
+} | {"plain_step": "transformer/plain_step.onnx"}
+"""The same for plain weights: one transformer graph, which takes the references at every step."""
+
+VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
+"""Kinds of weights, and the graphs of each."""
 
 MAX_POSITION = 4096
 """Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""
@@ -85,7 +102,7 @@ def make_signature(graph: str, config: ModelConfig, dtype: str) -> Signature:
     """The signature of one graph.
 
     Args:
-        graph: a key of `GRAPH_FILES`.
+        graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
         config: the checkpoint's configuration.
         dtype: the floating point type of the graph, e.g. "bfloat16".
 
@@ -120,6 +137,7 @@ def make_signature(graph: str, config: ModelConfig, dtype: str) -> Signature:
     table: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "first_step": (step_inputs + references, step_outputs + kv),
         "cached_step": (step_inputs + kv, step_outputs),
+        "plain_step": (step_inputs + references, step_outputs),
         "encode_references": (references, kv),
         "text_encoder": (
             (

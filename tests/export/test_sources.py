@@ -32,6 +32,7 @@ from klein_kv.export.sources import (
 )
 from klein_kv.export.weight_files import place_weights
 from klein_kv.manifest import Manifest
+from klein_kv.signature import VARIANTS
 from klein_kv.weights import WeightIndex
 from tests.bfl_files import bfl_state, quantize, save_single_file
 
@@ -112,16 +113,15 @@ def test_a_folder_says_which_variant_it_is(tiny_checkpoint: Path) -> None:
     assert source.settle_variant(None) == source.settle_variant("kv") == "kv"
 
 
-def test_a_variant_that_contradicts_the_checkpoint(tmp_path: Path) -> None:
+def test_a_variant_that_contradicts_the_class_name_wins_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_index(tmp_path / "plain", "Flux2KleinPipeline")
     source = find_source(tmp_path / "plain")
     assert source.settle_variant(None) == "plain"
-    with pytest.raises(
-        RequestError,
-        match=r"variant is 'kv', but .*model_index.json \(_class_name Flux2KleinPipeline\) says "
-        "'plain'",
-    ):
-        source.settle_variant("kv")
+    assert source.settle_variant("kv") == "kv"
+    assert "variant kv, although" in caplog.text
+    assert "model_index.json (_class_name Flux2KleinPipeline) says plain" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["Flux2Pipeline", "", "flux2kleinkvpipeline"])
@@ -554,7 +554,7 @@ def test_small_decoder(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "turbo"}, "variant is 'turbo', expected one of kv, plain"),
+        ({"variant": "turbo"}, r"variant is 'turbo', expected 'kv' .* or 'plain'"),
         ({"dtype": "float8"}, "dtype is 'float8', expected one of"),
         ({"variant": "plain"}, "variant is 'plain', but .*Flux2KleinKVPipeline"),
     ],
@@ -574,13 +574,16 @@ def test_quantized_weights_need_a_type_to_become(tiny_checkpoint, tmp_path, kind
     assert not (tmp_path / "out").exists()
 
 
-def test_export_from_the_hub(tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture):
+def test_export_from_the_hub(
+    tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture, tiny_vae_graph, monkeypatch
+):
     """An official fp8 file with its base, out of a cache of links, to an image's latents."""
     state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
     path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_state(state), "fp8"))
     file = OFFICIAL[KV_FP8].file
     hub.add(KV_FP8, {file: path.read_bytes(), "LICENSE.md": LICENCE.encode()})
     hub.add_folder(KV, tiny_checkpoint)
+    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
     done = export_checkpoint(KV_FP8, tmp_path / "out", dtype="float32")
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.variant, manifest.dtype) == ("kv", "float32")
@@ -614,7 +617,7 @@ def test_export_from_the_hub(tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs
 
 def test_official_table() -> None:
     for name, model in OFFICIAL.items():
-        assert model.variant in exporter.VARIANTS
+        assert model.variant in VARIANTS
         assert ("kv" in name) == (model.variant == "kv")
         assert bool(model.file) == bool(model.base)
         if model.base:

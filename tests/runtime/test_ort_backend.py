@@ -137,6 +137,7 @@ def test_graphs_share_one_copy_of_the_weights(tiny_artifacts: Path) -> None:
 @pytest.mark.parametrize("threads", [None, 1, 2])
 def test_threads(threads: int | None, tiny_artifacts: Path) -> None:
     backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads)
+    gc.collect()  # sessions of other tests take their threads along
     before = psutil.Process().num_threads()
     session = backend._load("encode_references")
     assert session.get_session_options().intra_op_num_threads == (threads or 0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -181,6 +182,16 @@ def test_error_in_a_callback_passes_through(tiny_ours: KleinKVPipeline) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=callback)
     tiny_ours(PROMPT, height=128, width=128, num_inference_steps=1)
+
+
+def test_bfloat16_tensors_are_taken(tiny_ours: KleinKVPipeline) -> None:
+    embeds = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    request = {"height": 128, "width": 128, "num_inference_steps": 1, "seed": 0}
+    expected = tiny_ours(prompt_embeds=embeds.float(), **request).images[0]
+    narrow = embeds.float().numpy().astype(ml_dtypes.bfloat16)
+    for given in (embeds, narrow):
+        images = tiny_ours(prompt_embeds=given, **request).images
+        np.testing.assert_array_equal(images[0], expected)
 
 
 def test_empty_prompt_is_allowed(tiny_ours: KleinKVPipeline) -> None:

@@ -1,0 +1,143 @@
+"""Plain klein weights: one graph that takes the references at every step, as diffusers does."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from numpy.typing import NDArray
+
+from klein_kv import KleinKVPipeline
+from klein_kv.errors import ArtifactError
+from klein_kv.export import exporter
+from klein_kv.export.exporter import export_checkpoint
+from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.signature import PLAIN_GRAPH_FILES, make_signature
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, saying that it is a distilled plain one."""
+    folder = tmp_path_factory.mktemp("plain") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_artifacts(plain_checkpoint: Path, tiny_vae_graph: Callable[..., ir.Model]) -> Path:
+    """Exported in float32; the VAE's graphs, which take long, are those of the KV export."""
+    target = plain_checkpoint.with_name("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "vae_graph", tiny_vae_graph)
+        export_checkpoint(plain_checkpoint, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def theirs(plain_checkpoint: Path) -> Flux2KleinPipeline:
+    pipeline = Flux2KleinPipeline.from_pretrained(plain_checkpoint, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_folder(plain_artifacts: Path) -> None:
+    manifest = Manifest.load(plain_artifacts, variants=("kv", "plain"))
+    assert manifest.variant == "plain"
+    graphs = {
+        path.relative_to(plain_artifacts).as_posix() for path in plain_artifacts.rglob("*.onnx")
+    }
+    assert graphs == set(PLAIN_GRAPH_FILES.values())
+    weights = graph_weights(plain_artifacts, "plain_step")
+    assert len(weights) > 40
+    signature = make_signature("plain_step", manifest.config, "float32")
+    assert [spec.name for spec in signature.outputs] == ["noise_pred", "latents"]
+    assert {"ref_hidden_states", "ref_ids"} < {spec.name for spec in signature.inputs}
+
+
+def test_the_kv_runtime_refuses_it(plain_artifacts: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"says variant 'plain' .*expected 'kv'"):
+        KleinKVPipeline.from_pretrained(plain_artifacts, threads=1)
+
+
+@pytest.mark.parametrize(("batch", "references"), [(1, 0), (2, 1), (1, 2)])
+def test_every_step_of_diffusers_plain_pipeline(
+    plain_artifacts: Path,
+    theirs: Flux2KleinPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    picture: Any,
+    batch: int,
+    references: int,
+) -> None:
+    """What diffusers gives its transformer goes to the graph, which gives what diffusers gets."""
+    calls: list[tuple[dict[str, Any], NDArray[Any]]] = []
+    forward = theirs.transformer.forward
+
+    def record(**inputs: Any) -> tuple[torch.Tensor]:
+        out = forward(**inputs)
+        calls.append((inputs, out[0].numpy()))
+        return out
+
+    monkeypatch.setattr(theirs.transformer, "forward", record)
+    final = theirs(
+        prompt="a kite",
+        image=[picture(128, 96 + 32 * i, i) for i in range(references)] or None,
+        height=128,
+        width=112,
+        num_inference_steps=3,
+        num_images_per_prompt=batch,
+        max_sequence_length=32,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    ).images
+    assert len(calls) == 3
+    sigmas = [*theirs.scheduler.sigmas.numpy()]
+    session = onnxruntime.InferenceSession(plain_artifacts / PLAIN_GRAPH_FILES["plain_step"])
+    tokens = 8 * 7
+    for i, (inputs, predicted) in enumerate(calls):
+        hidden, ids = inputs["hidden_states"].numpy(), inputs["img_ids"][0].numpy()
+        assert (hidden.shape[1] > tokens) == bool(references)
+        feeds = {
+            "hidden_states": hidden[:, :tokens],
+            "ref_hidden_states": hidden[:1, tokens:],
+            "encoder_hidden_states": inputs["encoder_hidden_states"].numpy(),
+            "timestep": inputs["timestep"][:1].numpy() * np.float32(1000),
+            "sigma_step": np.array([sigmas[i + 1] - sigmas[i]], np.float32),
+            "img_ids": ids[:tokens].astype(np.int64),
+            "ref_ids": ids[tokens:].astype(np.int64),
+            "txt_ids": inputs["txt_ids"][0].numpy().astype(np.int64),
+        }
+        noise, latents = session.run(["noise_pred", "latents"], feeds)
+        assert np.abs(noise - predicted[:, :tokens]).max() <= TOLERANCE
+        if i + 1 < len(calls):
+            expected = calls[i + 1][0]["hidden_states"].numpy()[:, :tokens]
+            assert np.abs(latents - expected).max() <= TOLERANCE
+    assert final.shape[0] == batch
+    assert np.abs(noise).max() > 0.1
+
+
+def test_base_weights_need_guidance(
+    plain_checkpoint, tmp_path, tiny_vae_graph, monkeypatch, caplog
+):
+    """Undistilled weights are exported, but not without a word."""
+    folder = tmp_path / "base"
+    shutil.copytree(plain_checkpoint, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
+    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
+    with caplog.at_level(logging.WARNING):
+        export_checkpoint(folder, tmp_path / "out")
+    assert "is not distilled: it needs classifier-free guidance" in caplog.text
