@@ -104,10 +104,11 @@ class Source:
         """The variant to export: what the checkpoint says, or what the caller says.
 
         Raises:
-            RequestError: nobody says it, or an official repository says otherwise.
+            RequestError: nobody says it, or what says otherwise cannot be mistaken.
         """
-        if wanted is not None and self.variant and wanted != self.variant and not self.official:
-            # A class name tells which pipeline saved the folder, not what the weights are for.
+        if wanted == "kv" and self.variant == "plain" and not self.official:
+            # The plain pipeline's class name tells what saved the folder, not what the weights
+            # were made for; that of the KV pipeline does.
             _log.warning("variant %s, although %s says %s", wanted, self.declared_by, self.variant)
         elif wanted is not None and self.variant and wanted != self.variant:
             raise RequestError(
