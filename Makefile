@@ -48,6 +48,11 @@ demo: .venv/.installed
 		-r $(DEMO)/photos/astronaut.png -r $(DEMO)/photos/coffee.png \
 		-o $(DEMO)/two-references.png --height 320 --width 256 --steps 4 --seed 0
 	$(KLEIN_KV) verify $(DEMO)/fp32 $(DEMO)/checkpoint
+	@echo
+	@echo "images of random weights:  $(DEMO)/text.png $(DEMO)/one-reference.png" \
+		"$(DEMO)/two-references.png"
+	@echo "ONNX graphs:               $(DEMO)/fp32 (for CPUs), $(DEMO)/bf16 (for GPUs)"
+	@echo "RTX 5090 engines:          $(DEMO)/bf16/engines/rtx5090-bf16"
 
 clean:
 	rm -rf build dist $(DEMO) .mypy_cache .pytest_cache .ruff_cache

@@ -171,10 +171,10 @@ def memory_document(artifacts: Path, threads: int) -> dict[str, Any]:
         "kv_bytes": kv_bytes,
         "peak_rss_with_references": peaks["with"],
         "peak_rss_without": peaks["without"],
-        "references_cost_one_image": one,
-        "references_cost_batch": four,
-        "copies_of_kv_one_image": one / kv_bytes,
-        "copies_of_kv_batch": four / kv_bytes,
+        "references_cost_bytes": [one, four],
+        "kv_copies_one_image": one / kv_bytes,
+        # What one block expands for its attention and frees again; 1 or more if K/V were repeated.
+        "kv_copies_per_additional_image": (four - one) / (MEMORY_BATCH - 1) / kv_bytes,
     }
 
 
