@@ -226,6 +226,7 @@ def _staging(target: Path) -> Iterator[Path]:
         raise RequestError(
             f"{target} already exists and is not an empty folder; remove it or choose another name"
         )
+    target = target.absolute()  # so that "." has a parent and a name
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

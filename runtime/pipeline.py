@@ -7,24 +7,29 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 
 import contextlib
 import functools
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from klein_kv.errors import BackendError, RequestError
-from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.errors import RequestError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.arguments import (
+    check_call,
+    check_embeds,
+    host_array,
+    output_size,
+    prompt_may_come_first,
+)
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
-from klein_kv.runtime.images import images_from_uint8
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
 from klein_kv.runtime.memory import (
     check_request_memory,
@@ -33,6 +38,7 @@ from klein_kv.runtime.memory import (
     request_bytes,
 )
 from klein_kv.runtime.noise import initial_noise
+from klein_kv.runtime.prompt_encoder import PromptEncoder
 from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
 from klein_kv.runtime.reference_store import ReferenceFolder, ReferenceStore
@@ -43,19 +49,14 @@ from klein_kv.runtime.references import (
     grid_ids,
     text_ids,
 )
+from klein_kv.runtime.results import decode_latents, vae_latents
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import MAX_POSITION, kv_names
-from klein_kv.weights import NUMPY_DTYPES, map_weight
+from klein_kv.signature import kv_names
+from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
-_DEFAULT_LATENT_SIDE = 128
-_MIN_SIDE, _MAX_SIDE = 128, 2048
-_CALLBACK_TENSORS = ("latents", "prompt_embeds")
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +69,6 @@ class KleinKVOutput:
     """
 
     images: Any
-
-
-def _prompt_may_come_first(call: Callable[P, R]) -> Callable[P, R]:
-    """Lets `pipe("a prompt", image=...)` work although `image` is the first parameter."""
-
-    @functools.wraps(call)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[1] if len(args) > 1 else None
-        texts = isinstance(first, list) and first and all(isinstance(x, str) for x in first)
-        if isinstance(first, str) or texts:
-            if len(args) > 2 or "prompt" in kwargs:
-                raise RequestError(
-                    "the first argument is a prompt, and another prompt or positional argument "
-                    "follows; pass the rest by name"
-                )
-            kwargs["prompt"] = first
-            args = args[:1]  # type: ignore[assignment]
-        return call(*args, **kwargs)
-
-    return wrapped
 
 
 class KleinKVPipeline:
@@ -117,7 +98,6 @@ class KleinKVPipeline:
         self.manifest = manifest
         self.backend = backend
         self.config = manifest.config
-        self.tokenizer = PromptTokenizer(artifacts / "tokenizer")
         self.times = LoopTimes()
         origin = KVOrigin(
             model_digest=manifest.model_digest,
@@ -135,6 +115,13 @@ class KleinKVPipeline:
         if prompt_cache_bytes is None:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
+        self._prompts = PromptEncoder(
+            backend,
+            PromptTokenizer(artifacts / "tokenizer"),
+            manifest.config.text_encoder,
+            manifest.model_digest,
+            self.prompt_cache,
+        )
         self._encoder = ReferenceEncoder(backend, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
@@ -249,44 +236,8 @@ class KleinKVPipeline:
             RequestError: not a text, or hidden states that were not exported.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        at = self._layers_at(tuple(text_encoder_out_layers))
-        return self._encode_text(self._tokenize(prompts, max_sequence_length), at)
-
-    def _tokenize(self, prompts: list[str], length: int) -> dict[str, NDArray[np.int64]]:
-        if isinstance(length, int) and length > MAX_POSITION:
-            raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
-        input_ids, attention_mask = self.tokenizer(prompts, length)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def _layers_at(self, layers: tuple[int, ...]) -> list[int]:
-        """Where the wanted hidden states stand among the exported ones."""
-        exported = self.config.text_encoder.layers
-        if layers in (exported, _DEFAULT_LAYERS):
-            return list(range(len(exported)))
-        if any(layer not in exported for layer in layers) or len(layers) != len(exported):
-            raise RequestError(
-                f"text_encoder_out_layers is {layers}, the artifacts hold {exported}; export again "
-                "with --text-layers"
-            )
-        return [exported.index(layer) for layer in layers]
-
-    def _encode_text(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> NDArray[Any]:
-        """Embeddings [B, T, D]: an array of the caller's own."""
-        # The whole batch is one key: a text encoded beside others may round differently.
-        state = hashlib.sha256(self.manifest.model_digest.encode())
-        for name, array in tokens.items():
-            state.update(f"{name} {array.dtype} {array.shape}".encode())
-            state.update(np.ascontiguousarray(array).data)
-        with self.prompt_cache.claim(state.hexdigest()) as claim:
-            embeds = claim.value
-            if embeds is None:
-                buffers = {name: self.backend.upload(array) for name, array in tokens.items()}
-                outputs = self.backend.run("text_encoder", buffers)
-                embeds = claim.publish(self.backend.download(outputs["encoder_hidden_states"]))
-        if at == list(range(len(at))):
-            return embeds.copy()
-        width = self.config.text_encoder.hidden_size
-        return np.concatenate([embeds[..., i * width : (i + 1) * width] for i in at], axis=-1)
+        at = self._prompts.layers_at(tuple(text_encoder_out_layers))
+        return self._prompts.encode(self._prompts.tokenize(prompts, max_sequence_length), at)
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
         """Keys and values of reference images, before any prompt is known.
@@ -315,7 +266,7 @@ class KleinKVPipeline:
         """
         return self._encoder.load(Path(path))
 
-    @_prompt_may_come_first
+    @prompt_may_come_first
     def __call__(
         self,
         image: list[Image.Image] | Image.Image | None = None,
@@ -372,7 +323,7 @@ class KleinKVPipeline:
             RequestError: a bad argument; nothing has been computed then.
             CapacityError: the request does not fit into memory.
         """
-        self._check_call(
+        check_call(
             prompt,
             prompt_embeds,
             output_type,
@@ -391,15 +342,16 @@ class KleinKVPipeline:
         prepared = self._encoder.prepare(images) if images else None
         wanted = references or prepared
         first = None if wanted is None else wanted.first_size
-        noise = None if latents is None else self._host(latents, "latents")
-        height, width = self._output_size(height, width, first, noise)
+        noise = None if latents is None else host_array(latents, "latents", self.manifest.dtype)
+        height, width = output_size(self.config, height, width, first, noise)
 
-        given = None if prompt_embeds is None else self._host(prompt_embeds, "prompt_embeds")
-        if given is not None:
-            self._check_embeds(given)
+        given = None
+        if prompt_embeds is not None:
+            given = host_array(prompt_embeds, "prompt_embeds", self.manifest.dtype)
+            check_embeds(given, self.config)
         prompts = [prompt] if isinstance(prompt, str) else prompt or []
-        tokens = {} if given is not None else self._tokenize(prompts, max_sequence_length)
-        layers_at = self._layers_at(tuple(text_encoder_out_layers))
+        tokens = {} if given is not None else self._prompts.tokenize(prompts, max_sequence_length)
+        layers_at = self._prompts.layers_at(tuple(text_encoder_out_layers))
         count = len(given) if given is not None else len(prompts)
         batch = count * num_images_per_prompt
         unit = self.config.vae.multiple_of
@@ -418,7 +370,7 @@ class KleinKVPipeline:
         )
 
         if given is None:
-            given = self._encode_text(tokens, layers_at)
+            given = self._prompts.encode(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
         inputs = self._loop_inputs(noise, text, grid)
         with self._references_ready(inputs, references, prepared) as after_first_step:
@@ -442,89 +394,13 @@ class KleinKVPipeline:
                 )
         self._current_timestep = None
         inputs.kv = {}  # gigabytes that decoding can use
-        result = self._finish(inputs.latents, (batch, *grid), output_type)
-        return KleinKVOutput(result) if return_dict else (result,)
-
-    def _check_call(
-        self,
-        prompt: Any,
-        prompt_embeds: Any,
-        output_type: str,
-        tensors: Sequence[str],
-        steps: Any,
-        per_prompt: Any,
-        sigmas: Any,
-    ) -> None:
-        if (prompt is None) == (prompt_embeds is None):
-            got = "neither" if prompt is None else "both"
-            raise RequestError(f"expected one of prompt and prompt_embeds, got {got}")
-        texts = isinstance(prompt, list) and prompt and all(isinstance(x, str) for x in prompt)
-        if prompt is not None and not isinstance(prompt, str) and not texts:
-            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise RequestError(
-                f"output_type is {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'"
-            )
-        unknown = [name for name in tensors if name not in _CALLBACK_TENSORS]
-        if unknown:
-            raise RequestError(
-                f"callback_on_step_end_tensor_inputs names {unknown}, expected some of "
-                f"{list(_CALLBACK_TENSORS)}"
-            )
-        for name, value, most in (
-            ("num_inference_steps", steps, None if sigmas is not None else 50),
-            ("num_images_per_prompt", per_prompt, None),
-        ):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or value < 1 or (most is not None and value > most):
-                limit = "1 or more" if most is None else f"1 to {most}"
-                raise RequestError(f"{name} is {value!r}, expected {limit}")
-
-    def _host(self, value: Any, name: str) -> NDArray[Any]:
-        """A numpy array in the artifacts' dtype from a numpy array or a torch tensor."""
-        if hasattr(value, "detach"):
-            value = value.detach().cpu().float().numpy()
-        array = np.asarray(value)
-        if array.dtype.kind != "f" and array.dtype != NUMPY_DTYPES["bfloat16"]:
-            raise RequestError(f"{name} has dtype {array.dtype}, expected floating point values")
-        if not np.isfinite(array).all():
-            raise RequestError(f"{name} holds values that are not finite")
-        return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[self.manifest.dtype])
-
-    def _check_embeds(self, embeds: NDArray[Any]) -> None:
-        width = self.config.transformer.joint_attention_dim
-        if embeds.ndim != 3 or embeds.shape[2] != width or 0 in embeds.shape:
-            raise RequestError(
-                f"prompt_embeds has shape {embeds.shape}, expected [batch, tokens, {width}]"
-            )
-        if embeds.shape[1] > MAX_POSITION:
-            raise RequestError(
-                f"prompt_embeds has {embeds.shape[1]} tokens, expected at most {MAX_POSITION}"
-            )
-
-    def _output_size(
-        self,
-        height: int | None,
-        width: int | None,
-        first: tuple[int, int] | None,
-        noise: NDArray[Any] | None,
-    ) -> tuple[int, int]:
-        unit = self.config.vae.multiple_of
-        for name, value in (("height", height), ("width", width)):
-            if value is None:
-                continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not _MIN_SIDE <= value <= _MAX_SIDE or value % unit:
-                raise RequestError(
-                    f"{name} is {value!r}, expected a multiple of {unit} from {_MIN_SIDE} to "
-                    f"{_MAX_SIDE}"
-                )
-        if noise is not None and noise.ndim == 4:
-            default = noise.shape[2] * unit, noise.shape[3] * unit
+        shape = (batch, *grid, self.config.transformer.in_channels)
+        if output_type == "latent":
+            tokens = self.backend.download(inputs.latents).reshape(shape)
+            result = vae_latents(self.artifacts, self.config.vae, tokens)
         else:
-            side = _DEFAULT_LATENT_SIDE * self.config.vae.scale_factor
-            default = first or (side, side)
-        return height or default[0], width or default[1]
+            result = decode_latents(self.backend, inputs.latents, shape, output_type)
+        return KleinKVOutput(result) if return_dict else (result,)
 
     def _noise(
         self,
@@ -632,7 +508,10 @@ class KleinKVPipeline:
             new = returned.get(name)
             if new is None or new is tensors.get(name):
                 continue
-            array, shape = self._host(new, name), backend.download(buffer).shape
+            array, shape = (
+                host_array(new, name, self.manifest.dtype),
+                backend.download(buffer).shape,
+            )
             if array.shape != shape:
                 raise RequestError(
                     f"the callback returned {name} of shape {array.shape}, expected {shape}"
@@ -641,34 +520,3 @@ class KleinKVPipeline:
                 state.latents = backend.upload(array)
             else:
                 state.text = backend.upload(array)
-
-    def _finish(self, latents: Buffer, grid: tuple[int, int, int], output_type: str) -> Any:
-        channels = self.config.transformer.in_channels
-        if output_type == "latent":
-            return self._vae_latents(self.backend.download(latents).reshape(*grid, channels))
-        tokens = self.backend.view(latents, (*grid, channels))
-        outputs = self.backend.run("vae_decoder", {"latents": tokens})
-        if output_type == "pil":
-            return images_from_uint8(self.backend.download(outputs["image"]))
-        sample = self.backend.download(outputs["sample"])
-        if output_type == "np":
-            return np.ascontiguousarray(sample.transpose(0, 2, 3, 1), dtype=np.float32)
-        try:
-            import torch
-        except ImportError as error:
-            raise BackendError(
-                "output_type 'pt' needs torch, which is not installed; use 'np'"
-            ) from error
-        return torch.from_numpy(np.array(sample))
-
-    def _vae_latents(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """Tokens [B, h, w, 4C] to the VAE's latents [B, C, 2h, 2w] (diffusers: "latent")."""
-        weights = graph_weights(self.artifacts, "vae_decoder")
-        mean, var = (map_weight(weights[f"bn.running_{name}"]) for name in ("mean", "var"))
-        std = np.sqrt(var + np.asarray(self.config.vae.batch_norm_eps, var.dtype))
-        b, h, w, c = tokens.shape
-        z = (tokens * std + mean).reshape(b, h, w, c // 4, 2, 2)
-        return np.ascontiguousarray(z.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w))
-
-
-_DEFAULT_LAYERS = (9, 18, 27)

@@ -26,6 +26,7 @@ from klein_kv.export.exporter import ExportResult, export_checkpoint
 from klein_kv.export.fixture import make_fixture
 from klein_kv.manifest import MANIFEST, Manifest
 from klein_kv.signature import GRAPH_FILES
+from tests.checkpoints import MODELS, save_checkpoint
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -142,8 +143,9 @@ def test_export_of_the_9b_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_shards_are_linked(models: Callable[[str], Any], tmp_path: Path) -> None:
-    checkpoint = models("sharded").checkpoint
+def test_shards_are_linked(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(checkpoint, MODELS["sharded"], seed=0)
     result = export_checkpoint(checkpoint, tmp_path / "artifacts")
     shards = sorted((checkpoint / "transformer").glob("*.safetensors"))
     assert len(shards) > 1

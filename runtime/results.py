@@ -1,0 +1,59 @@
+"""Denoised latents to what the caller asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.config import VaeConfig
+from klein_kv.errors import BackendError
+from klein_kv.manifest import graph_weights
+from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.images import images_from_uint8
+from klein_kv.weights import map_weight
+
+__all__ = ["decode_latents", "vae_latents"]
+
+
+def decode_latents(
+    backend: Backend, latents: Buffer, shape: tuple[int, int, int, int], output_type: str
+) -> Any:
+    """Runs the VAE decoder.
+
+    Args:
+        backend: where it runs.
+        latents: tokens [B, S, C] on the backend's device.
+        shape: the same in grid order, [B, h, w, C].
+        output_type: "pil", "np" or "pt".
+
+    Returns:
+        A list of PIL images, float32 [B, H, W, 3] in 0..1, or a torch tensor [B, 3, H, W] in 0..1
+        in the artifacts' type.
+
+    Raises:
+        BackendError: "pt" without torch.
+    """
+    outputs = backend.run("vae_decoder", {"latents": backend.view(latents, shape)})
+    if output_type == "pil":
+        return images_from_uint8(backend.download(outputs["image"]))
+    sample = backend.download(outputs["sample"])
+    if output_type == "np":
+        return np.ascontiguousarray(sample.transpose(0, 2, 3, 1), dtype=np.float32)
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError(
+            "output_type 'pt' needs torch, which is not installed; use 'np'"
+        ) from error
+    return torch.from_numpy(sample.astype(np.float32)).to(getattr(torch, sample.dtype.name))
+
+
+def vae_latents(artifacts: Path, config: VaeConfig, tokens: NDArray[Any]) -> NDArray[Any]:
+    """Tokens [B, h, w, 4C] to the VAE's latents [B, C, 2h, 2w] (diffusers: "latent")."""
+    weights = graph_weights(artifacts, "vae_decoder")
+    mean, var = (map_weight(weights[f"bn.running_{name}"]) for name in ("mean", "var"))
+    std = np.sqrt(var + np.asarray(config.batch_norm_eps, var.dtype))
+    b, h, w, c = tokens.shape
+    z = (tokens * std + mean).reshape(b, h, w, c // 4, 2, 2)
+    return np.ascontiguousarray(z.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w))
