@@ -396,8 +396,8 @@ class KleinKVPipeline:
         inputs.kv = {}  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
-            tokens = self.backend.download(inputs.latents).reshape(shape)
-            result = vae_latents(self.artifacts, self.config.vae, tokens)
+            final = self.backend.download(inputs.latents).reshape(shape)
+            result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
             result = decode_latents(self.backend, inputs.latents, shape, output_type)
         return KleinKVOutput(result) if return_dict else (result,)

@@ -52,6 +52,7 @@ def test_request_is_refused_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    monkeypatch.setattr(tiny_ours, "_activations_held", 0)
     with pytest.raises(CapacityError, match="the request needs at least"):
         tiny_ours("a red kite", image=[picture(128, 128)] * 4)
     with pytest.raises(CapacityError, match="a smaller output"):
@@ -84,3 +85,15 @@ def test_control_group_limits_what_is_available(
     for limit in ("max\n", "rubbish"):
         (tmp_path / "memory.max").write_text(limit)
         assert available_memory() > 1 << 20
+
+
+def test_a_request_like_an_earlier_one_is_not_refused(
+    tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: what the backend kept of the first request counted as taken for the second."""
+    request = {"height": 256, "width": 256, "seed": 0, "num_inference_steps": 1}
+    tiny_ours("a red kite", **request)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    tiny_ours("another kite", **request)
+    with pytest.raises(CapacityError):
+        tiny_ours("a larger kite", **(request | {"height": 2048, "width": 2048}))
