@@ -126,6 +126,7 @@ class KleinKVPipeline:
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
+        self._activations_held = 0
         self._current_timestep: float | None = None
 
     @classmethod
@@ -356,7 +357,7 @@ class KleinKVPipeline:
         batch = count * num_images_per_prompt
         unit = self.config.vae.multiple_of
         grid = height // unit, width // unit
-        self._check_memory(
+        activations = self._check_memory(
             wanted,
             batch,
             grid[0] * grid[1],
@@ -393,6 +394,7 @@ class KleinKVPipeline:
                     self.backend, schedule, inputs, self.manifest.dtype, after_step
                 )
         self._current_timestep = None
+        self._activations_held = max(self._activations_held, activations)
         inputs.kv = {}  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
@@ -438,7 +440,8 @@ class KleinKVPipeline:
         batch: int,
         image_tokens: int,
         text_tokens: int,
-    ) -> None:
+    ) -> int:
+        """Refuses what cannot fit; returns the bytes of activations."""
         count = 0 if references is None else references.num_tokens
         parts = request_bytes(
             self.config,
@@ -452,9 +455,13 @@ class KleinKVPipeline:
         at_hand = isinstance(references, ReferenceSet) or digest in self.reference_store
         if at_hand and self._encoder.exact:
             del parts["reference K/V"]
+        activations = parts["activations"]
+        # Backends keep what they once took: a request like an earlier one needs no more of it.
+        parts["activations"] = max(0, activations - self._activations_held)
         check_request_memory(
             parts, count, functools.partial(self.reference_store.free, keep=digest)
         )
+        return activations
 
     @contextlib.contextmanager
     def _references_ready(
