@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from klein_kv.engines import graph_rewrite
 from klein_kv.engines.graph_rewrite import read_graph
 from klein_kv.errors import ArtifactError, BuildError
-from klein_kv.signature import Signature, TensorSpec
+from klein_kv.manifest import Manifest
+from klein_kv.signature import GRAPH_FILES, Signature, TensorSpec, make_signature
 
 FLOAT = TensorProto.FLOAT
 SIGNATURE = Signature(
@@ -136,3 +138,34 @@ def test_wide_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_queries_of_the_vae_divide_by_the_parts() -> None:
     assert 4 % graph_rewrite.QUERY_CHUNKS == 0
+
+
+@pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])
+def test_vae_with_attention_in_parts_gives_the_same_images(
+    graph: str, tiny_fp16_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, which ONNX Runtime computes on a CPU; the parts are the same in bfloat16."""
+    manifest = Manifest.load(tiny_fp16_artifacts)
+    signature = make_signature(graph, manifest.config, manifest.dtype)
+    path = tiny_fp16_artifacts / GRAPH_FILES[graph]
+    monkeypatch.setattr(graph_rewrite, "MAX_FUSED_HEAD_DIM", 1)  # the tiny VAE's heads are narrow
+    rewritten = read_graph(path, signature, shared=False)
+    assert rewritten.chunked_attentions == 1
+    rng = np.random.default_rng(0)
+    unit = manifest.config.vae.multiple_of
+    feeds = {
+        "vae_encoder": {"image": rng.integers(0, 256, (1, 9 * unit, 8 * unit, 3), np.uint8)},
+        "vae_decoder": {"latents": rng.standard_normal((2, 9, 8, 128)).astype(np.float16)},
+    }[graph]
+    chunked = path.with_name(f"chunked-{path.name}")
+    chunked.write_bytes(rewritten.model)  # beside the weights it refers to
+    try:
+        results = []
+        for file in (path, chunked):
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+            results.append(session.run(None, feeds))
+    finally:
+        chunked.unlink()
+    for whole, parts in zip(*results, strict=True):
+        difference = np.abs(whole.astype(np.float32) - parts.astype(np.float32)).max()
+        assert difference <= (1 if whole.dtype == np.uint8 else 5e-3), difference

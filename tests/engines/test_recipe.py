@@ -13,11 +13,13 @@ output = "256x256"
 references = 1
 """
 
+STATIC = ["static-1024-4ref", "static-2048-4ref"]
+
 
 def test_recipes_of_the_package() -> None:
-    assert recipe_names() == ["default", "large", "static-1024-4ref"]
+    assert recipe_names() == ["default", "large", *STATIC]
     recipes = {name: Recipe.load(name) for name in recipe_names()}
-    assert [name for name, recipe in recipes.items() if recipe.fixed] == ["static-1024-4ref"]
+    assert [name for name, recipe in recipes.items() if recipe.fixed] == STATIC
     assert all(recipe.name == name for name, recipe in recipes.items())
     (everyday,) = recipes["default"].profiles
     assert everyday.output.min == Size(512, 512)
@@ -68,7 +70,9 @@ def test_bad_recipe_is_one_clear_error(text: str, message: str) -> None:
 
 
 def test_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="one of default, large, static-1024-4ref"):
+    with pytest.raises(
+        BuildError, match="one of default, large, static-1024-4ref, static-2048-4ref"
+    ):
         Recipe.load("fast")
     with pytest.raises(BuildError, match="cannot be read"):
         Recipe.load(tmp_path / "absent.toml")
