@@ -135,13 +135,18 @@ def export(checkpoint: Path, artifacts: Path) -> None:
         export_checkpoint(checkpoint, artifacts, dtype="float32")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(about: str, rounds: int) -> argparse.Namespace:
+    """Options of a benchmark whose workers take turns."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--size", default="small")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, rounds=5)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

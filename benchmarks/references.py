@@ -32,6 +32,7 @@ from loop import (
     SIDE,
     STEPS,
     largest_pixel_difference,
+    parse_arguments,
     pictures,
     prepare,
     serve,
@@ -179,12 +180,7 @@ def memory_document(artifacts: Path, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="small")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path)
-    args = parser.parse_args()
+    args = parse_arguments(__doc__, rounds=3)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

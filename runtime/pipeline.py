@@ -515,10 +515,8 @@ class KleinKVPipeline:
             new = returned.get(name)
             if new is None or new is tensors.get(name):
                 continue
-            array, shape = (
-                host_array(new, name, self.manifest.dtype),
-                backend.download(buffer).shape,
-            )
+            array = host_array(new, name, self.manifest.dtype)
+            shape = backend.download(buffer).shape
             if array.shape != shape:
                 raise RequestError(
                     f"the callback returned {name} of shape {array.shape}, expected {shape}"

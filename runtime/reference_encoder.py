@@ -95,8 +95,11 @@ class ReferenceEncoder:
 
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
+        net = self._manifest.config.transformer
         return ReferenceSet.from_buffers(
             kv,
+            num_tokens=prepared.num_tokens,
+            nbytes=net.kv_bytes(prepared.num_tokens, self._manifest.dtype),
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,

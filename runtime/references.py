@@ -136,23 +136,27 @@ class ReferenceSet:
         cls,
         kv: Mapping[str, Buffer],
         *,
+        num_tokens: int,
+        nbytes: int,
         first_size: tuple[int, int],
         images: str,
         origin: KVOrigin,
         backend: Backend,
     ) -> "ReferenceSet":
-        """A set of what a graph gave out, quantised if `origin` says so."""
+        """A set of what a graph gave out, quantised if `origin` says so.
+
+        Buffers stay on the device unless they are quantised; `nbytes` is what they take there.
+        """
         held: dict[str, Any] = dict(kv)
-        arrays = {name: backend.download(buffer) for name, buffer in held.items()}
         if origin.kv_dtype != origin.dtype:
             held = {}
-            for name, array in arrays.items():
-                held[name], held[name + SCALE_SUFFIX] = quantize_kv(array)
-            arrays = held
+            for name, buffer in kv.items():
+                held[name], held[name + SCALE_SUFFIX] = quantize_kv(backend.download(buffer))
+            nbytes = sum(array.nbytes for array in held.values())
         return cls(
             kv=held,
-            num_tokens=arrays["k_ref.0"].shape[1],
-            nbytes=sum(array.nbytes for array in arrays.values()),
+            num_tokens=num_tokens,
+            nbytes=nbytes,
             first_size=first_size,
             images=images,
             origin=origin,

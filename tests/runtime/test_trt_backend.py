@@ -331,3 +331,15 @@ def test_every_tensorrt_name_exists():
         assert not missing, f"{owner} has no {missing}"
     assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
     assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+
+
+def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts, backend):
+    """Regression: a kept set was downloaded to learn its size, gigabytes for klein 9B."""
+    pipe = KleinKVPipeline(
+        tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=1 << 30
+    )
+    cudart = backend._memory.cudart
+    kept = pipe.encode_references(pictures(2))
+    to_host = [nbytes for kind, nbytes in cudart.copies if kind == 2]
+    assert kept.nbytes == sum(buffer.nbytes for buffer in kept.kv.values())
+    assert len(to_host) == 2, "only the VAE's tokens of the two images come to the host"
