@@ -31,13 +31,10 @@ from klein_kv.runtime.arguments import (
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
-from klein_kv.runtime.memory import (
-    check_request_memory,
-    default_cache_bytes,
-    default_prompt_bytes,
-    request_bytes,
-)
+from klein_kv.runtime.memory import default_cache_bytes, default_prompt_bytes
+from klein_kv.runtime.memory_plan import Request, edit_stages
 from klein_kv.runtime.noise import initial_noise
+from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.prompt_encoder import PromptEncoder
 from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
@@ -106,6 +103,7 @@ class KleinKVPipeline:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
+        self._planned = PlannedBackend(backend, artifacts, manifest)
         self.config = manifest.config
         self.times = LoopTimes()
         origin = KVOrigin(
@@ -125,17 +123,16 @@ class KleinKVPipeline:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
         self._prompts = PromptEncoder(
-            backend,
+            self._planned,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
             manifest.model_digest,
             self.prompt_cache,
         )
-        self._encoder = ReferenceEncoder(backend, manifest, origin, self.reference_store)
+        self._encoder = ReferenceEncoder(self._planned, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
-        self._activations_held = 0
         self._current_timestep: float | None = None
 
     @classmethod
@@ -248,7 +245,13 @@ class KleinKVPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         at = self._prompts.layers_at(tuple(text_encoder_out_layers))
-        return self._prompts.encode(self._prompts.tokenize(prompts, max_sequence_length), at)
+        tokens = self._prompts.tokenize(prompts, max_sequence_length)
+        batch, length = tokens["input_ids"].shape
+        unit = self.config.vae.multiple_of
+        stages = ("text_encoder",)
+        request = Request(unit, unit, (), stages, batch=batch, text_tokens=length)
+        self._planned.admit(request, self.reference_store.free)
+        return self._prompts.encode(tokens, at)
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
         """Keys and values of reference images, before any prompt is known.
@@ -373,12 +376,12 @@ class KleinKVPipeline:
         batch = count * num_images_per_prompt
         unit = self.config.vae.multiple_of
         grid = height // unit, width // unit
-        activations = self._check_memory(
-            wanted,
-            batch,
-            grid[0] * grid[1],
-            max_sequence_length if given is None else given.shape[1],
-        )
+        text_tokens = max_sequence_length if given is None else given.shape[1]
+        left_out = {"text_encoder"} if given is not None else set()
+        left_out |= {"vae_decoder"} if output_type == "latent" else set()
+        stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
+        request = Request(height, width, (), tuple(stages), batch=batch, text_tokens=text_tokens)
+        self._admit(wanted, request)
         schedule = make_schedule(
             self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
         )
@@ -407,17 +410,16 @@ class KleinKVPipeline:
                     return self._interrupt
 
                 self.times = denoise_loop(
-                    self.backend, schedule, inputs, self.manifest.graphs, after_step
+                    self._planned, schedule, inputs, self.manifest.graphs, after_step
                 )
         self._current_timestep = None
-        self._activations_held = max(self._activations_held, activations)
         inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
             final = self.backend.download(inputs.latents).reshape(shape)
             result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
-            result = decode_latents(self.backend, inputs.latents, shape, output_type)
+            result = decode_latents(self._planned, inputs.latents, shape, output_type)
         return KleinKVOutput(result) if return_dict else (result,)
 
     def _noise(
@@ -450,36 +452,20 @@ class KleinKVPipeline:
             txt_ids=upload(text_ids(text.shape[1])),
         )
 
-    def _check_memory(
-        self,
-        references: ReferenceSet | PreparedReferences | None,
-        batch: int,
-        image_tokens: int,
-        text_tokens: int,
-    ) -> int:
-        """Refuses what cannot fit; returns the bytes of activations."""
-        count = 0 if references is None else references.num_tokens
-        if self.manifest.variant == "plain":  # references are tokens of the image
-            image_tokens, count = image_tokens + count, 0
-        parts = request_bytes(
-            self.config,
-            self.manifest.dtype,
-            batch=batch,
-            image_tokens=image_tokens,
-            ref_tokens=count,
-            text_tokens=text_tokens,
-        )
+    def _admit(
+        self, references: ReferenceSet | PreparedReferences | None, request: Request
+    ) -> None:
+        """Refuses what cannot fit.
+
+        Args:
+            references: of the request.
+            request: what it is without them.
+        """
         digest = None if references is None else references.digest
-        at_hand = isinstance(references, ReferenceSet) or digest in self.reference_store
-        if at_hand and self._encoder.exact:
-            del parts["reference K/V"]
-        activations = parts["activations"]
-        # Backends keep what they once took: a request like an earlier one needs no more of it.
-        parts["activations"] = max(0, activations - self._activations_held)
-        check_request_memory(
-            parts, count, functools.partial(self.reference_store.free, keep=digest)
-        )
-        return activations
+        if references is not None:
+            known = isinstance(references, ReferenceSet) or digest in self.reference_store
+            request = self._encoder.with_references(request, references, known=known)
+        self._planned.admit(request, functools.partial(self.reference_store.free, keep=digest))
 
     @contextlib.contextmanager
     def _references_ready(

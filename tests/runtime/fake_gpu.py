@@ -136,12 +136,20 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.runs = 0
+        self.scratch = 0, 0
         self.active_optimization_profile = 0
         self._session: Any = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.active_optimization_profile = index
         return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        if memory % 256:
+            raise AssertionError("device memory must be aligned to 256 bytes")
+        if size < self.engine.device_memory_size_v2:
+            raise AssertionError("too little device memory for the engine")
+        self.scratch = memory, size
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self.addresses[name] = pointer
@@ -176,6 +184,9 @@ class FakeContext:
             spec.name: array_at(self.addresses[spec.name], self.shapes[spec.name], spec.dtype)
             for spec in engine.signature.inputs
         }
+        # Scratch that overlaps anything in use would give wrong numbers.
+        address, size = self.scratch
+        ctypes.memset(address, 0xA5, size)
         names = [spec.name for spec in engine.signature.outputs]
         for spec, value in zip(
             engine.signature.outputs, self._session.run(names, feeds), strict=True
@@ -205,7 +216,8 @@ class FakeEngine:
 
     num_optimization_profiles = 1
 
-    def __init__(self, artifacts: Path, graph: str, shared: bool) -> None:
+    def __init__(self, artifacts: Path, graph: str, shared: bool, scratch: int) -> None:
+        self.device_memory_size_v2 = scratch
         manifest = Manifest.load(artifacts, check_files=False)
         self.signature = make_signature(graph, manifest.config, manifest.dtype)
         self.unit = manifest.config.vae.multiple_of
@@ -215,18 +227,32 @@ class FakeEngine:
         self.names = [*(spec.name for spec in specs), *self.weights]
         self.contexts: list[FakeContext] = []
 
-    def create_execution_context(self, *_: Any) -> FakeContext:
+    def create_execution_context(self, strategy: Any) -> FakeContext:
+        if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
+            raise AssertionError("a context with scratch of its own")
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
 
 class FakeTrt:
-    """A TensorRT module whose engine files hold the name of a graph."""
+    """A TensorRT module whose engine files hold the name of a graph.
+
+    Args:
+        artifacts: the folder of the graphs.
+        shared: graphs whose weights are inputs or not; else all but the VAE's.
+        scratch: bytes that each engine needs while it runs.
+    """
 
     __name__ = "fake_trt"
     __version__ = "0.0.1"
 
-    def __init__(self, artifacts: Path, shared: Mapping[str, bool] | None = None) -> None:
+    class ExecutionContextAllocationStrategy(enum.IntEnum):
+        STATIC = 0
+        USER_MANAGED = 2
+
+    def __init__(
+        self, artifacts: Path, shared: Mapping[str, bool] | None = None, scratch: int = 4096
+    ) -> None:
         self.artifacts = artifacts
         self.shared = shared or {}
         self.engines: dict[str, FakeEngine] = {}
@@ -254,7 +280,7 @@ class FakeTrt:
                     raise AssertionError("host code from engine files must stay off")
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
-                outer.engines[graph] = FakeEngine(outer.artifacts, graph, shared)
+                outer.engines[graph] = FakeEngine(outer.artifacts, graph, shared, scratch)
                 return outer.engines[graph]
 
         self.ILogger = ILogger
