@@ -9,6 +9,7 @@ real, and a wrong address gives wrong numbers.
 
 import ctypes
 import enum
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from klein_kv.config import ITEM_SIZE
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.signature import GRAPH_FILES, make_signature
 
+ALIGNMENT = 256  # of what cudaMalloc gives
+SCRATCH = 20_000  # bytes that every engine needs while it runs
 NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -78,9 +81,10 @@ class FakeCudart:
     def cudaMalloc(self, nbytes: int) -> tuple[CudaError, int]:
         if self.used + nbytes > self.capacity:
             return CudaError.cudaErrorMemoryAllocation, 0
-        block = (ctypes.c_ubyte * nbytes)()
-        address = ctypes.addressof(block)
-        self.blocks[address] = block
+        whole = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
+        start = -ctypes.addressof(whole) % ALIGNMENT
+        address = ctypes.addressof(whole) + start
+        self.blocks[address] = memoryview(whole)[start : start + nbytes]
         return CudaError.cudaSuccess, address
 
     def cudaMemGetInfo(self) -> tuple[CudaError, int, int]:
@@ -145,8 +149,8 @@ class FakeContext:
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        if memory % 256:
-            raise AssertionError("device memory must be aligned to 256 bytes")
+        if memory % ALIGNMENT:
+            raise AssertionError(f"device memory must be aligned to {ALIGNMENT} bytes")
         if size < self.engine.device_memory_size_v2:
             raise AssertionError("too little device memory for the engine")
         self.scratch = memory, size
@@ -215,23 +219,38 @@ class FakeEngine:
     """`ICudaEngine` made from a graph; shared weights are inputs, as in a real one."""
 
     num_optimization_profiles = 1
+    device_memory_size_v2 = SCRATCH
 
-    def __init__(self, artifacts: Path, graph: str, shared: bool, scratch: int) -> None:
-        self.device_memory_size_v2 = scratch
+    def __init__(
+        self, artifacts: Path, graph: str, shared: bool, cudart: FakeCudart | None
+    ) -> None:
         manifest = Manifest.load(artifacts, check_files=False)
         self.signature = make_signature(graph, manifest.config, manifest.dtype)
         self.unit = manifest.config.vae.multiple_of
-        self.weights = graph_weights(artifacts, GRAPH_FILES[graph]) if shared else {}
+        weights = graph_weights(artifacts, GRAPH_FILES[graph])
+        self.weights = weights if shared else {}
         self.path = artifacts / GRAPH_FILES[graph]
         specs = (*self.signature.inputs, *self.signature.outputs)
         self.names = [*(spec.name for spec in specs), *self.weights]
-        self.contexts: list[FakeContext] = []
+        self.contexts: list[Any] = []  # weak: whoever made a context keeps it
+        self._memory = cudart, 0
+        if cudart is not None and not shared:
+            status, pointer = cudart.cudaMalloc(sum(ref.nbytes for ref in weights.values()))
+            if status:
+                raise AssertionError("an engine that does not fit was deserialised")
+            self._memory = cudart, pointer
+
+    def __del__(self) -> None:
+        cudart, pointer = self._memory
+        if cudart is not None and pointer:
+            cudart.cudaFree(pointer)
 
     def create_execution_context(self, strategy: Any) -> FakeContext:
         if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
             raise AssertionError("a context with scratch of its own")
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
+        context = FakeContext(self)
+        self.contexts.append(weakref.proxy(context))
+        return context
 
 
 class FakeTrt:
@@ -240,7 +259,11 @@ class FakeTrt:
     Args:
         artifacts: the folder of the graphs.
         shared: graphs whose weights are inputs or not; else all but the VAE's.
-        scratch: bytes that each engine needs while it runs.
+        cudart: where engines that hold their weights put them; None gives them memory elsewhere.
+
+    Attributes:
+        engines: those that somebody still holds, by graph.
+        loads: graphs in the order they were deserialised in.
     """
 
     __name__ = "fake_trt"
@@ -251,11 +274,15 @@ class FakeTrt:
         USER_MANAGED = 2
 
     def __init__(
-        self, artifacts: Path, shared: Mapping[str, bool] | None = None, scratch: int = 4096
+        self,
+        artifacts: Path,
+        shared: Mapping[str, bool] | None = None,
+        cudart: FakeCudart | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.shared = shared or {}
-        self.engines: dict[str, FakeEngine] = {}
+        self.engines: weakref.WeakValueDictionary[str, FakeEngine] = weakref.WeakValueDictionary()
+        self.loads: list[str] = []
         outer = self
 
         class Severity(enum.IntEnum):
@@ -280,8 +307,10 @@ class FakeTrt:
                     raise AssertionError("host code from engine files must stay off")
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
-                outer.engines[graph] = FakeEngine(outer.artifacts, graph, shared, scratch)
-                return outer.engines[graph]
+                outer.loads.append(graph)
+                engine = FakeEngine(outer.artifacts, graph, shared, cudart)
+                outer.engines[graph] = engine
+                return engine
 
         self.ILogger = ILogger
         self.Runtime = Runtime
