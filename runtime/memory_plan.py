@@ -48,7 +48,9 @@ _IMAGES = ("image", "sample")
 
 def size_text(nbytes: int) -> str:
     """Bytes for people."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.3f} MB"
+    if nbytes >= 10**9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.3f} MB"
 
 
 def component_of(graph: str) -> str:

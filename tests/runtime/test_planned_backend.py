@@ -209,11 +209,12 @@ def test_prompts_and_references_alone_are_planned_too(
     tiny_artifacts: Path, engines: Path, pictures: list[Any], graph: str
 ) -> None:
     machine = Machine(tiny_artifacts, engines, 100_000)
+    calls = {
+        "text_encoder": lambda: machine.pipe.encode_prompt("a kite"),
+        "encode_references": lambda: machine.pipe.encode_references(pictures),
+    }
     with pytest.raises(CapacityError, match=f"in {graph}"):
-        if graph == "text_encoder":
-            machine.pipe.encode_prompt("a kite")
-        else:
-            machine.pipe.encode_references(pictures)
+        calls[graph]()
     assert not machine.trt.loads
 
 
