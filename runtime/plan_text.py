@@ -1,5 +1,6 @@
 """The plan of `klein-kv plan` for people, in at most 100 columns."""
 
+import textwrap
 from collections.abc import Iterator
 
 from klein_kv.runtime.edit_plan import EditPlan, Plans
@@ -10,7 +11,7 @@ __all__ = ["text_from_plans"]
 
 _NAMES = {"text_encoder": "text encoder", "transformer": "transformer", "vae": "VAE"}
 _COLUMNS = (
-    ("text enc", ("text_encoder",)),
+    ("text", ("text_encoder",)),
     ("transf.", ("transformer",)),
     ("VAE", ("vae",)),
     ("K/V", ("kv",)),
@@ -23,7 +24,7 @@ def text_from_plans(plans: Plans) -> str:
     """A line per precision and number of references, the stages of one of them, and the host."""
     request = plans.edits[0].first.request
     lines = [
-        f"{plans.gpu.name}, {plans.capacity / 1e9:.0f} GB, of which {RESERVED / 1e9:.1f} are left "
+        f"{plans.gpu.name}, {plans.capacity / 1e9:g} GB, of which {RESERVED / 1e9:.1f} are left "
         f"to CUDA (an estimate)",
         f"{request.width}x{request.height}, batch {request.batch}, {plans.steps} steps; "
         f"text encoder {plans.edits[0].first.footprint.text_precision}, "
@@ -94,23 +95,22 @@ def _title(edit: EditPlan) -> str:
 
 
 def _stages(what: str, plan: MemoryPlan, time: Latency) -> Iterator[str]:
-    heads = " ".join(f"{head:>8}" for head, _ in _COLUMNS)
-    yield f"{what:13} {heads} {'total':>6} {'ms':>8}  source"
+    heads = " ".join(f"{head:>7}" for head, _ in _COLUMNS)
+    yield f"{what:13} {heads} {'total':>6} {'loads':>6} {'ms':>8}  source"
     for stage in plan.stages:
         cells = " ".join(
-            f"{_gb(sum(stage.parts.get(part, 0) for part in parts)):>8}" for _, parts in _COLUMNS
+            f"{_gb(sum(stage.parts.get(part, 0) for part in parts)):>7}" for _, parts in _COLUMNS
         )
         took = time.of(stage.name)
         known = took is not None and took.seconds is not None
         ms = f"{took.seconds * 1e3:.1f}" if known and took is not None and took.seconds else "-"
         runs = f"{took.runs}x" if took is not None and took.runs > 1 else ""
         source = took.source if took is not None else ""
-        if stage.loads:
-            source += f", loads {_gb(stage.loads)}"
-        yield f"{stage.name:13} {cells} {_gb(stage.total):>6} {runs + ms:>8}  {source}"
-    loads = sum(t.seconds or 0 for t in time.stages if t.source == "host link")
-    if loads:
-        yield f"  weights loaded: {loads * 1e3:.0f} ms at the peak of the host link"
+        loads = _gb(stage.loads or None)
+        yield f"{stage.name:13} {cells} {_gb(stage.total):>6} {loads:>6} {runs + ms:>8}  {source}"
+    link = sum(t.seconds or 0 for t in time.stages if t.source == "host link")
+    if link:
+        yield f"  weights loaded: {link * 1e3:.0f} ms at the peak of the host link"
     scratch = sorted({stage.scratch_source for stage in plan.stages})
     yield f"  scratch: {', '.join(scratch)}; total {_seconds(time)} s"
 
@@ -120,7 +120,10 @@ def _choices(plans: Plans) -> Iterator[str]:
     for edit in plans.edits:
         if not edit.first.fits:
             found = "; ".join(f"{c.text} ({_gb(c.plan.peak)})" for c in edit.choices)
-            yield f"  {_title(edit)}: {found or 'nothing that was tried'}"
+            text = f"{_title(edit)}: {found or 'nothing that was tried'}"
+            yield from textwrap.wrap(
+                text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+            )
 
 
 def _gb(value: int | None, digits: int = 2) -> str:

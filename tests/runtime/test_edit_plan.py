@@ -326,11 +326,11 @@ def test_command_prints_a_line_per_request(tiny_artifacts: Path, capsys: Any) ->
 
 
 def test_command_says_what_would_fit(tiny_artifacts: Path, capsys: Any) -> None:
-    request = ["--refs", "4", "--precision", "bf16", "--memory", "0.7"]
+    request = ["--refs", "4", "--precision", "bf16", "--memory", "0.7", "--size", "512x512"]
     assert main(["plan", str(tiny_artifacts), *request]) == 1
     out = capsys.readouterr().out
     assert "does NOT fit" in out
-    assert "bf16, 4 references: references up to " in out
+    assert "bf16, 4 references: no references (0.63); references up to 896x896 (0.68)" in out
     assert main(["plan", str(tiny_artifacts), *request, "--kv-dtype", "fp8", "--json"]) == 1
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert not plan["fits"]
