@@ -181,6 +181,7 @@ def _tensors(
         trt.DataType.BF16: "bfloat16",
         trt.DataType.INT64: "int64",
         trt.DataType.UINT8: "uint8",
+        trt.DataType.FP8: "float8_e4m3fn",
     }
 
     def info(tensor: Any) -> TensorInfo:

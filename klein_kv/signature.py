@@ -13,16 +13,19 @@ where diffusers has one. Symbols:
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from klein_kv.config import ITEM_SIZE, ModelConfig
+from klein_kv.config import ITEM_SIZE, ModelConfig, TransformerConfig
+from klein_kv.errors import RequestError
 
 __all__ = [
     "GRAPH_FILES",
+    "KV_FLOAT8",
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
     "VARIANTS",
     "Signature",
     "TensorSpec",
     "kv_names",
+    "kv_tensors",
     "make_signature",
 ]
 
@@ -43,6 +46,9 @@ PLAIN_GRAPH_FILES = {
 
 VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 """Kinds of weights, and the graphs of each."""
+
+KV_FLOAT8 = "float8_e4m3fn"
+"""Type of reference keys and values that are handed on in eight bits, with a scale per head."""
 
 MAX_POSITION = 4096
 """Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""
@@ -93,25 +99,58 @@ class Signature:
         return next(spec for spec in self.outputs if spec.name == name)
 
 
-def kv_names(num_blocks: int) -> list[str]:
-    """`k_ref.0`, `v_ref.0`, `k_ref.1`, ...: double blocks first, then single blocks."""
-    return [f"{part}_ref.{block}" for block in range(num_blocks) for part in "kv"]
+def kv_names(num_blocks: int, kv_dtype: str | None = None) -> list[str]:
+    """Tensors that reference keys and values are handed on in: double blocks first, then single.
+
+    `k_ref.0`, `v_ref.0`, `k_ref.1`, ...; with the scale behind each where they are float8:
+    `k_ref.0`, `k_ref_scale.0`, `v_ref.0`, ...
+    """
+    parts = ("k_ref", "k_ref_scale", "v_ref", "v_ref_scale")
+    if kv_dtype != KV_FLOAT8:
+        parts = ("k_ref", "v_ref")
+    return [f"{part}.{block}" for block in range(num_blocks) for part in parts]
 
 
-def make_signature(graph: str, config: ModelConfig, dtype: str) -> Signature:
+def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) -> list[TensorSpec]:
+    """The same with types and shapes.
+
+    Args:
+        net: gives blocks and heads.
+        dtype: the floating point type of the graphs.
+        kv_dtype: type of keys and values, `dtype` or `KV_FLOAT8`; None for `dtype`.
+
+    Raises:
+        RequestError: another `kv_dtype`.
+    """
+    if kv_dtype not in (None, dtype, KV_FLOAT8):
+        raise RequestError(f"kv_dtype is {kv_dtype!r}, expected {dtype!r} or {KV_FLOAT8!r}")
+    heads = net.num_attention_heads
+    shape = (1, "ref_tokens", heads, net.attention_head_dim)
+    return [
+        TensorSpec(name, "float32", (1, 1, heads, 1))
+        if "_scale." in name
+        else TensorSpec(name, kv_dtype or dtype, shape)
+        for name in kv_names(net.num_blocks, kv_dtype)
+    ]
+
+
+def make_signature(
+    graph: str, config: ModelConfig, dtype: str, kv_dtype: str | None = None
+) -> Signature:
     """The signature of one graph.
 
     Args:
         graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
         config: the checkpoint's configuration.
         dtype: the floating point type of the graph, e.g. "bfloat16".
+        kv_dtype: type of reference keys and values, `dtype` or `KV_FLOAT8`; None for `dtype`.
 
     Raises:
         KeyError: no graph of that name.
+        RequestError: another `kv_dtype`.
     """
     net = config.transformer
-    kv_shape = (1, "ref_tokens", net.num_attention_heads, net.attention_head_dim)
-    kv = tuple(TensorSpec(name, dtype, kv_shape) for name in kv_names(net.num_blocks))
+    kv = tuple(kv_tensors(net, dtype, kv_dtype))
     references = (
         TensorSpec("ref_hidden_states", dtype, (1, "ref_tokens", net.in_channels)),
         TensorSpec("ref_ids", "int64", ("ref_tokens", 4)),
