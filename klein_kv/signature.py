@@ -17,11 +17,13 @@ from klein_kv.config import ITEM_SIZE, ModelConfig, TransformerConfig
 from klein_kv.errors import RequestError
 
 __all__ = [
+    "FLOAT8_KV_FILES",
     "GRAPH_FILES",
     "KV_FLOAT8",
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
     "VARIANTS",
+    "GraphSet",
     "Signature",
     "TensorSpec",
     "kv_names",
@@ -49,6 +51,50 @@ VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 
 KV_FLOAT8 = "float8_e4m3fn"
 """Type of reference keys and values that are handed on in eight bits, with a scale per head."""
+
+FLOAT8_KV_FILES = GRAPH_FILES | {
+    graph: file.replace(".onnx", "_fp8_kv.onnx")
+    for graph, file in GRAPH_FILES.items()
+    if file.startswith("transformer/")
+}
+"""The graphs of KV weights that hand keys and values on like that. They lie beside the others: ONNX
+lets a graph refer to weights in its own folder only."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """The graphs of an artifact folder that belong together, and their types.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        dtype: floating point type of inputs, outputs and activations.
+        kv_dtype: type that reference keys and values are handed on in, `dtype` or `KV_FLOAT8`;
+            None for `dtype`.
+    """
+
+    variant: str
+    dtype: str
+    kv_dtype: str | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Path of each graph relative to the folder, by the graph's name."""
+        if self.variant == "kv" and self.kv_dtype == KV_FLOAT8:
+            return FLOAT8_KV_FILES
+        return VARIANTS[self.variant]
+
+    def signature(self, graph: str, config: ModelConfig) -> "Signature":
+        """The contract of one of these graphs."""
+        return make_signature(graph, config, self.dtype, self.kv_dtype)
+
+    def kv_tensors(self, net: TransformerConfig) -> "list[TensorSpec]":
+        """What `encode_references` gives out, in order."""
+        return kv_tensors(net, self.dtype, self.kv_dtype)
+
+    def kv_bytes(self, net: TransformerConfig, ref_tokens: int) -> int:
+        """Bytes of the keys and values of that many reference tokens."""
+        return sum(spec.nbytes({"ref_tokens": ref_tokens}) for spec in self.kv_tensors(net))
+
 
 MAX_POSITION = 4096
 """Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""
