@@ -281,9 +281,7 @@ class OnnxOps:
             "ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1
         )  # minus infinity where R = 0
         smallest = self._float(SMALLEST_SCALE * E4M3_MAX)
-        scale = self._one(
-            "Div", self._one("Max", largest, smallest), self._float(E4M3_MAX), rank=4
-        )
+        scale = self._one("Div", self._one("Max", largest, smallest), self._float(E4M3_MAX), rank=4)
         values = self._one(
             "QuantizeLinear",
             self._one("Div", wide, scale),

@@ -2,12 +2,12 @@
 
 Graphs with `kv_dtype` "float8_e4m3fn" hand keys and values on like this: half the bytes of 16 bits.
 A scale is dynamic, the largest magnitude of its head over all tokens and channels by the largest
-e4m3 value; so no calibration is needed, and nothing is clipped. The loss is that of a significand of
-four bits: docs/references.md tells what it does to the latents.
+e4m3 value; so no calibration is needed, and nothing is clipped. The loss is that of a significand
+of four bits: docs/references.md tells what it does to the latents.
 
-The reference stream attends to its own keys and values as they were computed; only what leaves it is
-rounded. `first_step` denoises on what it hands on, not on what it rounded: so it gives the bits that
-`encode_references` and `cached_step` give.
+The reference stream attends to its own keys and values as they were computed; only what leaves it
+is rounded. `first_step` denoises on what it hands on, not on what it rounded: so it gives the bits
+that `encode_references` and `cached_step` give.
 """
 
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ class Ops(Protocol[T]):
         """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
 
     def quantize_kv(self, x: T) -> tuple[T, T]:
-        """Keys or values x [1, R, H, D] as float8 e4m3 [1, R, H, D] and float32 scales [1, 1, H, 1].
+        """Keys or values [1, R, H, D] as float8 e4m3, and their float32 scales [1, 1, H, 1].
 
         A scale is the head's largest magnitude / 448, at least the smallest normal float32;
         division, and rounding to nearest even, are those of float32.

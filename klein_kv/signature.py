@@ -10,7 +10,7 @@ where diffusers has one. Symbols:
     height, width pixels of an image; grid_height, grid_width tokens of it
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from klein_kv.config import ITEM_SIZE, ModelConfig, TransformerConfig
@@ -26,6 +26,9 @@ __all__ = [
     "GraphSet",
     "Signature",
     "TensorSpec",
+    "distinct_graphs",
+    "graph_sets",
+    "is_kv",
     "kv_names",
     "kv_tensors",
     "make_signature",
@@ -52,8 +55,10 @@ VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 KV_FLOAT8 = "float8_e4m3fn"
 """Type of reference keys and values that are handed on in eight bits, with a scale per head."""
 
+_FLOAT8_KV = "_fp8_kv"
+
 FLOAT8_KV_FILES = GRAPH_FILES | {
-    graph: file.replace(".onnx", "_fp8_kv.onnx")
+    graph: file.replace(".onnx", f"{_FLOAT8_KV}.onnx")
     for graph, file in GRAPH_FILES.items()
     if file.startswith("transformer/")
 }
@@ -98,6 +103,25 @@ class GraphSet:
 
 MAX_POSITION = 4096
 """Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""
+
+
+def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
+    """All sets of graphs that an export writes, the one with `kv_dtype` None first."""
+    types = (None, KV_FLOAT8) if variant == "kv" else (None,)
+    return [GraphSet(variant, dtype, kv_dtype) for kv_dtype in types]
+
+
+def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphSet]]:
+    """Label, name and set of every graph; one that several sets share comes with the first.
+
+    The label is the name, or `NAME_fp8_kv`.
+    """
+    seen: set[str] = set()
+    for graphs in sets:
+        for graph, file in graphs.files.items():
+            if file not in seen:
+                seen.add(file)
+                yield graph if graphs.kv_dtype is None else graph + _FLOAT8_KV, graph, graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +175,15 @@ def kv_names(num_blocks: int, kv_dtype: str | None = None) -> list[str]:
     `k_ref.0`, `v_ref.0`, `k_ref.1`, ...; with the scale behind each where they are float8:
     `k_ref.0`, `k_ref_scale.0`, `v_ref.0`, ...
     """
-    parts = ("k_ref", "k_ref_scale", "v_ref", "v_ref_scale")
+    parts = ["k_ref", "k_ref_scale", "v_ref", "v_ref_scale"]
     if kv_dtype != KV_FLOAT8:
-        parts = ("k_ref", "v_ref")
+        parts = ["k_ref", "v_ref"]
     return [f"{part}.{block}" for block in range(num_blocks) for part in parts]
+
+
+def is_kv(name: str) -> bool:
+    """Whether a tensor of a graph is one of `kv_names`."""
+    return name[1:].startswith(("_ref.", "_ref_scale."))
 
 
 def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) -> list[TensorSpec]:

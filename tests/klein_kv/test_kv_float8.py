@@ -54,9 +54,7 @@ def test_rounding_keeps_four_bits_and_the_sign() -> None:
     assert float(back[:, :, 4].abs().max()) == 0
     torch.testing.assert_close(back[:, :, 5], x[:, :, 5], rtol=1e-6, atol=0)
     # The largest value of a head is kept, whatever the others are.
-    torch.testing.assert_close(
-        back.abs().amax((1, 3), keepdim=True), largest, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(back.abs().amax((1, 3), keepdim=True), largest, rtol=1e-6, atol=0)
 
 
 @given(st.floats(2.0**-100, 3e38), st.integers(0, 2**32 - 1))
