@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klein_kv.engines.build_needs import ENGINE_BYTES
 from klein_kv.engines.build_task import (
     BuildTask,
     artifact_precision,
@@ -40,9 +41,6 @@ from klein_kv.manifest import Manifest
 __all__ = ["build_artifacts", "engine_folder"]
 
 _log = logging.getLogger(__name__)
-
-_ENGINE_BYTES = 128 << 20
-"""Disk set aside for the code of one engine; the largest measured has 80 MB."""
 
 
 def build_artifacts(
@@ -149,7 +147,7 @@ def _reusable(
 
 def _check_disk(folder: Path, tasks: Sequence[BuildTask]) -> None:
     needed = sum(
-        _ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
+        ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
     )
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free

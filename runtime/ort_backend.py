@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime import memory
 from klein_kv.runtime.backend import Buffer
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
@@ -128,6 +129,9 @@ class OrtBackend:
 
     def release(self, graph: str) -> None:
         self._sessions.pop(graph, None)
+
+    def available_memory(self) -> int:
+        return memory.available_memory()
 
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()

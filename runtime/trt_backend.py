@@ -110,6 +110,9 @@ class TrtBackend:
             del self._weights[ref]
         self._memory.trim()
 
+    def available_memory(self) -> int:
+        return self._memory.available
+
     def close(self) -> None:
         """Saves the kernels compiled so far and frees all device memory."""
         for graph in list(self._loaded):
