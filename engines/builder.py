@@ -26,6 +26,7 @@ __all__ = ["BuiltEngine", "build_engine", "peak_rss"]
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
     """What a build made.

@@ -114,9 +114,7 @@ def _same_precision(graph: str, footprint: Footprint, engines: BuiltEngines) -> 
     return graph != "text_encoder" or footprint.text_precision == engines.manifest.precision
 
 
-def _seconds(
-    graph: str, footprint: Footprint, sizes: Mapping[str, int], gpu: Gpu
-) -> float | None:
+def _seconds(graph: str, footprint: Footprint, sizes: Mapping[str, int], gpu: Gpu) -> float | None:
     own = next(name for name, dtype in DTYPES.items() if dtype == footprint.dtype)
     text = graph == "text_encoder"
     precision = footprint.text_precision if text else footprint.precision
@@ -130,9 +128,7 @@ def _seconds(
 def _operations(graph: str, footprint: Footprint, sizes: Mapping[str, int]) -> Operations:
     config, batch = footprint.config, sizes["batch"]
     if graph == "text_encoder":
-        return text_operations(
-            config.text_encoder, batch=batch, text_tokens=sizes["text_tokens"]
-        )
+        return text_operations(config.text_encoder, batch=batch, text_tokens=sizes["text_tokens"])
     if graph.startswith("vae_"):
         return vae_operations(
             footprint.vae_shapes[graph],

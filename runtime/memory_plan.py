@@ -306,6 +306,4 @@ def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, in
 
 def _estimate(graph: str, footprint: Footprint, request: Request) -> int:
     sizes = request.sizes(graph, footprint.config)
-    return estimate_scratch(
-        graph, footprint.config, footprint.dtype, sizes, footprint.vae_shapes
-    )
+    return estimate_scratch(graph, footprint.config, footprint.dtype, sizes, footprint.vae_shapes)

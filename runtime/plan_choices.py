@@ -91,9 +91,7 @@ def _fewer(request: Request) -> Iterator[Request]:
             yield replace(request, references=(), stages=same)
 
 
-def _eight_bits(
-    footprint: Footprint, request: Request
-) -> Iterator[tuple[str, Footprint, Request]]:
+def _eight_bits(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
     if footprint.kv_bytes(request) and not footprint.kv_dtype.startswith("float8"):
         yield "fp8 K/V", replace(footprint, kv_dtype="float8_e4m3fn"), request
 
