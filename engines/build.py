@@ -1,8 +1,9 @@
 """An artifact folder's graphs to engines: `klein-kv build`.
 
 Engines go to `ARTIFACTS/engines/TARGET-PRECISION/` (with `-RECIPE` behind it for recipes other
-than the default, and `-fp8kv` where they hand on keys and values in float8). Each is written aside and renamed, and `engine.json` names it only afterwards:
-a build that is interrupted leaves whole engines, and the next one goes on from there.
+than the default, and `-fp8kv` where they hand on keys and values in float8). Each is written aside
+and renamed, and `engine.json` names it only afterwards: a build that is interrupted leaves whole
+engines, and the next one goes on from there.
 """
 
 import hashlib
