@@ -515,10 +515,9 @@ class KleinKVPipeline:
             yield keep
 
     def _no_references(self) -> dict[str, Buffer]:
-        none = {"ref_tokens": 0}
         return {
-            spec.name: self.backend.upload(np.ones(spec.concrete(none), NUMPY_DTYPES[spec.dtype]))
-            for spec in self.graphs.kv_tensors(self.config.transformer)
+            spec.name: self.backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
+            for spec in self.graphs.kv_tensors(self.config.transformer, ref_tokens=0)
         }
 
     def _call_back(

@@ -99,11 +99,11 @@ class ReferenceEncoder:
 
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
-        graphs, net = self._graphs, self._manifest.config.transformer
+        net = self._manifest.config.transformer
         return ReferenceSet(
             kv=dict(kv),
+            tensors=self._graphs.kv_tensors(net, prepared.num_tokens),
             num_tokens=prepared.num_tokens,
-            nbytes=graphs.kv_bytes(net, prepared.num_tokens),
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
