@@ -22,6 +22,7 @@ from klein_kv.errors import ArtifactError, BackendError, BuildError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, load_cudart
+from klein_kv.runtime.pinned_store import PinnedStore
 from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef
 
@@ -87,6 +88,7 @@ class TrtBackend:
         self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
+        self._host_stores: list[PinnedStore] = []
         self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -117,11 +119,19 @@ class TrtBackend:
             del self._weights[ref]
         self._memory.trim()
 
+    def host_store(self, budget: int) -> PinnedStore:
+        """Pinned host memory for copies of buffers, at most `budget` bytes."""
+        store = PinnedStore(self._memory, budget)
+        self._host_stores.append(store)
+        return store
+
     def available_memory(self) -> int:
         return self._memory.available
 
     def close(self) -> None:
-        """Saves the kernels compiled so far and frees all device memory."""
+        """Saves the kernels compiled so far and frees all device memory and pinned memory."""
+        for store in self._host_stores:
+            store.close()
         for graph in list(self._loaded):
             self.release(graph)
         self._memory.close()
@@ -240,6 +250,7 @@ class _Engine:
                 raise BackendError(f"{graph}: TensorRT refuses profile {profile}")
             self._bind_all(self._weights)
         for name, buffer in inputs.items():
+            self._memory.settle(buffer)
             if not context.set_input_shape(name, buffer.shape):
                 raise BackendError(f"{graph}: TensorRT refuses shape {buffer.shape} for {name}")
         outputs = {
