@@ -18,11 +18,24 @@ from klein_kv.config import ITEM_SIZE
 from klein_kv.errors import BackendError, CapacityError
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
-__all__ = ["CudaMemory", "DeviceBuffer", "Event", "load_cudart"]
+__all__ = [
+    "STAGING_BYTES",
+    "CudaMemory",
+    "DeviceBuffer",
+    "Event",
+    "allocated_bytes",
+    "load_cudart",
+]
 
 _ALIGNMENT = 256
-_STAGING_BYTES = 64 << 20
+STAGING_BYTES = 64 << 20
+"""Size of each of the two pinned host buffers that weights are uploaded through."""
 _NO_TIMING = 2  # cudaEventDisableTiming
+
+
+def allocated_bytes(nbytes: int) -> int:
+    """Bytes of the block that a tensor of `nbytes` bytes gets."""
+    return -(-max(1, nbytes) // _ALIGNMENT) * _ALIGNMENT
 
 
 def load_cudart() -> Any:
@@ -217,8 +230,7 @@ class CudaMemory:
             dtype: their type.
             stream: what uses it first; None for the main stream.
         """
-        wanted = max(1, math.prod(shape) * ITEM_SIZE[dtype])
-        nbytes = -(-wanted // _ALIGNMENT) * _ALIGNMENT
+        nbytes = allocated_bytes(math.prod(shape) * ITEM_SIZE[dtype])
         pointer = self._take(nbytes, self.stream if stream is None else stream)
         return DeviceBuffer(pointer, shape, dtype, _Block(pointer, nbytes, self))
 
@@ -313,15 +325,15 @@ class CudaMemory:
             A device buffer for each.
         """
         placed: dict[WeightRef, DeviceBuffer] = {}
-        staging = [int(self.call("cudaHostAlloc", _STAGING_BYTES, 0)) for _ in range(2)]
+        staging = [int(self.call("cudaHostAlloc", STAGING_BYTES, 0)) for _ in range(2)]
         events = [self.call("cudaEventCreateWithFlags", 0) for _ in staging]
         turn = 0
         try:
             for ref in sorted(set(refs), key=lambda ref: (ref.path, ref.offset)):
                 placed[ref] = self.allocate(ref.shape, ref.dtype)
                 source = map_weight(ref).reshape(-1).view(np.uint8)
-                for start in range(0, ref.nbytes, _STAGING_BYTES):
-                    piece = source[start : start + _STAGING_BYTES]
+                for start in range(0, ref.nbytes, STAGING_BYTES):
+                    piece = source[start : start + STAGING_BYTES]
                     self.call("cudaEventSynchronize", events[turn])
                     ctypes.memmove(staging[turn], piece.ctypes.data, piece.nbytes)
                     target = placed[ref].pointer + start

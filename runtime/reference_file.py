@@ -114,7 +114,7 @@ def _header(references: Saveable, checksum: str) -> bytes:
         "first_size": f"{height}x{width}",
         "crc32": checksum,
     }
-    tensors = {spec.name: (spec.dtype, spec.shape) for spec in references.tensors}
+    tensors = {spec.name: (spec.dtype, spec.concrete({})) for spec in references.tensors}
     return safetensors_header(tensors, metadata)
 
 

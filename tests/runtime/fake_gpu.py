@@ -190,12 +190,20 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.runs = 0
+        self.scratch = 0, 0
         self.active_optimization_profile = 0
         self._session: Any = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.active_optimization_profile = index
         return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        if memory % 256:
+            raise AssertionError("device memory must be aligned to 256 bytes")
+        if size < self.engine.device_memory_size_v2:
+            raise AssertionError("too little device memory for the engine")
+        self.scratch = memory, size
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self.addresses[name] = pointer
@@ -225,13 +233,21 @@ class FakeContext:
         if missing:
             raise AssertionError(f"no address for {missing[:3]}")
         addresses, shapes = dict(self.addresses), dict(self.shapes)
-        engine.enqueue(stream, lambda: self._execute(addresses, shapes))
+        scratch = self.scratch
+        engine.enqueue(stream, lambda: self._execute(addresses, shapes, scratch))
         self.runs += 1
         return True
 
-    def _execute(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+    def _execute(
+        self,
+        addresses: dict[str, int],
+        shapes: dict[str, tuple[int, ...]],
+        scratch: tuple[int, int],
+    ) -> None:
         if self._session is None:
             self._session = self._load()
+        # Scratch that overlaps anything in use would give wrong numbers.
+        ctypes.memset(scratch[0], 0xA5, scratch[1])
         binding = self._session.io_binding()
         for spec in self.engine.signature.inputs:
             array = array_at(addresses[spec.name], shapes[spec.name], spec.dtype)
@@ -265,8 +281,15 @@ class FakeEngine:
     num_optimization_profiles = 1
 
     def __init__(
-        self, artifacts: Path, graph: str, shared: bool, graphs: GraphSet | None, cudart: Any
+        self,
+        artifacts: Path,
+        graph: str,
+        shared: bool,
+        scratch: int,
+        graphs: GraphSet | None,
+        cudart: FakeCudart | None,
     ) -> None:
+        self.device_memory_size_v2 = scratch
         manifest = Manifest.load(artifacts, check_files=False)
         graphs = graphs or manifest.graphs
         self.signature = graphs.signature(graph, manifest.config)
@@ -284,7 +307,9 @@ class FakeEngine:
         else:
             self.cudart.enqueue(stream, work)
 
-    def create_execution_context(self, *_: Any) -> FakeContext:
+    def create_execution_context(self, strategy: Any) -> FakeContext:
+        if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
+            raise AssertionError("a context with scratch of its own")
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
 
@@ -293,8 +318,9 @@ class FakeTrt:
     """A TensorRT module whose engine files hold the name of a graph.
 
     Args:
-        artifacts: where the graphs lie.
-        shared: which engines take their weights as inputs; all but the VAE's by default.
+        artifacts: the folder of the graphs.
+        shared: graphs whose weights are inputs or not; else all but the VAE's.
+        scratch: bytes that each engine needs while it runs.
         graphs: which graphs of the folder.
         cudart: whose streams the engines run on; None runs them at once.
     """
@@ -302,10 +328,15 @@ class FakeTrt:
     __name__ = "fake_trt"
     __version__ = "0.0.1"
 
+    class ExecutionContextAllocationStrategy(enum.IntEnum):
+        STATIC = 0
+        USER_MANAGED = 2
+
     def __init__(
         self,
         artifacts: Path,
         shared: Mapping[str, bool] | None = None,
+        scratch: int = 4096,
         graphs: GraphSet | None = None,
         cudart: FakeCudart | None = None,
     ) -> None:
@@ -336,7 +367,8 @@ class FakeTrt:
                     raise AssertionError("host code from engine files must stay off")
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
-                outer.engines[graph] = FakeEngine(artifacts, graph, shared, graphs, cudart)
+                engine = FakeEngine(artifacts, graph, shared, scratch, graphs, cudart)
+                outer.engines[graph] = engine
                 return outer.engines[graph]
 
         self.ILogger = ILogger
