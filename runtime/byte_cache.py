@@ -183,6 +183,12 @@ class ByteCache(Generic[V]):
             self._state.entries.move_to_end(key)
             return True
 
+    def demote(self, key: str) -> None:
+        """Makes a value the next one to be given up."""
+        with self._changed:
+            if key in self._state.entries:
+                self._state.entries.move_to_end(key, last=False)
+
     def put(self, key: str, value: V) -> None:
         """Keeps a value that was made without a claim; the one that is there already, if any."""
         if self.budget:

@@ -2,8 +2,7 @@
 
 A set that the store gives up is copied to the host, and comes back when it is asked for: klein 9B's
 2 GiB per 1024x1024 reference take about 50 ms over PCIe 5 x16 (derived), encoding it again a third
-of a second or more. The copy stays while the set is on the device again, so giving it up another
-time costs nothing. What this level has no room for goes to the folder below it, if there is one.
+of a second or more. What this level has no room for goes to the folder below it, if there is one.
 """
 
 import logging
@@ -108,6 +107,8 @@ class HostSet:
 class HostLevel:
     """A `SecondLevel` in host memory, least recently used out first.
 
+    Sets that were lent to the device keep their copy as long as nothing else needs the room.
+
     Args:
         budget: bytes of host memory.
         backend: whose device the sets come from and go to.
@@ -118,27 +119,31 @@ class HostLevel:
         self, budget: int, backend: DeviceBackend, folder: ReferenceFolder | None = None
     ) -> None:
         self.folder = folder
-        self._sets: ByteCache[HostSet] = ByteCache(
-            budget, None if folder is None else _Files(folder)
-        )
+        self._lent: set[str] = set()
+        below = None if folder is None else _Files(folder, self._lent)
+        self._sets: ByteCache[HostSet] = ByteCache(budget, below)
         self._memory = backend.host_store(budget)
         self._lock = threading.Lock()
 
     @property
     def stats(self) -> CacheStats:
-        """What this level did and holds; sets that came from the folder count as misses."""
+        """What this level did and holds; only hits, evictions and what it holds mean something."""
         return self._sets.stats
 
     def load(self, key: str) -> ReferenceSet | None:
         """The set of that digest, on its way to the device; None where it is not here either."""
         held = self._sets.find(key)
-        if held is not None:
-            return replace(held.like, kv=self._memory.restore(held.copy))
-        return None if self.folder is None else self.folder.load(key)
+        if held is None:
+            return None if self.folder is None else self.folder.load(key)
+        restored = replace(held.like, kv=self._memory.restore(held.copy))
+        self._lent.add(key)
+        self._sets.demote(key)
+        return restored
 
     def store(self, key: str, value: ReferenceSet) -> None:
         """Copies a set to the host, or else to the folder; done with its buffers on return."""
         with self._lock:
+            self._lent.discard(key)
             if self._sets.touch(key):
                 return
             try:
@@ -164,14 +169,18 @@ class HostLevel:
 class _Files:
     """The folder as the level below: it takes sets, and gives them to the device directly."""
 
-    def __init__(self, folder: ReferenceFolder) -> None:
+    def __init__(self, folder: ReferenceFolder, lent: set[str]) -> None:
         self._folder = folder
+        self._lent = lent
 
     def load(self, _key: str) -> HostSet | None:
         return None
 
     def store(self, key: str, value: HostSet) -> None:
-        self._folder.store(key, value)
+        if key in self._lent:  # the device has it, and will hand it down again
+            self._lent.discard(key)
+        else:
+            self._folder.store(key, value)
 
 
 def open_host_level(

@@ -24,6 +24,7 @@ from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
 
+ALIGNMENT = 256  # of what cudaMalloc gives
 _FIRST_STREAM = 7
 
 
@@ -116,9 +117,10 @@ class FakeCudart:
     def cudaMalloc(self, nbytes: int) -> tuple[CudaError, int]:
         if self.used + nbytes > self.capacity:
             return CudaError.cudaErrorMemoryAllocation, 0
-        block = (ctypes.c_ubyte * nbytes)()
-        address = ctypes.addressof(block)
-        self.blocks[address] = block
+        whole = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
+        start = -ctypes.addressof(whole) % ALIGNMENT
+        address = ctypes.addressof(whole) + start
+        self.blocks[address] = memoryview(whole)[start : start + nbytes]
         return CudaError.cudaSuccess, address
 
     def cudaMemGetInfo(self) -> tuple[CudaError, int, int]:
@@ -199,8 +201,8 @@ class FakeContext:
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        if memory % 256:
-            raise AssertionError("device memory must be aligned to 256 bytes")
+        if memory % ALIGNMENT:
+            raise AssertionError(f"device memory must be aligned to {ALIGNMENT} bytes")
         if size < self.engine.device_memory_size_v2:
             raise AssertionError("too little device memory for the engine")
         self.scratch = memory, size
