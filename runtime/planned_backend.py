@@ -26,6 +26,7 @@ from klein_kv.runtime.memory_plan import (
     Stage,
     component_of,
     make_plan,
+    size_text,
 )
 from klein_kv.runtime.plan_choices import what_fits
 from klein_kv.signature import GraphSet
@@ -233,9 +234,7 @@ class PlannedBackend:
     def _refusal(self, plan: MemoryPlan) -> str:
         worst = max(plan.stages, key=lambda stage: stage.total)
         parts = ", ".join(
-            f"{_PARTS[part]} {nbytes / 1e9:.2f} GB"
-            for part, nbytes in worst.parts.items()
-            if nbytes
+            f"{_PARTS[part]} {size_text(nbytes)}" for part, nbytes in worst.parts.items() if nbytes
         )
         device = self._on_device(plan.request)
 
@@ -245,8 +244,8 @@ class PlannedBackend:
         choices = what_fits(plan, other, device=device)
         fitting = "; ".join(choice.text for choice in choices) or "nothing that was tried"
         return (
-            f"the request needs {worst.total / 1e9:.2f} GB in {worst.name} ({parts}), "
-            f"{plan.capacity / 1e9:.2f} GB of {'device ' if device else ''}memory can be had; "
+            f"the request needs {size_text(worst.total)} in {worst.name} ({parts}), "
+            f"{size_text(plan.capacity)} of {'device ' if device else ''}memory can be had; "
             f"what would fit: {fitting}"
         )
 
