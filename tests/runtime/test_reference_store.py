@@ -81,7 +81,7 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 # --- sequences of requests ---
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=SHARED)
+@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
 @given(
     budget=st.integers(0, 100 * TOKEN),
     host_budget=st.one_of(st.just(0), st.integers(1, 150 * TOKEN)),
