@@ -314,7 +314,7 @@ def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, in
     """
     parts = {"activations": 0, "images": 0}
     steps = [stage for stage in request.stages if stage.endswith("_step")]
-    for name in {graph} if graph in steps else {graph, *steps[:1]}:
+    for name in {graph} if graph in steps else {graph, *steps[-1:]}:
         sizes = request.sizes(name, footprint.config)
         signature = make_signature(name, footprint.config, footprint.dtype)
         outputs = signature.outputs if name == graph else ()

@@ -143,16 +143,15 @@ def _batches(request: Request) -> Iterator[Request]:
 
 
 def _together(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
-    """Smaller weights, keys and values in eight bits, one image at a time, fewer references."""
+    """Smaller weights, keys and values in eight bits; one image at a time; fewer references."""
     packed = replace(footprint, kv_dtype="float8_e4m3fn")
-    for precision in _PRECISIONS:
-        if PRECISIONS[precision] > PRECISIONS[footprint.precision]:
-            continue
-        less = packed.quantized(precision, "fp8")
-        text = f"{precision} transformer, fp8 text encoder and fp8 K/V"
-        yield text, less, request
-        single = replace(request, batch=1)
-        if request.batch > 1:
-            yield f"batch 1 with {text}", less, single
-        for fewer in _fewer(single):
-            yield f"{_count(len(fewer.references))} with {text}", less, fewer
+    single = replace(request, batch=1)
+    requests = [("", request)]
+    if request.batch > 1:
+        requests.append(("batch 1 with ", single))
+    requests += [(f"{_count(len(less.references))} with ", less) for less in _fewer(single)]
+    for text, less in requests:
+        for precision in _PRECISIONS:
+            if PRECISIONS[precision] <= PRECISIONS[footprint.precision]:
+                change = f"{text}{precision} transformer, fp8 text encoder and fp8 K/V"
+                yield change, packed.quantized(precision, "fp8"), less

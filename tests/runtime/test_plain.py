@@ -110,8 +110,8 @@ def test_memory_has_no_keys_and_values(
     ours: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    images = 20 * [picture(256, 256)]
     with pytest.raises(CapacityError, match=r"in plain_step \(scratch"):
-        images = 20 * [picture(256, 256)]
         ours("a kite", image=images, height=512, width=512, output_type="latent")
 
 
