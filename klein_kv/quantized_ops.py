@@ -87,10 +87,10 @@ def _round_e4m3(x: torch.Tensor) -> torch.Tensor:
 def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Nearest e2m1 number, ties to even.
 
-    The numbers are 0.5 apart up to 2, 1 apart up to 4 and 2 apart up to 6; even codes are even
-    multiples of that distance, which is how torch rounds.
+    From 1 on, neighbours are half a power of two apart, below 1 they are 0.5 apart. Even codes are
+    even multiples of that distance, which is how torch rounds.
     """
     x = x.clamp(-FP4_MAX, FP4_MAX)
-    size = x.abs()
-    spacing = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    power = (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**exponent
+    spacing = (power * 0.5).clamp(min=0.5)
     return torch.round(x / spacing) * spacing
