@@ -42,9 +42,10 @@ def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[
     graph = "text_encoder"
     if component == "transformer":
         graph = "first_step" if manifest.variant == "kv" else "plain_step"
+    file = manifest.graphs.files[graph]
     shapes = component_parameters(manifest.config, component)
     found: dict[str, WeightRef] = {}
-    for key, ref in graph_weights(folder, graph).items():
+    for key, ref in graph_weights(folder, file).items():
         name, _, rows = key.partition("[")
         if name in shapes and name not in found:
             found[name] = _whole(ref, rows, shapes[name])
