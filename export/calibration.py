@@ -133,8 +133,8 @@ def calibrate(
         artifacts: the artifact folder.
         manifest: its manifest.
         samples: what to run.
-        names: the layers to watch, by component; the text encoder always runs, since the
-            transformer reads what it makes.
+        names: the layers to watch, by component. Without "transformer" only the text encoder
+            runs; it always does, since the transformer reads what it makes.
         percentiles: also count how often each magnitude comes.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         text_tokens: prompt tokens.
@@ -148,6 +148,7 @@ def calibrate(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype: torch.dtype = getattr(torch, manifest.dtype)
+    steps = 4 if "transformer" in names else 0
     vae = FloatVae(artifacts, manifest)
     ranges = {component: Ranges() for component in ("text_encoder", "transformer")}
     ops = {
@@ -160,16 +161,16 @@ def calibrate(
         )
         for component in ranges
     }
-    steps = 4
     progress: Any = tqdm(total=len(samples) * (steps + 1), desc="calibrating", disable=None)
     with torch.inference_mode(), progress as bar:
         for i, sample in enumerate(samples):
-            request = prepare_request(
-                sample, artifacts, manifest, vae, steps=steps, text_tokens=text_tokens
+            text = encode_prompt(
+                ops["text_encoder"], artifacts, manifest, sample.prompt, text_tokens
             )
-            text = encode_prompt(ops["text_encoder"], manifest, request)
             bar.update()
-            run_loop(ops["transformer"], manifest, request, text, lambda *_: bar.update())
+            if steps:
+                request = prepare_request(sample, manifest, vae, steps)
+                run_loop(ops["transformer"], manifest, request, text, lambda *_: bar.update())
             _log.info(
                 "calibrated on request %d of %d: %dx%d, %d references",
                 i + 1,
@@ -179,4 +180,4 @@ def calibrate(
                 len(sample.images),
             )
     ranges["text_encoder"].attention.clear()  # only the transformer's may be computed in fp8
-    return ranges
+    return {component: ranges[component] for component in names}

@@ -97,9 +97,6 @@ class QuantizationRecipe:
         Args:
             component: "transformer" or "text_encoder".
             shapes: all tensors of the network.
-
-        Raises:
-            RequestError: an override that matches no layer of either network's kind.
         """
         default = self.transformer if component == "transformer" else self.text_encoder
         names = [name for name, shape in shapes.items() if is_block_linear(name, shape)]
@@ -119,6 +116,15 @@ class QuantizationRecipe:
             elif kind != KEEP:
                 formats[name] = kind
         return formats
+
+    def component_dict(self, component: str) -> dict[str, Any]:
+        """What of the recipe bears on one network; plain values for JSON."""
+        return {
+            "format": self.transformer if component == "transformer" else self.text_encoder,
+            "activations": self.activations,
+            "percentile": self.percentile,
+            "overrides": [list(override) for override in self.overrides],
+        }
 
     def check_overrides(self, names: list[str]) -> None:
         """Refuses a pattern that means no layer: most likely it is misspelt.

@@ -37,11 +37,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LoopRequest:
-    """A sample as the networks read it; all arrays are of batch 1 and in float32.
+    """A sample as the transformer reads it; all arrays are of batch 1 and in float32.
 
     Attributes:
-        input_ids: int64 [1, T].
-        attention_mask: int64 [1, T].
         noise: [1, S, C].
         grid: height and width of the output in tokens.
         references: tokens of the reference images [1, R, C]; None without references.
@@ -49,8 +47,6 @@ class LoopRequest:
         schedule: timesteps and step sizes.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     noise: torch.Tensor
     grid: tuple[int, int]
     references: torch.Tensor | None
@@ -59,15 +55,9 @@ class LoopRequest:
 
 
 def prepare_request(
-    sample: Sample,
-    artifacts: Path,
-    manifest: Manifest,
-    vae: FloatVae,
-    *,
-    steps: int = 4,
-    text_tokens: int = 512,
+    sample: Sample, manifest: Manifest, vae: FloatVae, steps: int = 4
 ) -> LoopRequest:
-    """Tokenizes the prompt, encodes the images with the VAE and draws the noise.
+    """Encodes the images with the VAE and draws the noise.
 
     Raises:
         RequestError: an output size that is no multiple of a token's.
@@ -78,7 +68,6 @@ def prepare_request(
             f"output size is {sample.width}x{sample.height}, expected multiples of {unit}"
         )
     grid = sample.height // unit, sample.width // unit
-    ids, mask = PromptTokenizer(artifacts / "tokenizer")([sample.prompt], text_tokens)
     channels = manifest.config.transformer.in_channels
     noise = initial_noise((1, channels, *grid), seed=sample.seed)
     tokens, grids = [], []
@@ -88,8 +77,6 @@ def prepare_request(
         tokens.append(torch.from_numpy(encoded).flatten(1, 2))
     positions = reference_ids(grids) if grids else np.zeros((0, 4), np.int64)
     return LoopRequest(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
         noise=torch.from_numpy(noise.reshape(1, channels, -1).transpose(0, 2, 1).copy()),
         grid=grid,
         references=torch.cat(tokens, dim=1) if tokens else None,
@@ -98,9 +85,12 @@ def prepare_request(
     )
 
 
-def encode_prompt(ops: TorchOps, manifest: Manifest, request: LoopRequest) -> torch.Tensor:
+def encode_prompt(
+    ops: TorchOps, artifacts: Path, manifest: Manifest, prompt: str, text_tokens: int = 512
+) -> torch.Tensor:
     """Text embeddings [1, T, D] in the type of `ops`."""
-    ids, mask = (x.to(ops.device) for x in (request.input_ids, request.attention_mask))
+    tokens = PromptTokenizer(artifacts / "tokenizer")([prompt], text_tokens)
+    ids, mask = (torch.from_numpy(x).to(ops.device) for x in tokens)
     return encode_text(ops, manifest.config.text_encoder, ids, mask)
 
 

@@ -19,7 +19,13 @@ from klein_kv.errors import KleinKVError, RequestError
 
 __all__ = ["main"]
 
-_EXTRA_OF = {"export": "export", "fixture": "export", "verify": "export,cpu", "build": "rtx"}
+_EXTRA_OF = {
+    "export": "export",
+    "fixture": "export",
+    "quantize": "export,cpu",
+    "verify": "export,cpu",
+    "build": "rtx",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="I,J,...",
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
+
+    sub = verb("quantize", _quantize, "Add fp8 or nvfp4 weights to an artifact folder.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--recipe", help="fp8, nvfp4, fp8-weight-only, or a .toml file")
+    sub.add_argument(
+        "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
+    )
+    sub.add_argument("--images", type=Path, metavar="DIR", help="references to calibrate with")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
+    sub.add_argument("--samples", type=int, default=8, help="requests to calibrate with (8)")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where to calibrate")
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
@@ -197,6 +215,45 @@ def _export(args: argparse.Namespace) -> Result:
         f"{done.bytes_written / 1e6:.1f} MB written: {done.artifacts}"
     )
     return value, text, 0
+
+
+def _quantize(args: argparse.Namespace) -> Result:
+    from klein_kv.export.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantize import quantize_artifacts
+    from klein_kv.export.samples import make_samples
+
+    if args.recipe is None and args.source is None:
+        raise RequestError("say what to make: --recipe fp8, nvfp4 or fp8-weight-only, or --from")
+    done = quantize_artifacts(
+        args.artifacts,
+        QuantizationRecipe.load(args.recipe or "fp8"),
+        make_samples(args.samples, images=args.images, prompts=args.prompts, size=args.size),
+        source=args.source,
+        device=args.device,
+    )
+    value = {
+        "artifacts": str(done.artifacts),
+        "precision": done.precision,
+        "seconds": round(done.seconds, 3),
+        "components": {
+            component: {
+                "precision": part.precision,
+                "layers": part.layers,
+                "bytes": part.bytes,
+                "bytes_before": part.bytes_before,
+                "reused": part.reused,
+            }
+            for component, part in done.parts.items()
+        },
+    }
+    lines = [
+        f"{component:14} {part.precision:16} {part.layers:4} layers {part.bytes / 1e9:8.3f} GB, "
+        f"{part.bytes / part.bytes_before:.3f} of what they were"
+        + (" (there already)" if part.reused else "")
+        for component, part in done.parts.items()
+    ]
+    lines.append(f"{done.precision}: {done.seconds:.1f} s")
+    return value, "\n".join(lines), 0
 
 
 def _generate(args: argparse.Namespace) -> Result:
