@@ -40,7 +40,7 @@ from klein_kv.manifest import (
     weights_file,
 )
 from klein_kv.model import transformer_parameters
-from klein_kv.signature import VARIANTS
+from klein_kv.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightIndex, WeightRef
 
@@ -59,7 +59,7 @@ class ExportResult:
     Attributes:
         artifacts: the finished folder.
         dtype: floating point type of graphs and weights.
-        nodes: number of ONNX nodes per graph.
+        nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
         seconds: wall time.
         bytes_written: bytes of the folder that are not links to the checkpoint's files.
     """
@@ -270,17 +270,18 @@ def _write_graphs(
     source: _Checkpoint, placed: Mapping[str, Placement], folder: Path, variant: str, dtype: str
 ) -> dict[str, int]:
     config, nodes = source.config, {}
-    for graph, file in VARIANTS[variant].items():
-        start = time.perf_counter()
+    for label, graph, graphs in distinct_graphs(graph_sets(variant, dtype)):
+        start, file = time.perf_counter(), graphs.files[graph]
         if file.startswith("transformer/"):
-            model = transformer_graph(graph, config, dtype, placed["transformer"].refs)
+            refs = placed["transformer"].refs
+            model = transformer_graph(graph, config, dtype, refs, graphs.kv_dtype)
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:
             model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"].refs)
-        nodes[graph] = len(model.graph)
+        nodes[label] = len(model.graph)
         _save_graph(model, folder / file)
-        _log.info("%s: %d nodes, %.1f s", file, nodes[graph], time.perf_counter() - start)
+        _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
     return nodes
 
 

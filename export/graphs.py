@@ -6,8 +6,9 @@ import onnx_ir as ir
 
 from klein_kv.config import ModelConfig
 from klein_kv.export.onnx_ops import OnnxOps
+from klein_kv.kv_float8 import dequantize_references, quantize_references
 from klein_kv.model import StepInputs, denoise, denoise_with_references, encode_references
-from klein_kv.signature import make_signature
+from klein_kv.signature import kv_names, make_signature
 from klein_kv.text_model import encode_text
 from klein_kv.weights import WeightRef
 
@@ -15,7 +16,11 @@ __all__ = ["text_encoder_graph", "transformer_graph"]
 
 
 def transformer_graph(
-    graph: str, config: ModelConfig, dtype: str, weights: Mapping[str, WeightRef]
+    graph: str,
+    config: ModelConfig,
+    dtype: str,
+    weights: Mapping[str, WeightRef],
+    kv_dtype: str | None = None,
 ) -> ir.Model:
     """Writes `first_step`, `cached_step`, `encode_references` or `plain_step`.
 
@@ -24,14 +29,17 @@ def transformer_graph(
         config: the checkpoint's configuration.
         dtype: type of activations and weights.
         weights: where the transformer's tensors lie.
+        kv_dtype: type that keys and values are handed on in; None for `dtype`.
 
     Returns:
         The model; its weights are external data in the safetensors files, and no weight is read.
     """
-    ops = OnnxOps(make_signature(graph, config, dtype), dtype, weights)
+    packed = kv_dtype not in (None, dtype)
+    ops = OnnxOps(make_signature(graph, config, dtype, kv_dtype), dtype, weights)
     inputs, net = ops.inputs, config.transformer
     if graph == "encode_references":
         kv = encode_references(ops, net, inputs["ref_hidden_states"], inputs["ref_ids"])
+        kv = quantize_references(ops, kv) if packed else kv
         return ops.model(kv, "Reference tokens to per-block keys (after RoPE) and values.")
     step = StepInputs(
         inputs["hidden_states"],
@@ -46,10 +54,11 @@ def transformer_graph(
         latents = list(denoise_with_references(ops, net, step, tokens, ids))
         return ops.model(latents, "One denoising step in which the references take part.")
     if graph == "cached_step":
-        kv = [value for name, value in inputs.items() if name[1:].startswith("_ref.")]
+        kv = [inputs[name] for name in kv_names(net.num_blocks, kv_dtype)]
     else:
         kv = encode_references(ops, net, inputs["ref_hidden_states"], inputs["ref_ids"])
-    outputs = list(denoise(ops, net, step, kv))
+        kv = quantize_references(ops, kv) if packed else kv
+    outputs = list(denoise(ops, net, step, dequantize_references(ops, kv) if packed else kv))
     if graph == "first_step":
         return ops.model(outputs + kv, "encode_references, then one denoising step.")
     return ops.model(outputs, "One denoising step on given reference keys and values.")

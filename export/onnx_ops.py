@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
@@ -26,6 +27,7 @@ _IR_DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 _LOWEST = {
     "float32": -3.4028234663852886e38,
@@ -272,6 +274,32 @@ class OnnxOps:
             for x in (0.0, _LOWEST[self.dtype])
         )
         return self._one("Where", allowed, zero, lowest)
+
+    def quantize_kv(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        wide = self.to_float32(x)
+        largest = self._one(
+            "ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1
+        )  # minus infinity where R = 0
+        smallest = self._float(SMALLEST_SCALE * E4M3_MAX)
+        scale = self._one("Div", self._one("Max", largest, smallest), self._float(E4M3_MAX), rank=4)
+        values = self._one(
+            "QuantizeLinear",
+            self._one("Div", wide, scale),
+            self._float(1),
+            output_dtype=ir.DataType.FLOAT8E4M3FN,
+            rank=4,
+        )
+        return self._with_heads(values, *x.meta["heads"]), scale
+
+    def dequantize_kv(self, values: ir.Value, scale: ir.Value) -> ir.Value:
+        # The scale is not the operator's: TensorRT takes constants there.
+        wide = self._one("DequantizeLinear", values, self._float(1))
+        out = self.to_model_dtype(self._one("Mul", wide, scale))
+        out.meta["rank"] = 4
+        return self._with_heads(out, *values.meta["heads"])
+
+    def _float(self, value: float) -> ir.Value:
+        return self.constant(np.array(value, np.float32))
 
     def heads(self, rows: ir.Value, like: ir.Value, num_heads: int) -> ir.Value:
         dim = rows.meta["features"] // num_heads

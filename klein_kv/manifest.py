@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from klein_kv.config import DTYPES, ModelConfig, tensor_bytes
 from klein_kv.digest import combine_digests, file_digest
-from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.signature import VARIANTS, GraphSet
+from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.signature import VARIANTS, GraphSet, graph_sets
 from klein_kv.weights import WeightRef
 
 __all__ = [
@@ -123,6 +123,36 @@ class Manifest:
     def graphs(self) -> GraphSet:
         """The folder's graphs."""
         return GraphSet(self.variant, self.dtype)
+
+    @property
+    def graph_sets(self) -> list[GraphSet]:
+        """All sets of graphs that the folder holds."""
+        sets = graph_sets(self.variant, self.dtype)
+        return [x for x in sets if all(file in self.files for file in x.files.values())]
+
+    def graphs_with(self, kv_dtype: str) -> GraphSet:
+        """The graphs that hand reference keys and values on in a type.
+
+        Args:
+            kv_dtype: the graphs' own floating point type, or `signature.KV_FLOAT8`.
+
+        Raises:
+            ArtifactError: the folder was exported before there were such graphs.
+            RequestError: plain weights have no keys and values to hand on.
+        """
+        if kv_dtype == self.dtype:
+            return self.graphs
+        if self.variant == "plain":
+            raise RequestError(
+                f"kv_dtype is {kv_dtype}, and plain weights keep no keys and values; leave it out"
+            )
+        for graphs in self.graph_sets:
+            if graphs.kv_dtype == kv_dtype:
+                return graphs
+        raise ArtifactError(
+            f"{self.model_id}: {MANIFEST} lists no graphs with keys and values in {kv_dtype}; "
+            "export the checkpoint again with this klein-kv"
+        )
 
     def save(self, folder: Path) -> None:
         """Writes `klein.json` into the folder, in one move: never half of it is there."""
