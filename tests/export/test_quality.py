@@ -95,7 +95,7 @@ def quantized_layers(
 def test_the_simulation_is_diffusers_with_rounded_layers(
     tmp_path: Path, model: str, kind: str, activations: bool
 ) -> None:
-    """diffusers' transformer whose linear modules got the rounded weights and round their input."""
+    """diffusers' transformer whose modules got the rounded weights and round their input."""
     module = module_of(model)
     layers = quantized_layers(module, tmp_path, kind, activations)
     assert len(layers) >= 6
@@ -129,7 +129,8 @@ def test_the_simulation_is_diffusers_with_rounded_layers(
 
             child.register_forward_pre_hook(hook)
     (theirs,) = their_call(module, step)
-    print("SNR", model, kind, activations, snr(ours, theirs), snr(ours, unquantized))
+    assert snr(ours, theirs) > 100  # 133 measured: float32 itself
+    assert snr(ours, unquantized) < 50
 
 
 def snr(got: torch.Tensor, expected: torch.Tensor) -> float:
