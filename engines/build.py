@@ -1,7 +1,7 @@
 """An artifact folder's graphs to engines: `klein-kv build`.
 
 Engines go to `ARTIFACTS/engines/TARGET-PRECISION/` (with `-RECIPE` behind it for recipes other
-than the default). Each is written aside and renamed, and `engine.json` names it only afterwards:
+than the default, and `-fp8kv` where they hand on keys and values in float8). Each is written aside and renamed, and `engine.json` names it only afterwards:
 a build that is interrupted leaves whole engines, and the next one goes on from there.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klein_kv.engines.build_needs import ENGINE_BYTES
 from klein_kv.engines.build_task import (
     BuildTask,
     artifact_precision,
@@ -41,9 +42,6 @@ __all__ = ["build_artifacts", "engine_folder"]
 
 _log = logging.getLogger(__name__)
 
-_ENGINE_BYTES = 128 << 20
-"""Disk set aside for the code of one engine; the largest measured has 80 MB."""
-
 
 def build_artifacts(
     artifacts: Path,
@@ -54,6 +52,7 @@ def build_artifacts(
     module: str = "auto",
     force: bool = False,
     progress: bool | None = None,
+    kv_dtype: str | None = None,
 ) -> list[EngineRecord]:
     """Builds the engines of an artifact folder; what has not changed is kept.
 
@@ -66,6 +65,8 @@ def build_artifacts(
         module: "tensorrt_rtx", "tensorrt", or "auto".
         force: build even what has not changed.
         progress: show bars; None shows them on a terminal.
+        kv_dtype: type that the engines are to hand keys and values on in, the artifacts' own or
+            `signature.KV_FLOAT8`; None for the artifacts'.
 
     Returns:
         A record per graph, those that were kept included.
@@ -88,7 +89,8 @@ def build_artifacts(
     goal = find_target(target or recipe.target)
     trt = load_module(module)
     compute_capability(trt, goal)  # refuses an unknown target before any work
-    folder = engine_folder(artifacts, goal.name, precision, recipe.name)
+    there = manifest.graphs_with(kv_dtype or manifest.dtype)
+    folder = engine_folder(artifacts, goal.name, precision, recipe.name, there.kv_dtype)
     kept = EngineManifest(
         module=trt.__name__,
         version=module_version(trt),
@@ -98,10 +100,11 @@ def build_artifacts(
         weights=recipe.weights,
         recipe=recipe.name,
         engines={},
+        kv_dtype=there.kv_dtype,
     )
     tasks = [
-        make_task(artifacts, manifest, graph, recipe, kept)
-        for graph in chosen_graphs(graphs, recipe, manifest.graphs)
+        make_task(artifacts, manifest, there, graph, recipe, kept)
+        for graph in chosen_graphs(graphs, recipe, there)
     ]
     kept = replace(kept, engines=_reusable(folder, kept, tasks, force))
     pending = [task for task in tasks if task.graph not in kept.engines]
@@ -114,10 +117,12 @@ def build_artifacts(
     return [kept.engines[task.graph] for task in tasks]
 
 
-def engine_folder(artifacts: Path, target: str, precision: str, recipe: str) -> Path:
+def engine_folder(
+    artifacts: Path, target: str, precision: str, recipe: str, kv_dtype: str | None = None
+) -> Path:
     """Where the engines of one build lie."""
     name = f"{target}-{precision}" + ("" if recipe == "default" else f"-{recipe}")
-    return artifacts / "engines" / name
+    return artifacts / "engines" / (name if kv_dtype is None else f"{name}-fp8kv")
 
 
 def _reusable(
@@ -149,7 +154,7 @@ def _reusable(
 
 def _check_disk(folder: Path, tasks: Sequence[BuildTask]) -> None:
     needed = sum(
-        _ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
+        ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
     )
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free

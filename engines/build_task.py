@@ -81,7 +81,12 @@ def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, there: GraphSet)
 
 
 def make_task(
-    artifacts: Path, manifest: Manifest, graph: str, recipe: Recipe, engines: EngineManifest
+    artifacts: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    recipe: Recipe,
+    engines: EngineManifest,
 ) -> BuildTask:
     """Reads and checks one graph and settles how it is built.
 
@@ -89,7 +94,7 @@ def make_task(
         ArtifactError: the graph is not the exported one, or its weights are not whole.
         BuildError: the recipe has no sizes for it.
     """
-    file = manifest.graphs.files[graph]
+    file = graphs.files[graph]
     if file not in manifest.files:
         raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
     path = artifacts / file
@@ -103,7 +108,7 @@ def make_task(
             f"{manifest.files[file].digest}; export the checkpoint again"
         )
     shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
-    signature = manifest.graphs.signature(graph, manifest.config)
+    signature = graphs.signature(graph, manifest.config)
     source = read_graph(path, signature, shared)
     profiles = engine_profiles(signature, recipe, manifest.config)
     parts = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from klein_kv.engines.build_needs import EMBEDDED_FACTOR, embedded_build_memory
 from klein_kv.engines.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
 from klein_kv.engines.manifest import TensorInfo
 from klein_kv.engines.profiles import EngineProfile
@@ -21,14 +22,9 @@ from klein_kv.engines.targets import Target, compute_capability
 from klein_kv.engines.trt_module import BuildLog, make_logger
 from klein_kv.errors import BackendError, BuildError, CapacityError
 
-__all__ = ["EMBEDDED_FACTOR", "BuiltEngine", "build_engine", "peak_rss"]
+__all__ = ["BuiltEngine", "build_engine", "peak_rss"]
 
 _log = logging.getLogger(__name__)
-
-EMBEDDED_FACTOR = 3.1
-"""Peak memory of a build with embedded weights, in weight bytes (measured, TensorRT-RTX 1.7.1)."""
-
-_BASE_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +120,7 @@ def build_engine(
 
 
 def _check_memory(name: str, weight_bytes: int) -> None:
-    needed = int(weight_bytes * EMBEDDED_FACTOR) + _BASE_MEMORY
+    needed = embedded_build_memory(weight_bytes)
     available = psutil.virtual_memory().available
     if needed > available:
         raise CapacityError(
@@ -181,6 +177,7 @@ def _tensors(
         trt.DataType.BF16: "bfloat16",
         trt.DataType.INT64: "int64",
         trt.DataType.UINT8: "uint8",
+        trt.DataType.FP8: "float8_e4m3fn",
     }
 
     def info(tensor: Any) -> TensorInfo:

@@ -31,7 +31,14 @@ QUERY_CHUNKS = 4
 """Parts that wide attention is computed in. The VAE attends over 2x2 cells per token: the number
 of queries is always a multiple of 4."""
 
-_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16", 7: "int64", 2: "uint8"}
+_DTYPES = {
+    1: "float32",
+    10: "float16",
+    16: "bfloat16",
+    17: "float8_e4m3fn",
+    7: "int64",
+    2: "uint8",
+}
 _FLOAT, _INT64 = 1, 7
 
 

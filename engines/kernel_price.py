@@ -12,7 +12,7 @@ from klein_kv.errors import BuildError
 
 __all__ = ["KernelCost", "blends_modulation", "copies_weight", "price_kernel"]
 
-_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4"}
+_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
 # Words in a kernel's name that read only a part of an operand.
 _PARTIAL = re.compile("Slic|Gath")
 

@@ -55,6 +55,7 @@ class EngineManifest:
         weights: "shared" or "embedded" (the VAE always embeds).
         recipe: name of the recipe.
         engines: records by graph.
+        kv_dtype: type that keys and values are handed on in; None for `precision`.
     """
 
     module: str
@@ -65,11 +66,13 @@ class EngineManifest:
     weights: str
     recipe: str
     engines: dict[str, EngineRecord]
+    kv_dtype: str | None = None
 
     @property
     def title(self) -> str:
         """For people: which engines these are."""
-        return f"{self.target} {self.precision} {self.recipe} ({self.module} {self.version})"
+        kv = "" if self.kv_dtype is None else f", K/V {self.kv_dtype}"
+        return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
 
     def check_module(self, module: str, version: str) -> None:
         """Refuses another library or version than the one that built the engines.
@@ -178,6 +181,7 @@ class EngineManifest:
                 weights=value["weights"],
                 recipe=value["recipe"],
                 engines=engines,
+                kv_dtype=value.get("kv_dtype"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error

@@ -21,6 +21,7 @@ from klein_kv.digest import file_digest
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.export.artifact_weights import component_parameters, component_weights
 from klein_kv.export.calibration import Ranges, calibrate
+from klein_kv.export.graph_files import save_quantized_graphs
 from klein_kv.export.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantized_source import read_quantized_source
 from klein_kv.export.quantized_writer import LayerSource, write_layers
@@ -140,6 +141,7 @@ def quantize_artifacts(
     with _staging(artifacts) as stage:
         for job in todo:
             _write(job, stage, ranges.get(job.component), recipe.percentile)
+            _write_graphs(job, stage, artifacts, manifest)
         manifest = _install(artifacts, manifest, stage, networks["transformer"], networks, todo)
     before = {c: component_weights(artifacts, manifest, c) for c in networks}
     parts = {}
@@ -280,6 +282,23 @@ def _write(job: _Job, stage: Path, ranges: Ranges | None, percentile: float) -> 
         len(job.layers),
         job.precision,
         weights.stat().st_size / 1e9,
+        time.perf_counter() - start,
+    )
+
+
+def _write_graphs(job: _Job, stage: Path, artifacts: Path, manifest: Manifest) -> None:
+    """Graphs that refer to what `_write` wrote, and to the artifacts' own weights."""
+    start = time.perf_counter()
+    own = component_weights(artifacts, manifest, job.component)
+    quantized = load_quantized(stage, job.component, job.precision)
+    written = save_quantized_graphs(
+        stage, manifest.config, manifest.graphs, job.component, own, quantized
+    )
+    _log.info(
+        "%s: %d graphs in %s, %.1f s",
+        job.component,
+        len(written),
+        job.precision,
         time.perf_counter() - start,
     )
 

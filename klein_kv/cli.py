@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", choices=("shared", "embedded"), help="default: the recipe's")
     sub.add_argument("--graph", action="append", metavar="GRAPH", help="only this one (repeatable)")
     sub.add_argument("--backend", default="auto", help="tensorrt_rtx or tensorrt")
+    sub.add_argument(
+        "--kv-dtype", choices=("fp8",), help="keys and values in eight bits, with a loss"
+    )
     sub.add_argument("--force", action="store_true", help="build even what has not changed")
 
     sub = verb("plan", _plan, "Tell what fits into a GPU's memory before anything is loaded.")
@@ -371,6 +374,7 @@ def _verify_precision(args: argparse.Namespace) -> Result:
 
 def _build(args: argparse.Namespace) -> Result:
     from klein_kv.engines.build import build_artifacts
+    from klein_kv.signature import KV_FLOAT8
 
     records = build_artifacts(
         args.artifacts,
@@ -380,6 +384,7 @@ def _build(args: argparse.Namespace) -> Result:
         graphs=args.graph,
         module=args.backend,
         force=args.force,
+        kv_dtype=KV_FLOAT8 if args.kv_dtype == "fp8" else None,
     )
     value = {
         "engines": [

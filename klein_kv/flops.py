@@ -1,33 +1,92 @@
-"""How much arithmetic each transformer graph is: what a speed-up can be at most.
+"""How much arithmetic each graph is: what a speed-up can be at most.
 
-Counted are matrix products and attention, two operations per multiply-add, as
-`klein_kv.model` writes them; norms, RoPE and activations are left out, and so are text encoder and
-VAE.
+Counted are matrix products, attention and convolutions, two operations per multiply-add, as
+`klein_kv.model` and `klein_kv.text_model` write them; norms, RoPE and activations are left out.
+The VAE's count is in `klein_kv.vae_layers`.
 """
 
-from klein_kv.config import TransformerConfig
+from dataclasses import dataclass
 
-__all__ = ["edit_flops", "plain_edit_flops", "reference_flops", "step_flops"]
+from klein_kv.config import TextEncoderConfig, TransformerConfig
+
+__all__ = [
+    "Operations",
+    "block_weights",
+    "edit_flops",
+    "plain_edit_flops",
+    "reference_flops",
+    "reference_operations",
+    "step_flops",
+    "step_operations",
+    "text_block_weights",
+    "text_operations",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Operations by what sets their rate.
+
+    Attributes:
+        linears: linear layers of the blocks: what fp8 and nvfp4 make faster.
+        attention: products with keys and values.
+        other: everything else, which keeps the graph's own type.
+    """
+
+    linears: int = 0
+    attention: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.linears + self.attention + self.other
+
+    def __add__(self, more: "Operations") -> "Operations":
+        return Operations(
+            self.linears + more.linears,
+            self.attention + more.attention,
+            self.other + more.other,
+        )
 
 
 def reference_flops(net: TransformerConfig, ref_tokens: int) -> int:
+    """All of `reference_operations`."""
+    return reference_operations(net, ref_tokens).total
+
+
+def step_flops(
+    net: TransformerConfig, *, batch: int, image_tokens: int, text_tokens: int, ref_tokens: int
+) -> int:
+    """All of `step_operations`."""
+    return step_operations(
+        net,
+        batch=batch,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        ref_tokens=ref_tokens,
+    ).total
+
+
+def reference_operations(net: TransformerConfig, ref_tokens: int) -> Operations:
     """Operations of `encode_references`.
 
     Args:
         net: the network's shape.
         ref_tokens: R. Nothing after the last block's keys and values is computed.
     """
-    dim = net.inner_dim
-    rows = 2 * net.in_channels * dim
-    rows += (net.num_blocks - 1) * _block_row(net) + 4 * dim * dim
-    attention = (net.num_blocks - 1) * 4 * ref_tokens**2 * dim
-    return ref_tokens * rows + attention + _time(net, 9)
+    dim, blocks = net.inner_dim, net.num_blocks - 1
+    return Operations(
+        linears=ref_tokens * (blocks * _block_row(net) + 4 * dim * dim),
+        attention=blocks * 4 * ref_tokens**2 * dim,
+        other=ref_tokens * 2 * net.in_channels * dim + _time(net, 9),
+    )
 
 
-def step_flops(
+def step_operations(
     net: TransformerConfig, *, batch: int, image_tokens: int, text_tokens: int, ref_tokens: int
-) -> int:
-    """Operations of `cached_step`; `first_step` is this and `reference_flops`.
+) -> Operations:
+    """Operations of `cached_step`; `first_step` is this and `reference_operations`.
 
     Args:
         net: the network's shape.
@@ -40,9 +99,43 @@ def step_flops(
     embed = image_tokens * 2 * net.in_channels * dim + text_tokens * 2 * (
         net.joint_attention_dim * dim
     )
-    blocks = net.num_blocks * queries * (_block_row(net) + 4 * (ref_tokens + queries) * dim)
     output = image_tokens * 2 * dim * net.out_channels
-    return batch * (embed + blocks + output) + _time(net, 17)
+    rows = batch * net.num_blocks * queries
+    return Operations(
+        linears=rows * _block_row(net),
+        attention=rows * 4 * (ref_tokens + queries) * dim,
+        other=batch * (embed + output) + _time(net, 17),
+    )
+
+
+def text_operations(config: TextEncoderConfig, *, batch: int, text_tokens: int) -> Operations:
+    """Operations of `text_encoder`, up to its last tapped block.
+
+    Attention is counted whole: a kernel that skips what the causal mask hides does half of it.
+
+    Args:
+        config: the encoder's shape.
+        batch: prompts.
+        text_tokens: T.
+    """
+    width = config.num_attention_heads * config.head_dim
+    return Operations(
+        linears=2 * batch * text_tokens * text_block_weights(config),
+        attention=4 * batch * config.num_exported_layers * text_tokens**2 * width,
+    )
+
+
+def block_weights(net: TransformerConfig) -> int:
+    """Weights of the linear layers of all blocks; a double block has one set for each stream."""
+    return (2 * net.num_layers + net.num_single_layers) * _block_row(net) // 2
+
+
+def text_block_weights(config: TextEncoderConfig) -> int:
+    """Weights of the linear layers of the text encoder's exported blocks."""
+    width = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    one = config.hidden_size * (2 * width + 2 * kv + 3 * config.intermediate_size)
+    return config.num_exported_layers * one
 
 
 def edit_flops(

@@ -14,8 +14,14 @@ from typing import Any, Self
 
 from klein_kv.config import DTYPES, ModelConfig, tensor_bytes
 from klein_kv.digest import combine_digests, file_digest
-from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.signature import VARIANTS, GraphSet
+from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.signature import (
+    KV_STATIC_FLOAT8,
+    VARIANTS,
+    GraphSet,
+    graph_sets,
+    quantized_graph_sets,
+)
 from klein_kv.weights import WeightRef
 
 __all__ = [
@@ -113,9 +119,7 @@ class Manifest:
                 f"{held}); make it with `klein-kv quantize ARTIFACTS --recipe {precision}`"
             )
         starts = tuple(
-            f"{component}/{name}{end}"
-            for component, name in self.precisions[precision].items()
-            for end in (".safetensors", ".json", "/")
+            f"{component}/{name}." for component, name in self.precisions[precision].items()
         )
         return sorted(name for name in self.files if name.startswith(starts))
 
@@ -123,6 +127,70 @@ class Manifest:
     def graphs(self) -> GraphSet:
         """The folder's graphs."""
         return GraphSet(self.variant, self.dtype)
+
+    @property
+    def graph_sets(self) -> list[GraphSet]:
+        """All sets of graphs that the folder holds."""
+        sets = graph_sets(self.variant, self.dtype)
+        return [x for x in sets if all(file in self.files for file in x.files.values())]
+
+    def graphs_with(self, kv_dtype: str) -> GraphSet:
+        """The graphs that hand reference keys and values on in a type.
+
+        Args:
+            kv_dtype: the graphs' own floating point type, or `signature.KV_FLOAT8`.
+
+        Raises:
+            ArtifactError: the folder was exported before there were such graphs.
+            RequestError: plain weights have no keys and values to hand on.
+        """
+        if kv_dtype == self.dtype:
+            return self.graphs
+        if self.variant == "plain":
+            raise RequestError(
+                f"kv_dtype is {kv_dtype}, and plain weights keep no keys and values; leave it out"
+            )
+        for graphs in self.graph_sets:
+            if graphs.kv_dtype == kv_dtype:
+                return graphs
+        raise ArtifactError(
+            f"{self.model_id}: {MANIFEST} lists no graphs with keys and values in {kv_dtype}; "
+            "export the checkpoint again with this klein-kv"
+        )
+
+    def quantized_graphs(
+        self, precision: str, kv_dtype: str | None = None, attention: str | None = None
+    ) -> GraphSet:
+        """The graphs of a quantized precision.
+
+        Args:
+            precision: which.
+            kv_dtype: None for keys and values in the graphs' own type, or
+                `signature.KV_STATIC_FLOAT8`.
+            attention: "fp8" for attention in float8, whose keys and values are float8 as well.
+
+        Raises:
+            ArtifactError: the folder does not hold the precision, or not its graphs.
+            RequestError: the precision has no such graphs.
+        """
+        held = self.precision_files(precision)
+        kv_dtype = KV_STATIC_FLOAT8 if attention is not None else kv_dtype
+        sets = quantized_graph_sets(self.variant, self.dtype, self.precisions[precision])
+        for graphs in sets:
+            if (graphs.kv_dtype, graphs.attention) == (kv_dtype, attention):
+                missing = [x for x in graphs.files.values() if x not in self.files]
+                if missing:
+                    raise ArtifactError(
+                        f"{self.model_id}: {MANIFEST} lists no {missing[0]}, though it lists "
+                        f"{held[0]}; run `klein-kv quantize ARTIFACTS --recipe {precision}` again "
+                        "(nvfp4 graphs are made of bf16 and fp16 artifacts only)"
+                    )
+                return graphs
+        raise RequestError(
+            f"precision {precision} of a {self.variant} model has no graphs with keys and values "
+            f"in {kv_dtype or self.dtype} and attention in {attention or self.dtype}; it has "
+            + "; ".join(f"{x.kv_dtype or x.dtype} and {x.attention or x.dtype}" for x in sets)
+        )
 
     def save(self, folder: Path) -> None:
         """Writes `klein.json` into the folder, in one move: never half of it is there."""

@@ -79,6 +79,16 @@ class Ops(Protocol[T]):
     def causal_mask(self, attention_mask: T) -> T:
         """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
 
+    def quantize_kv(self, x: T) -> tuple[T, T]:
+        """Keys or values [1, R, H, D] as float8 e4m3, and their float32 scales [1, 1, H, 1].
+
+        A scale is the head's largest magnitude / 448, at least the smallest normal float32;
+        division, and rounding to nearest even, are those of float32.
+        """
+
+    def dequantize_kv(self, values: T, scale: T) -> T:
+        """values * scale in float32, rounded to the model's dtype: [1, R, H, D]."""
+
     def heads(self, rows: T, like: T, num_heads: int) -> T:
         """[B * S, H * D] -> [B, S, H, D], with B and S those of `like` [B, S, ...]."""
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
+
 __all__ = ["TorchOps"]
 
 
@@ -92,6 +94,16 @@ class TorchOps:
         length = attention_mask.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         return causal & attention_mask.bool()[:, None, None]
+
+    def quantize_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.float()
+        largest = wide.abs().amax((1, 3), keepdim=True) if x.shape[1] else wide.new_zeros(1)
+        scale = largest.clip(min=SMALLEST_SCALE * E4M3_MAX) / E4M3_MAX
+        scale = scale.expand(1, 1, x.shape[2], 1)
+        return (wide / scale).clip(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+    def dequantize_kv(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (values.float() * scale).to(self.dtype)
 
     def heads(self, rows: torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
         return rows.view(like.shape[0], like.shape[1], num_heads, -1)

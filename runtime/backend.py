@@ -49,6 +49,9 @@ class Backend(Protocol):
     def release(self, graph: str) -> None:
         """Frees what a loaded graph holds; the next run loads it again."""
 
+    def available_memory(self) -> int:
+        """Bytes that can still be taken on the device; what the backend keeps to reuse counts."""
+
 
 def open_backend(
     name: str,

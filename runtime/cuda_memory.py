@@ -141,6 +141,12 @@ class CudaMemory:
         ]
         return 10 * int(parts[0]) + int(parts[1])
 
+    @property
+    def available(self) -> int:
+        """Bytes that can still be taken: what the device has free, and blocks that nobody uses."""
+        free, _total = self.call("cudaMemGetInfo")
+        return int(free) + sum(nbytes * len(found) for nbytes, found in self._free.items())
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         """Uninitialised memory for a tensor; empty tensors get a valid address too."""
         wanted = max(1, math.prod(shape) * ITEM_SIZE[dtype])

@@ -59,6 +59,7 @@ def request_bytes(
     image_tokens: int,
     ref_tokens: int,
     text_tokens: int,
+    kv_dtype: str | None = None,
 ) -> dict[str, int]:
     """Bytes that a request needs at its peak, by part.
 
@@ -72,6 +73,7 @@ def request_bytes(
         image_tokens: S.
         ref_tokens: R.
         text_tokens: T.
+        kv_dtype: type of keys and values; None for `dtype`.
     """
     net, item = config.transformer, ITEM_SIZE[dtype]
     rows = batch * (image_tokens + text_tokens)
@@ -79,7 +81,7 @@ def request_bytes(
     denoise = rows * (6 * net.inner_dim + 3 * net.mlp_hidden_dim) + keys
     encode = ref_tokens * (6 * net.inner_dim + 3 * net.mlp_hidden_dim)
     return {
-        "reference K/V": net.kv_bytes(ref_tokens, dtype),
+        "reference K/V": net.kv_bytes(ref_tokens, kv_dtype or dtype),
         "activations": max(denoise, encode) * item,
     }
 

@@ -18,14 +18,19 @@ from numpy.typing import NDArray
 
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime import memory
 from klein_kv.runtime.backend import Buffer
 from klein_kv.signature import GraphSet
-from klein_kv.weights import WeightRef, map_weight
+from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
 __all__ = ["OrtBackend"]
 
 _log = logging.getLogger(__name__)
-_STORAGE = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64), np.dtype(np.uint8)}
+_FLOAT8 = NUMPY_DTYPES["float8_e4m3fn"]
+_ONNX_FLOAT8 = 17  # onnx.TensorProto.FLOAT8E4M3FN
+_STORAGE = tuple(
+    NUMPY_DTYPES[name] for name in ("float32", "float16", "float8_e4m3fn", "int64", "uint8")
+)
 
 
 @functools.cache
@@ -104,24 +109,29 @@ class OrtBackend:
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         if array.dtype not in _STORAGE:
-            raise BackendError(f"cannot upload {array.dtype}, expected one of {_STORAGE}")
+            expected = ", ".join(str(dtype) for dtype in _STORAGE)
+            raise BackendError(f"cannot upload {array.dtype}, expected one of {expected}")
         # Memory of its own: `OrtValue.numpy()` keeps that alive as long as any view of it, but not
         # an array that was lent to `ortvalue_from_numpy` (onnxruntime 1.31).
-        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(
-            array.shape, array.dtype.type, "cpu"
-        )
-        buffer.update_inplace(np.ascontiguousarray(array))
+        packed = array.dtype == _FLOAT8
+        kind = _ONNX_FLOAT8 if packed else array.dtype.type
+        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, kind, "cpu")
+        array = np.ascontiguousarray(array)
+        buffer.update_inplace(array.view(np.uint8) if packed else array)
         return buffer
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        array: NDArray[Any] = buffer.numpy()
-        return array
+        array: NDArray[Any] = buffer.numpy()  # float8 comes as bytes
+        return array.view(_FLOAT8) if buffer.element_type() == _ONNX_FLOAT8 else array
 
     def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
         return self.upload(self.download(buffer).reshape(shape))
 
     def release(self, graph: str) -> None:
         self._sessions.pop(graph, None)
+
+    def available_memory(self) -> int:
+        return memory.available_memory()
 
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()

@@ -51,7 +51,6 @@ from klein_kv.runtime.references import (
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import kv_names
 from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
@@ -108,11 +107,12 @@ class KleinKVPipeline:
         self.backend = backend
         self.config = manifest.config
         self.times = LoopTimes()
+        self.graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
         origin = KVOrigin(
             model_digest=manifest.model_digest,
             lora_digest="",
             dtype=manifest.dtype,
-            kv_dtype=check_kv_dtype(kv_dtype, manifest.dtype),
+            kv_dtype=self.graphs.kv_dtype or manifest.dtype,
             backend=backend.name,
         )
         if reference_cache_bytes is None:
@@ -165,8 +165,9 @@ class KleinKVPipeline:
             reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
                 space that is free now.
             prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
-            kv_dtype: "fp8" keeps references in a quarter of float32's bytes (half of 16 bits'),
-                with a loss; None, or the graphs' own type, keeps them as they are.
+            kv_dtype: "fp8" takes the graphs that hand keys and values on in a quarter of float32's
+                bytes (half of 16 bits'), with a loss; None, or the graphs' own type, keeps them as
+                they are computed.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -176,10 +177,11 @@ class KleinKVPipeline:
         """
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
+        graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
         return cls(
             folder,
             manifest,
-            open_backend(backend, folder, manifest, device, threads),
+            open_backend(backend, folder, manifest, device, threads, graphs),
             reference_cache_bytes=reference_cache_bytes,
             reference_cache_dir=reference_cache_dir,
             reference_cache_dir_bytes=reference_cache_dir_bytes,
@@ -406,9 +408,7 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                self.times = denoise_loop(
-                    self.backend, schedule, inputs, self.manifest.graphs, after_step
-                )
+                self.times = denoise_loop(self.backend, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
         self._activations_held = max(self._activations_held, activations)
         inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
@@ -468,10 +468,11 @@ class KleinKVPipeline:
             image_tokens=image_tokens,
             ref_tokens=count,
             text_tokens=text_tokens,
+            kv_dtype=self.graphs.kv_dtype,
         )
         digest = None if references is None else references.digest
         at_hand = isinstance(references, ReferenceSet) or digest in self.reference_store
-        if at_hand and self._encoder.exact:
+        if at_hand:
             del parts["reference K/V"]
         activations = parts["activations"]
         # Backends keep what they once took: a request like an earlier one needs no more of it.
@@ -498,15 +499,12 @@ class KleinKVPipeline:
             yield lambda: None
             return
         if prepared is None:
-            inputs.kv = self._no_references() if references is None else references.buffers()
+            inputs.kv = self._no_references() if references is None else dict(references.kv)
             yield lambda: None
             return
         with self.reference_store.claim(prepared.digest) as claim:
-            if claim.value is None and not self._encoder.exact:
-                # What is kept is not what was computed: all steps use the former, as a hit would.
-                claim.publish(self._encoder.compute(prepared))
             if claim.value is not None:
-                inputs.kv = claim.value.buffers()
+                inputs.kv = dict(claim.value.kv)
                 yield lambda: None
                 return
             inputs.references = self._encoder.tokens(prepared)
@@ -517,10 +515,11 @@ class KleinKVPipeline:
             yield keep
 
     def _no_references(self) -> dict[str, Buffer]:
-        net = self.config.transformer
-        shape = (1, 0, net.num_attention_heads, net.attention_head_dim)
-        empty = np.zeros(shape, NUMPY_DTYPES[self.manifest.dtype])
-        return {name: self.backend.upload(empty) for name in kv_names(net.num_blocks)}
+        none = {"ref_tokens": 0}
+        return {
+            spec.name: self.backend.upload(np.ones(spec.concrete(none), NUMPY_DTYPES[spec.dtype]))
+            for spec in self.graphs.kv_tensors(self.config.transformer)
+        }
 
     def _call_back(
         self,

@@ -16,6 +16,7 @@ from klein_kv.runtime.memory import check_request_memory, request_bytes
 from klein_kv.runtime.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.reference_store import ReferenceStore
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
+from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["PreparedReferences", "ReferenceEncoder"]
@@ -57,11 +58,7 @@ class ReferenceEncoder:
         self.store = store
         self._backend = backend
         self._manifest = manifest
-
-    @property
-    def exact(self) -> bool:
-        """Whether sets are kept as they were computed, bit for bit."""
-        return self.origin.kv_dtype == self.origin.dtype
+        self._graphs = GraphSet(manifest.variant, origin.dtype, origin.kv_dtype)
 
     def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
         """Checks and crops one image or more; computes nothing yet.
@@ -102,11 +99,11 @@ class ReferenceEncoder:
 
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
-        net = self._manifest.config.transformer
-        return ReferenceSet.from_buffers(
-            kv,
+        graphs, net = self._graphs, self._manifest.config.transformer
+        return ReferenceSet(
+            kv=dict(kv),
             num_tokens=prepared.num_tokens,
-            nbytes=net.kv_bytes(prepared.num_tokens, self._manifest.dtype),
+            nbytes=graphs.kv_bytes(net, prepared.num_tokens),
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
@@ -167,5 +164,6 @@ class ReferenceEncoder:
             image_tokens=0,
             ref_tokens=num_tokens,
             text_tokens=0,
+            kv_dtype=self.origin.kv_dtype,
         )
         check_request_memory(parts, num_tokens, self.store.free)

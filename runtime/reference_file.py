@@ -1,8 +1,8 @@
 """A reference set as one safetensors file: keys and values, and in the metadata what they are.
 
 The metadata names everything that the digest covers, so that a file is refused with a reason.
-Float8 values are stored as bytes (dtype U8) beside their scales. A CRC-32 over all tensors, in the
-order of the file, tells a damaged file; it is no protection against one that was forged.
+Format 1 had float8 values in another layout; its other files are read. A CRC-32 over all tensors,
+in the order of the file, tells a damaged file; it is no protection against one that was forged.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from klein_kv.config import TransformerConfig
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.runtime.backend import Backend
-from klein_kv.runtime.references import SCALE_SUFFIX, KVOrigin, ReferenceSet
-from klein_kv.signature import kv_names
+from klein_kv.runtime.references import KVOrigin, ReferenceSet
+from klein_kv.signature import KV_FLOAT8, kv_tensors
 from klein_kv.weights import WeightRef, map_weight, read_header, read_metadata, safetensors_header
 
 __all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
 
-_FORMAT = "klein-kv reference set 1"
+_FORMAT = "klein-kv reference set 2"
+_OLDER_FORMAT = "klein-kv reference set 1"
 _NO_CHECKSUM = "00000000"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -76,8 +77,6 @@ def _write(references: ReferenceSet, file: BinaryIO) -> None:
 
 
 def _arrays(references: ReferenceSet) -> dict[str, NDArray[Any]]:
-    if not references.exact:
-        return references.kv
     return {name: references.backend.download(x) for name, x in references.kv.items()}
 
 
@@ -126,7 +125,7 @@ def load_references(
             f"the references in {path} cannot be used here: they {reason}; encode them again"
         )
     try:
-        refs = read_header(path)
+        refs = read_header(path, quantized=True)
     except CheckpointError as error:
         raise _damaged(path, error) from error
     _check_layout(path, refs, origin, net)
@@ -137,8 +136,7 @@ def load_references(
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
         seen = zlib.crc32(array.reshape(-1).view(np.uint8).data, seen)
-        exact = origin.kv_dtype == origin.dtype
-        kv[name] = backend.upload(array) if exact else np.array(array)
+        kv[name] = backend.upload(array)
     if f"{seen:08x}" != checksum:
         raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
     return ReferenceSet(
@@ -156,25 +154,29 @@ def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
     """Origin, images digest, size of the first image and checksum, from the metadata."""
     try:
         metadata = read_metadata(path)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _OLDER_FORMAT):
             raise _damaged(path, f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         height, width = metadata["first_size"].split("x")
         origin = KVOrigin(**{item.name: metadata[item.name] for item in fields(KVOrigin)})
-        return origin, metadata["images"], (int(height), int(width)), metadata["crc32"]
+        images, size, checksum = metadata["images"], (int(height), int(width)), metadata["crc32"]
     except (CheckpointError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
+    if metadata["format"] == _OLDER_FORMAT and origin.kv_dtype == KV_FLOAT8:
+        raise RequestError(
+            f"the references in {path} are float8 as an earlier klein-kv laid them out; encode the "
+            "images again"
+        )
+    return origin, images, size, checksum
 
 
 def _check_layout(
     path: Path, refs: dict[str, WeightRef], origin: KVOrigin, net: TransformerConfig
 ) -> None:
-    tokens = refs["k_ref.0"].shape[1:2] if "k_ref.0" in refs else ()
-    shape = (1, *tokens, net.num_attention_heads, net.attention_head_dim)
-    exact = origin.kv_dtype == origin.dtype
-    expected = dict.fromkeys(kv_names(net.num_blocks), (origin.dtype if exact else "uint8", shape))
-    if not exact:
-        scales = {name + SCALE_SUFFIX: ("float32", shape[2:3]) for name in expected}
-        expected |= scales
+    tokens = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
+    expected = {
+        spec.name: (spec.dtype, spec.concrete({"ref_tokens": tokens}))
+        for spec in kv_tensors(net, origin.dtype, origin.kv_dtype)
+    }
     for name in [*expected, *refs]:
         want = expected.get(name)
         got = (refs[name].dtype, refs[name].shape) if name in refs else None

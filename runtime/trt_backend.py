@@ -36,7 +36,8 @@ class TrtBackend:
     Args:
         artifacts: the artifact folder, its manifest checked.
         manifest: that manifest.
-        engines: folder of the engines; None takes the only one below `artifacts/engines`.
+        engines: folder of the engines; None takes the only one below `artifacts/engines` whose
+            engines hand keys and values on as `graphs` says.
         device: ordinal of the GPU.
         cudart: CUDA runtime bindings; None loads cuda-python.
         trt: TensorRT module; None loads the one that the engines were built with.
@@ -63,13 +64,19 @@ class TrtBackend:
         nvtx: bool = False,
         graphs: GraphSet | None = None,
     ) -> None:
-        files = (graphs or manifest.graphs).files
-        self._folder = engines or _only_folder(artifacts)
+        graphs = graphs or manifest.graphs
+        self._folder = engines or _only_folder(artifacts, graphs.kv_dtype)
         self._engines = EngineManifest.load(self._folder)
+        if self._engines.kv_dtype != graphs.kv_dtype:
+            raise ArtifactError(
+                f"{self._folder}: these engines hand keys and values on in "
+                f"{self._engines.kv_dtype or manifest.dtype}, expected "
+                f"{graphs.kv_dtype or manifest.dtype}; choose other engines or another kv_dtype"
+            )
         self._trt = trt or load_module(self._engines.module)
         self._engines.check_module(self._trt.__name__, module_version(self._trt))
         for graph, record in self._engines.engines.items():
-            if record.onnx_digest != manifest.files[files[graph]].digest:
+            if record.onnx_digest != manifest.files[graphs.files[graph]].digest:
                 raise ArtifactError(
                     f"{self._folder}: the engine of {graph} was built from another export; build "
                     "it again with `klein-kv build`"
@@ -110,6 +117,9 @@ class TrtBackend:
             del self._weights[ref]
         self._memory.trim()
 
+    def available_memory(self) -> int:
+        return self._memory.available
+
     def close(self) -> None:
         """Saves the kernels compiled so far and frees all device memory."""
         for graph in list(self._loaded):
@@ -136,13 +146,15 @@ class TrtBackend:
         return self._loaded[graph]
 
 
-def _only_folder(artifacts: Path) -> Path:
-    found = find_engines(artifacts)
+def _only_folder(artifacts: Path, kv_dtype: str | None) -> Path:
+    there = find_engines(artifacts)
+    found = [path for path in there if EngineManifest.load(path).kv_dtype == kv_dtype]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
+        kind, option = ("", "") if kv_dtype is None else (" with float8 K/V", " --kv-dtype fp8")
         raise ArtifactError(
-            f"expected one folder of engines in {artifacts / 'engines'}, found {names}; name one, "
-            "or build with `klein-kv build`"
+            f"expected one folder of engines{kind} in {artifacts / 'engines'}, found {names}; name "
+            f"one, or build with `klein-kv build{option}`"
         )
     return found[0]
 

@@ -92,8 +92,11 @@ def test_inspect_lists_every_graph(capsys, tiny_artifacts):
     assert set(value["graphs"]) == {
         "text_encoder", "vae_encoder", "vae_decoder",
         "encode_references", "first_step", "cached_step",
+        "encode_references_fp8_kv", "first_step_fp8_kv", "cached_step_fp8_kv",
     }  # fmt: skip
-    assert run(capsys, "inspect", tiny_artifacts)[1].count("k_ref.0 ... v_ref.") == 3
+    text = run(capsys, "inspect", tiny_artifacts)[1]
+    assert text.count("k_ref.0 ... v_ref.") == 6
+    assert text.count("k_ref_scale.0 ... v_ref_scale.") == 3
 
 
 def test_doctor_tells_versions_and_readiness(capsys):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from klein_kv.signature import GRAPH_FILES, MAX_POSITION, kv_names, make_signature
+from klein_kv.errors import RequestError
+from klein_kv.signature import GRAPH_FILES, KV_FLOAT8, MAX_POSITION, kv_names, make_signature
 from tests.klein_configs import KLEIN_9B
 
 STEP_INPUTS = {
@@ -64,6 +65,28 @@ def test_dtype_is_that_of_the_activations(dtype: str) -> None:
 
 def test_every_block_has_its_own_tensors() -> None:
     assert kv_names(2) == ["k_ref.0", "v_ref.0", "k_ref.1", "v_ref.1"]
+    assert kv_names(1, KV_FLOAT8) == ["k_ref.0", "k_ref_scale.0", "v_ref.0", "v_ref_scale.0"]
+
+
+@pytest.mark.parametrize("graph", GRAPH_FILES)
+def test_keys_and_values_in_eight_bits(graph: str) -> None:
+    whole = make_signature(graph, KLEIN_9B, "bfloat16")
+    assert make_signature(graph, KLEIN_9B, "bfloat16", "bfloat16") == whole
+    packed = make_signature(graph, KLEIN_9B, "bfloat16", KV_FLOAT8)
+    for ours, theirs in ((packed.inputs, whole.inputs), (packed.outputs, whole.outputs)):
+        expected = {}
+        for spec in theirs:
+            expected[spec.name] = (spec.dtype, spec.shape)
+            if spec.name[1:].startswith("_ref."):
+                name, _, block = spec.name.partition(".")
+                expected[spec.name] = ("float8_e4m3fn", spec.shape)
+                expected[f"{name}_scale.{block}"] = ("float32", (1, 1, 32, 1))
+        assert [(x.name, (x.dtype, x.shape)) for x in ours] == list(expected.items())
+
+
+def test_keys_and_values_in_another_type() -> None:
+    with pytest.raises(RequestError, match="kv_dtype is 'float16', expected 'bfloat16' or 'float8"):
+        make_signature("first_step", KLEIN_9B, "bfloat16", "float16")
 
 
 def test_symbols() -> None:

@@ -83,6 +83,9 @@ class FakeCudart:
         self.blocks[address] = block
         return CudaError.cudaSuccess, address
 
+    def cudaMemGetInfo(self) -> tuple[CudaError, int, int]:
+        return CudaError.cudaSuccess, self.capacity - self.used, self.capacity
+
     def cudaFree(self, pointer: int) -> tuple[CudaError]:
         del self.blocks[pointer]
         return (CudaError.cudaSuccess,)

@@ -203,6 +203,19 @@ def test_release_and_close_free_device_memory(tiny_artifacts, backend):
     assert (cudart.streams, cudart.events, len(cudart.pinned)) == (0, 0, 0)
 
 
+def test_available_memory_counts_blocks_that_nobody_uses():
+    memory = CudaMemory(FakeCudart(capacity=10_000))
+    assert memory.available == 10_000
+    held = memory.allocate((1000,), "uint8")  # 1,024 bytes
+    gone = memory.allocate((2000,), "uint8")  # 2,048 bytes
+    assert memory.available == 10_000 - 1024 - 2048
+    del gone
+    assert memory.available == 10_000 - 1024
+    assert memory.cudart.used == 1024 + 2048, "the block waits in the pool"
+    memory.allocate((9 * 1024 - 1000,), "uint8")
+    assert held.nbytes == 1000
+
+
 def test_weights_larger_than_the_staging_buffer(tiny_artifacts, monkeypatch):
     monkeypatch.setattr(cuda_memory, "_STAGING_BYTES", 1000)
     memory = CudaMemory(FakeCudart())
