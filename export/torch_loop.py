@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from klein_kv.errors import RequestError
 from klein_kv.export.float_vae import FloatVae
@@ -59,6 +60,9 @@ def prepare_request(
 ) -> LoopRequest:
     """Encodes the images with the VAE and draws the noise.
 
+    Both are rounded to the artifacts' type, as the runtime does: whatever type they are computed
+    in, all runs of a request begin with the same numbers.
+
     Raises:
         RequestError: an output size that is no multiple of a token's.
     """
@@ -69,20 +73,25 @@ def prepare_request(
         )
     grid = sample.height // unit, sample.width // unit
     channels = manifest.config.transformer.in_channels
+    dtype: torch.dtype = getattr(torch, manifest.dtype)
     noise = initial_noise((1, channels, *grid), seed=sample.seed)
     tokens, grids = [], []
     for image in sample.images:
         encoded = vae.encode(prepare_reference(image, unit))
         grids.append((encoded.shape[1], encoded.shape[2]))
-        tokens.append(torch.from_numpy(encoded).flatten(1, 2))
+        tokens.append(_rounded(encoded.reshape(1, -1, encoded.shape[-1]), dtype))
     positions = reference_ids(grids) if grids else np.zeros((0, 4), np.int64)
     return LoopRequest(
-        noise=torch.from_numpy(noise.reshape(1, channels, -1).transpose(0, 2, 1).copy()),
+        noise=_rounded(noise.reshape(1, channels, -1).transpose(0, 2, 1), dtype),
         grid=grid,
         references=torch.cat(tokens, dim=1) if tokens else None,
         reference_ids=torch.from_numpy(positions),
         schedule=make_schedule(manifest.scheduler, steps, grid[0] * grid[1]),
     )
+
+
+def _rounded(array: NDArray[np.float32], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).to(dtype).float()
 
 
 def encode_prompt(
@@ -119,6 +128,9 @@ def run_step(
 ) -> torch.Tensor:
     """Latents [1, S, C] after one step, in the type of `ops`.
 
+    The model's time is rounded as the artifacts' type has it, which belongs to the model: in
+    bfloat16 it moves by up to 4 of 1000.
+
     Args:
         ops: what computes.
         manifest: the artifacts'.
@@ -129,11 +141,12 @@ def run_step(
         kv: reference keys and values; not read where the weights are plain.
     """
     device, dtype = ops.device, ops.dtype
-    name = str(dtype).removeprefix("torch.")
     inputs = StepInputs(
         hidden_states=latents.to(device, dtype),
         encoder_hidden_states=text.to(device, dtype),
-        timestep=torch.tensor([request.schedule.model_timestep(step, name)], device=device),
+        timestep=torch.tensor(
+            [request.schedule.model_timestep(step, manifest.dtype)], device=device
+        ),
         sigma_step=torch.from_numpy(request.schedule.sigma_steps[step : step + 1].copy()).to(
             device
         ),

@@ -116,11 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
     )
-    sub.add_argument("--images", type=Path, metavar="DIR", help="references to calibrate with")
-    sub.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line")
-    sub.add_argument("--samples", type=int, default=8, help="requests to calibrate with (8)")
-    sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="where to calibrate")
+    _add_samples(sub, 8)
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
@@ -159,10 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="CPU threads")
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
 
-    sub = verb("verify", _verify, "Compare an artifact folder with diffusers.")
+    sub = verb("verify", _verify, "Compare artifacts with diffusers, or a precision with fp32.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", nargs="?")
     sub.add_argument("--threads", type=int, help="CPU threads")
+    sub.add_argument("--precision", help="measure fp8, nvfp4 or fp8-weight-only instead")
+    _add_samples(sub, 3)
 
     sub = verb("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
     sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]")
@@ -175,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("doctor", _doctor, "Show versions, devices, and what is missing.")
     return parser
+
+
+def _add_samples(sub: Any, count: int) -> None:
+    sub.add_argument("--samples", type=int, default=count, help=f"requests to run ({count})")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -319,8 +325,12 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 
 def _verify(args: argparse.Namespace) -> Result:
+    if args.precision is not None:
+        return _verify_precision(args)
     from klein_kv.export.verify import verify_artifacts
 
+    if args.checkpoint is None:
+        raise RequestError("say what to compare with: a CHECKPOINT, or --precision fp8 or nvfp4")
     rows = verify_artifacts(args.artifacts, args.checkpoint, threads=args.threads)
     good = all(row.ok for row in rows)
     value = {
@@ -345,6 +355,23 @@ def _verify(args: argparse.Namespace) -> Result:
         )
     lines.append("parity holds" if good else "parity does NOT hold")
     return value, "\n".join(lines), 0 if good else 1
+
+
+def _verify_precision(args: argparse.Namespace) -> Result:
+    from klein_kv.export.quality import measure_quality
+    from klein_kv.export.quality_text import dict_from_report, text_from_report
+    from klein_kv.export.samples import make_samples
+
+    report = measure_quality(
+        args.artifacts,
+        args.precision,
+        make_samples(
+            args.samples, images=args.images, prompts=args.prompts, size=args.size, seed=1000
+        ),
+        checkpoint=args.checkpoint,
+        device=args.device,
+    )
+    return dict_from_report(report), text_from_report(report), 1 if report.failed else 0
 
 
 def _build(args: argparse.Namespace) -> Result:
