@@ -11,6 +11,7 @@ scales are constants.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -110,12 +111,11 @@ class QuantizedOnnxOps(OnnxOps):
             return super().attention(q, k, v, mask)
         # The builder quantizes the softmax too, for which ONNX has no word.
         scales = self._attention[self._scope]
-        rounded = []
-        for x, scale in ((q, scales.q), (k, scales.k), (v, scales.v)):
-            value = self._round_to_fp8(x, self._scale(scale))
-            value.meta.update(x.meta)
-            rounded.append(value)
-        return super().attention(*rounded, mask)
+        q, k, v = (
+            self.unpack_kv(self.pack_kv(x, scale), scale)
+            for x, scale in ((q, scales.q), (k, scales.k), (v, scales.v))
+        )
+        return super().attention(q, k, v, mask)
 
     def pack_kv(self, x: ir.Value, scale: float) -> ir.Value:
         """Keys or values [1, R, H, D] as float8 numbers."""
@@ -135,7 +135,7 @@ class QuantizedOnnxOps(OnnxOps):
     def _quantize(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         return self._one("QuantizeLinear", x, scale, output_dtype=int(_FLOAT8))
 
-    def _dequantize(self, numbers: ir.Value, scale: ir.Value, **attributes: int) -> ir.Value:
+    def _dequantize(self, numbers: ir.Value, scale: ir.Value, **attributes: Any) -> ir.Value:
         return self._one(
             "DequantizeLinear", numbers, scale, output_dtype=int(self.onnx_dtype), **attributes
         )

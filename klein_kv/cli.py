@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--target", help="rtx5090, rtx4090, ... or smNN (default: the recipe's)")
     sub.add_argument("--recipe", help="name or .toml file of sizes to build for")
+    sub.add_argument("--precision", help="bf16, fp16, or what `klein-kv quantize` made: fp8, nvfp4")
+    sub.add_argument("--attention", choices=("fp8",), help="attention in fp8 too (one shape)")
     sub.add_argument("--weights", choices=("shared", "embedded"), help="default: the recipe's")
     sub.add_argument("--graph", action="append", metavar="GRAPH", help="only this one (repeatable)")
     sub.add_argument("--backend", default="auto", help="tensorrt_rtx or tensorrt")
@@ -389,6 +391,8 @@ def _build(args: argparse.Namespace) -> Result:
         module=args.backend,
         force=args.force,
         kv_dtype=KV_FLOAT8 if args.kv_dtype == "fp8" else None,
+        precision=args.precision,
+        attention=args.attention,
     )
     value = {
         "engines": [
