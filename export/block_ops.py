@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from klein_kv.attention_scales import AttentionScales
 from klein_kv.quantization import QuantizedLinear
 from klein_kv.quantized_ops import QuantizedOps
 from klein_kv.torch_ops import TorchOps
@@ -169,6 +170,7 @@ class ComparingOps(QuantizedOps):
         dtype: type of the activations.
         quantized: the quantized layers.
         errors: where the error of each layer's output is added up, by weight name.
+        attention: see `QuantizedOps`.
     """
 
     def __init__(
@@ -177,8 +179,9 @@ class ComparingOps(QuantizedOps):
         dtype: torch.dtype,
         quantized: Mapping[str, QuantizedLinear],
         errors: dict[str, ErrorSum],
+        attention: Mapping[str, AttentionScales] | None = None,
     ) -> None:
-        super().__init__(weights, dtype, quantized)
+        super().__init__(weights, dtype, quantized, attention)
         self._errors = errors
 
     def linear(

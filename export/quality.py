@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from klein_kv.attention_scales import AttentionScales, attention_scales
 from klein_kv.export.artifact_weights import MappedWeights, component_parameters, component_weights
 from klein_kv.export.block_ops import BlockTrace, ComparingOps, ErrorSum, ForcedOps, TracingOps
 from klein_kv.export.float_vae import FloatVae
@@ -33,7 +34,7 @@ from klein_kv.export.torch_loop import (
     run_step,
 )
 from klein_kv.manifest import Manifest
-from klein_kv.quantized_ops import QuantizedOps
+from klein_kv.quantized_ops import QuantizedOps, round_to_fp8
 from klein_kv.quantized_weights import QuantizedComponent, load_quantized
 from klein_kv.torch_ops import TorchOps
 from klein_kv.weights import WeightIndex, WeightRef
@@ -138,7 +139,7 @@ class _Networks:
 
     judge: TorchOps
     floor: TorchOps
-    subject: TorchOps
+    subject: ComparingOps
 
     @property
     def all(self) -> tuple[TorchOps, TorchOps, TorchOps]:
@@ -151,6 +152,8 @@ def measure_quality(
     samples: Sequence[Sample],
     *,
     checkpoint: Path | None = None,
+    kv: bool = False,
+    attention: bool = False,
     device: str | None = None,
     text_tokens: int = 512,
 ) -> QualityReport:
@@ -165,6 +168,8 @@ def measure_quality(
         samples: requests to run; better not those of calibration.
         checkpoint: folder in diffusers layout whose weights the float32 and bfloat16 runs use; None
             takes the artifacts' own.
+        kv: reference keys and values in float8 with constant scales too.
+        attention: the transformer's attention in float8 too, and with it keys and values.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         text_tokens: prompt tokens.
 
@@ -179,6 +184,7 @@ def measure_quality(
         component: load_quantized(artifacts, component, name)
         for component, name in manifest.precisions[precision].items()
     }
+    label = precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else "")
     layer_errors: dict[str, ErrorSum] = {}
     networks = {
         component: _networks(
@@ -186,7 +192,13 @@ def measure_quality(
         )
         for component in ("transformer", "text_encoder")
     }
-    measured = _Measured(precision)
+    scales = None
+    if kv or attention:
+        own = component_weights(artifacts, manifest, "transformer")
+        scales = attention_scales(manifest.config.transformer, parts["transformer"].attention, own)
+    if attention:
+        networks["transformer"].subject.attention_scales = scales
+    measured = _Measured(label)
     vae = FloatVae(artifacts, manifest)
     progress: Any = tqdm(total=len(samples) * (STEPS + 1), desc="measuring", disable=None)
     with torch.inference_mode(), progress as bar:
@@ -198,14 +210,14 @@ def measure_quality(
             ]
             measured.end("text embeddings").add(*texts)
             bar.update()
-            finals = _run(networks["transformer"], manifest, request, texts, measured, bar)
+            finals = _run(networks["transformer"], manifest, request, texts, scales, measured, bar)
             name = f"request {i + 1}, {len(sample.images)} references"
             measured.image(name, *(_decode(vae, request, x) for x in finals))
     formats = {
         name: linear.format for part in parts.values() for name, linear in part.linears.items()
     }
     return QualityReport(
-        precision=precision,
+        precision=label,
         reference="the artifacts' own weights" if checkpoint is None else str(checkpoint),
         samples=len(samples),
         layers=[ErrorRow(name, layer_errors[name]) for name in formats if name in layer_errors],
@@ -237,13 +249,11 @@ def _networks(
         reference = index
     dtype: torch.dtype = getattr(torch, manifest.dtype)
     weights = MappedWeights(own, dtype, device)
-    subject: TorchOps = TorchOps(weights, dtype)
-    if quantized is not None:
-        subject = ComparingOps(weights, dtype, quantized.linears, errors)
+    linears = {} if quantized is None else quantized.linears
     return _Networks(
         TorchOps(MappedWeights(reference, torch.float32, device), torch.float32),
         TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16),
-        subject,
+        ComparingOps(weights, dtype, linears, errors),
     )
 
 
@@ -280,13 +290,16 @@ def _run(
     manifest: Manifest,
     request: LoopRequest,
     texts: Sequence[torch.Tensor],
+    scales: Mapping[str, AttentionScales] | None,
     measured: _Measured,
     bar: Any,
 ) -> list[torch.Tensor]:
     """Three whole loops, and the blocks of each of their steps; returns the final latents."""
     keys: list[list[torch.Tensor]] = [[], [], []]
     if manifest.variant == "kv":
-        keys = [reference_kv(ops, manifest, request) for ops in networks.all]
+        keys = [reference_kv(ops, manifest, request) for ops in _free(networks)]
+        if scales is not None:
+            keys[2] = _round_kv(keys[2], scales)
         if request.references is not None:
             for three in zip(*keys, strict=True):
                 measured.end("reference keys and values").add(*three)
@@ -312,10 +325,20 @@ def _run(
 
 def _free(networks: _Networks) -> tuple[TorchOps, TorchOps, TorchOps]:
     """The three, without comparing layers: that is done once, on the inputs of float32."""
-    judge, floor, subject = networks.all
-    if isinstance(subject, ComparingOps):
-        subject = QuantizedOps(subject.weights, subject.dtype, subject.quantized)
-    return judge, floor, subject
+    judge, floor, subject = networks.judge, networks.floor, networks.subject
+    return (
+        judge,
+        floor,
+        QuantizedOps(subject.weights, subject.dtype, subject.quantized, subject.attention_scales),
+    )
+
+
+def _round_kv(
+    kv: Sequence[torch.Tensor], scales: Mapping[str, AttentionScales]
+) -> list[torch.Tensor]:
+    """Keys and values as graphs hand them on in float8 with constant scales."""
+    pairs = zip(kv, (x for block in scales.values() for x in (block.k, block.v)), strict=True)
+    return [round_to_fp8(x, scale).to(x.dtype) for x, scale in pairs]
 
 
 def _blocks(networks: _Networks, measured: _Measured, run: Any) -> None:

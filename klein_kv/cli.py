@@ -165,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", nargs="?")
     sub.add_argument("--threads", type=int, help="CPU threads")
     sub.add_argument("--precision", help="measure fp8, nvfp4 or fp8-weight-only instead")
+    sub.add_argument("--kv-dtype", choices=("fp8",), help="and reference K/V in fp8")
+    sub.add_argument("--attention", choices=("fp8",), help="and attention and K/V in fp8")
     _add_samples(sub, 3)
 
     sub = verb("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
@@ -374,6 +376,8 @@ def _verify_precision(args: argparse.Namespace) -> Result:
             args.samples, images=args.images, prompts=args.prompts, size=args.size, seed=1000
         ),
         checkpoint=args.checkpoint,
+        kv=args.kv_dtype is not None,
+        attention=args.attention is not None,
         device=args.device,
     )
     return dict_from_report(report), text_from_report(report), 1 if report.failed else 0

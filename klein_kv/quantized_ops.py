@@ -1,4 +1,4 @@
-"""`TorchOps` with quantized linear layers, simulated: the reference for fp8 and nvfp4 kernels.
+"""`TorchOps` with quantized layers and attention, simulated: the reference for such kernels.
 
 Weights are what their numbers stand for, activations are rounded to the numbers that a kernel would
 multiply, and the product is taken in float32. So the result differs from a kernel's by the order
@@ -10,10 +10,13 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from klein_kv.attention_scales import AttentionScales
 from klein_kv.quantization import BLOCK, FP4_MAX, FP8_MAX, QuantizedLinear
 from klein_kv.torch_ops import TorchOps
 
-__all__ = ["QuantizedOps", "round_to_fp8", "round_to_nvfp4"]
+__all__ = ["QuantizedOps", "fp8_attention", "round_to_fp8", "round_to_nvfp4"]
+
+_QUERIES = 1024  # at a time: the scores of all would take gigabytes
 
 
 class QuantizedOps(TorchOps):
@@ -23,6 +26,7 @@ class QuantizedOps(TorchOps):
         weights: the checkpoint's tensors, on the device to compute on.
         dtype: type of the activations between layers.
         quantized: quantized layers by weight name; the others are computed as they are.
+        attention: scales of attention in float8, by block; None computes it as it is.
     """
 
     def __init__(
@@ -30,13 +34,17 @@ class QuantizedOps(TorchOps):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         quantized: Mapping[str, QuantizedLinear],
+        attention: Mapping[str, AttentionScales] | None = None,
     ) -> None:
         super().__init__(weights, dtype)
         self.quantized = quantized
+        self.attention_scales = attention
+        self._block = ""
 
     def linear(
         self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
     ) -> torch.Tensor:
+        self._block = ".".join(weight.split(".")[:2])
         layer = self.quantized.get(weight)
         if layer is None:
             return super().linear(rows, weight, part)
@@ -45,6 +53,42 @@ class QuantizedOps(TorchOps):
         x = round_activations(rows, layer)
         w = torch.from_numpy(layer.dequantize()).to(x.device)
         return F.linear(x, w).to(self.dtype)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.attention_scales is None:
+            return super().attention(q, k, v, mask)
+        scales = self.attention_scales[self._block]
+        q, k, v = (
+            round_to_fp8(x, scale) for x, scale in ((q, scales.q), (k, scales.k), (v, scales.v))
+        )
+        return fp8_attention(q, k, v).to(self.dtype)
+
+
+def fp8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention with the softmax rounded to e4m3 at scale 1 / 448, its largest value 1.
+
+    A fused kernel rounds before it divides by the sum, block by block of keys; that order is its
+    own affair and not simulated.
+
+    Args:
+        q: float32 [B, S, H, D].
+        k: float32 [B, K, H, D].
+        v: alike.
+
+    Returns:
+        float32 [B, S, H * D].
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        for start in range(0, q.shape[2], _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            scores = q[:, head, rows] @ k[:, head].transpose(1, 2) * q.shape[-1] ** -0.5
+            weights = round_to_fp8(scores.softmax(dim=-1), 1 / FP8_MAX)
+            out[:, head, rows] = weights @ v[:, head]
+    return out.transpose(1, 2).flatten(2)
 
 
 def round_activations(rows: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:

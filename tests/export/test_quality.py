@@ -298,6 +298,24 @@ def test_the_report_repeats_itself(folder: Path, reports: dict[str, QualityRepor
     assert one.samples == 1
 
 
+def test_float8_keys_and_attention_cost_a_little_more(folder: Path) -> None:
+    samples = make_samples(1, size=(128, 128), seed=1000)
+    plain, kv, attention = (
+        {row.name: row.fp32.snr for row in report.ends}
+        for report in (
+            measure_quality(folder, "fp8", samples, text_tokens=32, **options)
+            for options in ({}, {"kv": True}, {"attention": True})
+        )
+    )
+    keys, latents = "reference keys and values", "latents after step 4"
+    assert plain["text embeddings"] == kv["text embeddings"] == attention["text embeddings"]
+    assert kv[keys] < plain[keys] - 0.3
+    assert attention[keys] < plain[keys] - 0.3
+    for other in (kv, attention):
+        assert other[latents] != plain[latents]
+        assert other[latents] > plain[latents] - 6
+
+
 def test_text_and_json(reports: dict[str, QualityReport]) -> None:
     report = reports["nvfp4"]
     value = json.loads(json.dumps(dict_from_report(report), allow_nan=False))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from klein_kv.attention_scales import AttentionScales
 from klein_kv.quantization import (
     QuantizedLinear,
     dequantize_fp8,
@@ -18,6 +19,7 @@ from klein_kv.quantization import (
     quantize_nvfp4,
 )
 from klein_kv.quantized_ops import QuantizedOps, round_to_fp8, round_to_nvfp4
+from klein_kv.torch_ops import TorchOps
 from klein_kv.weights import read_header, safetensors_header
 
 
@@ -103,3 +105,31 @@ def test_result_has_the_models_dtype(tmp_path: Path) -> None:
     layer = make_layer(tmp_path, "fp8", values(16, 32), 0.1)
     ops = QuantizedOps({"w": torch.zeros(16, 32)}, torch.bfloat16, {"w": layer})
     assert ops.linear(torch.ones(2, 32, dtype=torch.bfloat16), "w").dtype == torch.bfloat16
+
+
+def test_fp8_attention_is_softmax_attention_of_rounded_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 32, generator=generator) for n in (1500, 70, 70))
+    scales = AttentionScales(fp8_scale(8.0), fp8_scale(6.0), fp8_scale(7.0))
+    ops = QuantizedOps({"w": torch.zeros(1)}, torch.float32, {}, {"transformer_blocks.0": scales})
+    with pytest.raises(KeyError):
+        ops.attention(q, k, v)  # in no block
+    ops.weights = {"transformer_blocks.0.attn.to_q.weight": torch.eye(4)}
+    ops.linear(torch.eye(4), "transformer_blocks.0.attn.to_q.weight")
+    out = ops.attention(q, k, v)
+    assert out.shape == (2, 1500, 96)
+    rounded = [
+        torch.from_numpy(dequantize_fp8(quantize_fp8(x.numpy(), s), s)).double()
+        for x, s in ((q, scales.q), (k, scales.k), (v, scales.v))
+    ]
+    scores = torch.einsum("bqhd,bkhd->bhqk", rounded[0], rounded[1]) / 32**0.5
+    weights = scores.softmax(-1)
+    held = dequantize_fp8(quantize_fp8(weights.float().numpy(), 1 / 448), 1 / 448)
+    expected = torch.einsum("bhqk,bkhd->bqhd", torch.from_numpy(held).double(), rounded[2])
+    difference = (out - expected.flatten(2)).norm() / expected.norm()
+    assert difference < 1e-3  # a weight now and then rounds the other way
+    exact = TorchOps(ops.weights, torch.float32).attention(q, k, v)
+    error = (out - exact).norm() / exact.norm()
+    assert 0.01 < error < 0.1
+    plain = QuantizedOps(ops.weights, torch.float32, {}).attention(q, k, v)
+    assert torch.equal(plain, exact)
