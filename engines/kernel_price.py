@@ -9,10 +9,18 @@ from math import prod
 from klein_kv.engines.kernel_plan import Kernel, Operand
 from klein_kv.engines.targets import Gpu
 from klein_kv.errors import BuildError
+from klein_kv.quantized_weights import BLOCK_SCALES
 
-__all__ = ["KernelCost", "blends_modulation", "copies_weight", "price_kernel"]
+__all__ = [
+    "KernelCost",
+    "blends_modulation",
+    "copies_weight",
+    "moves_block_scales",
+    "price_kernel",
+    "product_format",
+]
 
-_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4"}
+_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
 # Words in a kernel's name that read only a part of an operand.
 _PARTIAL = re.compile("Slic|Gath")
 
@@ -52,6 +60,18 @@ def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelCost:
             )
         ideal = flops / peak
     return KernelCost(kernel, flops, moved, max(ideal, moved / (gpu.bandwidth * 1e9)), ideal)
+
+
+def product_format(kernel: Kernel) -> str | None:
+    """Format of a product or an attention on low-precision numbers: "fp8", "nvfp4", or None."""
+    types = Counter(operand.dtype for operand in kernel.inputs)
+    if kernel.is_attention:
+        return "fp8" if types["FP8"] >= 3 else None
+    if kernel.kind not in ("gemm", "runtime_fusion"):
+        return None
+    if types["FP4E2M1"] + types["FP4"] >= 2:
+        return "nvfp4"
+    return "fp8" if types["FP8"] >= 2 else None
 
 
 def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
@@ -122,16 +142,30 @@ def _distinct(operands: Iterable[Operand]) -> list[Operand]:
 def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
     """Whether a kernel that multiplies nothing writes a weight anew: transposed, cast or copied.
 
-    A gather reads rows of a weight (the token embedding) and writes less than it.
+    A gather reads rows of a weight (the token embedding) and writes less than it. Block scales are
+    not counted; see `moves_block_scales`.
     """
     if kernel.is_attention or _matrix_flops(kernel)[0]:
         return False
     largest = max((operand.elements for operand in kernel.outputs), default=0)
     return any(
         operand.name in weights
+        and not operand.name.endswith(BLOCK_SCALES)
         and sum(dim > 1 for dim in operand.dims) > 1
         and largest >= operand.elements
         for operand in kernel.inputs
+    )
+
+
+def moves_block_scales(kernel: Kernel) -> bool:
+    """Whether a kernel brings the block scales of an nvfp4 weight into the order of its product.
+
+    TensorRT-RTX 1.7.1 does this at every run, in two kernels per weight (the second reads what the
+    first wrote and is not counted): a sixteenth of the weight's numbers. It has no input that takes
+    them in that order.
+    """
+    return not _matrix_flops(kernel)[0] and any(
+        operand.name.endswith(BLOCK_SCALES) for operand in kernel.inputs
     )
 
 

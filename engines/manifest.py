@@ -55,7 +55,8 @@ class EngineManifest:
         weights: "shared" or "embedded" (the VAE always embeds).
         recipe: name of the recipe.
         engines: records by graph.
-        kv_dtype: type that keys and values are handed on in; None for `precision`.
+        kv_dtype: type that keys and values are handed on in; None for that of activations.
+        attention: "fp8" where the transformer's attention is computed in float8.
     """
 
     module: str
@@ -67,11 +68,13 @@ class EngineManifest:
     recipe: str
     engines: dict[str, EngineRecord]
     kv_dtype: str | None = None
+    attention: str | None = None
 
     @property
     def title(self) -> str:
         """For people: which engines these are."""
         kv = "" if self.kv_dtype is None else f", K/V {self.kv_dtype}"
+        kv += "" if self.attention is None else f", attention {self.attention}"
         return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
 
     def check_module(self, module: str, version: str) -> None:
@@ -182,6 +185,7 @@ class EngineManifest:
                 recipe=value["recipe"],
                 engines=engines,
                 kv_dtype=value.get("kv_dtype"),
+                attention=value.get("attention"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from klein_kv.config import (
     DEFAULT_TEXT_LAYERS,
     ModelConfig,
@@ -26,6 +24,7 @@ from klein_kv.config import (
 )
 from klein_kv.digest import file_digest
 from klein_kv.errors import CapacityError, CheckpointError, RequestError
+from klein_kv.export.graph_files import save_graph
 from klein_kv.export.graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.quantized_files import Fp8Weight, Nvfp4Weight
 from klein_kv.export.single_file import JoinedRows, StoredWeight, read_single_file
@@ -36,8 +35,6 @@ from klein_kv.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
-    save_graph_weights,
-    weights_file,
 )
 from klein_kv.model import transformer_parameters
 from klein_kv.signature import VARIANTS, distinct_graphs, graph_sets
@@ -280,34 +277,9 @@ def _write_graphs(
         else:
             model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"].refs)
         nodes[label] = len(model.graph)
-        _save_graph(model, folder / file)
+        save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
     return nodes
-
-
-def _save_graph(model: ir.Model, path: Path) -> None:
-    table = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            table[name] = WeightRef(
-                path.parent / str(tensor.location),
-                tensor.offset or 0,
-                tensor.length or tensor.nbytes,
-                _NAMES[tensor.dtype],
-                tuple(tensor.shape.numpy()),
-            )
-    ir.save(model, path)
-    save_graph_weights(path.parent / weights_file(path.name), table)
-
-
-_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-}
 
 
 def _write_tokenizer(checkpoint: Path, folder: Path) -> None:

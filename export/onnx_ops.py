@@ -17,7 +17,7 @@ from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
-__all__ = ["OPSET", "OnnxOps", "external_tensor"]
+__all__ = ["OPSET", "OnnxOps", "external_tensor", "part_name"]
 
 OPSET = 23
 _MICROSOFT = "com.microsoft"
@@ -28,6 +28,7 @@ _IR_DTYPES = {
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
     "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float4_e2m1fn": ir.DataType.FLOAT4E2M1,
 }
 _LOWEST = {
     "float32": -3.4028234663852886e38,
@@ -68,7 +69,13 @@ class OnnxOps:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
         self._scope = signature.graph
+        self._opsets = {"": OPSET, _MICROSOFT: 1}
         self.inputs = {spec.name: self._value_from_spec(spec) for spec in signature.inputs}
+
+    @property
+    def onnx_dtype(self) -> ir.DataType:
+        """ONNX's constant for `dtype`."""
+        return _IR_DTYPES[self.dtype]
 
     def _value_from_spec(self, spec: TensorSpec) -> ir.Value:
         value = ir.Value(
@@ -117,13 +124,18 @@ class OnnxOps:
         return self._emit(op_type, inputs, attributes, domain, rank=rank)[0]
 
     def _weight(self, name: str, part: tuple[int, int] | None = None) -> ir.Value:
-        # Scope names follow the block whose weight was used last: node names then tell the block.
-        pieces = name.split(".")
+        self._enter_block(name)
+        ref = self._weights[name] if part is None else self._weights[name].rows(*part)
+        return self._initializer(part_name(name, part), ref)
+
+    def _enter_block(self, weight: str) -> None:
+        """Scope names follow the block whose weight was used last: node names then tell it."""
+        pieces = weight.split(".")
         blocks = [i for i, piece in enumerate(pieces) if piece.isdigit()]
         self._scope = ".".join(pieces[: blocks[0] + 1]) if blocks else pieces[0]
-        key = name if part is None else f"{name}[{part[0]}:{part[1]}]"
+
+    def _initializer(self, key: str, ref: WeightRef) -> ir.Value:
         if key not in self._initializers:
-            ref = self._weights[name] if part is None else self._weights[name].rows(*part)
             tensor = external_tensor(key, ref)
             self._initializers[key] = ir.Value(
                 name=key,
@@ -231,9 +243,7 @@ class OnnxOps:
         scaled = self._one(
             "Mul", self._one("Reshape", turned, to_heads), self._one("Reciprocal", root)
         )
-        return self._with_heads(
-            self._one("Cast", scaled, to=_IR_DTYPES[self.dtype], rank=4), heads, dim
-        )
+        return self._with_heads(self._one("Cast", scaled, to=self.onnx_dtype, rank=4), heads, dim)
 
     def _with_heads(self, x: ir.Value, heads: int, dim: int) -> ir.Value:
         x.meta["heads"] = heads, dim
@@ -259,7 +269,7 @@ class OnnxOps:
         if key not in self._shapes:
             highest = self._one("ReduceMax", mask, self._ints(-1), keepdims=1)
             hidden = self._one("Cast", highest, to=ir.DataType.BOOL)
-            seen = self._one("Cast", self._one("Not", hidden), to=_IR_DTYPES[self.dtype])
+            seen = self._one("Cast", self._one("Not", hidden), to=self.onnx_dtype)
             self._shapes[key] = self._one("Squeeze", seen, self._ints(1))
         return self._shapes[key]
 
@@ -352,7 +362,7 @@ class OnnxOps:
         return x if self.dtype == "float32" else self._one("Cast", x, to=ir.DataType.FLOAT)
 
     def to_model_dtype(self, x: ir.Value) -> ir.Value:
-        return x if self.dtype == "float32" else self._one("Cast", x, to=_IR_DTYPES[self.dtype])
+        return x if self.dtype == "float32" else self._one("Cast", x, to=self.onnx_dtype)
 
     def model(self, outputs: Sequence[ir.Value], doc: str) -> ir.Model:
         """The finished graph: outputs named by the signature, dead nodes removed."""
@@ -370,11 +380,16 @@ class OnnxOps:
             initializers=[*self._initializers.values(), *self._constants.values()],
             name=self.signature.graph,
             doc_string=doc,
-            opset_imports={"": OPSET, _MICROSOFT: 1},
+            opset_imports=self._opsets,
         )
         for name in [n for n, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
         return ir.Model(graph, ir_version=11, producer_name="klein-kv")
+
+
+def part_name(weight: str, part: tuple[int, int] | None) -> str:
+    """Name of an initializer that is a range of a weight's rows."""
+    return weight if part is None else f"{weight}[{part[0]}:{part[1]}]"
 
 
 def _live(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:

@@ -20,6 +20,7 @@ __all__ = [
     "FLOAT8_KV_FILES",
     "GRAPH_FILES",
     "KV_FLOAT8",
+    "KV_STATIC_FLOAT8",
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
     "VARIANTS",
@@ -32,6 +33,7 @@ __all__ = [
     "kv_names",
     "kv_tensors",
     "make_signature",
+    "quantized_graph_sets",
 ]
 
 GRAPH_FILES = {
@@ -55,6 +57,10 @@ VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 KV_FLOAT8 = "float8_e4m3fn"
 """Type of reference keys and values that are handed on in eight bits, with a scale per head."""
 
+KV_STATIC_FLOAT8 = "float8_e4m3fn static"
+"""The same type, with scales that are constants of the graphs: what attention in float8 reads. Only
+graphs of a quantized precision have it, and its scales are that precision's."""
+
 _FLOAT8_KV = "_fp8_kv"
 
 FLOAT8_KV_FILES = GRAPH_FILES | {
@@ -73,20 +79,47 @@ class GraphSet:
     Attributes:
         variant: a key of `VARIANTS`.
         dtype: floating point type of inputs, outputs and activations.
-        kv_dtype: type that reference keys and values are handed on in, `dtype` or `KV_FLOAT8`;
-            None for `dtype`.
+        kv_dtype: type that reference keys and values are handed on in, `dtype`, `KV_FLOAT8` or
+            `KV_STATIC_FLOAT8`; None for `dtype`.
+        quantized: (component, name of its quantized files) of quantized networks, sorted.
+        attention: "fp8" where the transformer's attention is computed in float8.
     """
 
     variant: str
     dtype: str
     kv_dtype: str | None = None
+    quantized: tuple[tuple[str, str], ...] = ()
+    attention: str | None = None
 
     @property
     def files(self) -> dict[str, str]:
         """Path of each graph relative to the folder, by the graph's name."""
         if self.variant == "kv" and self.kv_dtype == KV_FLOAT8:
             return FLOAT8_KV_FILES
-        return VARIANTS[self.variant]
+        files, quantized = dict(VARIANTS[self.variant]), dict(self.quantized)
+        for graph, file in files.items():
+            component, _, name = file.partition("/")
+            if component in quantized:
+                end = self._suffix if component == "transformer" else ""
+                name = name.replace(".onnx", f"{end}.onnx")
+                files[graph] = f"{component}/{quantized[component]}.{name}"
+        return files
+
+    @property
+    def _suffix(self) -> str:
+        if self.attention is not None:
+            return "_fp8_attention"
+        return "_static_fp8_kv" if self.kv_dtype == KV_STATIC_FLOAT8 else ""
+
+    @property
+    def precision(self) -> str | None:
+        """Name of the quantized precision; None for the artifacts' own."""
+        return dict(self.quantized).get("transformer")
+
+    @property
+    def kv_numbers(self) -> str:
+        """Type of the numbers of keys and values, wherever their scales are."""
+        return _numbers(self.dtype, self.kv_dtype)
 
     def signature(self, graph: str, config: ModelConfig) -> "Signature":
         """The contract of one of these graphs."""
@@ -109,6 +142,26 @@ def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
     """All sets of graphs that an export writes, the one with `kv_dtype` None first."""
     types = (None, KV_FLOAT8) if variant == "kv" else (None,)
     return [GraphSet(variant, dtype, kv_dtype) for kv_dtype in types]
+
+
+def quantized_graph_sets(variant: str, dtype: str, networks: Mapping[str, str]) -> list[GraphSet]:
+    """All sets of graphs of a quantized precision.
+
+    Three for KV weights: keys and values in `dtype`; in float8 with constant scales; and attention
+    in float8 too, which reads them as they are. One for plain weights, and where activations are
+    kept (names that end in "-weight-only").
+
+    Args:
+        variant: a key of `VARIANTS`.
+        dtype: floating point type of inputs, outputs and activations.
+        networks: component -> name of its quantized files.
+    """
+    quantized = tuple(sorted(networks.items()))
+    own = GraphSet(variant, dtype, None, quantized)
+    if variant != "kv" or networks.get("transformer", "").endswith("-weight-only"):
+        return [own]
+    packed = GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized)
+    return [own, packed, GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized, "fp8")]
 
 
 def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphSet]]:
@@ -192,21 +245,29 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
     Args:
         net: gives blocks and heads.
         dtype: the floating point type of the graphs.
-        kv_dtype: type of keys and values, `dtype` or `KV_FLOAT8`; None for `dtype`.
+        kv_dtype: type of keys and values, `dtype`, `KV_FLOAT8` or `KV_STATIC_FLOAT8`; None for
+            `dtype`.
 
     Raises:
         RequestError: another `kv_dtype`.
     """
-    if kv_dtype not in (None, dtype, KV_FLOAT8):
-        raise RequestError(f"kv_dtype is {kv_dtype!r}, expected {dtype!r} or {KV_FLOAT8!r}")
+    if kv_dtype not in (None, dtype, KV_FLOAT8, KV_STATIC_FLOAT8):
+        raise RequestError(
+            f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, {KV_FLOAT8!r} or {KV_STATIC_FLOAT8!r}"
+        )
+    stored = _numbers(dtype, kv_dtype)
     heads = net.num_attention_heads
     shape = (1, "ref_tokens", heads, net.attention_head_dim)
     return [
         TensorSpec(name, "float32", (1, 1, heads, 1))
         if "_scale." in name
-        else TensorSpec(name, kv_dtype or dtype, shape)
+        else TensorSpec(name, stored, shape)
         for name in kv_names(net.num_blocks, kv_dtype)
     ]
+
+
+def _numbers(dtype: str, kv_dtype: str | None) -> str:
+    return dtype if kv_dtype is None else kv_dtype.partition(" ")[0]
 
 
 def make_signature(

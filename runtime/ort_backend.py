@@ -140,6 +140,12 @@ class OrtBackend:
             )
         return GraphMemory(keeps_scratch=True)
 
+    def _mapped(self, ref: WeightRef) -> Any:
+        array, kind = map_weight(ref), self._ort.OrtValue
+        if array.dtype == _FLOAT8:
+            return kind.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _ONNX_FLOAT8)
+        return kind.ortvalue_from_numpy(array)
+
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -150,7 +156,7 @@ class OrtBackend:
             options.intra_op_num_threads = self._threads
         for name, ref in graph_weights(self._artifacts, self._graphs.files[graph]).items():
             if ref not in self._weights:
-                self._weights[ref] = self._ort.OrtValue.ortvalue_from_numpy(map_weight(ref))
+                self._weights[ref] = self._mapped(ref)
             options.add_initializer(name, self._weights[ref])
         path = self._artifacts / self._graphs.files[graph]
         try:
