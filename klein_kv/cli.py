@@ -132,14 +132,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--force", action="store_true", help="build even what has not changed")
 
-    sub = verb("plan", _plan, "Tell what fits into a GPU's memory before anything is loaded.")
+    sub = verb("plan", _plan, "Tell what edits need of a GPU before anything is loaded.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--gpu", default="rtx5090")
+    sub.add_argument("--memory", type=float, metavar="GB", help="default: the GPU's")
     sub.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH")
     sub.add_argument("--refs", type=int, help="reference images (default: 0 to 4, a line each)")
+    sub.add_argument("--ref-size", type=_size, default=(1024, 1024), metavar="WxH")
     sub.add_argument("--precision", help="bf16, fp8 or nvfp4 (default: all three)")
+    sub.add_argument("--text-precision", help="of the text encoder: bf16 or fp8")
+    sub.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     sub.add_argument("--batch", type=int, default=1)
-    sub.add_argument("--engines", type=Path, help="folder of engines whose scratch counts")
+    sub.add_argument("--steps", type=int, default=4)
+    sub.add_argument("--engines", type=Path, help="folder of engines (default: the best suited)")
 
     sub = verb("generate", _generate, "Make an image from a prompt and reference images.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
@@ -424,19 +429,25 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _plan(args: argparse.Namespace) -> Result:
-    from klein_kv.runtime.memory_plan import Request, plan_artifacts, text_from_plans
+    from klein_kv.runtime.edit_plan import PlanOptions, plan_artifacts
+    from klein_kv.runtime.plan_text import text_from_plans
 
-    width, height = args.size
-    counts = range(5) if args.refs is None else [args.refs]
-    plans = plan_artifacts(
-        args.artifacts,
-        args.gpu,
-        [Request(height, width, count, batch=args.batch) for count in counts],
-        ["bf16", "fp8", "nvfp4"] if args.precision is None else [args.precision],
-        args.engines,
+    options = PlanOptions(
+        gpu=args.gpu,
+        size=args.size,
+        references=tuple(range(5)) if args.refs is None else (args.refs,),
+        reference_size=args.ref_size,
+        precisions=None if args.precision is None else (args.precision,),
+        text_precision=args.text_precision,
+        kv_dtype=args.kv_dtype,
+        batch=args.batch,
+        steps=args.steps,
+        memory=None if args.memory is None else int(args.memory * 1e9),
+        engines=args.engines,
     )
-    value = {"plans": [plan.to_dict() for plan in plans]}
-    return value, text_from_plans(plans), 0 if any(plan.fits for plan in plans) else 1
+    plans = plan_artifacts(args.artifacts, options)
+    fits = any(edit.first.fits for edit in plans.edits)
+    return plans.to_dict(), text_from_plans(plans), 0 if fits else 1
 
 
 def _inspect(args: argparse.Namespace) -> Result:

@@ -115,13 +115,13 @@ class GraphSet:
         """The contract of one of these graphs."""
         return make_signature(graph, config, self.dtype, self.kv_dtype)
 
-    def kv_tensors(self, net: TransformerConfig) -> "list[TensorSpec]":
-        """What `encode_references` gives out, in order."""
-        return kv_tensors(net, self.dtype, self.kv_dtype)
-
-    def kv_bytes(self, net: TransformerConfig, ref_tokens: int) -> int:
-        """Bytes of the keys and values of that many reference tokens."""
-        return sum(spec.nbytes({"ref_tokens": ref_tokens}) for spec in self.kv_tensors(net))
+    def kv_tensors(self, net: TransformerConfig, ref_tokens: int) -> "tuple[TensorSpec, ...]":
+        """What `encode_references` gives out for that many reference tokens, in order."""
+        sizes = {"ref_tokens": ref_tokens}
+        return tuple(
+            TensorSpec(spec.name, spec.dtype, spec.concrete(sizes))
+            for spec in kv_tensors(net, self.dtype, self.kv_dtype)
+        )
 
 
 MAX_POSITION = 4096

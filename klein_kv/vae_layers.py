@@ -31,7 +31,7 @@ def vae_operations(
     convolutions, attention = 0, 0
     for name, shape in shapes.items():
         if len(shape) in (2, 4):
-            pixels = batch * height * width // 4 ** _level(name, levels)
+            pixels = batch * height * width // _cells(name, levels)
             convolutions += 2 * prod(shape) * pixels
         if name.endswith("to_q.weight"):
             tokens = height * width // 4 ** (levels - 1)
@@ -47,10 +47,15 @@ def vae_scratch(shapes: Shapes, levels: int, *, batch: int, height: int, width: 
     (TensorRT-RTX 1.7.1, klein's VAE at 1024x1024), ONNX Runtime more.
     """
     return max(
-        (2 * shape[1] + shape[0]) * (batch * height * width // 4 ** _level(name, levels))
+        (2 * shape[1] + shape[0]) * (batch * height * width // _cells(name, levels))
         for name, shape in shapes.items()
         if name.endswith(".conv1.weight")
     )
+
+
+def _cells(name: str, levels: int) -> int:
+    """Pixels of the image for one of the level that a layer gives out."""
+    return int(4 ** _level(name, levels))
 
 
 def _level(name: str, levels: int) -> int:

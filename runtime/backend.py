@@ -3,7 +3,8 @@
 Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_backend` picks one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +14,29 @@ from klein_kv.errors import BackendError
 from klein_kv.manifest import Manifest
 from klein_kv.signature import GraphSet
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Buffer", "GraphMemory", "open_backend"]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """What a graph takes on the device besides the buffers that go in and come out.
+
+    Attributes:
+        weights: bytes by tensor while the graph is loaded; graphs that name the same tensor share
+            it. Empty where weights are mapped files, which the system drops by itself.
+        scratch: bytes while it runs; None where that is not known.
+        keeps_scratch: the backend keeps that memory for its next run, and `available_memory`
+            cannot tell it from memory in use.
+    """
+
+    weights: Mapping[Hashable, int] = field(default_factory=dict)
+    scratch: int | None = None
+    keeps_scratch: bool = False
 
 
 class Backend(Protocol):
@@ -51,6 +69,13 @@ class Backend(Protocol):
 
     def available_memory(self) -> int:
         """Bytes that can still be taken on the device; what the backend keeps to reuse counts."""
+
+    def graph_memory(self, graph: str) -> GraphMemory:
+        """What a graph takes; nothing is loaded for the answer.
+
+        Raises:
+            ArtifactError: there is no such graph here.
+        """
 
 
 def open_backend(

@@ -106,7 +106,7 @@ def load_engines(
 def choose_engines(
     engines: list[BuiltEngines], precision: str, kv_dtype: str, sizes: Sizes
 ) -> BuiltEngines | None:
-    """The engines that serve most of a request: those of its very sizes first.
+    """The engines that serve most of a request: of its very sizes, if there are such.
 
     Args:
         engines: to choose from.
@@ -117,8 +117,8 @@ def choose_engines(
 
     def score(built: BuiltEngines) -> tuple[int, int]:
         return (
-            sum(built.only(graph, sizes[graph]) for graph in sizes),
             sum(built.holds(graph, sizes[graph]) for graph in sizes),
+            sum(built.only(graph, sizes[graph]) for graph in sizes),
         )
 
     fitting = [

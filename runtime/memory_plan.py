@@ -21,6 +21,7 @@ from klein_kv.runtime.scratch import estimate_scratch
 from klein_kv.signature import make_signature
 
 __all__ = [
+    "COMPONENTS",
     "PRECISIONS",
     "RESERVED",
     "Footprint",
@@ -38,7 +39,9 @@ RESERVED = 600_000_000
 PRECISIONS = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 """Bytes per weight of a block's linear layer; nvfp4 has one fp8 scale for 16 weights."""
 
-_STAY = ("transformer", "vae", "text_encoder")
+COMPONENTS = ("transformer", "vae", "text_encoder")
+"""Parts of a model that are loaded and released whole; the first stay longest."""
+
 _IMAGES = ("image", "sample")
 
 
@@ -153,6 +156,7 @@ class Footprint:
         weights = dict(self.weights)
         weights["transformer"] -= int(block_weights(self.config.transformer) * saved)
         weights["text_encoder"] -= int(text_block_weights(self.config.text_encoder) * text_saved)
+        weights = {component: max(0, nbytes) for component, nbytes in weights.items()}
         return replace(self, weights=weights, precision=precision, text_precision=text_precision)
 
     def kv_bytes(self, request: Request) -> int:
@@ -187,7 +191,7 @@ class Stage:
     @property
     def resident(self) -> frozenset[str]:
         """Components whose weights are on the device."""
-        return frozenset(self.parts) & frozenset(_STAY)
+        return frozenset(self.parts) & frozenset(COMPONENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +274,8 @@ def make_plan(
             parts["kv"] = kv
         parts |= {"scratch": nbytes, **_buffers(name, footprint, request)}
         rows.append((name, parts, source or "estimated"))
-    resident, stages = set(loaded or ()), []
+    resident = set(loaded or ())
+    stages: list[Stage] = []
     for _ in range(1 if loaded is not None else 2):
         stages = []
         for name, parts, source in rows:
@@ -278,7 +283,7 @@ def make_plan(
             loads = 0 if own in resident else footprint.weights[own]
             room = capacity - sum(parts.values()) - footprint.weights[own]
             kept = {own: footprint.weights[own]}
-            for other in _STAY:
+            for other in COMPONENTS:
                 if other in resident and other != own and footprint.weights[other] <= room:
                     room -= footprint.weights[other]
                     kept[other] = footprint.weights[other]

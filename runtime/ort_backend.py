@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime import memory
-from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.backend import Buffer, GraphMemory
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
@@ -132,6 +132,13 @@ class OrtBackend:
 
     def available_memory(self) -> int:
         return memory.available_memory()
+
+    def graph_memory(self, graph: str) -> GraphMemory:
+        if graph not in self._graphs.files:
+            raise ArtifactError(
+                f"there is no graph {graph!r}, expected one of {', '.join(self._graphs.files)}"
+            )
+        return GraphMemory(keeps_scratch=True)
 
     def _mapped(self, ref: WeightRef) -> Any:
         array, kind = map_weight(ref), self._ort.OrtValue

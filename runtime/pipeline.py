@@ -30,14 +30,12 @@ from klein_kv.runtime.arguments import (
 )
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
+from klein_kv.runtime.host_level import open_host_level
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
-from klein_kv.runtime.memory import (
-    check_request_memory,
-    default_cache_bytes,
-    default_prompt_bytes,
-    request_bytes,
-)
+from klein_kv.runtime.memory import default_cache_bytes, default_prompt_bytes
+from klein_kv.runtime.memory_plan import MemoryPlan, Request, edit_stages
 from klein_kv.runtime.noise import initial_noise
+from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.prompt_encoder import PromptEncoder
 from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
@@ -80,6 +78,7 @@ class KleinKVPipeline:
         manifest: what the folder says of itself.
         backend: where the graphs run.
         reference_store: keys and values of references seen before, by digest.
+        host_level: those that the store gave up, in host memory; None without `host_cache_bytes`.
         prompt_cache: text embeddings seen before.
         times: step times of the last call.
     """
@@ -91,6 +90,7 @@ class KleinKVPipeline:
         backend: Backend,
         *,
         reference_cache_bytes: int | None = None,
+        host_cache_bytes: int = 0,
         reference_cache_dir: str | Path | None = None,
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
@@ -105,9 +105,10 @@ class KleinKVPipeline:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
+        self.graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
+        self._planned = PlannedBackend(backend, artifacts, manifest, self.graphs)
         self.config = manifest.config
         self.times = LoopTimes()
-        self.graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
         origin = KVOrigin(
             model_digest=manifest.model_digest,
             lora_digest="",
@@ -116,26 +117,37 @@ class KleinKVPipeline:
             backend=backend.name,
         )
         if reference_cache_bytes is None:
-            reference_cache_bytes = default_cache_bytes(backend.name)
-        folder = self._reference_folder(
-            reference_cache_dir, reference_cache_dir_bytes, reference_cache_bytes, origin
+            weights = self._planned.component_weights()
+            reference_cache_bytes = default_cache_bytes(backend.available_memory(), weights)
+        levels = (
+            (reference_cache_dir, "reference_cache_dir"),
+            (host_cache_bytes, "host_cache_bytes"),
         )
-        self.reference_store: ReferenceStore = ByteCache(reference_cache_bytes, folder)
+        for given, name in levels:
+            if given and reference_cache_bytes == 0:
+                raise RequestError(
+                    f"{name} is given and reference_cache_bytes is 0, which turns reuse off; give "
+                    "it a budget"
+                )
+        folder = self._reference_folder(reference_cache_dir, reference_cache_dir_bytes, origin)
+        self.host_level = open_host_level(host_cache_bytes, backend, folder)
+        self.reference_store: ReferenceStore = ByteCache(
+            reference_cache_bytes, self.host_level or folder
+        )
         if prompt_cache_bytes is None:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
         self._prompts = PromptEncoder(
-            backend,
+            self._planned,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
             manifest.model_digest,
             self.prompt_cache,
         )
-        self._encoder = ReferenceEncoder(backend, manifest, origin, self.reference_store)
+        self._encoder = ReferenceEncoder(self._planned, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
-        self._activations_held = 0
         self._current_timestep: float | None = None
 
     @classmethod
@@ -147,6 +159,7 @@ class KleinKVPipeline:
         device: str | None = None,
         threads: int | None = None,
         reference_cache_bytes: int | None = None,
+        host_cache_bytes: int = 0,
         reference_cache_dir: str | Path | None = None,
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
@@ -160,8 +173,9 @@ class KleinKVPipeline:
             device: "cpu".
             threads: CPU threads of the backend; None leaves it to the library.
             reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
-                quarter of the memory that is free now (on a GPU: 0).
-            reference_cache_dir: folder for sets that the store gives up; None drops them.
+                quarter of the memory that is free now, on a GPU of what weights leave free.
+            host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
+            reference_cache_dir: folder for sets that memory gives up; None drops them.
             reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
                 space that is free now.
             prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
@@ -183,6 +197,7 @@ class KleinKVPipeline:
             manifest,
             open_backend(backend, folder, manifest, device, threads, graphs),
             reference_cache_bytes=reference_cache_bytes,
+            host_cache_bytes=host_cache_bytes,
             reference_cache_dir=reference_cache_dir,
             reference_cache_dir_bytes=reference_cache_dir_bytes,
             prompt_cache_bytes=prompt_cache_bytes,
@@ -193,16 +208,10 @@ class KleinKVPipeline:
         self,
         folder: str | Path | None,
         budget: int | None,
-        memory_budget: int,
         origin: KVOrigin,
     ) -> ReferenceFolder | None:
         if folder is None:
             return None
-        if memory_budget == 0:
-            raise RequestError(
-                "reference_cache_dir is given and reference_cache_bytes is 0, which turns reuse "
-                "off; give it a budget"
-            )
         net = self.config.transformer
         level = ReferenceFolder(Path(folder), budget or 0, self.backend, origin, net)
         if budget is None:
@@ -250,7 +259,13 @@ class KleinKVPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         at = self._prompts.layers_at(tuple(text_encoder_out_layers))
-        return self._prompts.encode(self._prompts.tokenize(prompts, max_sequence_length), at)
+        tokens = self._prompts.tokenize(prompts, max_sequence_length)
+        batch, length = tokens["input_ids"].shape
+        unit = self.config.vae.multiple_of
+        stages = ("text_encoder",)
+        request = Request(unit, unit, (), stages, batch=batch, text_tokens=length)
+        self._planned.admit(request, self.reference_store.free)
+        return self._prompts.encode(tokens, at)
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
         """Keys and values of reference images, before any prompt is known.
@@ -375,12 +390,12 @@ class KleinKVPipeline:
         batch = count * num_images_per_prompt
         unit = self.config.vae.multiple_of
         grid = height // unit, width // unit
-        activations = self._check_memory(
-            wanted,
-            batch,
-            grid[0] * grid[1],
-            max_sequence_length if given is None else given.shape[1],
-        )
+        text_tokens = max_sequence_length if given is None else given.shape[1]
+        left_out = {"text_encoder"} if given is not None else set()
+        left_out |= {"vae_decoder"} if output_type == "latent" else set()
+        stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
+        request = Request(height, width, (), tuple(stages), batch=batch, text_tokens=text_tokens)
+        plan = self._admit(wanted, request)
         schedule = make_schedule(
             self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
         )
@@ -388,6 +403,9 @@ class KleinKVPipeline:
             noise, (batch, self.config.transformer.in_channels, *grid), generator, seed
         )
 
+        if prepared is not None:
+            references = self._restored(prepared, plan)
+            prepared = None if references is not None else prepared
         if given is None:
             given = self._prompts.encode(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
@@ -408,16 +426,15 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                self.times = denoise_loop(self.backend, schedule, inputs, self.graphs, after_step)
+                self.times = denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
-        self._activations_held = max(self._activations_held, activations)
         inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
             final = self.backend.download(inputs.latents).reshape(shape)
             result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
-            result = decode_latents(self.backend, inputs.latents, shape, output_type)
+            result = decode_latents(self._planned, inputs.latents, shape, output_type)
         return KleinKVOutput(result) if return_dict else (result,)
 
     def _noise(
@@ -450,37 +467,30 @@ class KleinKVPipeline:
             txt_ids=upload(text_ids(text.shape[1])),
         )
 
-    def _check_memory(
-        self,
-        references: ReferenceSet | PreparedReferences | None,
-        batch: int,
-        image_tokens: int,
-        text_tokens: int,
-    ) -> int:
-        """Refuses what cannot fit; returns the bytes of activations."""
-        count = 0 if references is None else references.num_tokens
-        if self.manifest.variant == "plain":  # references are tokens of the image
-            image_tokens, count = image_tokens + count, 0
-        parts = request_bytes(
-            self.config,
-            self.manifest.dtype,
-            batch=batch,
-            image_tokens=image_tokens,
-            ref_tokens=count,
-            text_tokens=text_tokens,
-            kv_dtype=self.graphs.kv_dtype,
-        )
+    def _admit(
+        self, references: ReferenceSet | PreparedReferences | None, request: Request
+    ) -> MemoryPlan:
+        """Plans a request, and refuses what cannot fit.
+
+        Args:
+            references: of the request.
+            request: what it is without them.
+        """
         digest = None if references is None else references.digest
-        at_hand = isinstance(references, ReferenceSet) or digest in self.reference_store
-        if at_hand:
-            del parts["reference K/V"]
-        activations = parts["activations"]
-        # Backends keep what they once took: a request like an earlier one needs no more of it.
-        parts["activations"] = max(0, activations - self._activations_held)
-        check_request_memory(
-            parts, count, functools.partial(self.reference_store.free, keep=digest)
-        )
-        return activations
+        if references is not None:
+            known = isinstance(references, ReferenceSet) or digest in self.reference_store
+            request = self._encoder.with_references(request, references, known=known)
+        free = functools.partial(self.reference_store.free, keep=digest)
+        return self._planned.admit(request, free)
+
+    def _restored(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
+        """Keys and values that lie in host memory, on their way while the text is encoded."""
+        if self.host_level is None:
+            return None
+        stage = plan.stage("text_encoder")
+        if stage is not None and stage.total + plan.kv_bytes > plan.capacity:
+            return None  # they follow when the text encoder has made room
+        return self.reference_store.find(prepared.digest)
 
     @contextlib.contextmanager
     def _references_ready(
@@ -515,10 +525,9 @@ class KleinKVPipeline:
             yield keep
 
     def _no_references(self) -> dict[str, Buffer]:
-        none = {"ref_tokens": 0}
         return {
-            spec.name: self.backend.upload(np.ones(spec.concrete(none), NUMPY_DTYPES[spec.dtype]))
-            for spec in self.graphs.kv_tensors(self.config.transformer)
+            spec.name: self.backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
+            for spec in self.graphs.kv_tensors(self.config.transformer, ref_tokens=0)
         }
 
     def _call_back(

@@ -1,7 +1,7 @@
 """From reference images to a `ReferenceSet`: prepare, look up, and encode what is not there yet."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ from PIL import Image
 
 from klein_kv.errors import RequestError
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.images import prepare_reference
-from klein_kv.runtime.memory import check_request_memory, request_bytes
+from klein_kv.runtime.memory_plan import Request
+from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.reference_store import ReferenceStore
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
@@ -45,14 +46,18 @@ class ReferenceEncoder:
     """Makes and finds the reference sets of one pipeline.
 
     Args:
-        backend: what runs the graphs.
+        backend: what runs the graphs, under a plan.
         manifest: the artifacts' manifest.
         origin: what the keys and values depend on besides the images.
         store: where they are kept.
     """
 
     def __init__(
-        self, backend: Backend, manifest: Manifest, origin: KVOrigin, store: ReferenceStore
+        self,
+        backend: PlannedBackend,
+        manifest: Manifest,
+        origin: KVOrigin,
+        store: ReferenceStore,
     ) -> None:
         self.origin = origin
         self.store = store
@@ -99,11 +104,11 @@ class ReferenceEncoder:
 
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
-        graphs, net = self._graphs, self._manifest.config.transformer
+        net = self._manifest.config.transformer
         return ReferenceSet(
             kv=dict(kv),
+            tensors=self._graphs.kv_tensors(net, prepared.num_tokens),
             num_tokens=prepared.num_tokens,
-            nbytes=graphs.kv_bytes(net, prepared.num_tokens),
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
@@ -121,7 +126,7 @@ class ReferenceEncoder:
             CapacityError: the keys and values do not fit into memory.
         """
         if prepared.digest not in self.store:
-            self.check_memory(prepared.num_tokens)
+            self.check_memory(prepared)
         with self.store.claim(prepared.digest) as claim:
             return claim.value or claim.publish(self.compute(prepared))
 
@@ -151,19 +156,39 @@ class ReferenceEncoder:
                 f"the references cannot be used here: they {reason}; encode them again"
             )
 
-    def check_memory(self, num_tokens: int) -> None:
-        """Refuses to encode more tokens than memory holds.
+    def with_references(
+        self, request: Request, references: ReferenceSet | PreparedReferences, *, known: bool
+    ) -> Request:
+        """A request without references, and what these add to it.
+
+        Args:
+            request: with the stages of text-to-image.
+            references: what it refers to.
+            known: their keys and values are in memory.
+        """
+        unit = self._manifest.config.vae.multiple_of
+        sizes: tuple[tuple[int, int], ...] = ((unit, unit * references.num_tokens),)
+        if isinstance(references, PreparedReferences):
+            sizes = tuple((x.shape[1], x.shape[2]) for x in references.pixels)
+        if known:
+            return replace(request, references=sizes, kv_held=True)
+        new = ["vae_encoder"]
+        if self._manifest.variant == "kv":
+            new.append("first_step")
+        at = "text_encoder" in request.stages
+        stages = (*request.stages[:at], *new, *request.stages[at:])
+        return replace(request, references=sizes, stages=stages)
+
+    def check_memory(self, prepared: PreparedReferences) -> None:
+        """Refuses to encode what memory does not hold.
 
         Raises:
             CapacityError: with the numbers.
         """
-        parts = request_bytes(
-            self._manifest.config,
-            self._manifest.dtype,
-            batch=1,
-            image_tokens=0,
-            ref_tokens=num_tokens,
-            text_tokens=0,
-            kv_dtype=self.origin.kv_dtype,
+        request = Request(
+            height=prepared.first_size[0],
+            width=prepared.first_size[1],
+            references=tuple((x.shape[1], x.shape[2]) for x in prepared.pixels),
+            stages=("vae_encoder", "encode_references"),
         )
-        check_request_memory(parts, num_tokens, self.store.free)
+        self._backend.admit(request, self.store.free)

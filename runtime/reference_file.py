@@ -9,9 +9,10 @@ import contextlib
 import errno
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from klein_kv.config import TransformerConfig
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.references import KVOrigin, ReferenceSet
-from klein_kv.signature import KV_FLOAT8, kv_tensors
+from klein_kv.signature import KV_FLOAT8, GraphSet, TensorSpec
 from klein_kv.weights import WeightRef, map_weight, read_header, read_metadata, safetensors_header
 
 __all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
@@ -31,12 +32,39 @@ _NO_CHECKSUM = "00000000"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def reference_file_bytes(references: ReferenceSet) -> int:
+class Saveable(Protocol):
+    """A set that can be written: on a device (`ReferenceSet`), or a copy of one in host memory."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Name, type and shape of each tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them all."""
+
+    @property
+    def origin(self) -> KVOrigin:
+        """What keys and values depend on besides the images."""
+
+    @property
+    def images(self) -> str:
+        """`images_digest` of the prepared images."""
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) of the first image."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One tensor."""
+
+
+def reference_file_bytes(references: Saveable) -> int:
     """Bytes of the file that `save_references` writes."""
     return len(_header(references, _NO_CHECKSUM)) + references.nbytes
 
 
-def save_references(references: ReferenceSet, path: Path) -> None:
+def save_references(references: Saveable, path: Path) -> None:
     """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
 
     Raises:
@@ -65,10 +93,11 @@ def save_references(references: ReferenceSet, path: Path) -> None:
             partial.unlink()
 
 
-def _write(references: ReferenceSet, file: BinaryIO) -> None:
+def _write(references: Saveable, file: BinaryIO) -> None:
     file.write(_header(references, _NO_CHECKSUM))
     checksum = 0
-    for array in _arrays(references).values():
+    for spec in references.tensors:
+        array = references.array(spec.name)
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         checksum = zlib.crc32(content, checksum)
         file.write(content)
@@ -76,11 +105,7 @@ def _write(references: ReferenceSet, file: BinaryIO) -> None:
     file.write(_header(references, f"{checksum:08x}"))
 
 
-def _arrays(references: ReferenceSet) -> dict[str, NDArray[Any]]:
-    return {name: references.backend.download(x) for name, x in references.kv.items()}
-
-
-def _header(references: ReferenceSet, checksum: str) -> bytes:
+def _header(references: Saveable, checksum: str) -> bytes:
     height, width = references.first_size
     metadata = {
         "format": _FORMAT,
@@ -89,7 +114,7 @@ def _header(references: ReferenceSet, checksum: str) -> bytes:
         "first_size": f"{height}x{width}",
         "crc32": checksum,
     }
-    tensors = {name: (str(x.dtype), x.shape) for name, x in _arrays(references).items()}
+    tensors = {spec.name: (spec.dtype, spec.concrete({})) for spec in references.tensors}
     return safetensors_header(tensors, metadata)
 
 
@@ -128,7 +153,10 @@ def load_references(
         refs = read_header(path, quantized=True)
     except CheckpointError as error:
         raise _damaged(path, error) from error
-    _check_layout(path, refs, origin, net)
+    graphs = GraphSet("kv", origin.dtype, origin.kv_dtype)
+    count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
+    tensors = graphs.kv_tensors(net, count)
+    _check_layout(path, refs, tensors)
     kv, seen = {}, 0
     for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
         try:
@@ -141,8 +169,8 @@ def load_references(
         raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
     return ReferenceSet(
         kv=kv,
-        num_tokens=refs["k_ref.0"].shape[1],
-        nbytes=sum(ref.nbytes for ref in refs.values()),
+        tensors=tensors,
+        num_tokens=count,
         first_size=first_size,
         images=images,
         origin=origin,
@@ -169,14 +197,8 @@ def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
     return origin, images, size, checksum
 
 
-def _check_layout(
-    path: Path, refs: dict[str, WeightRef], origin: KVOrigin, net: TransformerConfig
-) -> None:
-    tokens = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
-    expected = {
-        spec.name: (spec.dtype, spec.concrete({"ref_tokens": tokens}))
-        for spec in kv_tensors(net, origin.dtype, origin.kv_dtype)
-    }
+def _check_layout(path: Path, refs: dict[str, WeightRef], tensors: Sequence[TensorSpec]) -> None:
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in tensors}
     for name in [*expected, *refs]:
         want = expected.get(name)
         got = (refs[name].dtype, refs[name].shape) if name in refs else None

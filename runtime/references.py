@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from klein_kv.config import DTYPES
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backend import Backend, Buffer
-from klein_kv.signature import KV_FLOAT8
+from klein_kv.signature import KV_FLOAT8, TensorSpec
 
 __all__ = [
     "KVOrigin",
@@ -109,8 +110,8 @@ class ReferenceSet:
     Attributes:
         kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`
             [1, R, H, D], and beside float8 ones their scales.
+        tensors: name, type and concrete shape of each of `kv`.
         num_tokens: R, tokens of all images together.
-        nbytes: bytes of all of `kv`.
         first_size: (height, width) of the first image after cropping: the default output size.
         images: `images_digest` of the prepared images.
         origin: what else they depend on.
@@ -118,8 +119,8 @@ class ReferenceSet:
     """
 
     kv: dict[str, Buffer] = field(repr=False)
+    tensors: tuple[TensorSpec, ...] = field(repr=False)
     num_tokens: int
-    nbytes: int
     first_size: tuple[int, int]
     images: str
     origin: KVOrigin
@@ -129,6 +130,15 @@ class ReferenceSet:
     def digest(self) -> str:
         """Hex digest of everything that the keys and values depend on."""
         return self.origin.digest(self.images)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of their scales."""
+        return sum(spec.nbytes({}) for spec in self.tensors)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One of `kv` on the host."""
+        return self.backend.download(self.kv[name])
 
     @property
     def model_digest(self) -> str:

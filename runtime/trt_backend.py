@@ -10,7 +10,7 @@ check that every name used exists in the installed bindings.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ from numpy.typing import NDArray
 from klein_kv.engines.manifest import EngineManifest, EngineRecord, find_engines
 from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, module_version
 from klein_kv.errors import ArtifactError, BackendError, BuildError
-from klein_kv.manifest import Manifest
-from klein_kv.runtime.backend import Buffer
-from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, load_cudart
+from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime.backend import Buffer, GraphMemory
+from klein_kv.runtime.cuda_memory import (
+    CudaMemory,
+    DeviceBuffer,
+    allocated_bytes,
+    load_cudart,
+)
+from klein_kv.runtime.pinned_store import PinnedStore
 from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef
 
@@ -65,6 +71,7 @@ class TrtBackend:
         graphs: GraphSet | None = None,
     ) -> None:
         graphs = graphs or manifest.graphs
+        self._files = graphs.files
         self._folder = engines or _only_folder(artifacts, graphs.kv_dtype)
         self._engines = EngineManifest.load(self._folder)
         if self._engines.kv_dtype != graphs.kv_dtype:
@@ -87,6 +94,7 @@ class TrtBackend:
         self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
+        self._host_stores: list[PinnedStore] = []
         self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -105,23 +113,45 @@ class TrtBackend:
         return view
 
     def release(self, graph: str) -> None:
-        engine = self._loaded.pop(graph, None)
-        if engine is None:
+        if graph not in self._loaded:
             return
+        self._memory.synchronize()  # it may still be running
+        engine = self._loaded.pop(graph)
         engine.save_cache()
         del engine
-        # Weights that no loaded engine binds any more go too.
-        bound = [other.weight_refs for other in self._loaded.values()]
+        self._drop_unbound()
+        self._memory.trim()
+
+    def _drop_unbound(self) -> None:
+        """Gives up weights that no loaded engine binds."""
+        bound = [engine.weight_refs for engine in self._loaded.values()]
         kept = {ref for refs in bound for ref in refs.values()}
         for ref in [ref for ref in self._weights if ref not in kept]:
             del self._weights[ref]
-        self._memory.trim()
+
+    def host_store(self, budget: int) -> PinnedStore:
+        """Pinned host memory for copies of buffers, at most `budget` bytes."""
+        store = PinnedStore(self._memory, budget)
+        self._host_stores.append(store)
+        return store
 
     def available_memory(self) -> int:
         return self._memory.available
 
+    def graph_memory(self, graph: str) -> GraphMemory:
+        record = self._engines.record(graph)
+        weights: dict[Hashable, int] = {
+            ref: allocated_bytes(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
+        }
+        if not weights:  # inside the engine
+            held = graph_weights(self._artifacts, self._files[graph])
+            weights = {(graph, name): ref.nbytes for name, ref in held.items()}
+        return GraphMemory(weights, record.scratch_bytes)
+
     def close(self) -> None:
-        """Saves the kernels compiled so far and frees all device memory."""
+        """Saves the kernels compiled so far and frees all device memory and pinned memory."""
+        for store in self._host_stores:
+            store.close()
         for graph in list(self._loaded):
             self.release(graph)
         self._memory.close()
@@ -133,15 +163,20 @@ class TrtBackend:
         self._weights |= self._memory.upload_weights(
             [ref for ref in refs.values() if ref not in self._weights]
         )
-        engine = self._runtime.deserialize_cuda_engine(blob)
-        if engine is None:
-            raise BuildError(
-                f"{self._trt.__name__} refuses {graph} of {self._folder}; build the engines again "
-                "with `klein-kv build`"
-            )
         cache = self._folder / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
-        self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
+        try:
+            engine = self._runtime.deserialize_cuda_engine(blob)
+            if engine is None:
+                raise BuildError(
+                    f"{self._trt.__name__} refuses {graph} of {self._folder}; build the engines "
+                    "again with `klein-kv build`"
+                )
+            self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
+        finally:
+            del weights
+            if graph not in self._loaded:
+                self._drop_unbound()
         self._loaded[graph].weight_refs = refs
         return self._loaded[graph]
 
@@ -198,12 +233,16 @@ class _Engine:
     def _create_context(self, trt: Any) -> Any:
         """A context with saved kernels, whole-graph capture and specialised kernels, if offered.
 
-        TensorRT-RTX captures the whole execution as a CUDA graph itself and captures anew when
-        shapes or addresses change; in a loop that repeats, `CudaMemory` gives the same addresses.
+        It brings no scratch of its own, which every loaded engine would hold for good: `run` lends
+        it some. TensorRT-RTX captures the whole execution as a CUDA graph itself and captures anew
+        when shapes or addresses change; in a loop that repeats, `CudaMemory` gives the same
+        addresses.
         """
+        lent = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(trt, "CudaGraphStrategy"):
-            return self._engine.create_execution_context()
+            return self._engine.create_execution_context(lent)
         config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(lent)
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -240,6 +279,7 @@ class _Engine:
                 raise BackendError(f"{graph}: TensorRT refuses profile {profile}")
             self._bind_all(self._weights)
         for name, buffer in inputs.items():
+            self._memory.settle(buffer)
             if not context.set_input_shape(name, buffer.shape):
                 raise BackendError(f"{graph}: TensorRT refuses shape {buffer.shape} for {name}")
         outputs = {
@@ -250,6 +290,9 @@ class _Engine:
         }
         self._bind_all(inputs)
         self._bind_all(outputs)
+        # Given back on return: what takes it next comes later on the stream.
+        scratch = self._memory.allocate((self._engine.device_memory_size_v2,), "uint8")
+        context.set_device_memory(scratch.pointer, scratch.nbytes)
         if not context.execute_async_v3(stream):
             raise BackendError(f"{graph}: TensorRT could not run the engine")
         return outputs

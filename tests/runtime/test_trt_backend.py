@@ -217,7 +217,7 @@ def test_available_memory_counts_blocks_that_nobody_uses():
 
 
 def test_weights_larger_than_the_staging_buffer(tiny_artifacts, monkeypatch):
-    monkeypatch.setattr(cuda_memory, "_STAGING_BYTES", 1000)
+    monkeypatch.setattr(cuda_memory, "STAGING_BYTES", 1000)
     memory = CudaMemory(FakeCudart())
     refs = graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"])
     placed = memory.upload_weights(list(refs.values()))

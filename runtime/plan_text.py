@@ -1,0 +1,132 @@
+"""The plan of `klein-kv plan` for people, in at most 100 columns."""
+
+from collections.abc import Iterator
+
+from klein_kv.runtime.edit_plan import EditPlan, Plans
+from klein_kv.runtime.latency import Latency
+from klein_kv.runtime.memory_plan import RESERVED, MemoryPlan
+
+__all__ = ["text_from_plans"]
+
+_NAMES = {"text_encoder": "text encoder", "transformer": "transformer", "vae": "VAE"}
+_COLUMNS = (
+    ("text enc", ("text_encoder",)),
+    ("transf.", ("transformer",)),
+    ("VAE", ("vae",)),
+    ("K/V", ("kv",)),
+    ("scratch", ("scratch",)),
+    ("in/out", ("activations", "images")),
+)
+
+
+def text_from_plans(plans: Plans) -> str:
+    """A line per precision and number of references, the stages of one of them, and the host."""
+    request = plans.edits[0].first.request
+    lines = [
+        f"{plans.gpu.name}, {plans.capacity / 1e9:.0f} GB, of which {RESERVED / 1e9:.1f} are left "
+        f"to CUDA (an estimate)",
+        f"{request.width}x{request.height}, batch {request.batch}, {plans.steps} steps; "
+        f"text encoder {plans.edits[0].first.footprint.text_precision}, "
+        f"K/V {_kv(plans.edits[0])}; GB and seconds",
+        "",
+        f"{'precision':9} {'refs':>4} {'weights':>7} {'K/V':>6} {'peak':>6} {'first':>6} "
+        f"{'again':>6}  loaded for each new prompt (again)",
+    ]
+    for edit in plans.edits:
+        lines += _row(edit)
+    lines.append("first: a new prompt and new references; again: a new prompt, references known")
+    shown = _shown(plans)
+    lines += ["", f"{_title(shown)}, GB and ms by stage:"]
+    lines += _stages("first edit", shown.first, shown.first_time)
+    if shown.again is not None and shown.again_time is not None:
+        lines += _stages("repeated edit", shown.again, shown.again_time)
+    lines.append("totals hold what is left to CUDA; times are a model, not a measurement")
+    if any(edit.choices for edit in plans.edits):
+        lines += ["", *_choices(plans)]
+    lines += ["", f"{'host':44} {'memory':>8} {'disk':>8}  GB"]
+    for need in plans.host:
+        lines += [
+            f"{need.what:44} {_gb(need.memory):>8} {_gb(need.disk, 3):>8}",
+            f"  {need.source}",
+        ]
+    return "\n".join(lines)
+
+
+def _kv(edit: EditPlan) -> str:
+    return "fp8" if edit.first.footprint.kv_dtype.startswith("float8") else "bf16"
+
+
+def _row(edit: EditPlan) -> Iterator[str]:
+    first = edit.first
+    yield (
+        f"{first.footprint.precision:9} {len(first.request.references):>4} "
+        f"{_gb(sum(first.footprint.weights.values())):>7} {_gb(first.kv_bytes):>6} "
+        f"{_gb(first.peak):>6} {_seconds(edit.first_time):>6} {_seconds(edit.again_time):>6}  "
+        f"{_verdict(edit)}"
+    )
+
+
+def _verdict(edit: EditPlan) -> str:
+    if not edit.first.fits:
+        return "does NOT fit"
+    first = _loads(edit.first)
+    if edit.again is None:
+        return first
+    again = _loads(edit.again) if edit.again.fits else "does NOT fit"
+    return first if first == again else f"{first} ({again})"
+
+
+def _loads(plan: MemoryPlan) -> str:
+    """What a new prompt loads."""
+    return ", ".join(_NAMES[component] for component in plan.loads) or "nothing: all stays"
+
+
+def _shown(plans: Plans) -> EditPlan:
+    """The edit with most references among those of the first precision."""
+    precision = plans.edits[0].first.footprint.precision
+    same = [edit for edit in plans.edits if edit.first.footprint.precision == precision]
+    return max(same, key=lambda edit: len(edit.first.request.references))
+
+
+def _title(edit: EditPlan) -> str:
+    count = len(edit.first.request.references)
+    return f"{edit.first.footprint.precision}, {count} reference{'s' * (count != 1)}"
+
+
+def _stages(what: str, plan: MemoryPlan, time: Latency) -> Iterator[str]:
+    heads = " ".join(f"{head:>8}" for head, _ in _COLUMNS)
+    yield f"{what:13} {heads} {'total':>6} {'ms':>8}  source"
+    for stage in plan.stages:
+        cells = " ".join(
+            f"{_gb(sum(stage.parts.get(part, 0) for part in parts)):>8}" for _, parts in _COLUMNS
+        )
+        took = time.of(stage.name)
+        known = took is not None and took.seconds is not None
+        ms = f"{took.seconds * 1e3:.1f}" if known and took is not None and took.seconds else "-"
+        runs = f"{took.runs}x" if took is not None and took.runs > 1 else ""
+        source = took.source if took is not None else ""
+        if stage.loads:
+            source += f", loads {_gb(stage.loads)}"
+        yield f"{stage.name:13} {cells} {_gb(stage.total):>6} {runs + ms:>8}  {source}"
+    loads = sum(t.seconds or 0 for t in time.stages if t.source == "host link")
+    if loads:
+        yield f"  weights loaded: {loads * 1e3:.0f} ms at the peak of the host link"
+    scratch = sorted({stage.scratch_source for stage in plan.stages})
+    yield f"  scratch: {', '.join(scratch)}; total {_seconds(time)} s"
+
+
+def _choices(plans: Plans) -> Iterator[str]:
+    yield "what would fit instead:"
+    for edit in plans.edits:
+        if not edit.first.fits:
+            found = "; ".join(f"{c.text} ({_gb(c.plan.peak)})" for c in edit.choices)
+            yield f"  {_title(edit)}: {found or 'nothing that was tried'}"
+
+
+def _gb(value: int | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value / 1e9:.{digits}f}"
+
+
+def _seconds(time: Latency | None) -> str:
+    total = None if time is None else time.total
+    return "-" if total is None else f"{total:.2f}"
