@@ -3,7 +3,16 @@
 import pytest
 
 from klein_kv.errors import RequestError
-from klein_kv.signature import GRAPH_FILES, KV_FLOAT8, MAX_POSITION, kv_names, make_signature
+from klein_kv.signature import (
+    GRAPH_FILES,
+    KV_FLOAT8,
+    KV_STATIC_FLOAT8,
+    MAX_POSITION,
+    is_kv,
+    kv_names,
+    make_signature,
+    quantized_graph_sets,
+)
 from tests.klein_configs import KLEIN_9B
 
 STEP_INPUTS = {
