@@ -10,6 +10,7 @@ from klein_kv.signature import (
     MAX_POSITION,
     is_kv,
     kv_names,
+    kv_tensors,
     make_signature,
     quantized_graph_sets,
 )
@@ -118,8 +119,9 @@ def test_graphs_of_quantized_precisions() -> None:
     assert attention.files["cached_step"] == "transformer/nvfp4.cached_step_fp8_attention.onnx"
     # What keys and values do not reach is one file for all.
     assert len({x.files["text_encoder"] for x in (own, packed, attention)}) == 1
+    net = KLEIN_9B.transformer
     sizes = [
-        sum(spec.nbytes({"ref_tokens": 16384}) for spec in x.kv_tensors(KLEIN_9B.transformer))
+        sum(spec.nbytes({"ref_tokens": 16384}) for spec in kv_tensors(net, x.dtype, x.kv_dtype))
         for x in (own, packed)
     ]
     assert sizes == [2**33, 2**32]
