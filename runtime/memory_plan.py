@@ -31,6 +31,7 @@ __all__ = [
     "component_of",
     "edit_stages",
     "make_plan",
+    "size_text",
 ]
 
 RESERVED = 600_000_000
@@ -43,6 +44,13 @@ COMPONENTS = ("transformer", "vae", "text_encoder")
 """Parts of a model that are loaded and released whole; the first stay longest."""
 
 _IMAGES = ("image", "sample")
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people."""
+    if nbytes >= 10**9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 10**7 else f"{nbytes / 1e6:.3f} MB"
 
 
 def component_of(graph: str) -> str:
@@ -299,13 +307,20 @@ def _kv_bytes(graph: str, footprint: Footprint, request: Request) -> int:
 
 
 def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, int]:
-    """Inputs and outputs of a graph but for keys and values."""
-    sizes = request.sizes(graph, footprint.config)
-    signature = make_signature(graph, footprint.config, footprint.dtype)
+    """Inputs and outputs but for keys and values, those of the loop over all stages.
+
+    Text embeddings, latents and positions are on the device from the first step until the image is
+    there, and are put there while the text encoder still is.
+    """
     parts = {"activations": 0, "images": 0}
-    for spec in (*signature.inputs, *signature.outputs):
-        if not spec.name.startswith(("k_ref", "v_ref")):
-            parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
+    steps = [stage for stage in request.stages if stage.endswith("_step")]
+    for name in {graph} if graph in steps else {graph, *steps[-1:]}:
+        sizes = request.sizes(name, footprint.config)
+        signature = make_signature(name, footprint.config, footprint.dtype)
+        outputs = signature.outputs if name == graph else ()
+        for spec in (*signature.inputs, *outputs):
+            if not spec.name.startswith(("k_ref", "v_ref")):
+                parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
     return parts
 
 

@@ -276,7 +276,8 @@ class KleinKVPipeline:
         unit = self.config.vae.multiple_of
         stages = ("text_encoder",)
         request = Request(unit, unit, (), stages, batch=batch, text_tokens=length)
-        self._planned.admit(request, self.reference_store.free)
+        if not self._prompts.knows(tokens):
+            self._planned.admit(request, self.reference_store.free)
         return self._prompts.encode(tokens, at)
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
@@ -403,7 +404,7 @@ class KleinKVPipeline:
         unit = self.config.vae.multiple_of
         grid = height // unit, width // unit
         text_tokens = max_sequence_length if given is None else given.shape[1]
-        left_out = {"text_encoder"} if given is not None else set()
+        left_out = {"text_encoder"} if given is not None or self._prompts.knows(tokens) else set()
         left_out |= {"vae_decoder"} if output_type == "latent" else set()
         stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
         request = Request(height, width, (), tuple(stages), batch=batch, text_tokens=text_tokens)

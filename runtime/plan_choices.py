@@ -1,5 +1,6 @@
 """What would fit in place of a request that does not: found by planning it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from klein_kv.runtime.memory_plan import PRECISIONS, Footprint, MemoryPlan, Requ
 __all__ = ["Choice", "what_fits"]
 
 _SMALLEST_SIDE = 128
+_SMALLEST_REFERENCE = 64
 _PRECISIONS = ("fp8", "nvfp4")
 
 
@@ -46,6 +48,7 @@ def what_fits(
     footprint, request = plan.footprint, plan.request
     kinds: list[Iterator[tuple[str, Footprint, Request]]] = [
         ((_count(len(less.references)), footprint, less) for less in _fewer(request)),
+        ((text, footprint, less) for text, less in _smaller_references(footprint, request)),
         _smaller(footprint, request),
         ((f"batch {less.batch}", footprint, less) for less in _batches(request)),
     ]
@@ -105,6 +108,24 @@ def _quantized(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
         yield "fp8 text encoder", footprint.quantized(own, "fp8")
 
 
+def _smaller_references(footprint: Footprint, request: Request) -> Iterator[tuple[str, Request]]:
+    """All references by eighths of their sides."""
+    unit = footprint.config.vae.multiple_of
+    if request.kv_held or not request.references:
+        return
+    for eighths in reversed(range(1, 8)):
+        sizes = tuple(
+            (_part(height, eighths, unit), _part(width, eighths, unit))
+            for height, width in request.references
+        )
+        height, width = max(sizes, key=math.prod)
+        yield f"references up to {width}x{height}", replace(request, references=sizes)
+
+
+def _part(side: int, eighths: int, unit: int) -> int:
+    return max(_SMALLEST_REFERENCE, side * eighths // 8 // unit * unit)
+
+
 def _smaller(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
     unit = footprint.config.vae.multiple_of
     longest = max(request.height, request.width)
@@ -122,16 +143,15 @@ def _batches(request: Request) -> Iterator[Request]:
 
 
 def _together(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
-    """Smaller weights, keys and values in eight bits, one image at a time, fewer references."""
+    """Smaller weights, keys and values in eight bits; one image at a time; fewer references."""
     packed = replace(footprint, kv_dtype="float8_e4m3fn")
-    for precision in _PRECISIONS:
-        if PRECISIONS[precision] > PRECISIONS[footprint.precision]:
-            continue
-        less = packed.quantized(precision, "fp8")
-        text = f"{precision} transformer, fp8 text encoder and fp8 K/V"
-        yield text, less, request
-        single = replace(request, batch=1)
-        if request.batch > 1:
-            yield f"batch 1 with {text}", less, single
-        for fewer in _fewer(single):
-            yield f"{_count(len(fewer.references))} with {text}", less, fewer
+    single = replace(request, batch=1)
+    requests = [("", request)]
+    if request.batch > 1:
+        requests.append(("batch 1 with ", single))
+    requests += [(f"{_count(len(less.references))} with ", less) for less in _fewer(single)]
+    for text, less in requests:
+        for precision in _PRECISIONS:
+            if PRECISIONS[precision] <= PRECISIONS[footprint.precision]:
+                change = f"{text}{precision} transformer, fp8 text encoder and fp8 K/V"
+                yield change, packed.quantized(precision, "fp8"), less

@@ -8,7 +8,7 @@ the text encoder before the transformer, and the other way round for the next pr
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from klein_kv.runtime.memory_plan import (
     Stage,
     component_of,
     make_plan,
+    size_text,
 )
 from klein_kv.runtime.plan_choices import what_fits
 from klein_kv.signature import GraphSet
@@ -77,7 +78,9 @@ class PlannedBackend:
         self._graphs = graphs
         self._memory: dict[str, GraphMemory] = {}
         self._vae_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._sums: dict[frozenset[str], int] = {}
         self._loaded: set[str] = set()
+        self._last = ""
         self._kept_scratch = 0
         self._free: Callable[[int], int] = lambda _missing: 0
         self._lock = threading.RLock()
@@ -104,15 +107,16 @@ class PlannedBackend:
                 plan = self._make(request, self._capacity(request) + more)
             if not plan.fits:
                 raise CapacityError(self._refusal(plan))
-            self.plan, self._free = plan, free
+            self.plan, self._free, self._last = plan, free, ""
             return plan
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         stage = None if self.plan is None else self.plan.stage(graph)
         if self.graph_memory(graph).weights:
             with self._lock:
-                if stage is not None:
+                if stage is not None and graph != self._last:  # a loop's step costs nothing here
                     self._make_room(stage)
+                    self._last = graph
                 outputs = self.inner.run(graph, inputs)
                 self._loaded.add(graph)
                 return outputs
@@ -133,6 +137,7 @@ class PlannedBackend:
     def release(self, graph: str) -> None:
         with self._lock:
             self._loaded.discard(graph)
+            self._last = ""
             self.inner.release(graph)
 
     def available_memory(self) -> int:
@@ -157,17 +162,19 @@ class PlannedBackend:
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)
 
-    def _weights(self, graphs: set[str]) -> dict[Hashable, int]:
-        """Tensors of these graphs, each once."""
-        return {
-            key: nbytes
-            for graph in graphs
-            for key, nbytes in self.graph_memory(graph).weights.items()
-        }
+    def _weights(self, graphs: Iterable[str]) -> int:
+        """Bytes of the tensors of these graphs, each once."""
+        chosen = frozenset(graphs)
+        if chosen not in self._sums:
+            held: dict[Hashable, int] = {}
+            for graph in chosen:
+                held |= self.graph_memory(graph).weights
+            self._sums[chosen] = sum(held.values())
+        return self._sums[chosen]
 
     def _capacity(self, request: Request) -> int:
         """What can be had, and what this pipeline holds already and the plan counts."""
-        held = sum(self._weights(self._loaded).values()) + self._kept_scratch
+        held = self._weights(self._loaded) + self._kept_scratch
         if request.kv_held:
             held += self._footprint(request).kv_bytes(request)
         return self.inner.available_memory() + held
@@ -175,9 +182,7 @@ class PlannedBackend:
     def _footprint(self, request: Request) -> Footprint:
         manifest, graphs = self._manifest, {*request.stages, *self._loaded}
         weights = {
-            component: sum(
-                self._weights({g for g in graphs if component_of(g) == component}).values()
-            )
+            component: self._weights(g for g in graphs if component_of(g) == component)
             for component in COMPONENTS
         }
         if not self._vae_shapes:
@@ -222,8 +227,8 @@ class PlannedBackend:
                 if graph in self._loaded:
                     _log.info("%s makes room for %s", graph, stage.name)
                 self.release(graph)
-        new = self._weights(self._loaded | {stage.name})
-        needed = sum(new.values()) - sum(self._weights(self._loaded).values()) + _passing(stage)
+        needed = self._weights(self._loaded | {stage.name}) - self._weights(self._loaded)
+        needed += _passing(stage)
         if stage.name in ("first_step", "encode_references"):
             needed += stage.parts.get("kv", 0)
         missing = needed - self.inner.available_memory()
@@ -233,9 +238,7 @@ class PlannedBackend:
     def _refusal(self, plan: MemoryPlan) -> str:
         worst = max(plan.stages, key=lambda stage: stage.total)
         parts = ", ".join(
-            f"{_PARTS[part]} {nbytes / 1e9:.2f} GB"
-            for part, nbytes in worst.parts.items()
-            if nbytes
+            f"{_PARTS[part]} {size_text(nbytes)}" for part, nbytes in worst.parts.items() if nbytes
         )
         device = self._on_device(plan.request)
 
@@ -245,8 +248,8 @@ class PlannedBackend:
         choices = what_fits(plan, other, device=device)
         fitting = "; ".join(choice.text for choice in choices) or "nothing that was tried"
         return (
-            f"the request needs {worst.total / 1e9:.2f} GB in {worst.name} ({parts}), "
-            f"{plan.capacity / 1e9:.2f} GB of {'device ' if device else ''}memory can be had; "
+            f"the request needs {size_text(worst.total)} in {worst.name} ({parts}), "
+            f"{size_text(plan.capacity)} of {'device ' if device else ''}memory can be had; "
             f"what would fit: {fitting}"
         )
 

@@ -68,14 +68,21 @@ class PromptEncoder:
             )
         return [exported.index(layer) for layer in layers]
 
-    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> NDArray[Any]:
-        """Embeddings [B, T, D]: an array of the caller's own."""
+    def knows(self, tokens: dict[str, NDArray[np.int64]]) -> bool:
+        """Whether the embeddings are at hand: `encode` will not run the text encoder."""
+        return self._key(tokens) in self.cache
+
+    def _key(self, tokens: dict[str, NDArray[np.int64]]) -> str:
         # The whole batch is one key: a text encoded beside others may round differently.
         state = hashlib.sha256(self.model_digest.encode())
         for name, array in tokens.items():
             state.update(f"{name} {array.dtype} {array.shape}".encode())
             state.update(np.ascontiguousarray(array).data)
-        with self.cache.claim(state.hexdigest()) as claim:
+        return state.hexdigest()
+
+    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> NDArray[Any]:
+        """Embeddings [B, T, D]: an array of the caller's own."""
+        with self.cache.claim(self._key(tokens)) as claim:
             embeds = claim.value
             if embeds is None:
                 buffers = {name: self.backend.upload(array) for name, array in tokens.items()}

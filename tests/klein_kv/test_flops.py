@@ -1,9 +1,25 @@
 """The count against numbers worked out by hand for klein 9B, and against itself."""
 
-import pytest
+from math import prod
 
-from klein_kv.flops import edit_flops, plain_edit_flops, reference_flops, step_flops
-from tests.klein_configs import KLEIN_9B
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config, Qwen3Model
+
+from klein_kv.config import ModelConfig, TextEncoderConfig
+from klein_kv.flops import (
+    block_weights,
+    edit_flops,
+    plain_edit_flops,
+    reference_flops,
+    step_flops,
+    text_block_weights,
+    text_operations,
+)
+from klein_kv.model import transformer_parameters
+from klein_kv.text_model import text_encoder_parameters
+from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 NET = KLEIN_9B.transformer
 SIZES = {"batch": 1, "image_tokens": 4096, "text_tokens": 512}
@@ -36,3 +52,55 @@ def test_request_is_the_sum_of_its_steps() -> None:
     )
     both = step_flops(NET, ref_tokens=4096, **(SIZES | {"batch": 2}))
     assert 1.99 * step < both < 2 * step  # the timestep is embedded once
+
+
+def test_text_encoder_counts_what_torch_counts() -> None:
+    """torch's own counter over transformers' Qwen3, on tensors without data."""
+    config = TextEncoderConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        layers=(1, 3),
+    )
+    with torch.device("meta"):
+        model = Qwen3Model(
+            Qwen3Config(
+                hidden_size=64,
+                intermediate_size=160,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=16,
+                vocab_size=100,
+                attn_implementation="eager",
+            )
+        )
+        ids = torch.zeros((2, 37), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    # Positions times frequencies of RoPE are a product too, which is not counted here.
+    rope = 2 * 2 * 37 * 8
+    counted = counter.get_total_flops() - rope
+    assert text_operations(config, batch=2, text_tokens=37).total == pytest.approx(counted, abs=rope)
+    ours = text_operations(config, batch=2, text_tokens=37)
+    assert ours.linears == 2 * 2 * 37 * text_block_weights(config)
+
+
+@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B], ids=["9b", "4b"])
+def test_block_weights_are_those_of_the_checkpoint(config: ModelConfig) -> None:
+    def matrices(shapes: dict[str, tuple[int, ...]], *prefixes: str) -> int:
+        return sum(
+            prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and shape[1:]
+        )
+
+    blocks = ("transformer_blocks.", "single_transformer_blocks.")
+    shapes = transformer_parameters(config.transformer)
+    assert block_weights(config.transformer) == matrices(shapes, *blocks)
+    shapes = text_encoder_parameters(config.text_encoder)
+    assert text_block_weights(config.text_encoder) == matrices(shapes, "model.layers.")

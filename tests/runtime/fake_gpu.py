@@ -9,6 +9,7 @@ real, and a wrong address gives wrong numbers.
 
 import ctypes
 import enum
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
 
 ALIGNMENT = 256  # of what cudaMalloc gives
+SCRATCH = 20_000  # bytes that every engine needs while it runs
 _FIRST_STREAM = 7
 
 
@@ -281,27 +283,38 @@ class FakeEngine:
     """`ICudaEngine` made from a graph; shared weights are inputs, as in a real one."""
 
     num_optimization_profiles = 1
+    device_memory_size_v2 = SCRATCH
 
     def __init__(
         self,
         artifacts: Path,
         graph: str,
         shared: bool,
-        scratch: int,
         graphs: GraphSet | None,
         cudart: FakeCudart | None,
     ) -> None:
-        self.device_memory_size_v2 = scratch
         manifest = Manifest.load(artifacts, check_files=False)
         graphs = graphs or manifest.graphs
         self.signature = graphs.signature(graph, manifest.config)
         self.unit = manifest.config.vae.multiple_of
-        self.weights = graph_weights(artifacts, graphs.files[graph]) if shared else {}
+        weights = graph_weights(artifacts, graphs.files[graph])
+        self.weights = weights if shared else {}
         self.path = artifacts / graphs.files[graph]
         self.cudart = cudart
         specs = (*self.signature.inputs, *self.signature.outputs)
         self.names = [*(spec.name for spec in specs), *self.weights]
-        self.contexts: list[FakeContext] = []
+        self.contexts: list[Any] = []  # weak: whoever made a context keeps it
+        self._memory = cudart, 0
+        if cudart is not None and not shared:
+            status, pointer = cudart.cudaMalloc(sum(ref.nbytes for ref in weights.values()))
+            if status:
+                raise AssertionError("an engine that does not fit was deserialised")
+            self._memory = cudart, pointer
+
+    def __del__(self) -> None:
+        cudart, pointer = self._memory
+        if cudart is not None and pointer:
+            cudart.cudaFree(pointer)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         if self.cudart is None:
@@ -312,8 +325,9 @@ class FakeEngine:
     def create_execution_context(self, strategy: Any) -> FakeContext:
         if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
             raise AssertionError("a context with scratch of its own")
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
+        context = FakeContext(self)
+        self.contexts.append(weakref.proxy(context))
+        return context
 
 
 class FakeTrt:
@@ -322,9 +336,13 @@ class FakeTrt:
     Args:
         artifacts: the folder of the graphs.
         shared: graphs whose weights are inputs or not; else all but the VAE's.
-        scratch: bytes that each engine needs while it runs.
         graphs: which graphs of the folder.
-        cudart: whose streams the engines run on; None runs them at once.
+        cudart: whose streams the engines run on, and where those that hold their weights put them;
+            None runs them at once and gives them memory elsewhere.
+
+    Attributes:
+        engines: those that somebody still holds, by graph.
+        loads: graphs in the order they were deserialised in.
     """
 
     __name__ = "fake_trt"
@@ -338,13 +356,13 @@ class FakeTrt:
         self,
         artifacts: Path,
         shared: Mapping[str, bool] | None = None,
-        scratch: int = 4096,
         graphs: GraphSet | None = None,
         cudart: FakeCudart | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.shared = shared or {}
-        self.engines: dict[str, FakeEngine] = {}
+        self.engines: weakref.WeakValueDictionary[str, FakeEngine] = weakref.WeakValueDictionary()
+        self.loads: list[str] = []
         outer = self
 
         class Severity(enum.IntEnum):
@@ -369,9 +387,10 @@ class FakeTrt:
                     raise AssertionError("host code from engine files must stay off")
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
-                engine = FakeEngine(artifacts, graph, shared, scratch, graphs, cudart)
+                outer.loads.append(graph)
+                engine = FakeEngine(artifacts, graph, shared, graphs, cudart)
                 outer.engines[graph] = engine
-                return outer.engines[graph]
+                return engine
 
         self.ILogger = ILogger
         self.Runtime = Runtime

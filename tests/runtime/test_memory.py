@@ -1,5 +1,6 @@
-"""The memory check: it adds up, it refuses before any work is done, and it says what would help."""
+"""Host memory: what is free, and that requests are refused before any work is done."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,19 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import CapacityError
 from klein_kv.runtime import memory
-from klein_kv.runtime.memory import available_memory, check_request_memory, request_bytes
-from tests.klein_configs import KLEIN_9B
+from klein_kv.runtime.memory import available_memory
+
+
+@pytest.fixture
+def fresh(tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
+    """The tiny pipeline as if its backend had taken no memory yet."""
+    return KleinKVPipeline(
+        tiny_ours.artifacts,
+        tiny_ours.manifest,
+        tiny_ours.backend,
+        reference_cache_bytes=0,
+        prompt_cache_bytes=0,
+    )
 
 
 @pytest.fixture
@@ -22,52 +34,50 @@ def no_graph_runs(tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tiny_ours.backend, "run", run)
 
 
-def test_four_references_of_klein_9b() -> None:
-    parts = request_bytes(
-        KLEIN_9B, "bfloat16", batch=1, image_tokens=4096, ref_tokens=4 * 4096, text_tokens=512
-    )
-    assert parts["reference K/V"] == 8 << 30  # half a mebibyte per token
-    assert 0.5e9 < parts["activations"] < 5e9
-
-
-def test_enough_memory_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 100)
-    check_request_memory({"reference K/V": 60, "activations": 40}, 1)
-
-
-@pytest.mark.parametrize(("tokens", "mend"), [(0, "a smaller output"), (1, "fewer or smaller ref")])
-def test_message(tokens: int, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: int(2e9))
-    with pytest.raises(CapacityError) as caught:
-        check_request_memory({"reference K/V": int(8e9), "activations": int(1e9)}, tokens)
-    message = str(caught.value)
-    for part in ("9.0 GB", "K/V 8.0 GB", "activations 1.0 GB", "2.0 GB of memory are free", mend):
-        assert part in message
-
-
 @pytest.mark.usefixtures("no_graph_runs")
 def test_request_is_refused_first(
-    tiny_ours: KleinKVPipeline,
+    fresh: KleinKVPipeline,
     picture: Callable[..., Image.Image],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    monkeypatch.setattr(tiny_ours, "_activations_held", 0)
-    with pytest.raises(CapacityError, match="the request needs at least"):
-        tiny_ours("a red kite", image=[picture(128, 128)] * 4)
-    with pytest.raises(CapacityError, match="a smaller output"):
-        tiny_ours("a red kite")
+    with pytest.raises(CapacityError, match=r"0\.001 MB of memory can be had; .* nothing that was"):
+        fresh("a red kite", image=[picture(128, 128)] * 4)
+    with pytest.raises(CapacityError, match="the request needs"):
+        fresh("a red kite")
+
+
+def test_refusal_names_what_would_fit(
+    fresh: KleinKVPipeline,
+    picture: Callable[..., Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = [picture(256, 256)] * 20
+    monkeypatch.setattr(memory, "available_memory", lambda: 22_000_000)
+    request = {"height": 128, "width": 128, "output_type": "latent", "num_inference_steps": 1}
+    with pytest.raises(CapacityError) as caught:
+        fresh("a red kite", image=images, **request)
+    message = str(caught.value)
+    assert "in first_step (reference K/V 7.864 MB, scratch 19.7 MB" in message
+    # Weights are mapped files here, and keys and values are computed with as they are.
+    found = re.search(r"what would fit: (\d+) references; references up to (\d+)x(\d+)$", message)
+    assert found
+    fitting, width, height = map(int, found.groups())
+    with pytest.raises(CapacityError, match=f"what would fit: {fitting} references"):
+        fresh("a red kite", image=images[: fitting + 1], **request)
+    fresh("a red kite", image=[picture(width, height)] * 20, **request)
+    fresh("a red kite", image=images[:fitting], **request)
 
 
 @pytest.mark.usefixtures("no_graph_runs")
 def test_references_alone_are_refused_first(
-    tiny_ours: KleinKVPipeline,
+    fresh: KleinKVPipeline,
     picture: Callable[..., Image.Image],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(CapacityError, match="reference K/V"):
-        tiny_ours.encode_references(picture(512, 512))
+    monkeypatch.setattr(memory, "available_memory", lambda: 22_000_000)
+    with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
+        fresh.encode_references([picture(256, 256)] * 20)
 
 
 def test_control_group_limits_what_is_available(
@@ -88,12 +98,12 @@ def test_control_group_limits_what_is_available(
 
 
 def test_a_request_like_an_earlier_one_is_not_refused(
-    tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+    fresh: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: what the backend kept of the first request counted as taken for the second."""
     request = {"height": 256, "width": 256, "seed": 0, "num_inference_steps": 1}
-    tiny_ours("a red kite", **request)
+    fresh("a red kite", **request)
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    tiny_ours("another kite", **request)
+    fresh("another kite", **request)
     with pytest.raises(CapacityError):
-        tiny_ours("a larger kite", **(request | {"height": 2048, "width": 2048}))
+        fresh("a larger kite", **(request | {"height": 2048, "width": 2048}))

@@ -110,8 +110,9 @@ def test_memory_has_no_keys_and_values(
     ours: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(CapacityError, match=r"reference K/V 0.0 GB, activations"):
-        ours("a kite", image=4 * [picture(256, 256)], height=512, width=512)
+    images = 20 * [picture(256, 256)]
+    with pytest.raises(CapacityError, match=r"in plain_step \(scratch"):
+        ours("a kite", image=images, height=512, width=512, output_type="latent")
 
 
 def test_commands(plain_artifacts: Path, tmp_path: Path, capsys: Any) -> None:

@@ -81,7 +81,7 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 # --- sequences of requests ---
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=SHARED)
+@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
 @given(
     budget=st.integers(0, 100 * TOKEN),
     host_budget=st.one_of(st.just(0), st.integers(1, 150 * TOKEN)),
@@ -266,23 +266,14 @@ def test_store_gives_way_to_a_request(
         pipe.encode_references(image)
     held = pipe.reference_store.stats
     assert held.entries == 4
-    parts: list[int] = []
-    check = memory.check_request_memory
-
-    def record(sizes: dict[str, int], *args: Any) -> None:
-        parts.append(sum(sizes.values()))
-        check(sizes, *args)
-
-    monkeypatch.setattr("klein_kv.runtime.pipeline.check_request_memory", record)
     edit(pipe, pictures[:1])
-    pipe._activations_held = 0  # as if the backend had given its memory back
-    monkeypatch.setattr(memory, "available_memory", lambda: parts[0] - held.bytes // 2)
+    needed = pipe._planned.plan.peak - pipe._planned.plan.kv_bytes  # its own set is held
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - held.bytes // 2)
     edit(pipe, pictures[:1])
     assert 1 <= pipe.reference_store.stats.entries < 4
     assert pipe.reference_store.stats.misses == 4  # its own references stayed
-    pipe._activations_held = 0
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    with pytest.raises(CapacityError, match="the request needs at least"):
+    with pytest.raises(CapacityError, match="the request needs"):
         edit(pipe, pictures[:1])
 
 

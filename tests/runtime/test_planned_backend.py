@@ -1,0 +1,241 @@
+"""The runtime follows the plan: on stand-ins for a GPU that is as small as the test wants it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from klein_kv.errors import CapacityError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.memory_plan import component_of, size_text
+from klein_kv.runtime.pipeline import KleinKVPipeline
+from klein_kv.runtime.trt_backend import TrtBackend
+from tests.runtime.fake_engines import make_engines
+from tests.runtime.fake_gpu import SCRATCH, FakeCudart, FakeTrt
+
+ROOMY = 1 << 34
+REQUEST = {"prompt": "a kite", "height": 128, "width": 160, "seed": 3, "output_type": "np"}
+
+
+class Machine:
+    """A pipeline on a stand-in GPU of some size, and what happened there."""
+
+    def __init__(self, artifacts: Path, engines: Path, capacity: int, **options: Any) -> None:
+        self.cudart = FakeCudart(capacity)
+        self.trt = FakeTrt(artifacts, cudart=self.cudart)
+        manifest = Manifest.load(artifacts)
+        self.backend = TrtBackend(
+            artifacts, manifest, engines=engines, cudart=self.cudart, trt=self.trt
+        )
+        options = {"reference_cache_bytes": 0} | options
+        self.pipe = KleinKVPipeline(artifacts, manifest, self.backend, **options)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.runs: list[str] = []
+        run = self.backend.run
+
+        def watch(graph: str, inputs: Any) -> Any:
+            self.runs.append(graph)
+            return run(graph, inputs)
+
+        self.backend.run = watch  # type: ignore[method-assign]
+
+    def __call__(self, image: Any = None, **changes: Any) -> np.ndarray:
+        return np.asarray(self.pipe(**(REQUEST | {"image": image} | changes)).images)  # type: ignore[union-attr]
+
+    @property
+    def components(self) -> set[str]:
+        """Components with engines on the device."""
+        return {component_of(graph) for graph in self.backend._loaded}
+
+    def weights(self, *graphs: str) -> int:
+        """Bytes of the weights of some graphs, each tensor once."""
+        held: dict[Any, int] = {}
+        for graph in graphs:
+            held |= self.backend.graph_memory(graph).weights
+        return sum(held.values())
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Large enough that the first step needs most memory."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (256, 272, 3), dtype=np.uint8)) for _ in range(2)]
+
+
+def least_capacity(roomy: Machine) -> int:
+    """The smallest device for what a roomy one did last: one component at a time."""
+    plan = roomy.pipe._planned.plan
+    assert plan is not None
+    bare = 0
+    for stage in plan.stages:
+        others = stage.resident - {component_of(stage.name)}
+        ours = {name: value for name, value in stage.parts.items() if name not in others}
+        bare = max(bare, sum(ours.values()) - ours["reserved"])
+    return bare * 100 // 99 + 1
+
+
+def test_all_stays_where_it_fits(tiny_artifacts: Path, engines: Path, pictures: list[Any]) -> None:
+    machine = Machine(tiny_artifacts, engines, ROOMY)
+    machine(pictures)
+    machine(pictures, prompt="another")
+    assert machine.components == {"text_encoder", "transformer", "vae"}
+    assert sorted(machine.trt.loads) == sorted(set(machine.trt.loads)), "something came twice"
+
+
+def test_scratch_is_lent_and_not_held(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    machine = Machine(tiny_artifacts, engines, ROOMY)
+    machine(pictures)
+    assert len(machine.backend._loaded) == 5
+    blocks = [len(block) for block in machine.cudart.blocks.values()]
+    assert blocks.count(-(-SCRATCH // 256) * 256) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_components_take_turns_on_the_smallest_device_that_is_accepted(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any], count: int
+) -> None:
+    image = pictures[:count] or None
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = [roomy(image), roomy(image, prompt="b")]
+    capacity = least_capacity(roomy)
+    machine = Machine(tiny_artifacts, engines, capacity)
+    steps = ["first_step", "cached_step"] if count else ["cached_step"]
+    text, transformer = machine.weights("text_encoder"), machine.weights(*steps)
+    assert max(text, transformer) < capacity < text + transformer
+    np.testing.assert_array_equal(machine(image), expected[0])
+    np.testing.assert_array_equal(machine(image, prompt="b"), expected[1])
+    order = [graph for graph in machine.trt.loads if not graph.startswith("vae_")]
+    assert order == ["text_encoder", *steps] * 2
+    with pytest.raises(CapacityError, match="can be had"):
+        Machine(tiny_artifacts, engines, capacity - 2)(image)
+
+
+def test_text_encoder_is_gone_before_the_transformer_comes(
+    tiny_artifacts: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy()
+    machine = Machine(tiny_artifacts, engines, least_capacity(roomy))
+    events: list[str] = []
+    release, load = machine.backend.release, machine.backend._load
+
+    def watch_release(graph: str) -> None:
+        if graph in machine.backend._loaded:
+            events.append(f"release {graph}")
+        release(graph)
+
+    def watch_load(graph: str) -> Any:
+        events.append(f"load {graph}")
+        assert machine.components <= {component_of(graph), "vae"}
+        return load(graph)
+
+    monkeypatch.setattr(machine.backend, "release", watch_release)
+    monkeypatch.setattr(machine.backend, "_load", watch_load)
+    machine()
+    assert events[:3] == ["load text_encoder", "release text_encoder", "load cached_step"]
+
+
+def test_a_known_prompt_leaves_the_transformer_alone(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    """Regression: the plan made room for a text encoder that was not needed."""
+    machine = Machine(tiny_artifacts, engines, 3_550_000)
+    machine(pictures)
+    assert machine.components == {"transformer", "vae"}
+    before = len(machine.trt.loads)
+    machine(pictures[::-1])
+    assert {"vae_encoder", "vae_decoder"} >= set(machine.trt.loads[before:])
+    machine(pictures, prompt="b")
+    assert {"text_encoder", "first_step", "cached_step"} <= set(machine.trt.loads[before:])
+
+
+def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures[:1])
+    roomy(pictures)
+    capacity = least_capacity(roomy)
+    machine = Machine(tiny_artifacts, engines, capacity - 50_000)
+    with pytest.raises(CapacityError) as caught:
+        machine(pictures)
+    assert not machine.runs
+    assert not machine.trt.loads
+    assert machine.cudart.used == 0
+    message = str(caught.value)
+    plan = roomy.pipe._planned.plan
+    assert plan is not None
+    for part in (
+        " in first_step (transformer 1.3",
+        f"reference K/V {size_text(plan.kv_bytes)}",
+        f"{size_text(capacity - 50_000)} of device memory can be had",
+        "what would fit: 1 reference; fp8 K/V; fp8 transformer",
+    ):
+        assert part in message
+    np.testing.assert_array_equal(machine(pictures[:1]), expected)  # what it said would fit
+
+
+def test_kept_references_give_way_on_a_device(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures)
+    capacity = least_capacity(roomy)
+    machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+    machine(pictures[0])
+    assert machine.pipe.reference_store.stats.entries == 1
+    np.testing.assert_array_equal(machine(pictures), expected)
+    stats = machine.pipe.reference_store.stats
+    assert (stats.misses, stats.evictions, stats.entries) == (2, 1, 1)
+
+
+def test_known_references_count_once(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    """What a set holds already is not asked for again, and it stays through all stages."""
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures)
+    roomy(references=roomy.pipe.encode_references(pictures), prompt="b")
+    capacity = least_capacity(roomy)
+    machine = Machine(tiny_artifacts, engines, capacity)
+    references = machine.pipe.encode_references(pictures)
+    np.testing.assert_array_equal(machine(references=references), expected)
+    plan = machine.pipe._planned.plan
+    assert plan is not None
+    assert all(stage.parts["kv"] == references.nbytes for stage in plan.stages)
+    assert "first_step" not in machine.runs
+
+
+@pytest.mark.parametrize("graph", ["text_encoder", "encode_references"])
+def test_prompts_and_references_alone_are_planned_too(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any], graph: str
+) -> None:
+    machine = Machine(tiny_artifacts, engines, 100_000)
+    calls = {
+        "text_encoder": lambda: machine.pipe.encode_prompt("a kite"),
+        "encode_references": lambda: machine.pipe.encode_references(pictures),
+    }
+    with pytest.raises(CapacityError, match=f"in {graph}"):
+        calls[graph]()
+    assert not machine.trt.loads
+
+
+def test_a_failed_load_leaves_no_weights(tiny_artifacts: Path, engines: Path) -> None:
+    machine = Machine(tiny_artifacts, engines, ROOMY)
+
+    def fail(_blob: bytes) -> None:
+        raise CapacityError("planted")
+
+    machine.backend._runtime.deserialize_cuda_engine = fail
+    with pytest.raises(CapacityError, match="planted"):
+        machine()
+    assert machine.backend._weights == {}
