@@ -87,7 +87,9 @@ def test_text_encoder_counts_what_torch_counts() -> None:
     # Positions times frequencies of RoPE are a product too, which is not counted here.
     rope = 2 * 2 * 37 * 8
     counted = counter.get_total_flops() - rope
-    assert text_operations(config, batch=2, text_tokens=37).total == pytest.approx(counted, abs=rope)
+    assert text_operations(config, batch=2, text_tokens=37).total == pytest.approx(
+        counted, abs=rope
+    )
     ours = text_operations(config, batch=2, text_tokens=37)
     assert ours.linears == 2 * 2 * 37 * text_block_weights(config)
 
