@@ -188,6 +188,6 @@ def _one_shape(engines: EngineManifest) -> bool:
     """Whether all engines of a folder take one single shape."""
     return bool(engines.engines) and all(
         len(record.profiles) == 1
-        and all(low == high for low, _, high in record.profiles[0].symbols.values())
+        and all(low == high for low, _, high in record.profiles[0].shapes.values())
         for record in engines.engines.values()
     )
