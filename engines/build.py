@@ -20,7 +20,6 @@ from klein_kv.engines.build_task import (
     BuildTask,
     artifact_precision,
     chosen_graphs,
-    graphs_to_build,
     make_task,
 )
 from klein_kv.engines.builder import BuiltEngine, build_engine
@@ -40,6 +39,7 @@ from klein_kv.engines.targets import Target, compute_capability, find_target
 from klein_kv.engines.trt_module import load_module, module_version
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.manifest import Manifest
+from klein_kv.quantization import PRECISION_FORMATS
 
 __all__ = ["build_artifacts", "engine_folder"]
 
@@ -102,7 +102,8 @@ def build_artifacts(
     goal = find_target(target or recipe.target)
     trt = load_module(module)
     compute_capability(trt, goal)  # refuses an unknown target before any work
-    there = graphs_to_build(manifest, precision, kv_dtype, recipe.attention)
+    quantized = precision if precision in PRECISION_FORMATS else None
+    there = manifest.choose_graphs(kv_dtype, quantized, recipe.attention)
     folder = engine_folder(
         artifacts, goal.name, precision, recipe.name, there.kv_dtype, there.attention
     )

@@ -16,14 +16,13 @@ from klein_kv.engines.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.manifest import Manifest
 from klein_kv.quantization import PRECISION_FORMATS
-from klein_kv.signature import KV_FLOAT8, KV_STATIC_FLOAT8, GraphSet
+from klein_kv.signature import GraphSet
 
 __all__ = [
     "BuildTask",
     "artifact_precision",
     "chosen_graphs",
     "engine_key",
-    "graphs_to_build",
     "make_task",
 ]
 
@@ -78,28 +77,6 @@ def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
             f"with --dtype {recipe.precision}, or choose another recipe"
         )
     return held
-
-
-def graphs_to_build(
-    manifest: Manifest, precision: str, kv_dtype: str | None, attention: str | None
-) -> GraphSet:
-    """The set of graphs that engines are built from.
-
-    Args:
-        manifest: of the artifact folder.
-        precision: what `artifact_precision` gave.
-        kv_dtype: type of reference keys and values, the artifacts' own or `signature.KV_FLOAT8`,
-            whose scales are constants in a quantized precision; None for the artifacts' own.
-        attention: the recipe's.
-
-    Raises:
-        ArtifactError: the folder does not hold these graphs.
-        RequestError: there are no such graphs.
-    """
-    if precision not in PRECISION_FORMATS:
-        return manifest.graphs_with(kv_dtype or manifest.dtype)
-    packed = KV_STATIC_FLOAT8 if kv_dtype == KV_FLOAT8 else None
-    return manifest.quantized_graphs(precision, packed, attention)
 
 
 def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, there: GraphSet) -> list[str]:

@@ -158,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-images", type=int, default=1)
     sub.add_argument("--backend", default="auto")
     sub.add_argument("--threads", type=int, help="CPU threads")
+    sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
+    sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
+    sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
 
     sub = verb("verify", _verify, "Compare artifacts with diffusers, or a precision with fp32.")
@@ -289,7 +292,12 @@ def _generate(args: argparse.Namespace) -> Result:
     images = [load_image(path) for path in args.reference]
     seed = random_seed() if args.seed is None else args.seed
     pipe = KleinKVPipeline.from_pretrained(
-        args.artifacts, backend=args.backend, threads=args.threads
+        args.artifacts,
+        backend=args.backend,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
+        precision=args.precision,
+        attention=args.attention,
     )
     result = pipe(
         prompt=args.prompt,
@@ -311,7 +319,7 @@ def _generate(args: argparse.Namespace) -> Result:
             height=image.height,
             references=len(images),
             model=pipe.manifest.model_id,
-            model_digest=pipe.manifest.model_digest,
+            model_digest=pipe.manifest.graphs_digest(pipe.graphs),
         )
         save_png(image, path, None if args.no_metadata else parameters)
     value = {

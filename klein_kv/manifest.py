@@ -18,6 +18,7 @@ from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.quantization import PRECISION_FORMATS
 from klein_kv.quantized_weights import quantized_files
 from klein_kv.signature import (
+    KV_FLOAT8,
     KV_STATIC_FLOAT8,
     VARIANTS,
     GraphSet,
@@ -160,6 +161,40 @@ class Manifest:
             f"{self.model_id}: {MANIFEST} lists no graphs with keys and values in {kv_dtype}; "
             "export the checkpoint again with this klein-kv"
         )
+
+    def choose_graphs(
+        self,
+        kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
+    ) -> GraphSet:
+        """The graphs to run or to build.
+
+        Args:
+            kv_dtype: type of reference keys and values: the folder's own, or `signature.KV_FLOAT8`,
+                whose scales are constants in a quantized precision; None for the folder's own.
+            precision: a quantized one; None for the folder's own.
+            attention: "fp8" for attention in float8, which a quantized precision has.
+
+        Raises:
+            ArtifactError: the folder does not hold them.
+            RequestError: there are no such graphs.
+        """
+        if precision is not None:
+            packed = KV_STATIC_FLOAT8 if kv_dtype == KV_FLOAT8 else None
+            return self.quantized_graphs(precision, packed, attention)
+        if attention is not None:
+            raise RequestError(
+                f"attention is {attention!r} and no quantized precision is named; its scales "
+                "belong to one: name fp8 or nvfp4"
+            )
+        return self.graphs_with(kv_dtype or self.dtype)
+
+    def graphs_digest(self, graphs: GraphSet) -> str:
+        """Hex digest of what computes keys and values, embeddings and images with these graphs."""
+        if graphs.precision is None:
+            return self.model_digest
+        return self.precision_digest(graphs.precision)
 
     def quantized_graphs(
         self, precision: str, kv_dtype: str | None = None, attention: str | None = None

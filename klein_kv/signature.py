@@ -111,6 +111,16 @@ class GraphSet:
             return "_fp8_attention"
         return "_static_fp8_kv" if self.kv_dtype == KV_STATIC_FLOAT8 else ""
 
+    @property
+    def precision(self) -> str | None:
+        """Name of the quantized precision; None for the artifacts' own."""
+        return dict(self.quantized).get("transformer")
+
+    @property
+    def kv_numbers(self) -> str:
+        """Type of the numbers of keys and values, wherever their scales are."""
+        return _numbers(self.dtype, self.kv_dtype)
+
     def signature(self, graph: str, config: ModelConfig) -> "Signature":
         """The contract of one of these graphs."""
         return make_signature(graph, config, self.dtype, self.kv_dtype)
@@ -245,7 +255,7 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
         raise RequestError(
             f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, {KV_FLOAT8!r} or {KV_STATIC_FLOAT8!r}"
         )
-    stored = dtype if kv_dtype is None else kv_dtype.partition(" ")[0]
+    stored = _numbers(dtype, kv_dtype)
     heads = net.num_attention_heads
     shape = (1, "ref_tokens", heads, net.attention_head_dim)
     return [
@@ -254,6 +264,10 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
         else TensorSpec(name, stored, shape)
         for name in kv_names(net.num_blocks, kv_dtype)
     ]
+
+
+def _numbers(dtype: str, kv_dtype: str | None) -> str:
+    return dtype if kv_dtype is None else kv_dtype.partition(" ")[0]
 
 
 def make_signature(

@@ -95,6 +95,8 @@ class KleinKVPipeline:
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
     ) -> None:
         if not manifest.distilled:
             raise RequestError(
@@ -105,12 +107,13 @@ class KleinKVPipeline:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
-        self.graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
+        kv_dtype = check_kv_dtype(kv_dtype, manifest.dtype)
+        self.graphs = manifest.choose_graphs(kv_dtype, precision, attention)
         self._planned = PlannedBackend(backend, artifacts, manifest, self.graphs)
         self.config = manifest.config
         self.times = LoopTimes()
         origin = KVOrigin(
-            model_digest=manifest.model_digest,
+            model_digest=manifest.graphs_digest(self.graphs),
             lora_digest="",
             dtype=manifest.dtype,
             kv_dtype=self.graphs.kv_dtype or manifest.dtype,
@@ -141,7 +144,7 @@ class KleinKVPipeline:
             self._planned,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
-            manifest.model_digest,
+            manifest.graphs_digest(self.graphs),
             self.prompt_cache,
         )
         self._encoder = ReferenceEncoder(self._planned, manifest, origin, self.reference_store)
@@ -164,6 +167,8 @@ class KleinKVPipeline:
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
@@ -182,6 +187,9 @@ class KleinKVPipeline:
             kv_dtype: "fp8" takes the graphs that hand keys and values on in a quarter of float32's
                 bytes (half of 16 bits'), with a loss; None, or the graphs' own type, keeps them as
                 they are computed.
+            precision: "fp8", "nvfp4" or "fp8-weight-only" computes with weights that `klein-kv
+                quantize` made; None with the folder's own.
+            attention: "fp8" computes attention in float8 too, and keeps keys and values so.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -191,7 +199,9 @@ class KleinKVPipeline:
         """
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
-        graphs = manifest.graphs_with(check_kv_dtype(kv_dtype, manifest.dtype))
+        graphs = manifest.choose_graphs(
+            check_kv_dtype(kv_dtype, manifest.dtype), precision, attention
+        )
         return cls(
             folder,
             manifest,
@@ -202,6 +212,8 @@ class KleinKVPipeline:
             reference_cache_dir_bytes=reference_cache_dir_bytes,
             prompt_cache_bytes=prompt_cache_bytes,
             kv_dtype=kv_dtype,
+            precision=precision,
+            attention=attention,
         )
 
     def _reference_folder(

@@ -185,7 +185,7 @@ class PlannedBackend:
                 graph: {
                     name: ref.shape for name, ref in graph_weights(self._artifacts, file).items()
                 }
-                for graph, file in manifest.graphs.files.items()
+                for graph, file in self._graphs.files.items()
                 if graph.startswith("vae_")
             }
         precision = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
@@ -194,9 +194,9 @@ class PlannedBackend:
             dtype=manifest.dtype,
             weights=weights,
             vae_shapes=self._vae_shapes,
-            precision=precision,
-            text_precision=precision,
-            kv_dtype=self._graphs.kv_dtype or manifest.dtype,
+            precision=self._graphs.precision or precision,
+            text_precision=dict(self._graphs.quantized).get("text_encoder", precision),
+            kv_dtype=self._graphs.kv_numbers,
         )
 
     def _make(
@@ -217,7 +217,7 @@ class PlannedBackend:
         )
 
     def _make_room(self, stage: Stage) -> None:
-        for graph in self._manifest.graphs.files:
+        for graph in self._graphs.files:
             if component_of(graph) not in stage.resident:
                 if graph in self._loaded:
                     _log.info("%s makes room for %s", graph, stage.name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from klein_kv.config import DTYPES
 from klein_kv.engines.manifest import EngineManifest, EngineRecord, find_engines
 from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, module_version
 from klein_kv.errors import ArtifactError, BackendError, BuildError
@@ -72,13 +73,16 @@ class TrtBackend:
     ) -> None:
         graphs = graphs or manifest.graphs
         self._files = graphs.files
-        self._folder = engines or _only_folder(artifacts, graphs.kv_dtype)
+        self._folder = engines or _only_folder(artifacts, graphs)
         self._engines = EngineManifest.load(self._folder)
-        if self._engines.kv_dtype != graphs.kv_dtype:
+        if not _is_of(self._engines, graphs):
             raise ArtifactError(
-                f"{self._folder}: these engines hand keys and values on in "
-                f"{self._engines.kv_dtype or manifest.dtype}, expected "
-                f"{graphs.kv_dtype or manifest.dtype}; choose other engines or another kv_dtype"
+                f"{self._folder}: these are engines of {self._engines.title}, keys and values in "
+                f"{self._engines.kv_dtype or manifest.dtype}; expected precision "
+                f"{graphs.precision or manifest.dtype}, keys and values in "
+                f"{graphs.kv_dtype or manifest.dtype}, attention in "
+                f"{graphs.attention or manifest.dtype}; choose other engines, or another "
+                "precision, kv_dtype or attention"
             )
         self._trt = trt or load_module(self._engines.module)
         self._engines.check_module(self._trt.__name__, module_version(self._trt))
@@ -181,17 +185,32 @@ class TrtBackend:
         return self._loaded[graph]
 
 
-def _only_folder(artifacts: Path, kv_dtype: str | None) -> Path:
+def _only_folder(artifacts: Path, graphs: GraphSet) -> Path:
     there = find_engines(artifacts)
-    found = [path for path in there if EngineManifest.load(path).kv_dtype == kv_dtype]
+    found = [path for path in there if _is_of(EngineManifest.load(path), graphs)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        kind, option = ("", "") if kv_dtype is None else (" with float8 K/V", " --kv-dtype fp8")
+        option = "" if graphs.precision is None else f" --precision {graphs.precision}"
+        kind = "" if graphs.precision is None else f" of precision {graphs.precision}"
+        if graphs.attention is not None:
+            option, kind = f"{option} --attention fp8", f"{kind} with float8 attention"
+        elif graphs.kv_dtype is not None:
+            option, kind = f"{option} --kv-dtype fp8", f"{kind} with float8 K/V"
         raise ArtifactError(
             f"expected one folder of engines{kind} in {artifacts / 'engines'}, found {names}; name "
             f"one, or build with `klein-kv build{option}`"
         )
     return found[0]
+
+
+def _is_of(engines: EngineManifest, graphs: GraphSet) -> bool:
+    """Whether engines were built from this set of graphs."""
+    precision = None if engines.precision in DTYPES else engines.precision
+    return (precision, engines.kv_dtype, engines.attention) == (
+        graphs.precision,
+        graphs.kv_dtype,
+        graphs.attention,
+    )
 
 
 def _nvtx_range() -> Callable[[str], Any]:
