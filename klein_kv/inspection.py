@@ -13,6 +13,7 @@ import psutil
 
 from klein_kv import __version__
 from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.quantized_weights import load_quantized
 from klein_kv.signature import TensorSpec, distinct_graphs, is_kv
 
 __all__ = ["examine_machine", "inspect_artifacts", "polygraphy_commands"]
@@ -69,6 +70,21 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         )
         for arrow, specs in (("<-", signature.inputs), ("->", signature.outputs)):
             lines += [f"  {arrow} {line}" for line in _folded(specs)]
+    precisions = {}
+    for name, networks in manifest.precisions.items():
+        parts = {part: load_quantized(folder, part, files) for part, files in networks.items()}
+        precisions[name] = {
+            "digest": manifest.precision_digest(name),
+            "components": {
+                part: {"files": networks[part], "layers": len(held.linears), "bytes": held.nbytes}
+                for part, held in parts.items()
+            },
+        }
+        what = ", ".join(
+            f"{part} {len(held.linears)} layers in {networks[part]}, {held.nbytes / 1e9:.3f} GB"
+            for part, held in parts.items()
+        )
+        lines.insert(3, f"precision {name}: {what}")
     value = {
         "artifacts": str(folder),
         "model_id": manifest.model_id,
@@ -77,6 +93,7 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         "model_digest": manifest.model_digest,
         "config": manifest.config.to_dict(),
         "graphs": graphs,
+        "precisions": precisions,
         "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
     }
     return value, "\n".join(lines)

@@ -15,6 +15,8 @@ from typing import Any, Self
 from klein_kv.config import DTYPES, ModelConfig, tensor_bytes
 from klein_kv.digest import combine_digests, file_digest
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.quantization import PRECISION_FORMATS
+from klein_kv.quantized_weights import quantized_files
 from klein_kv.signature import (
     KV_FLOAT8,
     KV_STATIC_FLOAT8,
@@ -39,6 +41,7 @@ __all__ = [
 MANIFEST = "klein.json"
 FORMAT_VERSION = 1
 _FORMAT = "klein-kv artifacts"
+_QUANTIZED = ("transformer", "text_encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,9 +298,34 @@ class Manifest:
                 f"{', '.join(DTYPES.values())}; "
                 "export the checkpoint again"
             )
+        manifest.check_precisions(folder)
         if check_files:
             manifest.check_files(folder)
         return manifest
+
+    def check_precisions(self, folder: Path) -> None:
+        """Refuses precisions and networks of other names, and ones whose files are not listed.
+
+        Raises:
+            ArtifactError: with the name.
+        """
+        for precision, networks in self.precisions.items():
+            if "transformer" not in networks:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: precision {precision!r} has no transformer; quantize "
+                    "again"
+                )
+            for component, name in networks.items():
+                known = component in _QUANTIZED and {precision, name} <= set(PRECISION_FORMATS)
+                missing = [
+                    file for file in quantized_files(component, name) if file not in self.files
+                ]
+                if not known or missing:
+                    what = f"lists no {missing[0]}" if known else "has other names than expected"
+                    raise ArtifactError(
+                        f"{folder / MANIFEST} {what} (precision {precision!r}: {component!r} in "
+                        f"{name!r}); quantize again"
+                    )
 
     def check_files(self, folder: Path) -> None:
         """Compares every recorded file with the folder.
@@ -310,14 +338,6 @@ class Manifest:
                 raise ArtifactError(
                     f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
                 )
-        for precision, networks in self.precisions.items():
-            for component, name in networks.items():
-                for end in (".safetensors", ".json"):
-                    if f"{component}/{name}{end}" not in self.files:
-                        raise ArtifactError(
-                            f"{folder / MANIFEST} lists no {component}/{name}{end} (precision "
-                            f"{precision}); quantize again"
-                        )
         for name, record in self.files.items():
             try:
                 path = inside(folder, name)

@@ -550,3 +550,51 @@ def test_missing_precisions_are_named(folder: Path) -> None:
         load_quantized(folder, "transformer", "nvfp4")
     with pytest.raises(ArtifactError, match="expected one of fp8"):
         load_quantized(folder, "transformer", "../fp8")
+
+
+def test_plain_weights(plain_artifacts: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(plain_artifacts, tmp_path / "artifacts"))
+    result = quantized(copy, "fp8")
+    assert result.parts["transformer"].layers == 16
+    assert (
+        Manifest.load(copy)
+        .quantized_graphs("fp8")
+        .files["plain_step"]
+        .startswith("transformer/fp8.")
+    )
+    report = quality(copy, "fp8")
+    assert not report.failed
+    names = [row.name for row in report.ends]
+    assert names == ["text embeddings", *(f"latents after step {i}" for i in range(1, 5))]
+
+
+def test_tables_that_lack_a_weight_are_refused(folder: Path) -> None:
+    manifest = Manifest.load(folder)
+    path = folder / "transformer/first_step.weights.json"
+    table = json.loads(path.read_text())
+    key = next(name for name in table if name.startswith(FUSED))
+    for change, message in (
+        ({key: [*table[key][:4], [table[key][4][0], 32]]}, "shape"),
+        ({"norm_out.linear.weight": None}, "cannot be read"),
+    ):
+        path.write_text(json.dumps(table | change))
+        with pytest.raises(ArtifactError, match=message):
+            component_weights(folder, manifest, "transformer")
+    del table["proj_out.weight"]
+    path.write_text(json.dumps(table))
+    with pytest.raises(ArtifactError, match=r"has no proj_out\.weight"):
+        component_weights(folder, manifest, "transformer")
+
+
+def test_graphs_that_are_missing_are_written(folder: Path) -> None:
+    quantized(folder, "fp8")
+    manifest = Manifest.load(folder)
+    gone = "text_encoder/fp8.model.onnx"
+    (folder / gone).unlink()
+    files = {name: record for name, record in manifest.files.items() if name != gone}
+    replace(manifest, files=files).save(folder)
+    result = quantized(folder, "fp8")
+    assert not result.parts["text_encoder"].reused
+    assert result.parts["transformer"].reused
+    assert (folder / gone).is_file()
+    Manifest.load(folder).quantized_graphs("fp8")

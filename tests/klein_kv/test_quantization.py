@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from klein_kv.errors import ArtifactError
+from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.quantization import (
     QuantizedLinear,
     dequantize_fp8,
@@ -253,3 +253,12 @@ def test_block_linears_are_the_matrices_of_blocks() -> None:
         assert not is_block_linear(f"{name}.weight", (64, 64))
     assert not is_block_linear("double_stream_modulation_img.linear.weight", (64, 64))
     assert not is_block_linear("model.embed_tokens.weight", (640, 32))
+
+
+def test_float4_with_half_a_byte_over_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save(path, {"w": ("float4_e2m1fn", (2, 3), bytes(3))})
+    with pytest.raises(CheckpointError, match="an even last axis"):
+        read_header(path, quantized=True)
+    with pytest.raises(CheckpointError, match="dtype F4"):
+        read_header(path)
