@@ -64,14 +64,13 @@ def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelCost:
 
 def product_format(kernel: Kernel) -> str | None:
     """Format of a product or an attention on low-precision numbers: "fp8", "nvfp4", or None."""
-    types = Counter(operand.dtype for operand in kernel.inputs)
     if kernel.is_attention:
-        return "fp8" if types["FP8"] >= 3 else None
+        return "fp8" if [x.dtype for x in kernel.inputs[:3]] == ["FP8"] * 3 else None
     if kernel.kind not in ("gemm", "runtime_fusion"):
         return None
-    if types["FP4E2M1"] + types["FP4"] >= 2:
-        return "nvfp4"
-    return "fp8" if types["FP8"] >= 2 else None
+    found = _product(kernel)
+    types = {_PRECISION.get(x.dtype) for x in found[:2]} if found is not None else set()
+    return {"fp8": "fp8", "fp4": "nvfp4"}.get(str(types.pop())) if len(types) == 1 else None
 
 
 def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
@@ -93,6 +92,15 @@ def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
 
 
 def _product_flops(kernel: Kernel) -> tuple[int, str]:
+    found = _product(kernel)
+    if found is None:
+        return 0, ""
+    a, b, out = found
+    # The narrower operand sets the rate: FP8 and FP4 products name both.
+    return 2 * out.elements * a.dims[-1], b.dtype
+
+
+def _product(kernel: Kernel) -> tuple[Operand, Operand, Operand] | None:
     """Finds [.., M, K] x [.., K, N] = [.., M, N] among the operands."""
     operands = [o for o in (*kernel.inputs, *kernel.constants) if len(o.dims) >= 2]
     for out in kernel.outputs:
@@ -105,9 +113,8 @@ def _product_flops(kernel: Kernel) -> tuple[int, str]:
                     and a.dims[-1] == b.dims[-2]
                     and (a.dims[-2], b.dims[-1]) == out.dims[-2:]
                 ):
-                    # The narrower operand sets the rate: FP8 and FP4 products name both.
-                    return 2 * out.elements * a.dims[-1], b.dtype
-    return 0, ""
+                    return a, b, out
+    return None
 
 
 def _bytes_read(kernel: Kernel, exact: bool) -> int:

@@ -160,8 +160,8 @@ class Recipe:
             )
         if self.attention not in (None, "fp8"):
             raise BuildError(
-                f"recipe {self.name}: attention is {self.attention!r}, expected 'fp8', or nothing "
-                "for the type of activations"
+                f"recipe {self.name}: attention is {self.attention!r}, expected 'fp8' or "
+                "'bf16' (the type of activations)"
             )
         if self.attention is not None and not self.fixed:
             raise BuildError(
@@ -218,13 +218,14 @@ class Recipe:
         profiles = _required(where, value, "profiles")
         if not isinstance(profiles, list) or not all(isinstance(p, dict) for p in profiles):
             raise BuildError(f"{where}: profiles must be [[profiles]] tables")
+        attention = value.get("attention")  # "bf16" says what is meant by leaving it out
         return cls(
             name=name,
             target=value.get("target", "rtx5090"),
             precision=value.get("precision"),
             weights=value.get("weights", "shared"),
             profiles=tuple(ShapeProfile.from_dict(profile) for profile in profiles),
-            attention=value.get("attention"),
+            attention=None if attention == "bf16" else attention,
         )
 
 

@@ -33,6 +33,7 @@ from klein_kv.quantized_weights import (
     quantized_files,
     save_quantized_scales,
 )
+from klein_kv.signature import quantized_graph_sets
 
 __all__ = ["QuantizeResult", "QuantizedPart", "quantize_artifacts"]
 
@@ -225,6 +226,12 @@ def _is_there(artifacts: Path, manifest: Manifest, job: _Job) -> bool:
     except ArtifactError:
         return False
     same = done.origin == job.origin and set(done.linears) == set(job.layers)
+    formats = {layer.format for layer in done.linears.values()}
+    if not (manifest.dtype == "float32" and "nvfp4" in formats):  # those have no graphs
+        sets = quantized_graph_sets(
+            manifest.variant, manifest.dtype, {job.component: job.precision}
+        )
+        same = same and all(x in manifest.files for graphs in sets for x in graphs.files.values())
     if same:
         _log.info("%s: %s is there already", job.component, job.precision)
     return same

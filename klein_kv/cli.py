@@ -122,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--target", help="rtx5090, rtx4090, ... or smNN (default: the recipe's)")
     sub.add_argument("--recipe", help="name or .toml file of sizes to build for")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="instead: this one output size")
+    sub.add_argument("--refs", type=int, default=1, help="with --size: reference images")
+    sub.add_argument(
+        "--ref-size", type=_size, metavar="WxH", default=(1024, 1024), help="with --size: of each"
+    )
+    sub.add_argument(
+        "--limit", type=float, metavar="GB", help="with --size: what such engines may take (2)"
+    )
     sub.add_argument("--precision", help="bf16, fp16, or what `klein-kv quantize` made: fp8, nvfp4")
     sub.add_argument("--attention", choices=("fp8",), help="attention in fp8 too (one shape)")
     sub.add_argument("--weights", choices=("shared", "embedded"), help="default: the recipe's")
@@ -393,20 +401,31 @@ def _verify_precision(args: argparse.Namespace) -> Result:
 
 def _build(args: argparse.Namespace) -> Result:
     from klein_kv.engines.build import build_artifacts
+    from klein_kv.engines.recipe import Size
+    from klein_kv.engines.shape_engines import DEFAULT_LIMIT, build_shape, shape_recipe
     from klein_kv.signature import KV_FLOAT8
 
-    records = build_artifacts(
-        args.artifacts,
-        target=args.target,
-        recipe=args.recipe,
-        weights=args.weights,
-        graphs=args.graph,
-        module=args.backend,
-        force=args.force,
-        kv_dtype=KV_FLOAT8 if args.kv_dtype == "fp8" else None,
-        precision=args.precision,
-        attention=args.attention,
-    )
+    options = {
+        "target": args.target,
+        "graphs": args.graph,
+        "module": args.backend,
+        "force": args.force,
+        "kv_dtype": KV_FLOAT8 if args.kv_dtype == "fp8" else None,
+        "precision": args.precision,
+        "attention": args.attention,
+    }
+    if args.size is None:
+        records = build_artifacts(
+            args.artifacts, recipe=args.recipe, weights=args.weights, **options
+        )
+    elif args.recipe is not None or args.weights is not None:
+        raise RequestError(
+            "--size is a recipe of its own, with shared weights; leave --recipe and --weights out"
+        )
+    else:
+        shape = shape_recipe(Size(*args.size), args.refs, Size(*args.ref_size))
+        limit = DEFAULT_LIMIT if args.limit is None else int(args.limit * 1e9)
+        records = build_shape(args.artifacts, shape, limit=limit, **options)
     value = {
         "engines": [
             {

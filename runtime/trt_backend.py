@@ -16,10 +16,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.config import DTYPES
-from klein_kv.engines.manifest import EngineManifest, EngineRecord, find_engines
+from klein_kv.engines.engine_record import EngineRecord
 from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, module_version
-from klein_kv.errors import ArtifactError, BackendError, BuildError
+from klein_kv.errors import BackendError, BuildError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Buffer, GraphMemory
 from klein_kv.runtime.cuda_memory import (
@@ -28,6 +27,7 @@ from klein_kv.runtime.cuda_memory import (
     allocated_bytes,
     load_cudart,
 )
+from klein_kv.runtime.engine_set import EngineFolder, open_engines
 from klein_kv.runtime.pinned_store import PinnedStore
 from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef
@@ -73,28 +73,13 @@ class TrtBackend:
     ) -> None:
         graphs = graphs or manifest.graphs
         self._files = graphs.files
-        self._folder = engines or _only_folder(artifacts, graphs)
-        self._engines = EngineManifest.load(self._folder)
-        if not _is_of(self._engines, graphs):
-            raise ArtifactError(
-                f"{self._folder}: these are engines of {self._engines.title}, keys and values in "
-                f"{self._engines.kv_dtype or manifest.dtype}; expected precision "
-                f"{graphs.precision or manifest.dtype}, keys and values in "
-                f"{graphs.kv_dtype or manifest.dtype}, attention in "
-                f"{graphs.attention or manifest.dtype}; choose other engines, or another "
-                "precision, kv_dtype or attention"
-            )
-        self._trt = trt or load_module(self._engines.module)
-        self._engines.check_module(self._trt.__name__, module_version(self._trt))
-        for graph, record in self._engines.engines.items():
-            if record.onnx_digest != manifest.files[graphs.files[graph]].digest:
-                raise ArtifactError(
-                    f"{self._folder}: the engine of {graph} was built from another export; build "
-                    "it again with `klein-kv build`"
-                )
+        found = open_engines(artifacts, manifest, graphs, engines)
+        self._trt = trt or load_module(found.folders[0].manifest.module)
+        name, version = self._trt.__name__, module_version(self._trt)
+        found.folders[-1].manifest.check_module(name, version)  # before a GPU is asked for
         self._artifacts = artifacts
         self._memory = CudaMemory(cudart or load_cudart(), device)
-        self._engines.check_device(self._memory.compute_capability)
+        self._engines = found.for_device(name, version, self._memory.compute_capability)
         self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
@@ -102,7 +87,10 @@ class TrtBackend:
         self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        engine = self._loaded.get(graph) or self._load(graph)
+        shapes = {name: buffer.shape for name, buffer in inputs.items()}
+        folder, engine = self._engines.choose(graph, shapes), self._loaded.get(graph)
+        if engine is None or engine.folder != folder.path:
+            engine = self._load(graph, folder)
         with self._range(graph):
             return engine.run(inputs)
 
@@ -143,7 +131,9 @@ class TrtBackend:
         return self._memory.available
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        record = self._engines.record(graph)
+        loaded = self._loaded.get(graph)
+        records = [loaded.record] if loaded is not None else self._engines.records(graph)
+        record = max(records, key=lambda x: x.scratch_bytes)
         weights: dict[Hashable, int] = {
             ref: allocated_bytes(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
         }
@@ -160,20 +150,25 @@ class TrtBackend:
             self.release(graph)
         self._memory.close()
 
-    def _load(self, graph: str) -> "_Engine":
-        record = self._engines.record(graph)
-        blob = self._engines.read_engine(self._folder, graph)
+    def _load(self, graph: str, folder: EngineFolder) -> "_Engine":
+        """Loads an engine; one of the same graph for other shapes goes, its weights stay bound."""
+        record = folder.manifest.record(graph)
+        blob = folder.manifest.read_engine(folder.path, graph)
         refs = record.weight_refs(self._artifacts)
+        if (other := self._loaded.pop(graph, None)) is not None:
+            self._memory.synchronize()  # it may still be running
+            other.save_cache()
+            del other
         self._weights |= self._memory.upload_weights(
             [ref for ref in refs.values() if ref not in self._weights]
         )
-        cache = self._folder / f"{graph}.runtime.cache"
+        cache = folder.path / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
         try:
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
                 raise BuildError(
-                    f"{self._trt.__name__} refuses {graph} of {self._folder}; build the engines "
+                    f"{self._trt.__name__} refuses {graph} of {folder.path}; build the engines "
                     "again with `klein-kv build`"
                 )
             self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
@@ -182,35 +177,9 @@ class TrtBackend:
             if graph not in self._loaded:
                 self._drop_unbound()
         self._loaded[graph].weight_refs = refs
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            folder.mark_used()
         return self._loaded[graph]
-
-
-def _only_folder(artifacts: Path, graphs: GraphSet) -> Path:
-    there = find_engines(artifacts)
-    found = [path for path in there if _is_of(EngineManifest.load(path), graphs)]
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        option = "" if graphs.precision is None else f" --precision {graphs.precision}"
-        kind = "" if graphs.precision is None else f" of precision {graphs.precision}"
-        if graphs.attention is not None:
-            option, kind = f"{option} --attention fp8", f"{kind} with float8 attention"
-        elif graphs.kv_dtype is not None:
-            option, kind = f"{option} --kv-dtype fp8", f"{kind} with float8 K/V"
-        raise ArtifactError(
-            f"expected one folder of engines{kind} in {artifacts / 'engines'}, found {names}; name "
-            f"one, or build with `klein-kv build{option}`"
-        )
-    return found[0]
-
-
-def _is_of(engines: EngineManifest, graphs: GraphSet) -> bool:
-    """Whether engines were built from this set of graphs."""
-    precision = None if engines.precision in DTYPES else engines.precision
-    return (precision, engines.kv_dtype, engines.attention) == (
-        graphs.precision,
-        graphs.kv_dtype,
-        graphs.attention,
-    )
 
 
 def _nvtx_range() -> Callable[[str], Any]:
@@ -271,6 +240,11 @@ class _Engine:
             _log.info("%s is of another driver; kernels are compiled anew", self._cache_file)
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
+
+    @property
+    def folder(self) -> Path:
+        """Where the engine lies."""
+        return self._cache_file.parent
 
     def save_cache(self) -> None:
         """Writes compiled kernels beside the engine, aside first."""

@@ -584,3 +584,17 @@ def test_tables_that_lack_a_weight_are_refused(folder: Path) -> None:
     path.write_text(json.dumps(table))
     with pytest.raises(ArtifactError, match=r"has no proj_out\.weight"):
         component_weights(folder, manifest, "transformer")
+
+
+def test_graphs_that_are_missing_are_written(folder: Path) -> None:
+    quantized(folder, "fp8")
+    manifest = Manifest.load(folder)
+    gone = "text_encoder/fp8.model.onnx"
+    (folder / gone).unlink()
+    files = {name: record for name, record in manifest.files.items() if name != gone}
+    replace(manifest, files=files).save(folder)
+    result = quantized(folder, "fp8")
+    assert not result.parts["text_encoder"].reused
+    assert result.parts["transformer"].reused
+    assert (folder / gone).is_file()
+    Manifest.load(folder).quantized_graphs("fp8")
