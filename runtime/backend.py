@@ -1,8 +1,10 @@
 """What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
 
-Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_backend` picks one.
+Backends: "onnxruntime" (CPU), "tensorrt" (engines on an NVIDIA GPU) and "torch" (either, without
+engines). `open_backend` picks one.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +16,7 @@ from klein_kv.manifest import Manifest
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
@@ -56,7 +58,8 @@ def open_backend(
 
     Args:
         name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
-            is not "cpu", else "onnxruntime".
+            is not "cpu", else "torch" where the device is a GPU that torch sees, or the artifacts
+            are bfloat16 and there is one, else "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
@@ -75,16 +78,37 @@ def open_backend(
     if name == "auto":
         from klein_kv.engines.manifest import find_engines
 
-        built = kind != "cpu" and find_engines(artifacts)
-        name = "tensorrt" if built else "onnxruntime"
+        if kind != "cpu" and find_engines(artifacts):
+            name = "tensorrt"
+        elif kind == "cuda" or (kind == "" and manifest.dtype == "bfloat16"):
+            name = "torch" if _torch_has_gpu() else "onnxruntime"
+        else:
+            name = "onnxruntime"
     if name == "tensorrt":
         if kind == "cpu":
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
         from klein_kv.runtime.trt_backend import TrtBackend
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0))
+    if name == "torch":
+        try:
+            from klein_kv.runtime.torch_backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                f"backend torch needs {error.name}, which is not installed; install it with "
+                "pip install 'klein-kv[torch]'"
+            ) from error
+        return TorchBackend(artifacts, manifest, device=device, threads=threads)
     if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
 
     return OrtBackend(artifacts, manifest, threads)
+
+
+def _torch_has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

@@ -27,7 +27,7 @@ from klein_kv.runtime.torch_graphs import (
     vae_graph,
 )
 from klein_kv.runtime.torch_weights import TORCH_DTYPES, DeviceWeights, whole_weights
-from klein_kv.signature import VARIANTS, make_signature
+from klein_kv.signature import VARIANTS
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.torch_ops import TorchOps
 from klein_kv.weights import NUMPY_DTYPES
@@ -254,7 +254,9 @@ class _FolderWeights:
     def load(self, graph: str) -> Any:
         """The graph's weights by name; for the VAE a module that holds them."""
         component = COMPONENTS[graph]
-        graphs = [name for name in VARIANTS[self._manifest.variant] if COMPONENTS[name] == component]
+        graphs = [
+            name for name in VARIANTS[self._manifest.variant] if COMPONENTS[name] == component
+        ]
         tables = {name: graph_weights(self._artifacts, name) for name in graphs}
         whole = whole_weights({key: ref for table in tables.values() for key, ref in table.items()})
         used = {key.partition("[")[0] for key in tables[graph]}
@@ -298,7 +300,9 @@ def _tensor_from_array(array: NDArray[Any]) -> torch.Tensor:
     names = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
     name = names.get(array.dtype)
     if name not in TORCH_DTYPES:
-        raise BackendError(f"cannot upload {array.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
+        raise BackendError(
+            f"cannot upload {array.dtype}, expected one of {', '.join(TORCH_DTYPES)}"
+        )
     copy = np.array(array, order="C", copy=True)
     if name == "bfloat16":  # which numpy does not know by itself
         return torch.from_numpy(copy.view(np.uint16)).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Weights of an artifact folder as torch tensors: mapped on a CPU, uploaded piece by piece to a GPU.
+"""Weights of an artifact folder as torch tensors: mapped on a CPU, uploaded in pieces to a GPU.
 
 Each tensor exists once, whichever graphs use it, and for as long as one of them is loaded. Nothing
 is ever whole in host memory besides: on a CPU tensors are pages of the file, which the operating
