@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from klein_kv.errors import BackendError
 from klein_kv.manifest import Manifest
+from klein_kv.signature import GraphSet
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
 
@@ -31,7 +32,7 @@ class Backend(Protocol):
         """Runs a graph.
 
         Args:
-            graph: a key of `signature.GRAPH_FILES`; loaded when first used.
+            graph: a key of `GraphSet.files`; loaded when first used.
             inputs: every input of the graph's signature. Buffers stay the caller's.
 
         Returns:
@@ -52,7 +53,12 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str, artifacts: Path, manifest: Manifest, device: str | None, threads: int | None
+    name: str,
+    artifacts: Path,
+    manifest: Manifest,
+    device: str | None,
+    threads: int | None,
+    graphs: GraphSet | None = None,
 ) -> Backend:
     """Opens a backend on an artifact folder whose manifest has been checked.
 
@@ -64,6 +70,7 @@ def open_backend(
         manifest: its manifest.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads; None leaves it to the library.
+        graphs: which graphs of the folder; None takes the manifest's.
 
     Raises:
         BackendError: unknown backend or device, a missing library, or a type it cannot compute.
@@ -89,7 +96,7 @@ def open_backend(
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
         from klein_kv.runtime.trt_backend import TrtBackend
 
-        return TrtBackend(artifacts, manifest, device=int(ordinal or 0))
+        return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
     if name == "torch":
         try:
             from klein_kv.runtime.torch_backend import TorchBackend
@@ -98,12 +105,12 @@ def open_backend(
                 f"backend torch needs {error.name}, which is not installed; install it with "
                 "pip install 'klein-kv[torch]'"
             ) from error
-        return TorchBackend(artifacts, manifest, device=device, threads=threads)
+        return TorchBackend(artifacts, manifest, device=device, threads=threads, graphs=graphs)
     if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
 
-    return OrtBackend(artifacts, manifest, threads)
+    return OrtBackend(artifacts, manifest, threads, graphs)
 
 
 def _torch_has_gpu() -> bool:
