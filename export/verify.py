@@ -130,7 +130,9 @@ def verify_artifacts(
     )
     ours.set_progress_bar_config(disable=True)
     kind = ours.manifest.dtype
-    place = ours.backend.device if hasattr(ours.backend, "device") else torch.device("cpu")
+    place = getattr(ours.backend, "device", None)
+    if not isinstance(place, torch.device):  # not the torch backend's
+        place = torch.device("cpu")
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     _check_memory(checkpoint, dtype, place)
 

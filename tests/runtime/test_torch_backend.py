@@ -332,6 +332,18 @@ def test_options_that_a_cpu_does_not_have(tiny_artifacts: Path) -> None:
         TorchBackend(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu", cuda_graphs=True)
 
 
+def test_attention_kernels(tiny_artifacts: Path, backend: TorchBackend) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    inputs = step_inputs(backend._config)
+    expected = run_all(backend, inputs)
+    for attention in ("flash", "cudnn"):
+        other = TorchBackend(tiny_artifacts, manifest, device="cpu", attention=attention)
+        assert other.name == f"torch-{attention}"
+        assert_near(run_all(other, inputs), expected, 1e-5)
+    with pytest.raises(BackendError, match="attention is 'fast', expected one of auto, flash, cud"):
+        TorchBackend(tiny_artifacts, manifest, device="cpu", attention="fast")
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
     with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
@@ -361,7 +373,7 @@ def test_auto(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
     manifest = replace(Manifest.load(tiny_artifacts), dtype=dtype)
     opened = backend_module.open_backend("auto", tiny_artifacts, manifest, device, None)
-    assert opened.name == chosen
+    assert opened.name == (f"{chosen}-cuda" if chosen == "torch" else chosen)
     if chosen == "torch":
         assert opened.device == torch.device("cuda", 0)
 
@@ -466,10 +478,10 @@ def gpu() -> str:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"attention": "cudnn"}])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_equals_cpu(
-    options: dict[str, bool], compiled: bool, gpu: str, tiny_artifacts: Path, backend: TorchBackend
+    options: dict[str, Any], compiled: bool, gpu: str, tiny_artifacts: Path, backend: TorchBackend
 ) -> None:
     torch.compiler.reset()
     manifest = Manifest.load(tiny_artifacts)
