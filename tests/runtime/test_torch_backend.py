@@ -378,6 +378,21 @@ def test_auto(
         assert opened.device == torch.device("cuda", 0)
 
 
+def test_options_by_name(tiny_artifacts: Path) -> None:
+    def load(backend: str, **options: Any) -> Any:
+        return KleinKVPipeline.from_pretrained(
+            tiny_artifacts, backend=backend, device="cpu", backend_options=options
+        ).backend
+
+    assert load("torch", attention="flash", compile_blocks=True).name == "torch-compiled-flash"
+    with pytest.raises(
+        BackendError, match=r"\['compiled'\] are none of the torch .*compile_blocks"
+    ):
+        load("torch", compiled=True)
+    with pytest.raises(BackendError, match="none of the onnxruntime backend, which has none"):
+        load("auto", attention="flash")
+
+
 def test_without_torch(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "klein_kv.runtime.torch_backend", None)
     manifest = Manifest.load(tiny_artifacts)
