@@ -5,6 +5,7 @@ interrupted export leaves nothing that could be taken for a result.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -158,6 +159,9 @@ def export_checkpoint(
         placed = _place_weights(whole, folder, dtype)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         _write_tokenizer(whole.folder, folder)
+        # diffusers builds the VAE from it where the torch backend runs it.
+        vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
+        (folder / "vae/config.json").write_text(vae_config, encoding="utf-8")
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
         Manifest(

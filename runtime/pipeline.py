@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -161,6 +161,7 @@ class KleinKVPipeline:
         backend: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        backend_options: Mapping[str, Any] | None = None,
         reference_cache_bytes: int | None = None,
         host_cache_bytes: int = 0,
         reference_cache_dir: str | Path | None = None,
@@ -174,9 +175,11 @@ class KleinKVPipeline:
 
         Args:
             artifacts: the folder.
-            backend: "auto" or "onnxruntime".
-            device: "cpu".
+            backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backend.open_backend`.
+            device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
             threads: CPU threads of the backend; None leaves it to the library.
+            backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
+                `{"compile_blocks": True}`.
             reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
                 quarter of the memory that is free now, on a GPU of what weights leave free.
             host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
@@ -205,7 +208,9 @@ class KleinKVPipeline:
         return cls(
             folder,
             manifest,
-            open_backend(backend, folder, manifest, device, threads, graphs),
+            open_backend(
+                backend, folder, manifest, device, threads, graphs, options=backend_options
+            ),
             reference_cache_bytes=reference_cache_bytes,
             host_cache_bytes=host_cache_bytes,
             reference_cache_dir=reference_cache_dir,
