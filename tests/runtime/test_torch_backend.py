@@ -215,6 +215,43 @@ def test_writing_to_a_weight_leaves_the_file_alone(tmp_path: Path) -> None:
     assert np.fromfile(path, np.float32).tolist() == 8 * [1.0]
 
 
+class FakeEvent:
+    """In place of a CUDA event: what was recorded is done only after someone waits for it."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def record(self, _stream: object) -> None:
+        assert not self.pending, "the buffer was filled again before its copy was done"
+        self.pending = True
+
+    def synchronize(self) -> None:
+        FakeEvent.waits += self.pending
+        self.pending = False
+
+
+@pytest.mark.parametrize("nbytes", [0, 8, 1000, 1008, 5000])
+def test_pieces_of_an_upload(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to a GPU, onto the CPU: two buffers in turn, each waited for before it is reused."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch_memory, "_STAGING_BYTES", 1000)
+    FakeEvent.waits = 0
+    staging = torch_memory._Staging(CPU)
+    pieces = 0
+    for seed in range(3):  # the buffers serve many tensors
+        values = torch.from_numpy(np.random.default_rng(seed).standard_normal(nbytes // 8))
+        copy = staging.copy(values)
+        assert torch.equal(copy, values)
+        assert copy.data_ptr() != values.data_ptr() or not nbytes
+        pieces += -(-nbytes // 1000)
+    assert FakeEvent.waits == max(0, pieces - 2)
+
+
 def test_weights_that_torch_cannot_use(tmp_path: Path) -> None:
     missing = WeightRef(tmp_path / "gone", 0, 4, "float32", (1,))
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
