@@ -212,7 +212,7 @@ class TorchBackend:
         return free_bytes(self.device)
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        weights: dict[Hashable, int] = {**self._weights.nbytes(graph)}
+        weights: dict[Hashable, int] = dict(self._weights.nbytes(graph).items())
         return GraphMemory(weights)
 
     def mark(self) -> object:
