@@ -155,9 +155,7 @@ class PlannedBackend:
             with contextlib.suppress(ArtifactError):  # an engine that was not built
                 self.graph_memory(graph)
                 graphs[component_of(graph)].add(graph)
-        return {
-            component: sum(self._weights(found).values()) for component, found in graphs.items()
-        }
+        return {component: self._weights(found) for component, found in graphs.items()}
 
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)
