@@ -7,7 +7,10 @@ of noise, of smooth colours, and of photographs.
     bf16_kv    float32 pipelines whose K/V were rounded to bfloat16
     bf16       diffusers' Flux2KleinKVPipeline in bfloat16: all arithmetic
 
-    python benchmarks/kv_dtype.py [--size tiny] [--threads 2] [--work DIR]
+Then the transformer's seconds per edit with float32 and with float8 K/V, in turn: 512x512 output,
+four 512x512 references, new ones and known ones.
+
+    python benchmarks/kv_dtype.py [--size tiny] [--rounds 3] [--threads 2] [--work DIR]
 
 The last line on stdout is one JSON document.
 """
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinKVPipeline
 from loop import PROMPT, prepare
+from loop import pictures as edit_pictures
 from PIL import Image
 from skimage import data
 
@@ -86,9 +90,25 @@ def error(latents: Any, exact: Any) -> dict[str, float]:
     }
 
 
+def seconds(pipes: dict[str, KleinKVPipeline], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Transformer seconds by pipeline, of first and repeated edits."""
+    images = edit_pictures()
+    times: dict[str, dict[str, list[float]]] = {n: {"first": [], "repeated": []} for n in pipes}
+    for i in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.reference_store.clear()
+            for kind in ("first", "repeated"):
+                pipe(PROMPT, image=images, height=2 * SIDE, width=2 * SIDE, output_type="latent")
+                if i > 0:  # one to warm up
+                    times[name][kind].append(sum(pipe.times.steps))
+                    print(f"{name:8} {kind:9} {times[name][kind][-1]:.2f} s", file=sys.stderr)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny", help="tiny or small")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep checkpoint and artifacts here")
     args = parser.parse_args()
@@ -124,6 +144,8 @@ def main() -> None:
                         file=sys.stderr,
                     )
                 results.append({"references": kind, "count": count, **errors})
+        del theirs
+        times = seconds({"float32": exact, "float8": packed}, args.rounds)
     ranges = {
         name: {
             part: [f(row[name][part] for row in results) for f in (min, max)]
@@ -137,6 +159,7 @@ def main() -> None:
         "output": [SIDE, SIDE],
         "results": results,
         "ranges": ranges,
+        "transformer_seconds": times,
         "versions": {p: version(p) for p in ("onnxruntime", "torch", "diffusers")},
     }
     print(json.dumps(document))

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("plan", _plan, "Tell what edits need of a GPU before anything is loaded.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--gpu", default="rtx5090")
-    sub.add_argument("--memory", type=float, metavar="GB", help="default: the GPU's")
+    sub.add_argument("--memory", type=_gigabytes, metavar="GB", help="default: the GPU's")
     sub.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH")
     sub.add_argument("--refs", type=int, help="reference images (default: 0 to 4, a line each)")
     sub.add_argument("--ref-size", type=_size, default=(1024, 1024), metavar="WxH")
@@ -455,6 +455,15 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _gigabytes(text: str) -> int:
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of gigabytes, expected for example 24"
+        ) from None
+
+
 def _plan(args: argparse.Namespace) -> Result:
     from klein_kv.runtime.edit_plan import PlanOptions, plan_artifacts
     from klein_kv.runtime.plan_text import text_from_plans
@@ -469,7 +478,7 @@ def _plan(args: argparse.Namespace) -> Result:
         kv_dtype=args.kv_dtype,
         batch=args.batch,
         steps=args.steps,
-        memory=None if args.memory is None else int(args.memory * 1e9),
+        memory=args.memory,
         engines=args.engines,
     )
     plans = plan_artifacts(args.artifacts, options)
