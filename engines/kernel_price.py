@@ -168,8 +168,8 @@ def moves_block_scales(kernel: Kernel) -> bool:
     """Whether a kernel brings the block scales of an nvfp4 weight into the order of its product.
 
     TensorRT-RTX 1.7.1 does this at every run, in two kernels per weight (the second reads what the
-    first wrote and is not counted): one per 16 numbers of the weight. It has no input that takes them
-    in that order.
+    first wrote and is not counted): one per 16 numbers of the weight. No input takes them in
+    that order.
     """
     return not _matrix_flops(kernel)[0] and any(
         operand.name.endswith(BLOCK_SCALES) for operand in kernel.inputs
