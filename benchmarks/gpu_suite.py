@@ -1,0 +1,293 @@
+"""What KV caching and known references are worth on a GPU, at full 9B size, against diffusers.
+
+Random weights of the real shapes are drawn on the device. In one process, in turn: diffusers'
+Flux2KleinKVPipeline and Flux2KleinPipeline, eager and compiled; this project's torch backend, eager,
+compiled, and with CUDA graphs, and each of these once more with references seen before. Timed are
+all denoising steps of a request on the device; text encoder and VAE are not part of it.
+
+    python benchmarks/gpu_suite.py --out result.json                              # under 10 minutes
+    python benchmarks/gpu_suite.py --device cpu --size tiny --out result.json     # seconds; a check
+
+Needs torch, diffusers (which wants transformers for these pipelines) and this checkout, installed
+or not. The most important cells come first; what there was no time for, or what failed, is listed
+under "missing". The file is whole after every cell. `benchmarks/report.py` makes tables of it.
+
+The last line on stdout is one JSON document: a summary, with the file's path.
+"""
+
+import time
+
+START = time.monotonic()
+
+import argparse  # noqa: E402 - the clock runs before anything is imported
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from checkout import use_checkout  # noqa: E402
+
+use_checkout()
+
+import torch  # noqa: E402
+from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt  # noqa: E402
+from gpu_contenders import all_contenders  # noqa: E402
+from gpu_kernels import attention_backends, kernel_classes, matmul_peak, step_parts  # noqa: E402
+from gpu_models import SUITE_SIZES, Networks, fixture_shapes, make_scene  # noqa: E402
+from gpu_parity import PARITY_RUNS, measure_parity  # noqa: E402
+from gpu_record import SCHEMA, Record, describe_device, describe_software  # noqa: E402
+from gpu_stages import measure_stages  # noqa: E402
+from gpu_targets import targets  # noqa: E402
+from gpu_timing import Clock, synchronize  # noqa: E402
+
+from klein_kv.flops import edit_flops, plain_edit_flops  # noqa: E402
+
+# The first cell is the one with targets: it may take this share of all time, for it compiles too.
+FIRST_CELL_SHARE = 0.45
+# Kept for what comes after the cells.
+RESERVE_SECONDS = {"cuda": 25.0, "cpu": 2.0}
+# What preparing a cell costs beside its arithmetic, as so much arithmetic.
+CELL_OVERHEAD_FLOPS = 4e15
+# Whose kernels are listed: the first of each that takes part.
+PROFILED = (
+    ("ours_graphs", "ours_compiled", "ours_eager"),
+    ("diffusers_kv_compiled", "diffusers_kv_eager"),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--size", choices=sorted(SUITE_SIZES), default="9b")
+    parser.add_argument("--minutes", type=float, default=9.0, help="all of it, imports included")
+    parser.add_argument("--out", type=Path, required=True, help="the result file")
+    parser.add_argument("--outputs", type=_numbers, help="sides in pixels, the first matters most")
+    parser.add_argument("--references", type=_numbers, help="counts, the first matters most")
+    parser.add_argument("--rounds", type=int, default=7, help="at most, per cell")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only"
+    )
+    parser.add_argument("--compile-mode", help="torch.compile's mode for diffusers' blocks")
+    parser.add_argument("--commit", help="of this checkout, where it came without its history")
+    return parser.parse_args()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    record = Record(args.out, 60 * args.minutes, START)
+    run(args, device, record)
+    print(json.dumps(summary(record)))
+
+
+def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
+    """Everything, the most important first."""
+    size = SUITE_SIZES[args.size]
+    cuda = device.type == "cuda"
+    compiles = cuda if args.compile is None else args.compile
+    allow_shapes()
+    document = record.document
+    document |= {"benchmark": "gpu_suite", "schema": SCHEMA, "size": args.size}
+    document |= describe_software(args.commit)
+    document["device"] = describe_device(device)
+    document["settings"] = settings(args, compiles)
+    for what, needed in (("CUDA graphs", cuda), ("device memory peaks", cuda)):
+        if not needed:
+            record.miss(what, f"needs a CUDA device, this is {device.type}")
+    if not compiles:
+        record.miss("compiled contenders", "left out; --compile takes them in")
+    record.save()
+
+    start = record.elapsed
+    networks = Networks(fixture_shapes(size), device, args.seed)
+    synchronize(device)
+    document["weights"] = {
+        "parameters": networks.parameters,
+        "bytes": networks.weight_bytes,
+        "seconds": record.elapsed - start,
+    }
+    record.say(f"{networks.parameters:,} random parameters on {device}")
+    document["matmul_peak"] = matmul_peak(size.matmul, device)
+    record.say(f"matmul peak {document['matmul_peak']['tflops_per_second']:.4g} TFLOP/s")
+
+    options = {"fullgraph": True} | ({"mode": args.compile_mode} if args.compile_mode else {})
+    contenders = all_contenders(networks, Clock(device), options if compiles else None, cuda)
+    cells = CellRunner(record, networks, size, contenders, args.steps, args.rounds)
+    plan = cell_order(args.outputs or size.outputs, args.references or size.references)
+    headline, second = plan[0], plan[min(1, len(plan) - 1)]
+    for i, cell in enumerate(plan):
+        run_cell(cells, cell, plan[i:], args)
+        document["targets"] = targets(document)
+        record.save()
+        if i == 0:
+            attempt(record, "stages of the VAE", lambda: measure_stages(record, networks, size))
+            attempt(record, "parts of a step", lambda: measure_parts(cells, *headline))
+        if cell == second:
+            attempt(record, "parity", lambda: run_parity(cells, headline, second))
+    document["targets"] = targets(document)
+    if record.left > 0:
+        attempt(record, "profile", lambda: measure_profile(cells, *headline))
+        document["matmul_peak_afterwards"] = matmul_peak(size.matmul, device)
+    else:
+        record.miss("profile", "no time left")
+    document["finished"] = True
+    record.save()
+
+
+def run_cell(
+    cells: CellRunner,
+    cell: tuple[int, int],
+    rest: list[tuple[int, int]],
+    args: argparse.Namespace,
+) -> None:
+    """Measures one cell in its share of the time that is left.
+
+    Args:
+        cells: what measures it.
+        cell: output and references.
+        rest: this cell and those that come after it.
+        args: the command line's.
+    """
+    record = cells.record
+    what = f"{cell[0]}x{cell[0]}, {cell[1]} references"
+    costs = [cell_cost(cells, *other) for other in rest]
+    seconds = (record.left - RESERVE_SECONDS[cells.networks.device.type]) * costs[0] / sum(costs)
+    if "cells" not in record.document:
+        seconds = max(seconds, FIRST_CELL_SHARE * 60 * args.minutes)
+    if seconds <= 0:
+        record.miss(what, "no time left")
+        return
+    attempt(record, what, lambda: cells.measure(*cell, seconds))
+
+
+def cell_order(outputs: tuple[int, ...], references: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cells as (output, references), the most important first, the cheapest with references next.
+
+    The second is where parity is measured in full.
+    """
+    cells = [(output, count) for count in references for output in outputs]
+    used = [cell for cell in cells[1:] if cell[1] > 0]
+    second = min(used, key=lambda cell: (cell[0], cell[1]), default=None)
+    return list(dict.fromkeys([cells[0], *([second] if second else []), *cells]))
+
+
+def cell_cost(cells: CellRunner, output: int, references: int) -> float:
+    """Arithmetic of one round of a cell, and what preparing it costs in the same unit."""
+    unit = cells.networks.config.vae.multiple_of
+    sizes = {
+        "batch": 1,
+        "steps": cells.steps,
+        "image_tokens": (output // unit) ** 2,
+        "text_tokens": cells.size.text_tokens,
+        "ref_tokens": references * (cells.size.reference // unit) ** 2,
+    }
+    net = cells.networks.config.transformer
+    by_family = {
+        "plain": plain_edit_flops(net, **sizes),
+        "kv": edit_flops(net, references_known=False, **sizes),
+        "hit": edit_flops(net, references_known=True, **sizes) if references else 0,
+    }
+    arithmetic = sum(by_family[contender.family] for contender in cells.contenders)
+    return float(arithmetic + CELL_OVERHEAD_FLOPS)
+
+
+def run_parity(cells: CellRunner, headline: tuple[int, int], second: tuple[int, int]) -> None:
+    """In full on the second cell; on the first, where float32 takes long, against one run."""
+    state = cells.networks.float32_state()
+    measure_parity(cells, state, *second, PARITY_RUNS)
+    if headline != second:
+        measure_parity(cells, state, *headline, PARITY_RUNS[:1])
+
+
+def measure_parts(cells: CellRunner, output: int, references: int) -> None:
+    """What the headline's steps consist of, and torch's kernels for its attention."""
+    networks = cells.networks
+    sizes = make_scene(networks, cells.size, output, references).sizes
+    net, device = networks.config.transformer, networks.device
+    graphs = ["cached_step"] + (["encode_references"] if references else [])
+    cells.record.document["parts"] = [step_parts(graph, net, sizes, device) for graph in graphs]
+    cells.record.document["attention"] = attention_backends(net, sizes, device)
+    cells.record.say("parts of a step")
+
+
+def measure_profile(cells: CellRunner, output: int, references: int) -> None:
+    """Kernels of a whole request, of our best and of diffusers' best contender."""
+    profiles: dict[str, Any] = {}
+    by_name = {contender.name: contender for contender in cells.contenders}
+    scene = make_scene(cells.networks, cells.size, output, references)
+    for names in PROFILED:
+        contender = next(by_name[name] for name in names if name in by_name)
+        for _ in range(WARM_UP_RUNS):
+            contender.run(scene, WARM_UP_STEPS)
+        profiles[contender.name] = kernel_classes(
+            lambda c=contender: c.run(scene, cells.steps), cells.networks.device
+        )
+        contender.release()
+        cells.record.say(f"profile of {contender.name}")
+    cells.record.document["profile"] = {
+        "output": output, "references": references, "contenders": profiles,
+    }  # fmt: skip
+
+
+def allow_shapes() -> None:
+    """Lets torch.compile keep every shape of the suite: it gives up on a function after eight."""
+    import torch._dynamo
+
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, 64)
+    for name in ("accumulated_recompile_limit", "accumulated_cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, 1024)
+
+
+def settings(args: argparse.Namespace, compiles: bool) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    cuda = torch.backends.cuda
+    return {
+        "minutes": args.minutes,
+        "seed": args.seed,
+        "steps": args.steps,
+        "dtype": "bfloat16",
+        "compiled": compiles,
+        "compile_mode": args.compile_mode or "default",
+        "compile_shapes": "torch.compile's own choice: fixed in the first cell, dynamic afterwards",
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "bf16_reduced_precision_reduction": cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "grad_mode": "inference_mode",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """What goes to stdout: one line, the details are in the file."""
+    document = record.document
+    return {
+        "benchmark": document["benchmark"],
+        "out": str(record.path),
+        "device": document["device"]["name"],
+        "matmul_peak_tflops_per_second": document["matmul_peak"]["tflops_per_second"],
+        "median_seconds": {
+            f"{cell['output']}x{cell['references']}": {
+                name: round(entry["seconds"]["median"], 5)
+                for name, entry in cell["runs"].items()
+                if "seconds" in entry
+            }
+            for cell in document.get("cells", [])
+        },
+        "targets": document.get("targets", []),
+        "missing": [entry["what"] for entry in document.get("missing", [])],
+        "elapsed_seconds": document["elapsed_seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()
