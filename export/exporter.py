@@ -5,6 +5,7 @@ interrupted export leaves nothing that could be taken for a result.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -146,8 +147,9 @@ def export_checkpoint(
     variant = source.settle_variant(variant)
     if variant == "plain" and not source.is_distilled:
         _log.warning(
-            "%s is not distilled: it needs classifier-free guidance, which the exported step does "
-            "not do; run it twice, with and without the prompt, and combine the predictions",
+            "%s is not distilled: it needs classifier-free guidance, which neither the exported "
+            "step nor the pipeline does; run the step twice, with and without the prompt, and "
+            "combine the predictions",
             source.name,
         )
     whole = _read_checkpoint(source, text_layers)
@@ -160,6 +162,9 @@ def export_checkpoint(
         placed = _place_weights(whole, folder, dtype)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         _write_tokenizer(whole.folder, folder)
+        # diffusers builds the VAE from it where the torch backend runs it.
+        vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
+        (folder / "vae/config.json").write_text(vae_config, encoding="utf-8")
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
         Manifest(
@@ -170,6 +175,7 @@ def export_checkpoint(
             scheduler=whole.scheduler,
             files=files,
             licence=licence,
+            distilled=source.is_distilled,
         ).save(folder)
         shared = {path for part in placed.values() for path in part.shared}
         written = sum(r.bytes for name, r in files.items() if folder / name not in shared)

@@ -6,17 +6,21 @@ score matrix; TensorRT fuses `Attention` in bfloat16 and float16 only.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from klein_kv.ops import Ops
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
 __all__ = ["OPSET", "OnnxOps", "external_tensor"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPSET = 23
 _MICROSOFT = "com.microsoft"
@@ -149,6 +153,15 @@ class OnnxOps:
             self._shapes[key] = self._one("Concat", *parts, axis=0)
         return self._shapes[key]
 
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[ir.Value], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        return function(self, name, *args, **kwargs)
+
     def constant(self, value: NDArray[Any]) -> ir.Value:
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
@@ -166,6 +179,14 @@ class OnnxOps:
         out = self._one("Gemm", rows, self._weight(weight, part), transB=1)
         out.meta["features"] = self._features(weight, part)
         return out
+
+    def projection(
+        self,
+        rows: ir.Value,
+        weight: str,
+        features: tuple[int, int],  # noqa: ARG002
+    ) -> Callable[[int, int], ir.Value]:
+        return lambda start, stop: self.linear(rows, weight, (start, stop))
 
     def _features(self, weight: str, part: tuple[int, int] | None) -> int:
         return self._weights[weight].shape[0] if part is None else part[1] - part[0]
@@ -294,6 +315,9 @@ class OnnxOps:
         out = self._one("Concat", *parts, axis=axis)
         out.meta.update(parts[0].meta)
         return out
+
+    def compact(self, x: ir.Value) -> ir.Value:
+        return x
 
     def split_tokens(self, x: ir.Value, at: ir.Value) -> tuple[ir.Value, ir.Value]:
         count, axis = self._axes(at, 1, 2), self._ints(1)

@@ -15,8 +15,9 @@ Plain klein weights know no such stream: their reference tokens take part in eve
 image's own, which `denoise_with_references` writes.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -148,18 +149,14 @@ def encode_references(
         last = i == config.num_blocks - 1
         if i < config.num_layers:
             block = f"transformer_blocks.{i}"
-            norm = net.modulate(hidden, double[0])
-            q, k, v = net.double_qkv(norm, block, _IMAGE, seq, rope, with_q=not last)
-            if not last:
-                attended = ops.rows(ops.attention(q, k, v))
-                hidden = net.double_out(hidden, attended, block, _IMAGE, double)
+            hidden, k, v = ops.block(
+                _reference_double_block, block, config, hidden, seq, double, rope, last
+            )
         else:
-            block = f"single_transformer_blocks.{i - config.num_layers}.attn"
-            norm = net.modulate(hidden, single)
-            q, k, v = net.single_qkv(norm, block, seq, rope, with_q=not last)
-            if not last:
-                attended = ops.rows(ops.attention(q, k, v))
-                hidden = net.single_out(hidden, norm, attended, block, single)
+            block = f"single_transformer_blocks.{i - config.num_layers}"
+            hidden, k, v = ops.block(
+                _reference_single_block, block, config, hidden, seq, single, rope, last
+            )
         kv += [k, v]
     return kv
 
@@ -174,7 +171,7 @@ def denoise(
         config: the network's shape.
         inputs: latents, text, time and positions.
         kv: reference keys and values as `encode_references` returns them, batch 1, shared by every
-            image of the batch; R may be 0.
+            image of the batch; R may be 0, or nothing given at all.
 
     Returns:
         noise_pred [B, S, C] and the latents after the step [B, S, C].
@@ -243,37 +240,149 @@ def _run_blocks(
     img_rope, txt_rope = net.rope(img_ids, img_seq), net.rope(inputs.txt_ids, txt_seq)
     image = ops.linear(ops.rows(img_seq), "x_embedder.weight")
     text = ops.linear(ops.rows(txt_seq), "context_embedder.weight")
+    mods, like, ropes = (image_mods, text_mods), (img_seq, txt_seq), (img_rope, txt_rope)
     for i in range(config.num_layers):
-        block = f"transformer_blocks.{i}"
-        image_norm, text_norm = net.modulate(image, image_mods[0]), net.modulate(text, text_mods[0])
-        q_img, k_img, v_img = net.double_qkv(image_norm, block, _IMAGE, img_seq, img_rope)
-        q_txt, k_txt, v_txt = net.double_qkv(text_norm, block, _TEXT, txt_seq, txt_rope)
-        ref = [ops.expand_batch(x, img_seq) for x in kv[2 * i : 2 * i + 2]]
-        attended = ops.attention(
-            ops.concat([q_txt, q_img], 1),
-            ops.concat([*ref[:1], k_txt, k_img], 1),
-            ops.concat([*ref[1:], v_txt, v_img], 1),
+        image, text = ops.block(
+            _double_block,
+            f"transformer_blocks.{i}",
+            config,
+            (image, text),
+            like,
+            mods,
+            ropes,
+            tuple(kv[2 * i : 2 * i + 2]),
         )
-        text_out, image_out = ops.split_tokens(attended, txt_seq)
-        image = net.double_out(image, ops.rows(image_out), block, _IMAGE, image_mods)
-        text = ops.saturate(net.double_out(text, ops.rows(text_out), block, _TEXT, text_mods))
     joint_seq = ops.concat([ops.sequence(text, txt_seq), ops.sequence(image, img_seq)], 1)
     joint = ops.rows(joint_seq)
     rope = _Rope(
         ops.concat([txt_rope.cos, img_rope.cos], 1), ops.concat([txt_rope.sin, img_rope.sin], 1)
     )
     for i in range(config.num_single_layers):
-        block = f"single_transformer_blocks.{i}.attn"
         at = 2 * (config.num_layers + i)
-        norm = net.modulate(joint, single)
-        q, k, v = net.single_qkv(norm, block, joint_seq, rope)
-        if kv:
-            k_ref, v_ref = (ops.expand_batch(x, img_seq) for x in kv[at : at + 2])
-            k, v = ops.concat([k_ref, k], 1), ops.concat([v_ref, v], 1)
-        attended = ops.attention(q, k, v)
-        joint = net.single_out(joint, norm, ops.rows(attended), block, single)
+        joint = ops.block(
+            _single_block,
+            f"single_transformer_blocks.{i}",
+            config,
+            joint,
+            joint_seq,
+            single,
+            rope,
+            tuple(kv[at : at + 2]),
+        )
     _, image_seq = ops.split_tokens(ops.sequence(joint, joint_seq), txt_seq)
     return image_seq
+
+
+# The blocks: functions of tensors alone, told apart by the name that their weights begin with, so
+# that `Ops.block` may compile each once for all blocks of its kind.
+
+
+def _reference_double_block(
+    ops: Ops[T],
+    block: str,
+    config: TransformerConfig,
+    hidden: T,
+    seq: T,
+    mods: Sequence[_Modulation[T]],
+    rope: _Rope[T],
+    last: bool,
+) -> tuple[T, T, T]:
+    """A double block on the reference stream: rows after it, k and v.
+
+    Of the last block k and v are all that is ever read.
+    """
+    net = _Network(ops, config)
+    norm = net.modulate(hidden, mods[0])
+    q, k, v = net.double_qkv(norm, block, _IMAGE, seq, rope, with_q=not last)
+    if not last:
+        attended = ops.rows(ops.attention(q, k, v))
+        hidden = net.double_out(hidden, attended, block, _IMAGE, mods)
+    return hidden, ops.compact(k), ops.compact(v)
+
+
+def _reference_single_block(
+    ops: Ops[T],
+    block: str,
+    config: TransformerConfig,
+    hidden: T,
+    seq: T,
+    mod: _Modulation[T],
+    rope: _Rope[T],
+    last: bool,
+) -> tuple[T, T, T]:
+    """A single block on the reference stream, alike."""
+    net = _Network(ops, config)
+    norm = net.modulate(hidden, mod)
+    dim = config.inner_dim
+    project = net.single_projection(norm, block, (dim, 3 * dim) if last else None)
+    q, k, v = net.single_qkv(project, block, seq, rope, with_q=not last)
+    if not last:
+        attended = ops.rows(ops.attention(q, k, v))
+        hidden = net.single_out(hidden, project, attended, block, mod)
+    return hidden, ops.compact(k), ops.compact(v)
+
+
+def _double_block(
+    ops: Ops[T],
+    block: str,
+    config: TransformerConfig,
+    rows: tuple[T, T],
+    like: tuple[T, T],
+    mods: tuple[Sequence[_Modulation[T]], Sequence[_Modulation[T]]],
+    ropes: tuple[_Rope[T], _Rope[T]],
+    kv: tuple[T, ...],
+) -> tuple[T, T]:
+    """A double block: rows of image and text after it.
+
+    Args:
+        ops: what computes, or writes the graph.
+        block: beginning of the names of the block's weights.
+        config: the network's shape.
+        rows: image and text before it.
+        like: tensors [B, S, ...] whose batch and length they have.
+        mods: modulations of both.
+        ropes: rotations of both.
+        kv: the references' keys and values of this block, or nothing.
+    """
+    net = _Network(ops, config)
+    image, text = rows
+    img_seq, txt_seq = like
+    image_mods, text_mods = mods
+    image_norm, text_norm = net.modulate(image, image_mods[0]), net.modulate(text, text_mods[0])
+    q_img, k_img, v_img = net.double_qkv(image_norm, block, _IMAGE, img_seq, ropes[0])
+    q_txt, k_txt, v_txt = net.double_qkv(text_norm, block, _TEXT, txt_seq, ropes[1])
+    ref = [ops.expand_batch(x, img_seq) for x in kv]
+    attended = ops.attention(
+        ops.concat([q_txt, q_img], 1),
+        ops.concat([*ref[:1], k_txt, k_img], 1),
+        ops.concat([*ref[1:], v_txt, v_img], 1),
+    )
+    text_out, image_out = ops.split_tokens(attended, txt_seq)
+    image = net.double_out(image, ops.rows(image_out), block, _IMAGE, image_mods)
+    text = net.double_out(text, ops.rows(text_out), block, _TEXT, text_mods)
+    return image, ops.saturate(text)
+
+
+def _single_block(
+    ops: Ops[T],
+    block: str,
+    config: TransformerConfig,
+    joint: T,
+    like: T,
+    mod: _Modulation[T],
+    rope: _Rope[T],
+    kv: tuple[T, ...],
+) -> T:
+    """A single block: rows of text and image after it; arguments as of `_double_block`."""
+    net = _Network(ops, config)
+    norm = net.modulate(joint, mod)
+    project = net.single_projection(norm, block)
+    q, k, v = net.single_qkv(project, block, like, rope)
+    if kv:
+        k_ref, v_ref = (ops.expand_batch(x, like) for x in kv)
+        k, v = ops.concat([k_ref, k], 1), ops.concat([v_ref, v], 1)
+    attended = ops.rows(ops.attention(q, k, v))
+    return net.single_out(joint, project, attended, block, mod)
 
 
 class _Network(Generic[T]):
@@ -282,7 +391,6 @@ class _Network(Generic[T]):
     def __init__(self, ops: Ops[T], config: TransformerConfig) -> None:
         self.ops = ops
         self.config = config
-        self.rope_tables = rope_tables(config)
 
     def time_embedding(self, timestep: T) -> T:
         """Sinusoids of the timestep (0 to 1000) through two linear layers: [1, D]."""
@@ -314,7 +422,7 @@ class _Network(Generic[T]):
     def rope(self, ids: T, like: T) -> _Rope[T]:
         """Cosines and sines at these positions, for every image of the batch of `like`."""
         ops = self.ops
-        cos, sin = (ops.rope_table(ids, table) for table in self.rope_tables)
+        cos, sin = (ops.rope_table(ids, table) for table in rope_tables(self.config))
         return _Rope(ops.expand_batch(cos, like), ops.expand_batch(sin, like))
 
     def _head_norm_rope(self, rows: T, weight: str, like: T, rope: _Rope[T]) -> T:
@@ -348,7 +456,7 @@ class _Network(Generic[T]):
         attended: T,
         block: str,
         names: _StreamNames,
-        mods: list[_Modulation[T]],
+        mods: Sequence[_Modulation[T]],
     ) -> T:
         """Attention output projection and SwiGLU feed-forward of one stream, both gated."""
         ops, mlp = self.ops, self.config.mlp_hidden_dim
@@ -356,35 +464,55 @@ class _Network(Generic[T]):
         rows = ops.add(rows, ops.mul(out, mods[0].gate))
         norm = self.modulate(rows, mods[1])
         weight = f"{block}.{names.ff}.linear_in.weight"
-        hidden = ops.mul(
-            ops.silu(ops.linear(norm, weight, (0, mlp))), ops.linear(norm, weight, (mlp, 2 * mlp))
-        )
+        project = ops.projection(norm, weight, (0, 2 * mlp))
+        hidden = ops.mul(ops.silu(project(0, mlp)), project(mlp, 2 * mlp))
         out = ops.linear(hidden, f"{block}.{names.ff}.linear_out.weight")
         return ops.add(rows, ops.mul(out, mods[1].gate))
 
+    def single_projection(
+        self, norm: T, block: str, rows: tuple[int, int] | None = None
+    ) -> Callable[[int, int], T]:
+        """A single block's one projection: q, k, v, then gate and up of the SwiGLU.
+
+        Args:
+            norm: its input.
+            block: beginning of the weight's name.
+            rows: the range of output features that will be asked for; None is all.
+        """
+        whole = 3 * self.config.inner_dim + 2 * self.config.mlp_hidden_dim
+        weight = f"{block}.attn.to_qkv_mlp_proj.weight"
+        return self.ops.projection(norm, weight, rows or (0, whole))
+
     def single_qkv(
-        self, norm: T, block: str, like: T, rope: _Rope[T], with_q: bool = True
+        self,
+        project: Callable[[int, int], T],
+        block: str,
+        like: T,
+        rope: _Rope[T],
+        with_q: bool = True,
     ) -> tuple[T, T, T]:
         """q, k (after RoPE) and v of a single block: the first three parts of its projection."""
         ops, dim = self.ops, self.config.inner_dim
-        weight = f"{block}.to_qkv_mlp_proj.weight"
-        k = ops.linear(norm, weight, (dim, 2 * dim))
-        v = ops.linear(norm, weight, (2 * dim, 3 * dim))
-        k = self._head_norm_rope(k, f"{block}.norm_k", like, rope)
-        v = ops.heads(v, like, self.config.num_attention_heads)
+        k = self._head_norm_rope(project(dim, 2 * dim), f"{block}.attn.norm_k", like, rope)
+        v = ops.heads(project(2 * dim, 3 * dim), like, self.config.num_attention_heads)
         if not with_q:
             return k, k, v
-        q = ops.linear(norm, weight, (0, dim))
-        return self._head_norm_rope(q, f"{block}.norm_q", like, rope), k, v
+        return self._head_norm_rope(project(0, dim), f"{block}.attn.norm_q", like, rope), k, v
 
-    def single_out(self, rows: T, norm: T, attended: T, block: str, mod: _Modulation[T]) -> T:
+    def single_out(
+        self,
+        rows: T,
+        project: Callable[[int, int], T],
+        attended: T,
+        block: str,
+        mod: _Modulation[T],
+    ) -> T:
         """SwiGLU beside the attention, one output projection over both, gated."""
         ops, dim, mlp = self.ops, self.config.inner_dim, self.config.mlp_hidden_dim
-        weight = f"{block}.to_qkv_mlp_proj.weight"
-        gate = ops.linear(norm, weight, (3 * dim, 3 * dim + mlp))
-        up = ops.linear(norm, weight, (3 * dim + mlp, 3 * dim + 2 * mlp))
+        gate = project(3 * dim, 3 * dim + mlp)
+        up = project(3 * dim + mlp, 3 * dim + 2 * mlp)
         hidden = ops.concat([attended, ops.mul(ops.silu(gate), up)], 1)
-        out = ops.linear(hidden, f"{block}.to_out.weight")
+        out = ops.linear(hidden, f"{block}.attn.to_out.weight")
         return ops.saturate(ops.add(rows, ops.mul(out, mod.gate)))
 
     def output(self, rows: T, temb: T, inputs: StepInputs[T]) -> tuple[T, T]:
@@ -417,7 +545,8 @@ def timestep_frequencies(channels: int) -> NDArray[np.float32]:
     return frequencies
 
 
-def rope_tables(config: TransformerConfig) -> tuple[list[NDArray[np.float32]], ...]:
+@functools.cache
+def rope_tables(config: TransformerConfig) -> tuple[tuple[NDArray[np.float32], ...], ...]:
     """Cosines and sines of every position, one table [MAX_POSITION, axis / 2] per axis.
 
     Angles are taken in float64 and rounded once (diffusers: `Flux2PosEmbed`), which a graph in
@@ -430,4 +559,6 @@ def rope_tables(config: TransformerConfig) -> tuple[list[NDArray[np.float32]], .
         angles = np.outer(positions, frequencies)
         cos.append(np.cos(angles).astype(np.float32))
         sin.append(np.sin(angles).astype(np.float32))
-    return cos, sin
+    for table in (*cos, *sin):
+        table.flags.writeable = False
+    return tuple(cos), tuple(sin)

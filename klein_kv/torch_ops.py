@@ -1,41 +1,97 @@
-"""`Ops` computed by PyTorch: the reference for the exported graphs."""
+"""`Ops` computed by PyTorch: the reference for the exported graphs, and the torch backend."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from klein_kv.ops import Ops
+
 __all__ = ["TorchOps"]
+
+_SMALL = 4096
+_KIND = "block"
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Block = Callable[..., Any]
 
 
 class TorchOps:
-    """Runs `model.py` and `text_model.py` eagerly, or under `torch.compile`.
+    """Runs `model.py` and `text_model.py`.
 
     Args:
         weights: the checkpoint's tensors, on the device to compute on.
         dtype: type of the activations.
+        compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
+            all blocks of that kind and all graphs, and once more, for any size, when a second size
+            comes.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        compile_blocks: bool = False,
+    ) -> None:
         self.weights = weights
         self.dtype = dtype
-        self.device = next(iter(weights.values())).device
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], torch.Tensor] = {}
+        self._compile = compile_blocks
+        self._constants: dict[object, tuple[NDArray[Any], torch.Tensor]] = {}
+        self._blocks: dict[str, TorchOps] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.weights.values())).device
+
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[torch.Tensor], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        if not self._compile:
+            return function(self, name, *args, **kwargs)
+        if name not in self._blocks:
+            # To the compiler all blocks of a kind have one name: weights are arguments then.
+            own = {
+                _KIND + key.removeprefix(name): tensor
+                for key, tensor in self.weights.items()
+                if key.startswith(f"{name}.")
+            }
+            self._blocks[name] = TorchOps(own, self.dtype)
+        result: R = _compiled(function)(self._blocks[name], _KIND, *args, **kwargs)
+        return result
 
     def constant(self, value: NDArray[Any]) -> torch.Tensor:
-        key = (value.dtype.str, value.shape, value.tobytes())
+        # Large constants are module-level tables that come again at every call: no need to read
+        # them. What `id` names is kept, so that nothing else gets that id.
+        content = value.tobytes() if value.nbytes <= _SMALL else id(value)
+        key = (value.dtype.str, value.shape, content)
         if key not in self._constants:
-            self._constants[key] = torch.from_numpy(value.copy()).to(self.device)
-        return self._constants[key]
+            self._constants[key] = value, torch.from_numpy(value.copy()).to(self.device)
+        return self._constants[key][1]
 
     def linear(
         self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
     ) -> torch.Tensor:
         w = self.weights[weight]
         return F.linear(rows, w if part is None else w[part[0] : part[1]])
+
+    def projection(
+        self, rows: torch.Tensor, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], torch.Tensor]:
+        first = features[0]
+        whole = self.linear(rows, weight, features)
+        return lambda start, stop: whole[:, start - first : stop - first]
 
     def embedding(self, ids: torch.Tensor, weight: str) -> torch.Tensor:
         return F.embedding(ids, self.weights[weight]).flatten(0, 1)
@@ -108,6 +164,9 @@ class TorchOps:
     def concat(self, parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
         return torch.cat(list(parts), dim=axis)
 
+    def compact(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
     def split_tokens(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = at.shape[1]
         return x[:, :count], x[:, count:]
@@ -132,3 +191,9 @@ class TorchOps:
 
     def to_model_dtype(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.dtype)
+
+
+@functools.cache
+def _compiled(function: Block) -> Block:
+    compiled: Block = torch.compile(function)
+    return compiled

@@ -61,7 +61,11 @@ def transformer_graph(graph: str, config: ModelConfig, ops: TorchOps) -> Graph:
                 ops, net, step, x["ref_hidden_states"], x["ref_ids"]
             )
             return {"noise_pred": noise_pred, "latents": latents}
-        kv = encode(x) if graph == "first_step" else [x[name] for name in names]
+        if graph == "first_step":
+            kv = encode(x)
+        else:
+            # Without references blocks do without, rather than join an empty tensor to each.
+            kv = [x[name] for name in names] if x[names[0]].shape[1] else []
         noise_pred, latents = denoise(ops, net, step, kv)
         outputs = {"noise_pred": noise_pred, "latents": latents}
         return outputs | dict(zip(names, kv, strict=True)) if graph == "first_step" else outputs
