@@ -1,5 +1,6 @@
 """One cell of the GPU suite: an output size and a number of references, everyone in turn."""
 
+import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from gpu_timing import Sample, with_spread
 
 from klein_kv.flops import edit_flops, plain_edit_flops
 
-__all__ = ["PAIRS", "CellRunner", "family_flops", "relative_distance"]
+__all__ = ["PAIRS", "CellRunner", "attempt", "empty_cache", "family_flops", "relative_distance"]
 
 MIN_ROUNDS = 2
 # Two steps run both of a family's graphs; the second time our CUDA graph is recorded.
@@ -115,7 +116,7 @@ class CellRunner:
             cell["hit_equals_miss"] = _hit_equals_miss(kept)
             for contender in self.contenders:
                 contender.release()
-            _empty_cache(self.networks.device)
+            empty_cache(self.networks.device)
             self.record.save()
 
     def _prepare(
@@ -131,7 +132,7 @@ class CellRunner:
             if self.record.elapsed > until or self.record.left < 0:
                 self.record.miss(what, "no time left")
                 continue
-            _empty_cache(device)
+            empty_cache(device)
             before = _reserved(device)
             start = self.record.elapsed
 
@@ -144,7 +145,7 @@ class CellRunner:
                 contender.release()
                 continue
             ready.append(contender)
-            _empty_cache(device)
+            empty_cache(device)
             runs[contender.name] = {
                 "family": contender.family,
                 "held_bytes": max(0, _reserved(device) - before),
@@ -238,10 +239,7 @@ class CellRunner:
         peaks = [sample["peak_bytes"] for sample in runs[name]["samples"]]
         if None in peaks:
             return None
-        held = runs[name]["held_bytes"]
-        # A "hit" runs on the backend of the contender that it is a hit of.
-        held += runs.get(name.replace("_hit_", "_"), {}).get("held_bytes", 0) * ("_hit_" in name)
-        weights = self.networks.weight_bytes
+        held, weights = runs[name]["held_bytes"], self.networks.weight_bytes
         return {
             "weights_bytes": weights,
             "held_bytes": held,
@@ -287,7 +285,8 @@ def _reserved(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-def _empty_cache(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
+    gc.collect()  # a pipeline and the watch on its scheduler hold each other
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -16,12 +16,13 @@ from gpu_models import Networks, Scene, make_pipeline
 from gpu_timing import Clock, Sample
 
 from klein_kv.config import ModelConfig
+from klein_kv.export.random_model import make_scheduler
 from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.loop import LoopInputs, denoise_loop
 from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
 from klein_kv.runtime.torch_backend import TorchBackend
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import kv_names
+from klein_kv.signature import GraphSet, kv_names
 
 __all__ = ["Contender", "Diffusers", "Ours", "all_contenders"]
 
@@ -43,7 +44,7 @@ class Contender:
     name: str
     family: str
     clock: Clock
-    latents: torch.Tensor | None = None
+    latents: torch.Tensor | None = field(default=None, init=False)
 
     def prepare(self, scene: Scene) -> None:
         """What happens before a request; not timed."""
@@ -65,7 +66,7 @@ class Diffusers(Contender):
         pipe: `Flux2KleinKVPipeline` or `Flux2KleinPipeline`; its scheduler is being watched.
     """
 
-    pipe: Any = None
+    pipe: Any
     _seen: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
@@ -89,7 +90,7 @@ class Diffusers(Contender):
             round_timesteps: changes the timesteps that the transformer is given.
         """
         pipe = make_pipeline(kind, transformer, vae)
-        self = cls(name, kind, clock, pipe=pipe)
+        self = cls(name, kind, clock, pipe)
         self._watch(pipe.scheduler, round_timesteps)
         return self
 
@@ -165,17 +166,17 @@ class Ours(Contender):
     """This project's loop on its torch backend.
 
     Attributes:
-        backend: may be shared by a "kv" and a "hit" contender.
+        backend: its own: what a backend holds for one contender would slow or spare another.
         config: of the networks.
         scheduler: the scheduler's configuration.
         dtype: of the weights.
     """
 
-    backend: Backend = None  # type: ignore[assignment]
-    config: ModelConfig = None  # type: ignore[assignment]
-    scheduler: Any = None
-    dtype: torch.dtype = torch.bfloat16
-    _kv: dict[str, torch.Tensor] | None = None
+    backend: Backend
+    config: ModelConfig
+    scheduler: dict[str, Any]
+    dtype: torch.dtype
+    _kv: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @torch.inference_mode()
     def prepare(self, scene: Scene) -> None:
@@ -196,7 +197,7 @@ class Ours(Contender):
         if scene.ref_tokens is None:
             inputs.kv = self._no_references(scene)
         elif self.family == "hit":
-            inputs.kv = dict(self._kv or {})
+            inputs.kv = dict(self._kv)
         else:
             inputs.references = self._references(scene)
         schedule = make_schedule(self.scheduler, steps, scene.sizes["image_tokens"])
@@ -206,13 +207,14 @@ class Ours(Contender):
             return False
 
         self.clock.start()
-        denoise_loop(self.backend, schedule, inputs, _DTYPE_NAMES[self.dtype], after_step)
+        graphs = GraphSet("kv", _DTYPE_NAMES[self.dtype])
+        denoise_loop(self.backend, schedule, inputs, graphs, after_step)
         sample = self.clock.stop()
         self.latents = inputs.latents.clone()  # the buffer may be the backend's own
         return sample
 
     def release(self) -> None:
-        self._kv = None
+        self._kv = {}
         for graph in ("first_step", "cached_step", "encode_references"):
             self.backend.release(graph)
         Contender.release(self)
@@ -244,27 +246,33 @@ def all_contenders(
         compile_options: for `torch.compile` of diffusers' blocks; None leaves out who compiles.
         graphs: CUDA graphs can be used.
     """
-    modes = ["eager"]
-    modes += ["compiled"] if compile_options is not None else []
-    modes += ["graphs"] if compile_options is not None and graphs else []
-    theirs: list[Contender] = []
-    for kind in ("kv", "plain"):
-        for mode in modes[:2]:
-            transformer = networks.transformer()
-            if mode == "compiled":
-                transformer.compile_repeated_blocks(**(compile_options or {}))
-            name = f"diffusers_{kind}_{mode}"
-            theirs.append(Diffusers.make(name, kind, transformer, networks.vae, clock))
-    ours: list[Contender] = []
-    for mode in reversed(modes):
-        ours += ours_contenders(networks, clock, networks.state, mode)
-    return [*theirs, *ours]
+    compiles = compile_options is not None
+    modes = ["graphs"] * (compiles and graphs) + ["compiled"] * compiles + ["eager"]
+
+    def theirs(kind: str, mode: str) -> list[Contender]:
+        if mode not in modes:
+            return []
+        transformer = networks.transformer()
+        if mode == "compiled":
+            transformer.compile_repeated_blocks(**(compile_options or {}))
+        name = f"diffusers_{kind}_{mode}"
+        return [Diffusers.make(name, kind, transformer, networks.vae, clock)]
+
+    best, *others = [ours_contenders(networks, clock, networks.state, mode) for mode in modes]
+    return [
+        *theirs("kv", "eager"),
+        *theirs("kv", "compiled"),
+        *best,
+        *theirs("plain", "compiled"),
+        *theirs("plain", "eager"),
+        *(contender for pair in others for contender in pair),
+    ]
 
 
 def ours_contenders(
     networks: Networks, clock: Clock, state: dict[str, torch.Tensor], mode: str
 ) -> list[Ours]:
-    """A "kv" and a "hit" contender on one backend.
+    """A "kv" and a "hit" contender, each on a backend of its own.
 
     Args:
         networks: shapes and devices.
@@ -273,19 +281,16 @@ def ours_contenders(
         mode: "eager", "compiled", or "graphs" (compiled, and cached steps replayed).
     """
     dtype = next(iter(state.values())).dtype
-    backend = TorchBackend.from_tensors(
-        networks.config,
-        _DTYPE_NAMES[dtype],
-        device=str(networks.device),
-        transformer=state,
-        compile_blocks=mode != "eager",
-        cuda_graphs=mode == "graphs",
-    )
-    scheduler = dict(make_pipeline("plain", networks.transformer(), networks.vae).scheduler.config)
-    return [
-        Ours(
-            name, family, clock,
-            backend=backend, config=networks.config, scheduler=scheduler, dtype=dtype,
+    scheduler = dict(make_scheduler().config)
+    contenders = []
+    for name, family in ((f"ours_{mode}", "kv"), (f"ours_hit_{mode}", "hit")):
+        backend = TorchBackend.from_tensors(
+            networks.config,
+            _DTYPE_NAMES[dtype],
+            device=str(networks.device),
+            transformer=state,
+            compile_blocks=mode != "eager",
+            cuda_graphs=mode == "graphs",
         )
-        for name, family in ((f"ours_{mode}", "kv"), (f"ours_hit_{mode}", "hit"))
-    ]  # fmt: skip
+        contenders.append(Ours(name, family, clock, backend, networks.config, scheduler, dtype))
+    return contenders

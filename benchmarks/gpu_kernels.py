@@ -1,4 +1,4 @@
-"""Where a step's time goes: the peak of the device, the parts of a step, and the kernels of a run."""
+"""Where a step's time goes: the device's peak, a step's parts, a run's kernels."""
 
 import statistics
 from collections import Counter

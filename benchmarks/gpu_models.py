@@ -1,4 +1,4 @@
-"""The networks of the GPU suite, with random weights drawn on the device, and what is asked of them.
+"""The GPU suite's networks, with random weights drawn on the device, and what is asked of them.
 
 Every module and every backend uses the same tensors: weights are on the device once per data type.
 """

@@ -1,4 +1,4 @@
-"""The stages around the loop: one reference through the VAE's encoder, latents through its decoder."""
+"""The stages around the loop: references into the VAE, latents out of it."""
 
 from collections.abc import Callable
 from typing import Any
