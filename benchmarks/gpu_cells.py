@@ -116,7 +116,7 @@ class CellRunner:
             cell["hit_equals_miss"] = _hit_equals_miss(kept)
             for contender in self.contenders:
                 contender.release()
-            empty_cache(self.networks.device)
+            empty_cache(self.networks.device, collect=True)
             self.record.save()
 
     def _prepare(
@@ -285,8 +285,16 @@ def _reserved(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-def empty_cache(device: torch.device) -> None:
-    gc.collect()  # a pipeline and the watch on its scheduler hold each other
+def empty_cache(device: torch.device, collect: bool = False) -> None:
+    """Gives memory that nobody uses back to the device.
+
+    Args:
+        device: which.
+        collect: look for objects that hold each other, like a pipeline and the watch on its
+            scheduler.
+    """
+    if collect:
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

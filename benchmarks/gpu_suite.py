@@ -30,6 +30,7 @@ from checkout import use_checkout  # noqa: E402
 use_checkout()
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt, empty_cache  # noqa: E402
 from gpu_contenders import all_contenders  # noqa: E402
 from gpu_kernels import attention_backends, kernel_classes, matmul_peak, step_parts  # noqa: E402
@@ -71,15 +72,31 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compile-mode", help="torch.compile's mode for diffusers' blocks")
     parser.add_argument("--commit", help="of this checkout, where it came without its history")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if any(side < 64 or side % 16 for side in args.outputs or ()):
+        parser.error(f"--outputs {args.outputs}: expected multiples of 16 from 64 on")
+    if any(count < 0 for count in args.references or ()):
+        parser.error(f"--references {args.references}: expected 0 or more")
+    if args.rounds < 2 or args.steps < 2 or args.minutes <= 0:
+        parser.error("expected at least 2 --rounds, 2 --steps, and --minutes above 0")
+    if args.device == "cpu" and args.size == "9b":
+        parser.error("--size 9b is for a GPU: on a CPU it takes hours; use --size tiny")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(
+            f"--device {args.device}, but torch {torch.__version__} sees no CUDA device; a check "
+            "without one: --device cpu --size tiny"
+        )
+    return args
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    """The integers of a list like "1024,512"."""
     return tuple(int(part) for part in text.split(","))
 
 
 def main() -> None:
     args = parse_arguments()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -128,6 +145,7 @@ def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
     plan = cell_order(args.outputs or size.outputs, args.references or size.references)
     headline, second = plan[0], plan[min(1, len(plan) - 1)]
     for i, cell in enumerate(plan):
+        fix_shapes(i == 0)
         run_cell(cells, cell, plan[i:], args)
         document["targets"] = targets(document)
         record.save()
@@ -204,13 +222,13 @@ def cell_cost(cells: CellRunner, output: int, references: int) -> float:
 
 
 def run_parity(cells: CellRunner, headline: tuple[int, int], second: tuple[int, int]) -> None:
-    """In full on the second cell; on the first, where float32 takes long, against one run."""
+    """In full on the second cell; on the first, where float32 takes long, of the KV pipeline."""
     state = cells.networks.float32_state()
     measure_parity(cells, state, *second, PARITY_RUNS)
     if headline != second:
-        measure_parity(cells, state, *headline, PARITY_RUNS[:1])
+        measure_parity(cells, state, *headline, PARITY_RUNS[:2])
     del state
-    empty_cache(cells.networks.device)
+    empty_cache(cells.networks.device, collect=True)
 
 
 def measure_parts(cells: CellRunner, output: int, references: int) -> None:
@@ -225,7 +243,12 @@ def measure_parts(cells: CellRunner, output: int, references: int) -> None:
 
 
 def measure_profile(cells: CellRunner, output: int, references: int) -> None:
-    """Kernels of a whole request, of our best and of diffusers' best contender."""
+    """Kernels of a whole request, of our best and of diffusers' best contender.
+
+    Last of all, for the profiler's hooks stay; with code compiled for this cell's shapes again.
+    """
+    torch._dynamo.reset()
+    fix_shapes(True)
     profiles: dict[str, Any] = {}
     by_name = {contender.name: contender for contender in cells.contenders}
     scene = make_scene(cells.networks, cells.size, output, references)
@@ -245,14 +268,22 @@ def measure_profile(cells: CellRunner, output: int, references: int) -> None:
 
 def allow_shapes() -> None:
     """Lets torch.compile keep every shape of the suite: it gives up on a function after eight."""
-    import torch._dynamo
-
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, 64)
     for name in ("accumulated_recompile_limit", "accumulated_cache_size_limit"):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, 1024)
+
+
+def fix_shapes(fixed: bool) -> None:
+    """Code for the very shapes (True), or, from a function's second shape on, for any (False).
+
+    By default torch.compile takes a KV pipeline's first and later steps for two shapes of one
+    function, and gives the later ones code for any shape. In the cell that has targets everyone
+    gets the best; elsewhere there is no time to compile anew for each cell.
+    """
+    torch._dynamo.config.automatic_dynamic_shapes = not fixed
 
 
 def settings(args: argparse.Namespace, compiles: bool) -> dict[str, Any]:
@@ -265,7 +296,7 @@ def settings(args: argparse.Namespace, compiles: bool) -> dict[str, Any]:
         "dtype": "bfloat16",
         "compiled": compiles,
         "compile_mode": args.compile_mode or "default",
-        "compile_shapes": "torch.compile's own choice: fixed in the first cell, dynamic afterwards",
+        "compile_shapes": "fixed in the first cell, dynamic afterwards",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "bf16_reduced_precision_reduction": cuda.matmul.allow_bf16_reduced_precision_reduction,
         "grad_mode": "inference_mode",
