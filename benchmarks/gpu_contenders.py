@@ -35,8 +35,8 @@ class Contender:
 
     Attributes:
         name: unique.
-        family: "plain" (references in every step), "kv" (encoded in the first step) or "hit"
-            (encoded before the request).
+        family: whose operations it does: "plain" (references in every step), "diffusers_kv" or
+            "kv" (encoded in the first step, by diffusers or by us) or "hit" (encoded before).
         clock: times the steps.
         latents: result of the last run, [1, S, C], on the device.
     """
@@ -90,7 +90,7 @@ class Diffusers(Contender):
             round_timesteps: changes the timesteps that the transformer is given.
         """
         pipe = make_pipeline(kind, transformer, vae)
-        self = cls(name, kind, clock, pipe)
+        self = cls(name, "plain" if kind == "plain" else "diffusers_kv", clock, pipe)
         self._watch(pipe.scheduler, round_timesteps)
         return self
 

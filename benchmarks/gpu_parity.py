@@ -12,8 +12,13 @@ from klein_kv.schedule import make_schedule
 
 __all__ = ["PARITY_RUNS", "measure_parity"]
 
-# Float32 runs, and whose arithmetic each is.
-PARITY_RUNS = (("kv", "kv"), ("kv_bf16_timesteps", "kv"), ("ours", "kv"), ("plain", "plain"))
+# Float32 runs, and the family of each.
+PARITY_RUNS = (
+    ("kv", "diffusers_kv"),
+    ("kv_bf16_timesteps", "diffusers_kv"),
+    ("ours", "kv"),
+    ("plain", "plain"),
+)
 
 JUDGE = "diffusers_kv_eager"
 # What float32 without TF32 reaches at least, for the estimate of whether there is time.
@@ -47,7 +52,7 @@ def measure_parity(
         return
     networks, record = cells.networks, cells.record
     scene = make_scene(networks, cells.size, output, references)
-    flops = family_flops(networks, scene, cells.steps)
+    flops = family_flops(networks.config.transformer, scene.sizes, cells.steps)
     rate = FLOAT32_FLOPS_PER_SECOND[networks.device.type]
     clock = cells.contenders[0].clock
 

@@ -16,8 +16,17 @@ __all__ = ["measure_stages"]
 REPEATS = 5
 
 
-def measure_stages(record: Record, networks: Networks, size: SuiteSize) -> None:
-    """Times diffusers' VAE as its pipelines call it, and as our backend does."""
+def measure_stages(
+    record: Record, networks: Networks, size: SuiteSize, plan: list[tuple[int, int]]
+) -> None:
+    """Times diffusers' VAE as its pipelines call it, and as our backend does.
+
+    Args:
+        record: where results go.
+        networks: the weights.
+        size: of the references.
+        plan: cells of the suite, as (output, references).
+    """
     pipe = make_pipeline("plain", networks.transformer(), networks.vae)
     backend = TorchBackend.from_tensors(
         networks.config, "bfloat16", device=str(networks.device), vae=networks.vae
@@ -29,7 +38,7 @@ def measure_stages(record: Record, networks: Networks, size: SuiteSize) -> None:
         f"vae_encode {size.reference}, diffusers": lambda: pipe._encode_vae_image(image, None),
         f"vae_encode {size.reference}, ours": lambda: backend.run("vae_encoder", {"image": pixels}),
     }
-    for output in size.outputs:
+    for output in sorted({output for output, _ in plan}, reverse=True):
         noise = make_scene(networks, size, output, 0).noise  # [1, C, h, w]
         unpatched = pipe._unpatchify_latents(noise)
         tokens = noise.permute(0, 2, 3, 1).contiguous()

@@ -31,7 +31,7 @@ use_checkout()
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
-from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt, empty_cache  # noqa: E402
+from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt, empty_cache, family_flops  # noqa: E402
 from gpu_contenders import all_contenders  # noqa: E402
 from gpu_kernels import attention_backends, kernel_classes, matmul_peak, step_parts  # noqa: E402
 from gpu_models import SUITE_SIZES, Networks, fixture_shapes, make_scene  # noqa: E402
@@ -40,8 +40,6 @@ from gpu_record import SCHEMA, Record, describe_device, describe_software  # noq
 from gpu_stages import measure_stages  # noqa: E402
 from gpu_targets import targets  # noqa: E402
 from gpu_timing import Clock, synchronize  # noqa: E402
-
-from klein_kv.flops import edit_flops, plain_edit_flops  # noqa: E402
 
 # The first cell is the one with targets: it may take this share of all time, for it compiles too.
 FIRST_CELL_SHARE = 0.45
@@ -56,7 +54,7 @@ PROFILED = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--size", choices=sorted(SUITE_SIZES), default="9b")
@@ -72,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compile-mode", help="torch.compile's mode for diffusers' blocks")
     parser.add_argument("--commit", help="of this checkout, where it came without its history")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if any(side < 64 or side % 16 for side in args.outputs or ()):
         parser.error(f"--outputs {args.outputs}: expected multiples of 16 from 64 on")
     if any(count < 0 for count in args.references or ()):
@@ -143,14 +141,17 @@ def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
     contenders = all_contenders(networks, Clock(device), options if compiles else None, cuda)
     cells = CellRunner(record, networks, size, contenders, args.steps, args.rounds)
     plan = cell_order(args.outputs or size.outputs, args.references or size.references)
-    headline, second = plan[0], plan[min(1, len(plan) - 1)]
+    headline = plan[0]
+    second = next((cell for cell in plan[1:2] if cell[1] > 0), headline)
     for i, cell in enumerate(plan):
         fix_shapes(i == 0)
         run_cell(cells, cell, plan[i:], args)
         document["targets"] = targets(document)
         record.save()
         if i == 0:
-            attempt(record, "stages of the VAE", lambda: measure_stages(record, networks, size))
+            attempt(
+                record, "stages of the VAE", lambda: measure_stages(record, networks, size, plan)
+            )
             attempt(record, "parts of a step", lambda: measure_parts(cells, *headline))
         if cell == second:
             attempt(record, "parity", lambda: run_parity(cells, headline, second))
@@ -206,19 +207,13 @@ def cell_cost(cells: CellRunner, output: int, references: int) -> float:
     unit = cells.networks.config.vae.multiple_of
     sizes = {
         "batch": 1,
-        "steps": cells.steps,
         "image_tokens": (output // unit) ** 2,
         "text_tokens": cells.size.text_tokens,
         "ref_tokens": references * (cells.size.reference // unit) ** 2,
     }
-    net = cells.networks.config.transformer
-    by_family = {
-        "plain": plain_edit_flops(net, **sizes),
-        "kv": edit_flops(net, references_known=False, **sizes),
-        "hit": edit_flops(net, references_known=True, **sizes) if references else 0,
-    }
-    arithmetic = sum(by_family[contender.family] for contender in cells.contenders)
-    return float(arithmetic + CELL_OVERHEAD_FLOPS)
+    flops = family_flops(cells.networks.config.transformer, sizes, cells.steps)
+    taking_part = [c for c in cells.contenders if references or c.family != "hit"]
+    return sum(flops[contender.family] for contender in taking_part) + CELL_OVERHEAD_FLOPS
 
 
 def run_parity(cells: CellRunner, headline: tuple[int, int], second: tuple[int, int]) -> None:

@@ -3,10 +3,10 @@
     python benchmarks/report.py RESULT.json ... [--docs FILE.md] [--html PAGE] [--png DIR]
 
 Measured numbers and those of the kernel-plan model (in `build.py`'s files) come in sections of
-their own. `--docs` puts each between its markers in a Markdown file, such as docs/benchmarks.md,
-and changes nothing else of it; `--html` writes one page that needs no other file; `--png` writes
-the plots. Plots need matplotlib. Without these options the tables go to stdout as Markdown. The
-last line on stdout is one JSON document that names the files that were written.
+their own. `--docs` puts those that there are results for between their markers in a Markdown file,
+such as docs/benchmarks.md, and changes nothing else of it; `--html` writes one page that needs no
+other file; `--png` writes the plots. Plots need matplotlib. Without these options the tables go to
+stdout as Markdown. The last line on stdout is one JSON document that names the files written.
 """
 
 import argparse
@@ -17,16 +17,13 @@ from typing import Any
 
 from report_page import page
 from report_plots import plots
-from report_tables import Section, markdown, measured_section, model_section
+from report_tables import markdown, measured_section, model_section
 
 __all__ = ["insert", "load_results"]
 
 SCHEMA = 1
-# Sections of the Markdown file, by the name in their markers.
-NOT_RUN = {
-    "gpu": "Not run: no result file of a GPU yet.\n",
-    "plan model": "No result file of `benchmarks/build.py`.\n",
-}
+MARKERS = ("gpu", "plan model")
+"""Names in the comments that sections of the Markdown file stand between."""
 
 
 def load_results(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
@@ -87,24 +84,22 @@ def main() -> None:
 
 def write(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> list[Path]:
     """Writes what was asked for; the files."""
-    sections = {
-        "gpu": [measured_section(document) for document in found["gpu_suite"]],
-        "plan model": [model_section(document) for document in found["build"]],
-    }
+    measured = [measured_section(document) for document in found["gpu_suite"]]
+    modelled = [model_section(document) for document in found["build"]]
     images = plots(found["gpu_suite"]) if args.png or args.html else {}
     contents: dict[Path, bytes] = {}
     if args.docs:
         text = args.docs.read_text(encoding="utf-8")
-        for marker, parts in sections.items():
-            text = insert(text, marker, markdown(parts) or NOT_RUN[marker])
+        for marker, sections in zip(MARKERS, (measured, modelled), strict=True):
+            if sections:
+                text = insert(text, marker, markdown(sections))
         contents[args.docs] = text.encode()
     if args.html:
-        every: list[Section] = [*sections["gpu"], *sections["plan model"]]
-        contents[args.html] = page(every, images).encode()
+        contents[args.html] = page([*measured, *modelled], images).encode()
     if args.png:
         contents |= {args.png / f"{name}.png": image for name, image in images.items()}
     if not contents:
-        print(markdown([*sections["gpu"], *sections["plan model"]]))
+        print(markdown([*measured, *modelled]))
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.partial")

@@ -101,13 +101,13 @@ def model_section(document: dict[str, Any]) -> Section:
         for graph, plan in build["plans"].items()
     ]
     table = Table(
-        "Milliseconds of an RTX 5090 by the kernel plans",
+        "Milliseconds by the kernel plans",
         "A model, not a measurement: kernels that TensorRT-RTX chose, each priced at peak "
         "throughput or bandwidth.",
         ("recipe", "graph", "plan, ms", "ideal, ms", "plan / ideal", "kernels", "scratch, GB"),
         rows,
     )
-    return Section("Kernel-plan model: not measured", [], [table] if rows else [])
+    return Section("Model of an RTX 5090, nothing measured", [], [table] if rows else [])
 
 
 def markdown(sections: Iterable[Section]) -> str:

@@ -2,7 +2,13 @@
 
 import pytest
 
-from klein_kv.flops import edit_flops, plain_edit_flops, reference_flops, step_flops
+from klein_kv.flops import (
+    diffusers_kv_edit_flops,
+    edit_flops,
+    plain_edit_flops,
+    reference_flops,
+    step_flops,
+)
 from tests.klein_configs import KLEIN_9B
 
 NET = KLEIN_9B.transformer
@@ -36,3 +42,24 @@ def test_request_is_the_sum_of_its_steps() -> None:
     )
     both = step_flops(NET, ref_tokens=4096, **(SIZES | {"batch": 2}))
     assert 1.99 * step < both < 2 * step  # the timestep is embedded once
+
+
+# Four steps at 1024x1024: plain over KV, plain over known references, KV over known references.
+@pytest.mark.parametrize(
+    ("references", "plain_kv", "plain_known", "kv_known"),
+    [(1, 1.58, 1.89, 1.19), (2, 1.99, 2.78, 1.39), (4, 2.53, 4.56, 1.80)],
+)
+def test_diffusers_kv_pipeline(
+    references: int, plain_kv: float, plain_known: float, kv_known: float
+) -> None:
+    request = {"steps": 4, "ref_tokens": 4096 * references, **SIZES}
+    plain = plain_edit_flops(NET, **request)
+    kv = diffusers_kv_edit_flops(NET, **request)
+    known = edit_flops(NET, references_known=True, **request)
+    assert plain / kv == pytest.approx(plain_kv, abs=0.006)
+    assert plain / known == pytest.approx(plain_known, abs=0.01)
+    assert kv / known == pytest.approx(kv_known, abs=0.006)
+    # What we leave out of the last block is not much, but not nothing.
+    assert 1 < kv / edit_flops(NET, references_known=False, **request) < 1.02
+    none = request | {"ref_tokens": 0}
+    assert diffusers_kv_edit_flops(NET, **none) == plain_edit_flops(NET, **none)
