@@ -78,6 +78,14 @@ class CellRunner:
     steps: int
     rounds: int
     latents: dict[tuple[int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
+    _scenes: dict[tuple[int, int], Scene] = field(default_factory=dict)
+
+    def scene(self, output: int, references: int) -> Scene:
+        """A cell's request, made once: its references might be encoded otherwise a second time."""
+        key = output, references
+        if key not in self._scenes:
+            self._scenes[key] = make_scene(self.networks, self.size, output, references)
+        return self._scenes[key]
 
     def measure(self, output: int, references: int, seconds: float) -> None:
         """Measures one cell and adds it to the document.
@@ -89,7 +97,7 @@ class CellRunner:
         """
         label = f"{output}x{output}, {references} references"
         until = self.record.elapsed + seconds
-        scene = make_scene(self.networks, self.size, output, references)
+        scene = self.scene(output, references)
         flops = family_flops(self.networks.config.transformer, scene.sizes, self.steps)
         cell: dict[str, Any] = {
             "output": output,
@@ -137,12 +145,14 @@ class CellRunner:
             before = _reserved(device)
             start = self.record.elapsed
 
-            def warm_up(contender: Contender = contender) -> list[Sample]:
-                contender.prepare(scene)
-                return [contender.run(scene, WARM_UP_STEPS) for _ in range(WARM_UP_RUNS)]
+            def warm_up(contender: Contender = contender) -> tuple[float | None, Sample]:
+                for _ in range(WARM_UP_RUNS):
+                    seconds = contender.prepare(scene)
+                    sample = contender.run(scene, WARM_UP_STEPS)
+                return seconds, sample
 
-            samples = attempt(self.record, what, warm_up)
-            if samples is None:
+            warm = attempt(self.record, what, warm_up)
+            if warm is None:
                 contender.release()
                 continue
             ready.append(contender)
@@ -151,11 +161,12 @@ class CellRunner:
                 "family": contender.family,
                 "held_bytes": max(0, _reserved(device) - before),
                 "warm_up_seconds": self.record.elapsed - start,
+                "encode_references_seconds": warm[0],
                 "samples": [],
             }
             self.record.say(
                 f"  {contender.name}: warm after {self.record.elapsed - start:.1f} s, "
-                f"{WARM_UP_STEPS} steps {samples[-1].seconds:.3f} s"
+                f"{WARM_UP_STEPS} steps {warm[1].seconds:.3f} s"
             )
         return ready
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from gpu_cells import CellRunner, attempt, family_flops, relative_distance
 from gpu_contenders import Contender, Diffusers, ours_contenders
-from gpu_models import Scene, make_scene
+from gpu_models import Scene
 
 from klein_kv.schedule import make_schedule
 
@@ -51,7 +51,7 @@ def measure_parity(
         cells.record.miss(label, "the cell was not measured")
         return
     networks, record = cells.networks, cells.record
-    scene = make_scene(networks, cells.size, output, references)
+    scene = cells.scene(output, references)
     flops = family_flops(networks.config.transformer, scene.sizes, cells.steps)
     rate = FLOAT32_FLOPS_PER_SECOND[networks.device.type]
     clock = cells.contenders[0].clock

@@ -34,7 +34,7 @@ import torch._dynamo  # noqa: E402
 from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt, empty_cache, family_flops  # noqa: E402
 from gpu_contenders import all_contenders  # noqa: E402
 from gpu_kernels import attention_backends, kernel_classes, matmul_peak, step_parts  # noqa: E402
-from gpu_models import SUITE_SIZES, Networks, fixture_shapes, make_scene  # noqa: E402
+from gpu_models import SUITE_SIZES, Networks, fixture_shapes  # noqa: E402
 from gpu_parity import PARITY_RUNS, measure_parity  # noqa: E402
 from gpu_record import SCHEMA, Record, describe_device, describe_software  # noqa: E402
 from gpu_stages import measure_stages  # noqa: E402
@@ -43,8 +43,8 @@ from gpu_timing import Clock, synchronize  # noqa: E402
 
 # The first cell is the one with targets: it may take this share of all time, for it compiles too.
 FIRST_CELL_SHARE = 0.45
-# Kept for what comes after the cells.
-RESERVE_SECONDS = {"cuda": 25.0, "cpu": 2.0}
+# Kept for the profile, which comes after the cells.
+RESERVE_SECONDS = {"cuda": 60.0, "cpu": 2.0}
 # What preparing a cell costs beside its arithmetic, as so much arithmetic.
 CELL_OVERHEAD_FLOPS = 4e15
 # Whose kernels are listed: the first of each that takes part.
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
         if cell == second:
             attempt(record, "parity", lambda: run_parity(cells, headline, second))
     document["targets"] = targets(document)
-    if record.left > 0:
+    if record.left > RESERVE_SECONDS[device.type] / 2:
         attempt(record, "profile", lambda: measure_profile(cells, *headline))
         document["matmul_peak_afterwards"] = matmul_peak(size.matmul, device)
     else:
@@ -229,7 +229,7 @@ def run_parity(cells: CellRunner, headline: tuple[int, int], second: tuple[int, 
 def measure_parts(cells: CellRunner, output: int, references: int) -> None:
     """What the headline's steps consist of, and torch's kernels for its attention."""
     networks = cells.networks
-    sizes = make_scene(networks, cells.size, output, references).sizes
+    sizes = cells.scene(output, references).sizes
     net, device = networks.config.transformer, networks.device
     graphs = ["cached_step"] + (["encode_references"] if references else [])
     cells.record.document["parts"] = [step_parts(graph, net, sizes, device) for graph in graphs]
@@ -246,7 +246,7 @@ def measure_profile(cells: CellRunner, output: int, references: int) -> None:
     fix_shapes(True)
     profiles: dict[str, Any] = {}
     by_name = {contender.name: contender for contender in cells.contenders}
-    scene = make_scene(cells.networks, cells.size, output, references)
+    scene = cells.scene(output, references)
     for names in PROFILED:
         contender = next(by_name[name] for name in names if name in by_name)
         for _ in range(WARM_UP_RUNS):

@@ -74,6 +74,7 @@ def measured_section(document: dict[str, Any]) -> Section:
         *_ratios(document),
         *_shares(document),
         *_steps(document),
+        *_encoding(document),
         *_memory(document),
         _parity(document),
         _stages(document),
@@ -249,6 +250,15 @@ def _steps(document: dict[str, Any]) -> list[Table]:
 
     note = "First step / the median of the later ones."
     return _by_cell(document, "Milliseconds per step", note, value)
+
+
+def _encoding(document: dict[str, Any]) -> list[Table]:
+    def value(run: dict[str, Any]) -> str | None:
+        seconds = run.get("encode_references_seconds")
+        return None if seconds is None else f"{1e3 * seconds:.1f}"
+
+    note = "What a request with known references has behind it; one sample."
+    return _by_cell(document, "Milliseconds of encode_references", note, value)
 
 
 def _memory(document: dict[str, Any]) -> list[Table]:

@@ -53,6 +53,7 @@ def test_everyone_was_measured_in_every_cell(document: dict[str, Any]) -> None:
             assert spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"]
             assert run["repeatable"]
             assert run["finite"]
+            assert (run["encode_references_seconds"] is None) == (run["family"] != "hit")
             rate = cell["flops"][run["family"]] / spread["median"] / 1e12
             assert run["tflops_per_second"] == pytest.approx(rate)
 

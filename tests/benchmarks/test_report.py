@@ -16,6 +16,8 @@ from tests.benchmarks.conftest import SuiteRun
 PLAN = {"kernels": 568, "seconds": 0.5709, "ideal_seconds": 0.5494, "ratio": 1.0391}
 PLAN |= {"scratch_bytes": 517767168}
 BUILD = {"benchmark": "build", "build": {"static-1024-4ref": {"plans": {"cached_step": PLAN}}}}
+# What an entry holds before its first sample.
+PREPARED = {"family", "held_bytes", "warm_up_seconds", "encode_references_seconds", "samples"}
 DOCS = """# Page
 
 before
@@ -126,7 +128,7 @@ def test_a_run_cut_short_has_a_report(suite_run: SuiteRun) -> None:
     cell.pop("ratios")
     cell.pop("hit_equals_miss")
     for entry in cell["runs"].values():  # prepared, not yet measured
-        for key in set(entry) - {"family", "held_bytes", "warm_up_seconds", "samples"}:
+        for key in set(entry) - PREPARED:
             del entry[key]
     titles = [table.title for table in measured_section(document).tables]
     assert titles[0] == "Seconds per request, 128x128"
