@@ -24,8 +24,8 @@ _DISTRIBUTIONS = (
     ("tensorrt-rtx-cu13", "builds and runs engines for RTX GPUs", "rtx"),
     ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
     ("cuda-python", "device memory and streams for engines", "rtx"),
-    ("torch", "export, verify, torch generators", "export"),
-    ("diffusers", "export of the VAE, verify", "export"),
+    ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
+    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
     ("transformers", "export of the tokenizer, verify", "export"),
     ("onnx", "export", "export"),
     ("onnx_ir", "export", "export"),
@@ -134,7 +134,8 @@ def examine_machine() -> tuple[dict[str, Any], str]:
     packages = {name: _version(name) for name, _, _ in _DISTRIBUTIONS}
     memory = psutil.virtual_memory()
     gpus = _gpus()
-    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"])
+    torch_ready = packages["torch"] and packages["diffusers"]
+    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready)
     value = {
         "klein_kv": __version__,
         "python": platform.python_version(),

@@ -94,7 +94,7 @@ class StepGraphs:
         with self._lock:
             if self._kv.hold(inputs):
                 self._shapes.clear()  # their graphs read the former place
-            key: Shapes = tuple((name, tuple(x.shape)) for name, x in inputs.items())
+            key: Shapes = tuple(sorted((name, tuple(x.shape)) for name, x in inputs.items()))
             shape = self._shapes.get(key)
             if shape is None:
                 return self._first(key, inputs)
@@ -105,7 +105,7 @@ class StepGraphs:
                 shape.graph, shape.outputs = self._capture(
                     lambda: self._function(shape.inputs | self._kv.views(inputs))
                 )
-                _log.info("captured a step at %s", dict(key)["hidden_states"])
+                _log.info("captured a step, the graph of %d shapes", len(self._shapes))
             shape.graph.replay()
             assert shape.outputs is not None  # noqa: S101 - set with the graph
             # The next replay writes to the same memory.

@@ -33,24 +33,26 @@ REQUEST: dict[str, Any] = {
 
 
 def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
-    pipeline = KleinKVPipeline.from_pretrained(artifacts, threads=1, **options)
+    options = {"threads": 1, "reference_cache_bytes": 1 << 28} | options
+    pipeline = KleinKVPipeline.from_pretrained(artifacts, device="cpu", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_artifacts: Path) -> KleinKVPipeline:
-    """A pipeline that keeps references; every test brings its own pictures."""
-    return load(tiny_artifacts)
+def pipe(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    """A pipeline that keeps references, with each backend; every test brings its own pictures."""
+    return load(tiny_artifacts, backend=backend)
 
 
 @pytest.fixture(scope="module")
-def fp8(tiny_artifacts: Path) -> KleinKVPipeline:
-    return load(tiny_artifacts, kv_dtype="fp8")
+def fp8(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    return load(tiny_artifacts, backend=backend, kv_dtype="fp8")
 
 
 def arrays(references: ReferenceSet) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: buffer.numpy() for name, buffer in references.buffers().items()}
+    download = references.backend.download
+    return {name: download(buffer) for name, buffer in references.buffers().items()}
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -65,13 +67,14 @@ def assert_same_bits(one: Any, other: Any) -> None:
 def test_every_way_to_the_same_references_gives_the_same_bits(
     count: int,
     pipe: KleinKVPipeline,
-    tiny_ours: KleinKVPipeline,
+    any_ours: KleinKVPipeline,
     tiny_artifacts: Path,
+    backend: str,
     picture: Picture,
     tmp_path: Path,
 ) -> None:
     images = [picture(*size, seed=10 * count + i) for i, size in enumerate(SIZES[:count])]
-    expected = tiny_ours(image=images, **REQUEST).images  # keeps nothing: `first_step`
+    expected = any_ours(image=images, **REQUEST).images  # keeps nothing: `first_step`
     before = pipe.reference_store.stats
     for _ in range(2):  # a miss, then a hit
         assert_same_bits(pipe(image=images, **REQUEST).images, expected)
@@ -79,13 +82,13 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)
 
     kept = pipe.encode_references(images)  # what `first_step` gave out
-    encoded = tiny_ours.encode_references(images)  # what `encode_references` gives out
+    encoded = any_ours.encode_references(images)  # what `encode_references` gives out
     for name in kv_names(3):
         assert_same_bits(arrays(kept)[name], arrays(encoded)[name])
     assert kept.digest == encoded.digest
 
     kept.save(tmp_path / "set.safetensors")
-    restarted = load(tiny_artifacts)
+    restarted = load(tiny_artifacts, backend=backend)
     loaded = restarted.load_references(tmp_path / "set.safetensors")
     assert (loaded.digest, loaded.nbytes, loaded.num_tokens, loaded.first_size) == (
         kept.digest,
@@ -102,11 +105,11 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
 
 
 def test_threads_of_the_backend_do_not_matter(
-    pipe: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
+    tiny_ours: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
 ) -> None:
     images = [picture(300, 200, seed=70), picture(160, 250, seed=71)]
-    two = KleinKVPipeline.from_pretrained(tiny_artifacts, threads=2, reference_cache_bytes=0)
-    one, other = arrays(pipe.encode_references(images)), arrays(two.encode_references(images))
+    two = load(tiny_artifacts, threads=2, reference_cache_bytes=0)
+    one, other = arrays(tiny_ours.encode_references(images)), arrays(two.encode_references(images))
     for name in kv_names(3):
         assert_same_bits(one[name], other[name])
 
@@ -166,9 +169,9 @@ def test_failed_request_leaves_the_store_usable(
 
 
 def test_same_prompt_is_encoded_once(
-    pipe: KleinKVPipeline, tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: KleinKVPipeline, any_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = tiny_ours.encode_prompt(["a kite", "snow"])
+    expected = any_ours.encode_prompt(["a kite", "snow"])
     graphs, run = [], pipe.backend.run
     monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
     for _ in range(2):
@@ -252,15 +255,15 @@ def test_quantization_of_equal_values(value: float) -> None:
 
 
 def test_float8_is_a_quarter_and_the_same_each_time(
-    fp8: KleinKVPipeline, tiny_ours: KleinKVPipeline, picture: Picture, tmp_path: Path
+    fp8: KleinKVPipeline, any_ours: KleinKVPipeline, picture: Picture, tmp_path: Path
 ) -> None:
     images = [picture(100, 68, seed=50), picture(64, 90, seed=51)]
-    exact = tiny_ours(image=images, **REQUEST).images
+    exact = any_ours(image=images, **REQUEST).images
     miss = fp8(image=images, **REQUEST).images
     assert 1e-5 < np.abs(miss - exact).max() < 0.1
     assert_same_bits(fp8(image=images, **REQUEST).images, miss)
     references = fp8.encode_references(images)
-    whole = tiny_ours.encode_references(images)
+    whole = any_ours.encode_references(images)
     assert 4 * references.nbytes - whole.nbytes == 4 * 6 * 2 * 4  # the scales
     assert_same_bits(fp8(references=references, **REQUEST).images, miss)
     references.save(tmp_path / "set.safetensors")
@@ -269,7 +272,7 @@ def test_float8_is_a_quarter_and_the_same_each_time(
     loaded = fp8.load_references(tmp_path / "set.safetensors")
     assert_same_bits(fp8(references=loaded, **REQUEST).images, miss)
     with pytest.raises(RequestError, match=r"kept in another type \(got float8_e4m3fn"):
-        tiny_ours.load_references(tmp_path / "set.safetensors")
+        any_ours.load_references(tmp_path / "set.safetensors")
 
 
 def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
