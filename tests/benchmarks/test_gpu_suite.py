@@ -10,6 +10,7 @@ from typing import Any
 import gpu_suite
 import pytest
 import torch
+from gpu_record import Record
 
 from tests.benchmarks.conftest import BENCHMARKS, SuiteRun, run_suite
 
@@ -101,11 +102,15 @@ def test_parts_stages_and_kernels(document: dict[str, Any]) -> None:
 
 
 def test_no_time_leaves_a_whole_file(tmp_path: Path) -> None:
-    run = run_suite(tmp_path, *CPU, "--minutes=0.01", "--outputs=128", "--references=1,0")
-    missing = {entry["what"]: entry["reason"] for entry in run.document["missing"]}
+    record = Record(tmp_path / "result.json", seconds=0.0)
+    args = gpu_suite.parse_arguments([*CPU, f"--out={record.path}", "--references=1,0"])
+    gpu_suite.run(args, torch.device("cpu"), record)
+    document = json.loads(record.path.read_text())
+    missing = {entry["what"]: entry["reason"] for entry in document["missing"]}
     assert missing["128x128, 0 references"] == "no time left"
     assert missing["profile"] == "no time left"
-    assert run.document["finished"] is True
+    assert document["finished"] is True
+    assert all(target["reached"] is None for target in document["targets"])
 
 
 @pytest.mark.slow
@@ -121,6 +126,7 @@ def test_compiled_contenders(tmp_path: Path) -> None:
     compiled = {name.replace("eager", "compiled") for name in EAGER}
     assert set(measured["runs"]) == EAGER | compiled
     assert measured["hit_equals_miss"]["ours_hit_compiled"]["bitwise"]
+    assert document["graph_breaks"] == {}
     assert {entry["what"] for entry in document["missing"]} == {
         "CUDA graphs",
         "device memory peaks",
@@ -174,7 +180,8 @@ def test_runs_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
         "assert importlib.util.find_spec('klein_kv') is None, 'still installed'\n"
         f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "from checkout import use_checkout; use_checkout()\n"
-        "import klein_kv.runtime.loop, klein_kv.export.random_model\n"
+        "assert importlib.util.find_spec('klein_kv.export.random_model')\n"
+        "import klein_kv.runtime.loop\n"
         "print(klein_kv.runtime.loop.__file__)\n"
     )
     done = subprocess.run(
