@@ -140,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("verify", _verify, "Compare an artifact folder with diffusers.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
 
     sub = verb("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
@@ -260,13 +262,20 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _verify(args: argparse.Namespace) -> Result:
     from klein_kv.export.verify import verify_artifacts
 
-    rows = verify_artifacts(args.artifacts, args.checkpoint, threads=args.threads)
+    rows = verify_artifacts(
+        args.artifacts,
+        args.checkpoint,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+    )
     good = all(row.ok for row in rows)
     value = {
         "ok": good,
         "rows": [
             {
                 "name": row.name,
+                "relative": row.relative,
                 "max_abs": row.max_abs,
                 "mean_abs": row.mean_abs,
                 "cosine": row.cosine,
@@ -276,11 +285,14 @@ def _verify(args: argparse.Namespace) -> Result:
             for row in rows
         ],
     }
-    lines = [f"{'against diffusers in float32':40} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"]
+    lines = [
+        f"{'against diffusers':40} {'relative':>10} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"
+    ]
     for row in rows:
         mark = "" if row.ok else f"  FAILED, tolerance {row.tolerance:g}"
         lines.append(
-            f"{row.name:40} {row.max_abs:10.2e} {row.mean_abs:10.2e} {row.cosine:12.9f}{mark}"
+            f"{row.name:40} {row.relative:10.2e} {row.max_abs:10.2e} {row.mean_abs:10.2e} "
+            f"{row.cosine:12.9f}{mark}"
         )
     lines.append("parity holds" if good else "parity does NOT hold")
     return value, "\n".join(lines), 0 if good else 1

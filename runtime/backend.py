@@ -19,6 +19,8 @@ __all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
+_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention")
+
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
 
@@ -59,6 +61,7 @@ def open_backend(
     device: str | None,
     threads: int | None,
     graphs: GraphSet | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Backend:
     """Opens a backend on an artifact folder whose manifest has been checked.
 
@@ -71,9 +74,11 @@ def open_backend(
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads; None leaves it to the library.
         graphs: which graphs of the folder; None takes the manifest's.
+        options: further arguments of `TorchBackend`; other backends have none.
 
     Raises:
-        BackendError: unknown backend or device, a missing library, or a type it cannot compute.
+        BackendError: unknown backend, device or option, a missing library, or a type it cannot
+            compute.
         ArtifactError: the folder's engines are not whole.
         BuildError: the engines are for another GPU or TensorRT.
     """
@@ -91,6 +96,12 @@ def open_backend(
             name = "torch" if _torch_has_gpu() else "onnxruntime"
         else:
             name = "onnxruntime"
+    options = dict(options or {})
+    known = _TORCH_OPTIONS if name == "torch" else ()
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        expected = f"expected some of {', '.join(known)}" if known else "which has none"
+        raise BackendError(f"backend_options {unknown} are none of the {name} backend, {expected}")
     if name == "tensorrt":
         if kind == "cpu":
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
@@ -105,7 +116,9 @@ def open_backend(
                 f"backend torch needs {error.name}, which is not installed; install it with "
                 "pip install 'klein-kv[torch]'"
             ) from error
-        return TorchBackend(artifacts, manifest, device=device, threads=threads, graphs=graphs)
+        return TorchBackend(
+            artifacts, manifest, device=device, threads=threads, graphs=graphs, **options
+        )
     if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend

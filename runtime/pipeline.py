@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -146,6 +146,7 @@ class KleinKVPipeline:
         backend: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        backend_options: Mapping[str, Any] | None = None,
         reference_cache_bytes: int | None = None,
         reference_cache_dir: str | Path | None = None,
         reference_cache_dir_bytes: int | None = None,
@@ -159,6 +160,8 @@ class KleinKVPipeline:
             backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backend.open_backend`.
             device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
             threads: CPU threads of the backend; None leaves it to the library.
+            backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
+                `{"compile_blocks": True}`.
             reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
                 quarter of the memory that is free now (on a GPU: 0).
             reference_cache_dir: folder for sets that the store gives up; None drops them.
@@ -179,7 +182,7 @@ class KleinKVPipeline:
         return cls(
             folder,
             manifest,
-            open_backend(backend, folder, manifest, device, threads),
+            open_backend(backend, folder, manifest, device, threads, options=backend_options),
             reference_cache_bytes=reference_cache_bytes,
             reference_cache_dir=reference_cache_dir,
             reference_cache_dir_bytes=reference_cache_dir_bytes,

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from klein_kv.config import ModelConfig
 from klein_kv.errors import BackendError, CapacityError
@@ -38,9 +39,18 @@ from klein_kv.runtime.torch_weights import FolderWeights, GivenWeights
 from klein_kv.signature import GraphSet, kv_names, make_signature
 from klein_kv.torch_ops import TorchOps
 
-__all__ = ["TorchBackend"]
+__all__ = ["ATTENTION", "TorchBackend"]
 
 _log = logging.getLogger(__name__)
+
+_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTENTION: dict[str, list[SDPBackend]] = {
+    "auto": [],
+    "flash": _OTHERS,
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, *_OTHERS],
+}
+"""Attention kernels in order of preference: torch's own order, flash attention first, or cuDNN's
+first, which knows instructions of newer GPUs. The first that takes an input computes it."""
 
 
 class TorchBackend:
@@ -56,12 +66,15 @@ class TorchBackend:
             a GPU and a C++ compiler on a CPU, and takes a minute or so when a graph runs first.
         cuda_graphs: replay denoising steps as CUDA graphs from the second run at a shape on, at
             the price of a second place for keys and values; see `torch_cuda_graphs`.
+        attention: a key of `ATTENTION`: which of torch's attention kernels come first.
+
+    Attributes:
+        name: "torch", and what else rounds in a way of its own, e.g. "torch-cuda-compiled".
+        device: where it runs.
 
     Raises:
         BackendError: no such device, or an option that it does not have.
     """
-
-    name = "torch"
 
     def __init__(
         self,
@@ -73,6 +86,7 @@ class TorchBackend:
         graphs: GraphSet | None = None,
         compile_blocks: bool = False,
         cuda_graphs: bool = False,
+        attention: str = "auto",
     ) -> None:
         whole = isinstance(threads, int) and not isinstance(threads, bool)
         if threads is not None and (not whole or threads < 1):
@@ -81,7 +95,15 @@ class TorchBackend:
         if threads is not None:
             torch.set_num_threads(threads)
         weights = FolderWeights(artifacts, manifest, graphs or manifest.graphs, place)
-        self._open(manifest.config, manifest.dtype, place, weights, compile_blocks, cuda_graphs)
+        self._open(
+            manifest.config,
+            manifest.dtype,
+            place,
+            weights,
+            compile_blocks=compile_blocks,
+            cuda_graphs=cuda_graphs,
+            attention=attention,
+        )
 
     @classmethod
     def from_tensors(
@@ -95,6 +117,7 @@ class TorchBackend:
         vae: torch.nn.Module | None = None,
         compile_blocks: bool = False,
         cuda_graphs: bool = False,
+        attention: str = "auto",
     ) -> Self:
         """A backend on weights that already lie on the device; nothing is copied.
 
@@ -109,6 +132,7 @@ class TorchBackend:
             vae: diffusers' `AutoencoderKLFlux2`, alike.
             compile_blocks: see the class.
             cuda_graphs: see the class.
+            attention: see the class.
 
         Raises:
             BackendError: a tensor is missing, has another shape or type, or lies elsewhere.
@@ -117,7 +141,15 @@ class TorchBackend:
         components = {"transformer": transformer, "text_encoder": text_encoder}
         weights = GivenWeights(config, TORCH_DTYPES[dtype], place, components, vae)
         self = cls.__new__(cls)
-        self._open(config, dtype, place, weights, compile_blocks, cuda_graphs)
+        self._open(
+            config,
+            dtype,
+            place,
+            weights,
+            compile_blocks=compile_blocks,
+            cuda_graphs=cuda_graphs,
+            attention=attention,
+        )
         return self
 
     def _open(
@@ -126,15 +158,25 @@ class TorchBackend:
         dtype: str,
         device: torch.device,
         weights: FolderWeights | GivenWeights,
+        *,
         compile_blocks: bool,
         cuda_graphs: bool,
+        attention: str,
     ) -> None:
         if cuda_graphs and device.type != "cuda":
             raise BackendError(f"cuda_graphs is set, but the device is {device}; expected a GPU")
+        if attention not in ATTENTION:
+            raise BackendError(
+                f"attention is {attention!r}, expected one of {', '.join(ATTENTION)}"
+            )
+        kind = "-cuda" if device.type == "cuda" else ""
+        kernels = "" if attention == "auto" else f"-{attention}"
+        self.name = f"torch{kind}{'-compiled' * compile_blocks}{kernels}"
         self.device = device
         self._config = config
         self._dtype = dtype
         self._weights = weights
+        self._attention = ATTENTION[attention]
         self._compile_blocks = compile_blocks
         self._capture = CudaCapture(device) if cuda_graphs else None
         self._loaded: dict[str, Graph] = {}
@@ -178,9 +220,13 @@ class TorchBackend:
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[None]:
-        """No gradients, and the backend's GPU as the current one."""
-        gpu = self.device.type == "cuda"
-        with torch.no_grad(), torch.cuda.device(self.device) if gpu else contextlib.nullcontext():
+        """No gradients, the backend's GPU as the current one, and its attention kernels."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
+            if self._attention:
+                stack.enter_context(sdpa_kernel(self._attention, set_priority=True))
             yield
 
     def _load(self, graph: str) -> Graph:

@@ -45,7 +45,10 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            # Of its own: torch's default for captures is on the first GPU that captured.
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], Tensors]) -> tuple[Captured, Tensors]:
         """Captures without running: the graph, and the tensors that it writes."""
@@ -53,7 +56,9 @@ class CudaCapture:
         # "thread_local": other threads may allocate meanwhile.
         with (
             torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             outputs = work()
         return graph, outputs

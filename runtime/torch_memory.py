@@ -90,8 +90,10 @@ def tensor_from_array(array: NDArray[Any], device: torch.device) -> torch.Tensor
         host.numpy()[...] = array
     if device.type == "cpu":
         return host
+    if array.nbytes > _STAGING_BYTES:
+        return _Staging(device).copy(host)
     # torch does not reuse a pinned buffer before the copy from it is done.
-    return host.to(device, non_blocking=True) if pinned else _Staging(device).copy(host)
+    return host.to(device, non_blocking=True)
 
 
 def array_from_tensor(tensor: torch.Tensor) -> NDArray[Any]:
@@ -184,6 +186,8 @@ class _Staging:
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor on the GPU, once the stream gets there."""
         target = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        if not tensor.numel():
+            return target
         source, raw = (x.reshape(-1).view(torch.uint8) for x in (tensor, target))
         for start in range(0, source.numel(), _STAGING_BYTES):
             piece = source[start : start + _STAGING_BYTES]

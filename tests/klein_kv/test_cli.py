@@ -67,24 +67,6 @@ def test_several_images_are_numbered_and_metadata_can_be_left_out(capsys, tiny_a
     assert [read_metadata(path) for path in paths] == [None, None]
 
 
-def test_verify_passes_on_what_was_exported(capsys, tiny_artifacts, tiny_checkpoint):
-    code, text, _ = run(capsys, "verify", tiny_artifacts, tiny_checkpoint, "--json")
-    value = json.loads(text)
-    assert code == 0
-    assert value["ok"]
-    names = [row["name"] for row in value["rows"]]
-    assert "first_step, k_ref and v_ref" in names
-    assert "end to end, 2 references, pixels" in names
-
-
-def test_verify_fails_on_another_checkpoint(capsys, tiny_artifacts, tmp_path):
-    other = tmp_path / "other"
-    assert run(capsys, "fixture", other, "--seed", 99)[0] == 0
-    code, text, _ = run(capsys, "verify", tiny_artifacts, other)
-    assert code == 1
-    assert "parity does NOT hold" in text
-
-
 def test_inspect_lists_every_graph(capsys, tiny_artifacts):
     code, text, _ = run(capsys, "inspect", tiny_artifacts, "--json")
     value = json.loads(text)

@@ -215,6 +215,43 @@ def test_writing_to_a_weight_leaves_the_file_alone(tmp_path: Path) -> None:
     assert np.fromfile(path, np.float32).tolist() == 8 * [1.0]
 
 
+class FakeEvent:
+    """In place of a CUDA event: what was recorded is done only after someone waits for it."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def record(self, _stream: object) -> None:
+        assert not self.pending, "the buffer was filled again before its copy was done"
+        self.pending = True
+
+    def synchronize(self) -> None:
+        FakeEvent.waits += self.pending
+        self.pending = False
+
+
+@pytest.mark.parametrize("nbytes", [0, 8, 1000, 1008, 5000])
+def test_pieces_of_an_upload(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to a GPU, onto the CPU: two buffers in turn, each waited for before it is reused."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    monkeypatch.setattr(torch_memory, "_STAGING_BYTES", 1000)
+    FakeEvent.waits = 0
+    staging = torch_memory._Staging(CPU)
+    pieces = 0
+    for seed in range(3):  # the buffers serve many tensors
+        values = torch.from_numpy(np.random.default_rng(seed).standard_normal(nbytes // 8))
+        copy = staging.copy(values)
+        assert torch.equal(copy, values)
+        assert copy.data_ptr() != values.data_ptr() or not nbytes
+        pieces += -(-nbytes // 1000)
+    assert FakeEvent.waits == max(0, pieces - 2)
+
+
 def test_weights_that_torch_cannot_use(tmp_path: Path) -> None:
     missing = WeightRef(tmp_path / "gone", 0, 4, "float32", (1,))
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
@@ -332,6 +369,18 @@ def test_options_that_a_cpu_does_not_have(tiny_artifacts: Path) -> None:
         TorchBackend(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu", cuda_graphs=True)
 
 
+def test_attention_kernels(tiny_artifacts: Path, backend: TorchBackend) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    inputs = step_inputs(backend._config)
+    expected = run_all(backend, inputs)
+    for attention in ("flash", "cudnn"):
+        other = TorchBackend(tiny_artifacts, manifest, device="cpu", attention=attention)
+        assert other.name == f"torch-{attention}"
+        assert_near(run_all(other, inputs), expected, 1e-5)
+    with pytest.raises(BackendError, match="attention is 'fast', expected one of auto, flash, cud"):
+        TorchBackend(tiny_artifacts, manifest, device="cpu", attention="fast")
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
     with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
@@ -361,9 +410,24 @@ def test_auto(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
     manifest = replace(Manifest.load(tiny_artifacts), dtype=dtype)
     opened = backend_module.open_backend("auto", tiny_artifacts, manifest, device, None)
-    assert opened.name == chosen
+    assert opened.name == (f"{chosen}-cuda" if chosen == "torch" else chosen)
     if chosen == "torch":
         assert opened.device == torch.device("cuda", 0)
+
+
+def test_options_by_name(tiny_artifacts: Path) -> None:
+    def load(backend: str, **options: Any) -> Any:
+        return KleinKVPipeline.from_pretrained(
+            tiny_artifacts, backend=backend, device="cpu", backend_options=options
+        ).backend
+
+    assert load("torch", attention="flash", compile_blocks=True).name == "torch-compiled-flash"
+    with pytest.raises(
+        BackendError, match=r"\['compiled'\] are none of the torch .*compile_blocks"
+    ):
+        load("torch", compiled=True)
+    with pytest.raises(BackendError, match="none of the onnxruntime backend, which has none"):
+        load("auto", attention="flash")
 
 
 def test_without_torch(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,10 +530,10 @@ def gpu() -> str:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"attention": "cudnn"}])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_equals_cpu(
-    options: dict[str, bool], compiled: bool, gpu: str, tiny_artifacts: Path, backend: TorchBackend
+    options: dict[str, Any], compiled: bool, gpu: str, tiny_artifacts: Path, backend: TorchBackend
 ) -> None:
     torch.compiler.reset()
     manifest = Manifest.load(tiny_artifacts)
