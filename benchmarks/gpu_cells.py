@@ -18,8 +18,7 @@ from klein_kv.flops import diffusers_kv_edit_flops, edit_flops, plain_edit_flops
 __all__ = ["PAIRS", "CellRunner", "attempt", "empty_cache", "family_flops", "relative_distance"]
 
 MIN_ROUNDS = 2
-# Two steps run both of a family's graphs; the second time our CUDA graph is recorded.
-WARM_UP_RUNS, WARM_UP_STEPS = 2, 2
+WARM_UP_STEPS = 2  # the first and a later one
 
 # Who is compared with whom: seconds of the first over seconds of the second.
 PAIRS = (
@@ -146,7 +145,7 @@ class CellRunner:
             start = self.record.elapsed
 
             def warm_up(contender: Contender = contender) -> tuple[float | None, Sample]:
-                for _ in range(WARM_UP_RUNS):
+                for _ in range(contender.warm_up_runs):
                     seconds = contender.prepare(scene)
                     sample = contender.run(scene, WARM_UP_STEPS)
                 return seconds, sample

@@ -22,6 +22,7 @@ START = time.monotonic()
 import argparse  # noqa: E402 - the clock runs before anything is imported
 import gc  # noqa: E402
 import json  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -31,7 +32,7 @@ use_checkout()
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
-from gpu_cells import WARM_UP_RUNS, WARM_UP_STEPS, CellRunner, attempt, empty_cache, family_flops  # noqa: E402
+from gpu_cells import WARM_UP_STEPS, CellRunner, attempt, empty_cache, family_flops  # noqa: E402
 from gpu_contenders import all_contenders  # noqa: E402
 from gpu_kernels import attention_backends, kernel_classes, matmul_peak, step_parts  # noqa: E402
 from gpu_models import SUITE_SIZES, Networks, fixture_shapes  # noqa: E402
@@ -42,9 +43,10 @@ from gpu_targets import targets  # noqa: E402
 from gpu_timing import Clock, synchronize  # noqa: E402
 
 # The first cell is the one with targets: it may take this share of all time, for it compiles too.
-FIRST_CELL_SHARE = 0.45
-# Kept for the profile, which comes after the cells.
-RESERVE_SECONDS = {"cuda": 60.0, "cpu": 2.0}
+FIRST_CELL_SHARE = 0.36
+# Kept for what is not a cell: float32 runs after the second cell, and the profile at the end.
+PARITY_SECONDS = {"cuda": 70.0, "cpu": 1.0}
+PROFILE_SECONDS = {"cuda": 30.0, "cpu": 2.0}
 # What preparing a cell costs beside its arithmetic, as so much arithmetic.
 CELL_OVERHEAD_FLOPS = 4e15
 # Whose kernels are listed: the first of each that takes part.
@@ -62,7 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the result file")
     parser.add_argument("--outputs", type=_numbers, help="sides in pixels, the first matters most")
     parser.add_argument("--references", type=_numbers, help="counts, the first matters most")
-    parser.add_argument("--rounds", type=int, default=7, help="at most, per cell")
+    parser.add_argument("--rounds", type=int, default=5, help="at most, per cell")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -102,7 +104,10 @@ def main() -> None:
     record = Record(args.out, 60 * args.minutes, START)
     gc.freeze()  # the collector need not look at what was imported; see `empty_cache`
     run(args, device, record)
-    print(json.dumps(summary(record)))
+    result = summary(record)
+    print(json.dumps(result))
+    if not any(result["median_seconds"].values()):
+        sys.exit(1)  # the reasons are under "missing"
 
 
 def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
@@ -145,7 +150,9 @@ def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
     second = next((cell for cell in plan[1:2] if cell[1] > 0), headline)
     for i, cell in enumerate(plan):
         fix_shapes(i == 0)
-        run_cell(cells, cell, plan[i:], args)
+        reserve = PROFILE_SECONDS[device.type]
+        reserve += PARITY_SECONDS[device.type] if "parity" not in document else 0
+        run_cell(cells, cell, plan[i:], reserve, args.minutes)
         document["targets"] = targets(document)
         record.save()
         if i == 0:
@@ -158,7 +165,7 @@ def run(args: argparse.Namespace, device: torch.device, record: Record) -> None:
     document["targets"] = targets(document)
     # None is expected: a break would cost whoever it happens to.
     document["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
-    if record.left > RESERVE_SECONDS[device.type] / 2:
+    if record.left > PROFILE_SECONDS[device.type] / 2:
         attempt(record, "profile", lambda: measure_profile(cells, *headline))
         document["matmul_peak_afterwards"] = matmul_peak(size.matmul, device)
     else:
@@ -171,7 +178,8 @@ def run_cell(
     cells: CellRunner,
     cell: tuple[int, int],
     rest: list[tuple[int, int]],
-    args: argparse.Namespace,
+    reserve: float,
+    minutes: float,
 ) -> None:
     """Measures one cell in its share of the time that is left.
 
@@ -179,14 +187,15 @@ def run_cell(
         cells: what measures it.
         cell: output and references.
         rest: this cell and those that come after it.
-        args: the command line's.
+        reserve: seconds that cells must leave.
+        minutes: that the whole suite may take.
     """
     record = cells.record
     what = f"{cell[0]}x{cell[0]}, {cell[1]} references"
     costs = [cell_cost(cells, *other) for other in rest]
-    seconds = (record.left - RESERVE_SECONDS[cells.networks.device.type]) * costs[0] / sum(costs)
+    seconds = (record.left - reserve) * costs[0] / sum(costs)
     if "cells" not in record.document:
-        seconds = max(seconds, FIRST_CELL_SHARE * 60 * args.minutes)
+        seconds = max(seconds, FIRST_CELL_SHARE * 60 * minutes)
     if seconds <= 0:
         record.miss(what, "no time left")
         return
@@ -251,7 +260,7 @@ def measure_profile(cells: CellRunner, output: int, references: int) -> None:
     scene = cells.scene(output, references)
     for names in PROFILED:
         contender = next(by_name[name] for name in names if name in by_name)
-        for _ in range(WARM_UP_RUNS):
+        for _ in range(contender.warm_up_runs):
             contender.run(scene, WARM_UP_STEPS)
         profiles[contender.name] = kernel_classes(
             lambda c=contender: c.run(scene, cells.steps), cells.networks.device
