@@ -10,7 +10,7 @@ import torch
 from gpu_contenders import Contender
 from gpu_models import Networks, Scene, SuiteSize, make_scene
 from gpu_record import Record
-from gpu_timing import Sample, with_spread
+from gpu_timing import Sample, held_bytes, with_spread
 
 from klein_kv.config import TransformerConfig
 from klein_kv.flops import diffusers_kv_edit_flops, edit_flops, plain_edit_flops
@@ -141,7 +141,7 @@ class CellRunner:
                 self.record.miss(what, "no time left")
                 continue
             empty_cache(device)
-            before = _reserved(device)
+            before = held_bytes(device)
             start = self.record.elapsed
 
             def warm_up(contender: Contender = contender) -> tuple[float | None, Sample]:
@@ -158,7 +158,7 @@ class CellRunner:
             empty_cache(device)
             runs[contender.name] = {
                 "family": contender.family,
-                "held_bytes": max(0, _reserved(device) - before),
+                "held_bytes": held_bytes(device) - before,
                 "warm_up_seconds": self.record.elapsed - start,
                 "encode_references_seconds": warm[0],
                 "samples": [],
@@ -290,10 +290,6 @@ def _hit_equals_miss(latents: dict[str, torch.Tensor]) -> dict[str, Any]:
             largest = float((hit.float() - miss.float()).abs().max())
             result[name] = {"bitwise": torch.equal(hit, miss), "largest_difference": largest}
     return result
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def empty_cache(device: torch.device, collect: bool = False) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Clock", "Sample", "median_seconds", "synchronize", "timed", "with_spread"]
+__all__ = [
+    "Clock",
+    "Sample",
+    "held_bytes",
+    "median_seconds",
+    "synchronize",
+    "timed",
+    "with_spread",
+]
 
 
 @dataclass(slots=True)
@@ -82,6 +90,20 @@ def synchronize(device: torch.device) -> None:
     """Waits for all work of a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def held_bytes(device: torch.device) -> int:
+    """Device memory of tensors and of CUDA graphs, whose own pools serve nobody else; 0 on a CPU.
+
+    What the allocator merely keeps to use again is not counted.
+    """
+    if device.type != "cuda":
+        return 0
+    return sum(
+        segment["total_size" if any(segment.get("segment_pool_id", ())) else "allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment.get("device", device.index) == device.index
+    )
 
 
 def timed(function: Any, device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:

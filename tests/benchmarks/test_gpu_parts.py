@@ -15,7 +15,7 @@ from gpu_kernels import kernel_class, parts_of_step
 from gpu_models import SUITE_SIZES, Networks, fixture_shapes, make_scene
 from gpu_record import Record
 from gpu_targets import targets
-from gpu_timing import Clock, Sample, with_spread
+from gpu_timing import Clock, Sample, held_bytes, with_spread
 from torch.utils.flop_counter import FlopCounterMode
 
 from klein_kv.config import TransformerConfig
@@ -134,6 +134,17 @@ def test_clock_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sample.seconds == pytest.approx(0.040)
         assert sample.peak_bytes == 50
     assert gpu.waited == 4  # at the ends, never between
+
+
+def test_held_memory_counts_pools_of_graphs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 300},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 7},
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 1, "allocated_size": 1},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert held_bytes(torch.device("cuda", 0)) == 350
+    assert held_bytes(CPU) == 0
 
 
 def test_spread() -> None:
