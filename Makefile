@@ -10,7 +10,7 @@ TYPING := build/typing
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
 	touch $@
 
 test: .venv/.installed

@@ -1,8 +1,9 @@
 """An artifact folder's graphs to engines: `klein-kv build`.
 
 Engines go to `ARTIFACTS/engines/TARGET-PRECISION/` (with `-RECIPE` behind it for recipes other
-than the default). Each is written aside and renamed, and `engine.json` names it only afterwards:
-a build that is interrupted leaves whole engines, and the next one goes on from there.
+than the default, `-fp8kv` where they hand on keys and values in float8, `-fp8attention` where
+attention is computed in it). Each is written aside and renamed, and `engine.json` names it only
+afterwards: a build that is interrupted leaves whole engines, and the next one goes on from there.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from klein_kv.engines.build_task import (
     make_task,
 )
 from klein_kv.engines.builder import BuiltEngine, build_engine
+from klein_kv.engines.graph_quantization import check_applied
 from klein_kv.engines.kernel_plan import KernelPlan
 from klein_kv.engines.manifest import (
     ENGINE_MANIFEST,
@@ -37,6 +39,7 @@ from klein_kv.engines.targets import Target, compute_capability, find_target
 from klein_kv.engines.trt_module import load_module, module_version
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.manifest import Manifest
+from klein_kv.quantization import PRECISION_FORMATS
 
 __all__ = ["build_artifacts", "engine_folder"]
 
@@ -52,6 +55,9 @@ def build_artifacts(
     module: str = "auto",
     force: bool = False,
     progress: bool | None = None,
+    kv_dtype: str | None = None,
+    precision: str | None = None,
+    attention: str | None = None,
 ) -> list[EngineRecord]:
     """Builds the engines of an artifact folder; what has not changed is kept.
 
@@ -64,6 +70,11 @@ def build_artifacts(
         module: "tensorrt_rtx", "tensorrt", or "auto".
         force: build even what has not changed.
         progress: show bars; None shows them on a terminal.
+        kv_dtype: type that the engines are to hand keys and values on in, the artifacts' own or
+            `signature.KV_FLOAT8`; None for the artifacts'. In a quantized precision, float8 means
+            constant scales.
+        precision: see `Recipe.precision`; None takes the recipe's.
+        attention: see `Recipe.attention`; None takes the recipe's.
 
     Returns:
         A record per graph, those that were kept included.
@@ -82,11 +93,20 @@ def build_artifacts(
         if weights not in WEIGHTS_MODES:
             raise RequestError(f"weights is {weights!r}, expected {' or '.join(WEIGHTS_MODES)}")
         recipe = replace(recipe, weights=weights)
+    recipe = replace(
+        recipe,
+        precision=precision or recipe.precision,
+        attention=attention or recipe.attention,
+    )
     precision = artifact_precision(manifest, recipe)
     goal = find_target(target or recipe.target)
     trt = load_module(module)
     compute_capability(trt, goal)  # refuses an unknown target before any work
-    folder = engine_folder(artifacts, goal.name, precision, recipe.name)
+    quantized = precision if precision in PRECISION_FORMATS else None
+    there = manifest.choose_graphs(kv_dtype, quantized, recipe.attention)
+    folder = engine_folder(
+        artifacts, goal.name, precision, recipe.name, there.kv_dtype, there.attention
+    )
     kept = EngineManifest(
         module=trt.__name__,
         version=module_version(trt),
@@ -96,10 +116,12 @@ def build_artifacts(
         weights=recipe.weights,
         recipe=recipe.name,
         engines={},
+        kv_dtype=there.kv_dtype,
+        attention=there.attention,
     )
     tasks = [
-        make_task(artifacts, manifest, graph, recipe, kept)
-        for graph in chosen_graphs(graphs, recipe, manifest.graphs)
+        make_task(artifacts, manifest, there, graph, recipe, kept)
+        for graph in chosen_graphs(graphs, recipe, there)
     ]
     kept = replace(kept, engines=_reusable(folder, kept, tasks, force))
     pending = [task for task in tasks if task.graph not in kept.engines]
@@ -112,9 +134,20 @@ def build_artifacts(
     return [kept.engines[task.graph] for task in tasks]
 
 
-def engine_folder(artifacts: Path, target: str, precision: str, recipe: str) -> Path:
+def engine_folder(
+    artifacts: Path,
+    target: str,
+    precision: str,
+    recipe: str,
+    kv_dtype: str | None = None,
+    attention: str | None = None,
+) -> Path:
     """Where the engines of one build lie."""
     name = f"{target}-{precision}" + ("" if recipe == "default" else f"-{recipe}")
+    if attention is not None:
+        name += "-fp8attention"
+    elif kv_dtype is not None:
+        name += "-fp8kv"
     return artifacts / "engines" / name
 
 
@@ -168,12 +201,15 @@ def _build_one(
     progress: bool | None,
 ) -> EngineManifest:
     built = build_engine(trt, task.graph, task.source, task.profiles, target, progress)
+    plans = _kernel_plans(engines, task, built)
+    for plan in plans:
+        check_applied(task.graph, engines.title, task.source.quantized, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A reader must never find an engine beside the digest of another one.
         others = {name: r for name, r in engines.engines.items() if name != task.graph}
         replace(engines, engines=others).save(folder)
-        record = _write(artifacts, folder, engines, task, built)
+        record = _write(artifacts, folder, task, built, plans[0])
         done = replace(engines, engines={**others, task.graph: record})
         done.save(folder)
     except OSError as error:
@@ -203,19 +239,21 @@ def _engine_file(task: BuildTask, plan: memoryview) -> tuple[str, bytes | memory
     return f"{task.graph}.engine", plan
 
 
+def _kernel_plans(engines: EngineManifest, task: BuildTask, built: BuiltEngine) -> list[KernelPlan]:
+    """One per optimization profile, at least one."""
+    weights = tuple(task.source.weights if task.source.shared else {})
+    return [
+        KernelPlan.from_lines(task.graph, engines.title, lines, built.scratch_bytes, weights)
+        for lines in built.layers or [[]]
+    ]
+
+
 def _write(
-    artifacts: Path, folder: Path, engines: EngineManifest, task: BuildTask, built: BuiltEngine
+    artifacts: Path, folder: Path, task: BuildTask, built: BuiltEngine, plan: KernelPlan
 ) -> EngineRecord:
     layers = f"{task.graph}.layers.json"
     file, data = _engine_file(task, memoryview(built.plan))
     weights = task.source.weights if task.source.shared else {}
-    plan = KernelPlan.from_lines(
-        task.graph,
-        engines.title,
-        built.layers[0] if built.layers else [],
-        built.scratch_bytes,
-        tuple(weights),
-    )
     write_atomic(folder / layers, plan.to_json().encode())
     write_atomic(folder / file, data)
     return EngineRecord(

@@ -15,9 +15,16 @@ from klein_kv.engines.profiles import EngineProfile, engine_profiles
 from klein_kv.engines.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.manifest import Manifest
+from klein_kv.quantization import PRECISION_FORMATS
 from klein_kv.signature import GraphSet
 
-__all__ = ["BuildTask", "artifact_precision", "chosen_graphs", "engine_key", "make_task"]
+__all__ = [
+    "BuildTask",
+    "artifact_precision",
+    "chosen_graphs",
+    "engine_key",
+    "make_task",
+]
 
 _ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
 _NEEDS_REFERENCES = ("vae_encoder", "encode_references", "first_step")
@@ -44,16 +51,25 @@ def engine_key(parts: dict[str, Any]) -> str:
 
 
 def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
-    """The precision that the artifacts hold, "bf16" or "fp16".
+    """The precision to build: the recipe's quantized one, or the artifacts' own, "bf16" or "fp16".
 
     Raises:
-        BuildError: they are fp32, or the recipe is for another precision.
+        BuildError: the artifacts are fp32, or the recipe is for another precision; or it wants
+            attention in fp8 without a quantized precision.
     """
     held = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
     if held == "fp32":
         raise BuildError(
             "the artifacts are fp32, expected bf16 or fp16: TensorRT has no fused attention in "
             "fp32, and fp32 graphs use an operator of ONNX Runtime; export with --dtype bf16"
+        )
+    if recipe.precision in PRECISION_FORMATS:
+        return recipe.precision
+    if recipe.attention is not None:
+        raise BuildError(
+            f"recipe {recipe.name}: attention is {recipe.attention!r} and precision is "
+            f"{recipe.precision or held}; attention in fp8 needs calibrated scales, which belong "
+            "to a quantized precision: name one (--precision fp8 or nvfp4)"
         )
     if recipe.precision not in (None, held):
         raise BuildError(
@@ -81,7 +97,12 @@ def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, there: GraphSet)
 
 
 def make_task(
-    artifacts: Path, manifest: Manifest, graph: str, recipe: Recipe, engines: EngineManifest
+    artifacts: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    recipe: Recipe,
+    engines: EngineManifest,
 ) -> BuildTask:
     """Reads and checks one graph and settles how it is built.
 
@@ -89,7 +110,7 @@ def make_task(
         ArtifactError: the graph is not the exported one, or its weights are not whole.
         BuildError: the recipe has no sizes for it.
     """
-    file = manifest.graphs.files[graph]
+    file = graphs.files[graph]
     if file not in manifest.files:
         raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
     path = artifacts / file
@@ -103,7 +124,7 @@ def make_task(
             f"{manifest.files[file].digest}; export the checkpoint again"
         )
     shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
-    signature = manifest.graphs.signature(graph, manifest.config)
+    signature = graphs.signature(graph, manifest.config)
     source = read_graph(path, signature, shared)
     profiles = engine_profiles(signature, recipe, manifest.config)
     parts = {

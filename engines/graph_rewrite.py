@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from klein_kv.engines.graph_quantization import QuantizedNodes, find_quantized
 from klein_kv.errors import ArtifactError, BackendError, BuildError
 from klein_kv.signature import Signature
 from klein_kv.weights import WeightRef
@@ -31,7 +32,15 @@ QUERY_CHUNKS = 4
 """Parts that wide attention is computed in. The VAE attends over 2x2 cells per token: the number
 of queries is always a multiple of 4."""
 
-_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16", 7: "int64", 2: "uint8"}
+_DTYPES = {
+    1: "float32",
+    10: "float16",
+    16: "bfloat16",
+    17: "float8_e4m3fn",
+    23: "float4_e2m1fn",
+    7: "int64",
+    2: "uint8",
+}
 _FLOAT, _INT64 = 1, 7
 
 
@@ -45,6 +54,7 @@ class Graph:
         weights: where the external initializers lie, by name.
         shared: whether they are inputs of `model`; otherwise TensorRT reads them.
         chunked_attentions: attentions that were rewritten.
+        quantized: which nodes are to become kernels of low precision.
     """
 
     path: Path
@@ -52,6 +62,7 @@ class Graph:
     weights: dict[str, WeightRef]
     shared: bool
     chunked_attentions: int
+    quantized: QuantizedNodes
 
     @property
     def weight_bytes(self) -> int:
@@ -87,10 +98,11 @@ def read_graph(path: Path, signature: Signature, shared: bool) -> Graph:
         ) from error
     check_signature(model, signature, path)
     weights = _external_weights(model, path)
+    quantized = find_quantized(model)
     if shared:
         _move_to_inputs(model, weights)
     chunked = _chunk_wide_attention(model, path)
-    return Graph(path, model.SerializeToString(), weights, shared, chunked)
+    return Graph(path, model.SerializeToString(), weights, shared, chunked, quantized)
 
 
 def check_signature(model: "onnx.ModelProto", signature: Signature, path: Path) -> None:

@@ -31,6 +31,7 @@ ITEM_BITS = {
     "FP8": 8,
     "E8M0": 8,
     "FP4": 4,
+    "FP4E2M1": 4,
     "Int4": 4,
 }
 """Bits per element of the types that TensorRT names in its log."""

@@ -9,10 +9,18 @@ from math import prod
 from klein_kv.engines.kernel_plan import Kernel, Operand
 from klein_kv.engines.targets import Gpu
 from klein_kv.errors import BuildError
+from klein_kv.quantized_weights import BLOCK_SCALES
 
-__all__ = ["KernelCost", "blends_modulation", "copies_weight", "price_kernel"]
+__all__ = [
+    "KernelCost",
+    "blends_modulation",
+    "copies_weight",
+    "moves_block_scales",
+    "price_kernel",
+    "product_format",
+]
 
-_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4"}
+_PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
 # Words in a kernel's name that read only a part of an operand.
 _PARTIAL = re.compile("Slic|Gath")
 
@@ -54,6 +62,17 @@ def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelCost:
     return KernelCost(kernel, flops, moved, max(ideal, moved / (gpu.bandwidth * 1e9)), ideal)
 
 
+def product_format(kernel: Kernel) -> str | None:
+    """Format of a product or an attention on low-precision numbers: "fp8", "nvfp4", or None."""
+    if kernel.is_attention:
+        return "fp8" if [x.dtype for x in kernel.inputs[:3]] == ["FP8"] * 3 else None
+    if kernel.kind not in ("gemm", "runtime_fusion"):
+        return None
+    found = _product(kernel)
+    types = {_PRECISION.get(x.dtype) for x in found[:2]} if found is not None else set()
+    return {"fp8": "fp8", "fp4": "nvfp4"}.get(str(types.pop())) if len(types) == 1 else None
+
+
 def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
     """Two per multiply-add of a product, attention or convolution, and the operands' type."""
     if kernel.is_attention:
@@ -73,6 +92,15 @@ def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
 
 
 def _product_flops(kernel: Kernel) -> tuple[int, str]:
+    found = _product(kernel)
+    if found is None:
+        return 0, ""
+    a, b, out = found
+    # The narrower operand sets the rate: FP8 and FP4 products name both.
+    return 2 * out.elements * a.dims[-1], b.dtype
+
+
+def _product(kernel: Kernel) -> tuple[Operand, Operand, Operand] | None:
     """Finds [.., M, K] x [.., K, N] = [.., M, N] among the operands."""
     operands = [o for o in (*kernel.inputs, *kernel.constants) if len(o.dims) >= 2]
     for out in kernel.outputs:
@@ -85,9 +113,8 @@ def _product_flops(kernel: Kernel) -> tuple[int, str]:
                     and a.dims[-1] == b.dims[-2]
                     and (a.dims[-2], b.dims[-1]) == out.dims[-2:]
                 ):
-                    # The narrower operand sets the rate: FP8 and FP4 products name both.
-                    return 2 * out.elements * a.dims[-1], b.dtype
-    return 0, ""
+                    return a, b, out
+    return None
 
 
 def _bytes_read(kernel: Kernel, exact: bool) -> int:
@@ -122,16 +149,30 @@ def _distinct(operands: Iterable[Operand]) -> list[Operand]:
 def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
     """Whether a kernel that multiplies nothing writes a weight anew: transposed, cast or copied.
 
-    A gather reads rows of a weight (the token embedding) and writes less than it.
+    A gather reads rows of a weight (the token embedding) and writes less than it. Block scales are
+    not counted; see `moves_block_scales`.
     """
     if kernel.is_attention or _matrix_flops(kernel)[0]:
         return False
     largest = max((operand.elements for operand in kernel.outputs), default=0)
     return any(
         operand.name in weights
+        and not operand.name.endswith(BLOCK_SCALES)
         and sum(dim > 1 for dim in operand.dims) > 1
         and largest >= operand.elements
         for operand in kernel.inputs
+    )
+
+
+def moves_block_scales(kernel: Kernel) -> bool:
+    """Whether a kernel brings the block scales of an nvfp4 weight into the order of its product.
+
+    TensorRT-RTX 1.7.1 does this at every run, in two kernels per weight (the second reads what the
+    first wrote and is not counted): one per 16 numbers of the weight. No input takes them in
+    that order.
+    """
+    return not _matrix_flops(kernel)[0] and any(
+        operand.name.endswith(BLOCK_SCALES) for operand in kernel.inputs
     )
 
 

@@ -55,6 +55,8 @@ class EngineManifest:
         weights: "shared" or "embedded" (the VAE always embeds).
         recipe: name of the recipe.
         engines: records by graph.
+        kv_dtype: type that keys and values are handed on in; None for that of activations.
+        attention: "fp8" where the transformer's attention is computed in float8.
     """
 
     module: str
@@ -65,11 +67,15 @@ class EngineManifest:
     weights: str
     recipe: str
     engines: dict[str, EngineRecord]
+    kv_dtype: str | None = None
+    attention: str | None = None
 
     @property
     def title(self) -> str:
         """For people: which engines these are."""
-        return f"{self.target} {self.precision} {self.recipe} ({self.module} {self.version})"
+        kv = "" if self.kv_dtype is None else f", K/V {self.kv_dtype}"
+        kv += "" if self.attention is None else f", attention {self.attention}"
+        return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
 
     def check_module(self, module: str, version: str) -> None:
         """Refuses another library or version than the one that built the engines.
@@ -178,6 +184,8 @@ class EngineManifest:
                 weights=value["weights"],
                 recipe=value["recipe"],
                 engines=engines,
+                kv_dtype=value.get("kv_dtype"),
+                attention=value.get("attention"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error

@@ -7,7 +7,7 @@ time goes that no multiplication needs: copies, transposes, elementwise passes.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from klein_kv.engines.kernel_price import (
     KernelCost,
     blends_modulation,
     copies_weight,
+    moves_block_scales,
     price_kernel,
+    product_format,
 )
 from klein_kv.engines.targets import Gpu
 from klein_kv.errors import BuildError
@@ -65,6 +67,9 @@ class PlanCost:
         scratch_bytes: activation memory.
         weight_copies: kernels that write a whole weight anew at every run.
         blended_modulations: kernels that write a modulation per token instead of one vector.
+        native_products: matrix products on low-precision numbers, by format.
+        float8_attentions: fused attention kernels on float8 numbers.
+        block_scale_moves: nvfp4 weights whose block scales are brought into another order per run.
         groups: equal kernels, largest overhead first.
         blocks: in launch order.
     """
@@ -81,6 +86,9 @@ class PlanCost:
     scratch_bytes: int
     weight_copies: tuple[str, ...]
     blended_modulations: tuple[str, ...]
+    native_products: dict[str, int]
+    float8_attentions: int
+    block_scale_moves: int
     groups: tuple[CostGroup, ...]
     blocks: tuple[BlockCost, ...]
 
@@ -134,6 +142,17 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanCost:
         scratch_bytes=plan.scratch_bytes,
         weight_copies=tuple(k.name for k in plan.kernels if copies_weight(k, weights)),
         blended_modulations=tuple(k.name for k in plan.kernels if blends_modulation(k)),
+        native_products=dict(
+            Counter(
+                kind
+                for kernel in plan.kernels
+                if not kernel.is_attention and (kind := product_format(kernel)) is not None
+            )
+        ),
+        float8_attentions=sum(
+            kernel.is_attention and product_format(kernel) == "fp8" for kernel in plan.kernels
+        ),
+        block_scale_moves=sum(moves_block_scales(kernel) for kernel in plan.kernels),
         groups=tuple(_groups(costs)),
         blocks=tuple(_blocks(costs)),
     )

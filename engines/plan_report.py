@@ -74,12 +74,20 @@ def _summary(cost: PlanCost) -> list[tuple[str, str]]:
         ("plan / ideal", f"{cost.ratio:.4f}"),
         ("not necessary arithmetic", f"{cost.other_share:.2%} of the plan time"),
         ("kernels", f"{cost.kernels}, of which {cost.attention_kernels} fused attention"),
+        ("products in low precision", _native(cost)),
         ("arithmetic", f"{cost.flops / 1e12:.2f} TFLOP"),
         ("memory traffic", f"{cost.bytes / 1e9:.2f} GB"),
         ("scratch", f"{cost.scratch_bytes / 1e9:.3f} GB"),
         ("weights copied per run", str(len(cost.weight_copies))),
         ("blended modulations", str(len(cost.blended_modulations))),
     ]
+
+
+def _native(cost: PlanCost) -> str:
+    kinds = [f"{count} {kind}" for kind, count in sorted(cost.native_products.items())]
+    kinds += [f"{cost.float8_attentions} attention fp8"] if cost.float8_attentions else []
+    moves = f"; {cost.block_scale_moves} block scales reordered" if cost.block_scale_moves else ""
+    return (", ".join(kinds) or "none") + moves
 
 
 def _short(name: str, length: int = 60) -> str:

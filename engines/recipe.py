@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from klein_kv.config import DTYPES
 from klein_kv.errors import BuildError
+from klein_kv.quantization import PRECISION_FORMATS
 
 __all__ = ["WEIGHTS_MODES", "Range", "Recipe", "ShapeProfile", "Size", "recipe_names"]
 
@@ -135,7 +136,10 @@ class Recipe:
     Attributes:
         name: the recipe's name; part of the engines' folder unless it is "default".
         target: a name that `targets.find_target` knows.
-        precision: "bf16" or "fp16"; None builds what the artifacts hold.
+        precision: "bf16" or "fp16", or a quantized one ("fp8", "nvfp4", "fp8-weight-only") that
+            the artifacts hold; None builds what they were exported in.
+        attention: "fp8" computes the transformer's attention in float8, which a quantized
+            precision and one single shape allow; None leaves it in the type of activations.
         weights: one of `WEIGHTS_MODES`.
         profiles: at least one.
     """
@@ -145,12 +149,24 @@ class Recipe:
     precision: str | None
     weights: str
     profiles: tuple[ShapeProfile, ...]
+    attention: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in DTYPES:
+        precisions = (*DTYPES, *PRECISION_FORMATS)
+        if self.precision is not None and self.precision not in precisions:
             raise BuildError(
                 f"recipe {self.name}: precision is {self.precision!r}, expected one of "
-                f"{', '.join(DTYPES)}"
+                f"{', '.join(precisions)}"
+            )
+        if self.attention not in (None, "fp8"):
+            raise BuildError(
+                f"recipe {self.name}: attention is {self.attention!r}, expected 'fp8' or "
+                "'bf16' (the type of activations)"
+            )
+        if self.attention is not None and not self.fixed:
+            raise BuildError(
+                f"recipe {self.name}: attention in fp8 has a kernel for a fixed number of keys "
+                "only; expected one profile of one single shape, such as static-1024-4ref"
             )
         if self.weights not in WEIGHTS_MODES:
             raise BuildError(
@@ -198,16 +214,18 @@ class Recipe:
             value = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise BuildError(f"{where} is not TOML: {error}") from error
-        _check_keys(where, value, ("target", "precision", "weights", "profiles"))
+        _check_keys(where, value, ("target", "precision", "attention", "weights", "profiles"))
         profiles = _required(where, value, "profiles")
         if not isinstance(profiles, list) or not all(isinstance(p, dict) for p in profiles):
             raise BuildError(f"{where}: profiles must be [[profiles]] tables")
+        attention = value.get("attention")  # "bf16" says what is meant by leaving it out
         return cls(
             name=name,
             target=value.get("target", "rtx5090"),
             precision=value.get("precision"),
             weights=value.get("weights", "shared"),
             profiles=tuple(ShapeProfile.from_dict(profile) for profile in profiles),
+            attention=None if attention == "bf16" else attention,
         )
 
 

@@ -5,6 +5,7 @@ interrupted export leaves nothing that could be taken for a result.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -13,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx_ir as ir
 
 from klein_kv.config import (
     DEFAULT_TEXT_LAYERS,
@@ -26,6 +25,7 @@ from klein_kv.config import (
 )
 from klein_kv.digest import file_digest
 from klein_kv.errors import CapacityError, CheckpointError, RequestError
+from klein_kv.export.graph_files import save_graph
 from klein_kv.export.graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.quantized_files import Fp8Weight, Nvfp4Weight
 from klein_kv.export.single_file import JoinedRows, StoredWeight, read_single_file
@@ -36,11 +36,9 @@ from klein_kv.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
-    save_graph_weights,
-    weights_file,
 )
 from klein_kv.model import transformer_parameters
-from klein_kv.signature import VARIANTS
+from klein_kv.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightIndex, WeightRef
 
@@ -59,7 +57,7 @@ class ExportResult:
     Attributes:
         artifacts: the finished folder.
         dtype: floating point type of graphs and weights.
-        nodes: number of ONNX nodes per graph.
+        nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
         seconds: wall time.
         bytes_written: bytes of the folder that are not links to the checkpoint's files.
     """
@@ -161,6 +159,9 @@ def export_checkpoint(
         placed = _place_weights(whole, folder, dtype)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         _write_tokenizer(whole.folder, folder)
+        # diffusers builds the VAE from it where the torch backend runs it.
+        vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
+        (folder / "vae/config.json").write_text(vae_config, encoding="utf-8")
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
         Manifest(
@@ -270,43 +271,19 @@ def _write_graphs(
     source: _Checkpoint, placed: Mapping[str, Placement], folder: Path, variant: str, dtype: str
 ) -> dict[str, int]:
     config, nodes = source.config, {}
-    for graph, file in VARIANTS[variant].items():
-        start = time.perf_counter()
+    for label, graph, graphs in distinct_graphs(graph_sets(variant, dtype)):
+        start, file = time.perf_counter(), graphs.files[graph]
         if file.startswith("transformer/"):
-            model = transformer_graph(graph, config, dtype, placed["transformer"].refs)
+            refs = placed["transformer"].refs
+            model = transformer_graph(graph, config, dtype, refs, graphs.kv_dtype)
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:
             model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"].refs)
-        nodes[graph] = len(model.graph)
-        _save_graph(model, folder / file)
-        _log.info("%s: %d nodes, %.1f s", file, nodes[graph], time.perf_counter() - start)
+        nodes[label] = len(model.graph)
+        save_graph(model, folder / file)
+        _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
     return nodes
-
-
-def _save_graph(model: ir.Model, path: Path) -> None:
-    table = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            table[name] = WeightRef(
-                path.parent / str(tensor.location),
-                tensor.offset or 0,
-                tensor.length or tensor.nbytes,
-                _NAMES[tensor.dtype],
-                tuple(tensor.shape.numpy()),
-            )
-    ir.save(model, path)
-    save_graph_weights(path.parent / weights_file(path.name), table)
-
-
-_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-}
 
 
 def _write_tokenizer(checkpoint: Path, folder: Path) -> None:

@@ -6,17 +6,22 @@ score matrix; TensorRT fuses `Attention` in bfloat16 and float16 only.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
+from klein_kv.ops import Ops
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
-__all__ = ["OPSET", "OnnxOps", "external_tensor"]
+__all__ = ["OPSET", "OnnxOps", "external_tensor", "part_name"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPSET = 23
 _MICROSOFT = "com.microsoft"
@@ -26,6 +31,8 @@ _IR_DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float4_e2m1fn": ir.DataType.FLOAT4E2M1,
 }
 _LOWEST = {
     "float32": -3.4028234663852886e38,
@@ -66,7 +73,13 @@ class OnnxOps:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
         self._scope = signature.graph
+        self._opsets = {"": OPSET, _MICROSOFT: 1}
         self.inputs = {spec.name: self._value_from_spec(spec) for spec in signature.inputs}
+
+    @property
+    def onnx_dtype(self) -> ir.DataType:
+        """ONNX's constant for `dtype`."""
+        return _IR_DTYPES[self.dtype]
 
     def _value_from_spec(self, spec: TensorSpec) -> ir.Value:
         value = ir.Value(
@@ -115,13 +128,18 @@ class OnnxOps:
         return self._emit(op_type, inputs, attributes, domain, rank=rank)[0]
 
     def _weight(self, name: str, part: tuple[int, int] | None = None) -> ir.Value:
-        # Scope names follow the block whose weight was used last: node names then tell the block.
-        pieces = name.split(".")
+        self._enter_block(name)
+        ref = self._weights[name] if part is None else self._weights[name].rows(*part)
+        return self._initializer(part_name(name, part), ref)
+
+    def _enter_block(self, weight: str) -> None:
+        """Scope names follow the block whose weight was used last: node names then tell it."""
+        pieces = weight.split(".")
         blocks = [i for i, piece in enumerate(pieces) if piece.isdigit()]
         self._scope = ".".join(pieces[: blocks[0] + 1]) if blocks else pieces[0]
-        key = name if part is None else f"{name}[{part[0]}:{part[1]}]"
+
+    def _initializer(self, key: str, ref: WeightRef) -> ir.Value:
         if key not in self._initializers:
-            ref = self._weights[name] if part is None else self._weights[name].rows(*part)
             tensor = external_tensor(key, ref)
             self._initializers[key] = ir.Value(
                 name=key,
@@ -149,6 +167,15 @@ class OnnxOps:
             self._shapes[key] = self._one("Concat", *parts, axis=0)
         return self._shapes[key]
 
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[ir.Value], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        return function(self, name, *args, **kwargs)
+
     def constant(self, value: NDArray[Any]) -> ir.Value:
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
@@ -166,6 +193,14 @@ class OnnxOps:
         out = self._one("Gemm", rows, self._weight(weight, part), transB=1)
         out.meta["features"] = self._features(weight, part)
         return out
+
+    def projection(
+        self,
+        rows: ir.Value,
+        weight: str,
+        features: tuple[int, int],  # noqa: ARG002
+    ) -> Callable[[int, int], ir.Value]:
+        return lambda start, stop: self.linear(rows, weight, (start, stop))
 
     def _features(self, weight: str, part: tuple[int, int] | None) -> int:
         return self._weights[weight].shape[0] if part is None else part[1] - part[0]
@@ -229,9 +264,7 @@ class OnnxOps:
         scaled = self._one(
             "Mul", self._one("Reshape", turned, to_heads), self._one("Reciprocal", root)
         )
-        return self._with_heads(
-            self._one("Cast", scaled, to=_IR_DTYPES[self.dtype], rank=4), heads, dim
-        )
+        return self._with_heads(self._one("Cast", scaled, to=self.onnx_dtype, rank=4), heads, dim)
 
     def _with_heads(self, x: ir.Value, heads: int, dim: int) -> ir.Value:
         x.meta["heads"] = heads, dim
@@ -251,13 +284,27 @@ class OnnxOps:
         out = self._one("Attention", *inputs, rank=3, **heads)
         return out if mask is None else self._one("Mul", out, self._sees_a_key(mask), rank=3)
 
+    def joint_attention(
+        self,
+        q: ir.Value,
+        k: Sequence[ir.Value],
+        v: Sequence[ir.Value],
+        references: Sequence[ir.Value],
+        like: ir.Value,
+    ) -> ir.Value:
+        if references:
+            k_ref, v_ref = (self.expand_batch(x, like) for x in references)
+            k, v = [k_ref, *k], [v_ref, *v]
+        keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
+        return self.attention(q, keys, values)
+
     def _sees_a_key(self, mask: ir.Value) -> ir.Value:
         """[B, T, 1]: 0 where an additive mask [B, 1, T, K] hides every key from a query, else 1."""
         key = ("sees a key", mask)
         if key not in self._shapes:
             highest = self._one("ReduceMax", mask, self._ints(-1), keepdims=1)
             hidden = self._one("Cast", highest, to=ir.DataType.BOOL)
-            seen = self._one("Cast", self._one("Not", hidden), to=_IR_DTYPES[self.dtype])
+            seen = self._one("Cast", self._one("Not", hidden), to=self.onnx_dtype)
             self._shapes[key] = self._one("Squeeze", seen, self._ints(1))
         return self._shapes[key]
 
@@ -272,6 +319,32 @@ class OnnxOps:
             for x in (0.0, _LOWEST[self.dtype])
         )
         return self._one("Where", allowed, zero, lowest)
+
+    def quantize_kv(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        wide = self.to_float32(x)
+        largest = self._one(
+            "ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1
+        )  # minus infinity where R = 0
+        smallest = self._float(SMALLEST_SCALE * E4M3_MAX)
+        scale = self._one("Div", self._one("Max", largest, smallest), self._float(E4M3_MAX), rank=4)
+        values = self._one(
+            "QuantizeLinear",
+            self._one("Div", wide, scale),
+            self._float(1),
+            output_dtype=ir.DataType.FLOAT8E4M3FN,
+            rank=4,
+        )
+        return self._with_heads(values, *x.meta["heads"]), scale
+
+    def dequantize_kv(self, values: ir.Value, scale: ir.Value) -> ir.Value:
+        # The scale is not the operator's: TensorRT takes constants there.
+        wide = self._one("DequantizeLinear", values, self._float(1))
+        out = self.to_model_dtype(self._one("Mul", wide, scale))
+        out.meta["rank"] = 4
+        return self._with_heads(out, *values.meta["heads"])
+
+    def _float(self, value: float) -> ir.Value:
+        return self.constant(np.array(value, np.float32))
 
     def heads(self, rows: ir.Value, like: ir.Value, num_heads: int) -> ir.Value:
         dim = rows.meta["features"] // num_heads
@@ -294,6 +367,9 @@ class OnnxOps:
         out = self._one("Concat", *parts, axis=axis)
         out.meta.update(parts[0].meta)
         return out
+
+    def compact(self, x: ir.Value) -> ir.Value:
+        return x
 
     def split_tokens(self, x: ir.Value, at: ir.Value) -> tuple[ir.Value, ir.Value]:
         count, axis = self._axes(at, 1, 2), self._ints(1)
@@ -324,7 +400,7 @@ class OnnxOps:
         return x if self.dtype == "float32" else self._one("Cast", x, to=ir.DataType.FLOAT)
 
     def to_model_dtype(self, x: ir.Value) -> ir.Value:
-        return x if self.dtype == "float32" else self._one("Cast", x, to=_IR_DTYPES[self.dtype])
+        return x if self.dtype == "float32" else self._one("Cast", x, to=self.onnx_dtype)
 
     def model(self, outputs: Sequence[ir.Value], doc: str) -> ir.Model:
         """The finished graph: outputs named by the signature, dead nodes removed."""
@@ -342,11 +418,16 @@ class OnnxOps:
             initializers=[*self._initializers.values(), *self._constants.values()],
             name=self.signature.graph,
             doc_string=doc,
-            opset_imports={"": OPSET, _MICROSOFT: 1},
+            opset_imports=self._opsets,
         )
         for name in [n for n, value in graph.initializers.items() if not value.uses()]:
             del graph.initializers[name]
         return ir.Model(graph, ir_version=11, producer_name="klein-kv")
+
+
+def part_name(weight: str, part: tuple[int, int] | None) -> str:
+    """Name of an initializer that is a range of a weight's rows."""
+    return weight if part is None else f"{weight}[{part[0]}:{part[1]}]"
 
 
 def _live(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:

@@ -1,10 +1,4 @@
-"""The VAE's two graphs, traced from diffusers' `AutoencoderKLFlux2` on fake tensors.
-
-What diffusers' pipeline does around the VAE is part of the graphs: pixels come and go as uint8 in
-image order, latents as the transformer's tokens in grid order (2x2 patches, normalised with the
-BatchNorm statistics). Source: `Flux2KleinKVPipeline._encode_vae_image`, `_patchify_latents` and
-the end of `__call__`; `VaeImageProcessor.preprocess` and `postprocess`.
-"""
+"""The VAE's two graphs, traced from the modules of `klein_kv.vae_model` on fake tensors."""
 
 import contextlib
 import logging
@@ -15,76 +9,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from diffusers import AutoencoderKLFlux2
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from klein_kv.config import ModelConfig
 from klein_kv.errors import CheckpointError
 from klein_kv.export.onnx_ops import OPSET, external_tensor
 from klein_kv.signature import make_signature
+from klein_kv.vae_model import VaeDecoder, VaeEncoder, build_vae
 from klein_kv.weights import WeightRef
 
 __all__ = ["vae_graph", "vae_parameters"]
 
 _MICROSOFT = "com.microsoft"
-
-
-class _Statistics(torch.nn.Module):
-    """Mean and standard deviation of tokens, in the grid layout [B, C, h, w]."""
-
-    def __init__(self, vae: AutoencoderKLFlux2) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
-        bn = self.vae.bn
-        mean = bn.running_mean.view(1, -1, 1, 1)
-        std = torch.sqrt(bn.running_var.view(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
-        return mean, std
-
-
-class _Encoder(_Statistics):
-    """uint8 [1, H, W, 3] -> normalised tokens [1, h, w, C]."""
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        mean, std = self.mean_std()
-        # TensorRT does nothing but cast uint8: the cast comes first here, and last in the decoder.
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255 * 2 - 1
-        # The mode of the latent distribution is its mean, the first half of the moments. Asking the
-        # distribution for it exports torch.chunk as a sequence, which TensorRT does not parse.
-        moments = self.vae._encode(pixels.to(mean.dtype))
-        z = moments[:, : self.vae.config.latent_channels]
-        b, c, h, w = z.shape
-        z = z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
-        z = z.reshape(b, 4 * c, h // 2, w // 2)
-        tokens: torch.Tensor = ((z - mean) / std).permute(0, 2, 3, 1)
-        return tokens
-
-
-class _Decoder(_Statistics):
-    """Tokens [B, h, w, C] -> uint8 [B, H, W, 3] and the same values as [B, 3, H, W] in 0..1."""
-
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = self.mean_std()
-        z = latents.permute(0, 3, 1, 2) * std + mean
-        b, c, h, w = z.shape
-        z = z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
-        z = z.reshape(b, c // 4, 2 * h, 2 * w)
-        sample = (self.vae.decode(z, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
-        pixels = (sample.to(torch.float32) * 255).round().permute(0, 2, 3, 1)
-        return pixels.to(torch.uint8), sample
-
-
-def _build(config: Mapping[str, Any], dtype: str) -> AutoencoderKLFlux2:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        vae = AutoencoderKLFlux2.from_config(dict(config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"vae config: diffusers cannot build the model: {error}") from error
-    finally:
-        torch.set_default_dtype(before)
-    return vae.eval()
 
 
 def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -94,7 +30,7 @@ def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         config: the checkpoint's `vae/config.json`.
     """
     with FakeTensorMode():
-        state = _build(config, "float32").state_dict()
+        state = build_vae(config, torch.float32).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
@@ -118,13 +54,13 @@ def vae_graph(
     height, width = (torch.export.Dim(f"grid_{side}", min=2) for side in ("height", "width"))
     # The dimensions traced with must differ from each other and from 0 and 1.
     with FakeTensorMode():
-        vae = _build(vae_config, dtype)
+        vae = build_vae(vae_config, getattr(torch, dtype))
         if graph == "vae_encoder":
-            module: torch.nn.Module = _Encoder(vae)
+            module: torch.nn.Module = VaeEncoder(vae)
             example = torch.zeros(1, 3 * unit, 4 * unit, 3, dtype=torch.uint8)
             axes: dict[int, Any] = {1: unit * height, 2: unit * width}
         else:
-            module = _Decoder(vae)
+            module = VaeDecoder(vae)
             shape = (2, 3, 4, config.transformer.in_channels)
             example = torch.zeros(shape, dtype=getattr(torch, dtype))
             axes = {0: torch.export.Dim("batch", min=1), 1: height, 2: width}

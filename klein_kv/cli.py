@@ -19,7 +19,13 @@ from klein_kv.errors import KleinKVError, RequestError
 
 __all__ = ["main"]
 
-_EXTRA_OF = {"export": "export", "fixture": "export", "verify": "export,cpu", "build": "rtx"}
+_EXTRA_OF = {
+    "export": "export",
+    "fixture": "export",
+    "quantize": "export,cpu",
+    "verify": "export,cpu",
+    "build": "rtx",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,13 +110,34 @@ def _parser() -> argparse.ArgumentParser:
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
 
+    sub = verb("quantize", _quantize, "Add fp8 or nvfp4 weights to an artifact folder.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--recipe", help="fp8, nvfp4, fp8-weight-only, or a .toml file")
+    sub.add_argument(
+        "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
+    )
+    _add_samples(sub, 8)
+
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--target", help="rtx5090, rtx4090, ... or smNN (default: the recipe's)")
     sub.add_argument("--recipe", help="name or .toml file of sizes to build for")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="instead: this one output size")
+    sub.add_argument("--refs", type=int, default=1, help="with --size: reference images")
+    sub.add_argument(
+        "--ref-size", type=_size, metavar="WxH", default=(1024, 1024), help="with --size: of each"
+    )
+    sub.add_argument(
+        "--limit", type=float, metavar="GB", help="with --size: what such engines may take (2)"
+    )
+    sub.add_argument("--precision", help="bf16, fp16, or what `klein-kv quantize` made: fp8, nvfp4")
+    sub.add_argument("--attention", choices=("fp8",), help="attention in fp8 too (one shape)")
     sub.add_argument("--weights", choices=("shared", "embedded"), help="default: the recipe's")
     sub.add_argument("--graph", action="append", metavar="GRAPH", help="only this one (repeatable)")
     sub.add_argument("--backend", default="auto", help="tensorrt_rtx or tensorrt")
+    sub.add_argument(
+        "--kv-dtype", choices=("fp8",), help="keys and values in eight bits, with a loss"
+    )
     sub.add_argument("--force", action="store_true", help="build even what has not changed")
 
     sub = verb("plan", _plan, "Tell what edits need of a GPU before anything is loaded.")
@@ -137,14 +164,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
     sub.add_argument("--num-images", type=int, default=1)
-    sub.add_argument("--backend", default="auto")
+    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
+    sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
+    sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
+    sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
 
-    sub = verb("verify", _verify, "Compare an artifact folder with diffusers.")
+    sub = verb("verify", _verify, "Compare artifacts with diffusers, or a precision with fp32.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", nargs="?")
+    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
+    sub.add_argument("--precision", help="measure fp8, nvfp4 or fp8-weight-only instead")
+    sub.add_argument("--kv-dtype", choices=("fp8",), help="and reference K/V in fp8")
+    sub.add_argument("--attention", choices=("fp8",), help="and attention and K/V in fp8")
+    _add_samples(sub, 3)
 
     sub = verb("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
     sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]")
@@ -157,6 +194,14 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("doctor", _doctor, "Show versions, devices, and what is missing.")
     return parser
+
+
+def _add_samples(sub: Any, count: int) -> None:
+    sub.add_argument("--samples", type=int, default=count, help=f"requests to run ({count})")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -204,6 +249,45 @@ def _export(args: argparse.Namespace) -> Result:
     return value, text, 0
 
 
+def _quantize(args: argparse.Namespace) -> Result:
+    from klein_kv.export.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantize import quantize_artifacts
+    from klein_kv.export.samples import make_samples
+
+    if args.recipe is None and args.source is None:
+        raise RequestError("say what to make: --recipe fp8, nvfp4 or fp8-weight-only, or --from")
+    done = quantize_artifacts(
+        args.artifacts,
+        QuantizationRecipe.load(args.recipe or "fp8"),
+        make_samples(args.samples, images=args.images, prompts=args.prompts, size=args.size),
+        source=args.source,
+        device=args.device,
+    )
+    value = {
+        "artifacts": str(done.artifacts),
+        "precision": done.precision,
+        "seconds": round(done.seconds, 3),
+        "components": {
+            component: {
+                "precision": part.precision,
+                "layers": part.layers,
+                "bytes": part.bytes,
+                "bytes_before": part.bytes_before,
+                "reused": part.reused,
+            }
+            for component, part in done.parts.items()
+        },
+    }
+    lines = [
+        f"{component:14} {part.precision:16} {part.layers:4} layers {part.bytes / 1e9:8.3f} GB, "
+        f"{part.bytes / part.bytes_before:.3f} of what they were"
+        + (" (there already)" if part.reused else "")
+        for component, part in done.parts.items()
+    ]
+    lines.append(f"{done.precision}: {done.seconds:.1f} s")
+    return value, "\n".join(lines), 0
+
+
 def _generate(args: argparse.Namespace) -> Result:
     from klein_kv.runtime.images import load_image
     from klein_kv.runtime.metadata import ImageParameters, save_png
@@ -219,7 +303,13 @@ def _generate(args: argparse.Namespace) -> Result:
     images = [load_image(path) for path in args.reference]
     seed = random_seed() if args.seed is None else args.seed
     pipe = KleinKVPipeline.from_pretrained(
-        args.artifacts, backend=args.backend, threads=args.threads
+        args.artifacts,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
+        precision=args.precision,
+        attention=args.attention,
     )
     result = pipe(
         prompt=args.prompt,
@@ -241,7 +331,7 @@ def _generate(args: argparse.Namespace) -> Result:
             height=image.height,
             references=len(images),
             model=pipe.manifest.model_id,
-            model_digest=pipe.manifest.model_digest,
+            model_digest=pipe.manifest.graphs_digest(pipe.graphs),
         )
         save_png(image, path, None if args.no_metadata else parameters)
     value = {
@@ -262,15 +352,26 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 
 def _verify(args: argparse.Namespace) -> Result:
+    if args.precision is not None:
+        return _verify_precision(args)
     from klein_kv.export.verify import verify_artifacts
 
-    rows = verify_artifacts(args.artifacts, args.checkpoint, threads=args.threads)
+    if args.checkpoint is None:
+        raise RequestError("say what to compare with: a CHECKPOINT, or --precision fp8 or nvfp4")
+    rows = verify_artifacts(
+        args.artifacts,
+        args.checkpoint,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+    )
     good = all(row.ok for row in rows)
     value = {
         "ok": good,
         "rows": [
             {
                 "name": row.name,
+                "relative": row.relative,
                 "max_abs": row.max_abs,
                 "mean_abs": row.mean_abs,
                 "cosine": row.cosine,
@@ -280,28 +381,65 @@ def _verify(args: argparse.Namespace) -> Result:
             for row in rows
         ],
     }
-    lines = [f"{'against diffusers in float32':40} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"]
+    lines = [
+        f"{'against diffusers':40} {'relative':>10} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"
+    ]
     for row in rows:
         mark = "" if row.ok else f"  FAILED, tolerance {row.tolerance:g}"
         lines.append(
-            f"{row.name:40} {row.max_abs:10.2e} {row.mean_abs:10.2e} {row.cosine:12.9f}{mark}"
+            f"{row.name:40} {row.relative:10.2e} {row.max_abs:10.2e} {row.mean_abs:10.2e} "
+            f"{row.cosine:12.9f}{mark}"
         )
     lines.append("parity holds" if good else "parity does NOT hold")
     return value, "\n".join(lines), 0 if good else 1
 
 
+def _verify_precision(args: argparse.Namespace) -> Result:
+    from klein_kv.export.quality import measure_quality
+    from klein_kv.export.quality_text import dict_from_report, text_from_report
+    from klein_kv.export.samples import make_samples
+
+    report = measure_quality(
+        args.artifacts,
+        args.precision,
+        make_samples(
+            args.samples, images=args.images, prompts=args.prompts, size=args.size, seed=1000
+        ),
+        checkpoint=args.checkpoint,
+        kv=args.kv_dtype is not None,
+        attention=args.attention is not None,
+        device=args.device,
+    )
+    return dict_from_report(report), text_from_report(report), 1 if report.failed else 0
+
+
 def _build(args: argparse.Namespace) -> Result:
     from klein_kv.engines.build import build_artifacts
+    from klein_kv.engines.recipe import Size
+    from klein_kv.engines.shape_engines import DEFAULT_LIMIT, build_shape, shape_recipe
+    from klein_kv.signature import KV_FLOAT8
 
-    records = build_artifacts(
-        args.artifacts,
-        target=args.target,
-        recipe=args.recipe,
-        weights=args.weights,
-        graphs=args.graph,
-        module=args.backend,
-        force=args.force,
-    )
+    options = {
+        "target": args.target,
+        "graphs": args.graph,
+        "module": args.backend,
+        "force": args.force,
+        "kv_dtype": KV_FLOAT8 if args.kv_dtype == "fp8" else None,
+        "precision": args.precision,
+        "attention": args.attention,
+    }
+    if args.size is None:
+        records = build_artifacts(
+            args.artifacts, recipe=args.recipe, weights=args.weights, **options
+        )
+    elif args.recipe is not None or args.weights is not None:
+        raise RequestError(
+            "--size is a recipe of its own, with shared weights; leave --recipe and --weights out"
+        )
+    else:
+        shape = shape_recipe(Size(*args.size), args.refs, Size(*args.ref_size))
+        limit = DEFAULT_LIMIT if args.limit is None else int(args.limit * 1e9)
+        records = build_shape(args.artifacts, shape, limit=limit, **options)
     value = {
         "engines": [
             {

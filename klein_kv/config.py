@@ -7,7 +7,7 @@ so that no later module has to ask.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ __all__ = [
     "TransformerConfig",
     "VaeConfig",
     "read_json",
+    "tensor_bytes",
 ]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -36,6 +37,13 @@ ITEM_SIZE = {
     "uint8": 1,
 }
 """Bytes per element."""
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor, also of "float4_e2m1fn", of which two elements share a byte."""
+    count = math.prod(shape)
+    return -(-count // 2) if dtype == "float4_e2m1fn" else count * ITEM_SIZE[dtype]
+
 
 DEFAULT_TEXT_LAYERS = (9, 18, 27)
 """Hidden states that klein reads (diffusers: `Flux2KleinKVPipeline.__call__`)."""

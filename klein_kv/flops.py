@@ -12,6 +12,7 @@ from klein_kv.config import TextEncoderConfig, TransformerConfig
 __all__ = [
     "Operations",
     "block_weights",
+    "diffusers_kv_edit_flops",
     "edit_flops",
     "plain_edit_flops",
     "reference_flops",
@@ -168,6 +169,37 @@ def edit_flops(
     )
     encode = 0 if references_known or ref_tokens == 0 else reference_flops(net, ref_tokens)
     return steps * step + encode
+
+
+def diffusers_kv_edit_flops(
+    net: TransformerConfig,
+    *,
+    steps: int,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    ref_tokens: int,
+) -> int:
+    """Operations of a request in diffusers' KV pipeline, whose references are new every time.
+
+    Source: diffusers, `Flux2KleinKVPipeline.__call__`. Its first step runs the reference tokens,
+    once per image of the batch, through the whole last block too, of which only keys and values
+    are ever read.
+    """
+    edit = edit_flops(
+        net,
+        steps=steps,
+        references_known=True,
+        batch=batch,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        ref_tokens=ref_tokens,
+    )
+    if ref_tokens == 0:
+        return edit
+    dim = net.inner_dim
+    rest_of_block = ref_tokens * (_block_row(net) - 4 * dim * dim) + 4 * ref_tokens**2 * dim
+    return edit + batch * (reference_flops(net, ref_tokens) + rest_of_block)
 
 
 def plain_edit_flops(

@@ -13,7 +13,8 @@ import psutil
 
 from klein_kv import __version__
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.signature import TensorSpec
+from klein_kv.quantized_weights import load_quantized
+from klein_kv.signature import TensorSpec, distinct_graphs, is_kv
 
 __all__ = ["examine_machine", "inspect_artifacts", "polygraphy_commands"]
 
@@ -24,8 +25,8 @@ _DISTRIBUTIONS = (
     ("tensorrt-rtx-cu13", "builds and runs engines for RTX GPUs", "rtx"),
     ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
     ("cuda-python", "device memory and streams for engines", "rtx"),
-    ("torch", "export, verify, torch generators", "export"),
-    ("diffusers", "export of the VAE, verify", "export"),
+    ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
+    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
     ("transformers", "export of the tokenizer, verify", "export"),
     ("onnx", "export", "export"),
     ("onnx_ir", "export", "export"),
@@ -52,11 +53,11 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         f"digest    {manifest.model_digest}",
         f"licence   {manifest.licence}",
     ]
-    for graph, file in manifest.graphs.files.items():
-        signature = manifest.graphs.signature(graph, manifest.config)
+    for label, graph, held in distinct_graphs(manifest.graph_sets):
+        file, signature = held.files[graph], held.signature(graph, manifest.config)
         weights = graph_weights(folder, file)
         size, weight_bytes = manifest.files[file].bytes, sum(w.nbytes for w in weights.values())
-        graphs[graph] = {
+        graphs[label] = {
             "file": file,
             "bytes": size,
             "weights": len(weights),
@@ -65,10 +66,25 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
             "outputs": [_spec(spec) for spec in signature.outputs],
         }
         lines.append(
-            f"\n{graph}: {file}, {size / 1e6:.2f} MB, reads {weight_bytes / 1e9:.3f} GB of weights"
+            f"\n{label}: {file}, {size / 1e6:.2f} MB, reads {weight_bytes / 1e9:.3f} GB of weights"
         )
         for arrow, specs in (("<-", signature.inputs), ("->", signature.outputs)):
             lines += [f"  {arrow} {line}" for line in _folded(specs)]
+    precisions = {}
+    for name, networks in manifest.precisions.items():
+        parts = {part: load_quantized(folder, part, files) for part, files in networks.items()}
+        precisions[name] = {
+            "digest": manifest.precision_digest(name),
+            "components": {
+                part: {"files": networks[part], "layers": len(held.linears), "bytes": held.nbytes}
+                for part, held in parts.items()
+            },
+        }
+        what = ", ".join(
+            f"{part} {len(held.linears)} layers in {networks[part]}, {held.nbytes / 1e9:.3f} GB"
+            for part, held in parts.items()
+        )
+        lines.insert(3, f"precision {name}: {what}")
     value = {
         "artifacts": str(folder),
         "model_id": manifest.model_id,
@@ -77,6 +93,7 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         "model_digest": manifest.model_digest,
         "config": manifest.config.to_dict(),
         "graphs": graphs,
+        "precisions": precisions,
         "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
     }
     return value, "\n".join(lines)
@@ -95,13 +112,13 @@ def polygraphy_commands(folder: Path) -> tuple[dict[str, Any], str]:
     unit = manifest.config.vae.multiple_of
     sizes |= {"grid_height": 16, "grid_width": 16, "height": 16 * unit, "width": 16 * unit}
     commands = {}
-    for graph, file in manifest.graphs.files.items():
-        signature = manifest.graphs.signature(graph, manifest.config)
+    for label, graph, held in distinct_graphs(manifest.graph_sets):
+        file, signature = held.files[graph], held.signature(graph, manifest.config)
         shapes = " ".join(
             f"{spec.name}:[{','.join(str(axis) for axis in spec.concrete(sizes))}]"
             for spec in signature.inputs
         )
-        commands[graph] = (
+        commands[label] = (
             f"polygraphy run {shlex.quote(str(folder / file))} --onnxrt --trt "
             f"--input-shapes {shapes}"
         )
@@ -114,15 +131,16 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 def _folded(specs: tuple[TensorSpec, ...]) -> list[str]:
     """One line per tensor; the keys and values of all blocks share one."""
-    kv = [spec for spec in specs if spec.name[1:].startswith("_ref.")]
-    lines = [_line(spec.name, spec) for spec in specs if spec not in kv]
-    if kv:
-        lines.append(_line(f"{kv[0].name} ... {kv[-1].name}", kv[0]))
+    lines = [_line(spec.name, spec) for spec in specs if not is_kv(spec.name)]
+    for kind in ("_ref.", "_ref_scale."):
+        kv = [spec for spec in specs if kind in spec.name]
+        if kv:
+            lines.append(_line(f"{kv[0].name} ... {kv[-1].name}", kv[0]))
     return lines
 
 
 def _line(name: str, spec: TensorSpec) -> str:
-    return f"{name:24} {spec.dtype:9} [{', '.join(str(axis) for axis in spec.shape)}]"
+    return f"{name:32} {spec.dtype:13} [{', '.join(str(axis) for axis in spec.shape)}]"
 
 
 def examine_machine() -> tuple[dict[str, Any], str]:
@@ -134,7 +152,8 @@ def examine_machine() -> tuple[dict[str, Any], str]:
     packages = {name: _version(name) for name, _, _ in _DISTRIBUTIONS}
     memory = psutil.virtual_memory()
     gpus = _gpus()
-    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"])
+    torch_ready = packages["torch"] and packages["diffusers"]
+    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready)
     value = {
         "klein_kv": __version__,
         "python": platform.python_version(),

@@ -9,8 +9,8 @@ Activations are *rows* wherever attention does not need more: a matrix [batch * 
 Every linear layer is then one matrix product with the weight in its own [out, in] layout.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,28 @@ from numpy.typing import NDArray
 __all__ = ["Ops"]
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Ops(Protocol[T]):
     """Operations on tensors of type `T`; weights are named as in the checkpoint."""
+
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[T], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """`function(self, name, ...)`: one block of the network.
+
+        Args:
+            function: reads tensors from its arguments, and weights whose names begin with `name`.
+            name: `transformer_blocks.0`, for example.
+            args: the rest of the function's arguments.
+            kwargs: alike.
+        """
 
     def constant(self, value: NDArray[Any]) -> T:
         """A tensor known at export; equal values are stored once."""
@@ -33,6 +51,19 @@ class Ops(Protocol[T]):
             rows: [N, in].
             weight: name of a [out, in] weight.
             part: range of output features; a contiguous piece of the weight.
+        """
+
+    def projection(
+        self, rows: T, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], T]:
+        """Parts of one linear layer, as a function of their range of output features.
+
+        What computes takes one product over all `features`; what writes graphs, one for each part.
+
+        Args:
+            rows: [N, in].
+            weight: name of a [out, in] weight.
+            features: the range that the parts will come from.
         """
 
     def embedding(self, ids: T, weight: str) -> T:
@@ -76,8 +107,35 @@ class Ops(Protocol[T]):
                 text) gets zeros, as from torch's `scaled_dot_product_attention`.
         """
 
+    def joint_attention(
+        self, q: T, k: Sequence[T], v: Sequence[T], references: Sequence[T], like: T
+    ) -> T:
+        """Softmax attention of q [B, S, H, D] to references and to the batch's own keys.
+
+        Args:
+            q: queries.
+            k: keys [B, K, H, D] in parts, one after the other.
+            v: values, alike.
+            references: keys and values [1, R, H, D], shared by every image of the batch; or
+                nothing.
+            like: a tensor of the batch's size.
+
+        Returns:
+            [B, S, H * D].
+        """
+
     def causal_mask(self, attention_mask: T) -> T:
         """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
+
+    def quantize_kv(self, x: T) -> tuple[T, T]:
+        """Keys or values [1, R, H, D] as float8 e4m3, and their float32 scales [1, 1, H, 1].
+
+        A scale is the head's largest magnitude / 448, at least the smallest normal float32;
+        division, and rounding to nearest even, are those of float32.
+        """
+
+    def dequantize_kv(self, values: T, scale: T) -> T:
+        """values * scale in float32, rounded to the model's dtype: [1, R, H, D]."""
 
     def heads(self, rows: T, like: T, num_heads: int) -> T:
         """[B * S, H * D] -> [B, S, H, D], with B and S those of `like` [B, S, ...]."""
@@ -93,6 +151,9 @@ class Ops(Protocol[T]):
 
     def concat(self, parts: Sequence[T], axis: int) -> T:
         """Concatenation."""
+
+    def compact(self, x: T) -> T:
+        """x in memory no larger than itself, for what outlives what it was a part of."""
 
     def split_tokens(self, x: T, at: T) -> tuple[T, T]:
         """Splits [B, A + S, F] after A tokens, with A that of `at` [B, A, F]."""

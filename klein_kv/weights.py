@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.config import ITEM_SIZE, read_json
+from klein_kv.config import read_json, tensor_bytes
 from klein_kv.errors import CheckpointError
 
 __all__ = [
@@ -36,7 +36,7 @@ _DTYPES = {
     "I64": "int64",
     "U8": "uint8",
 }
-_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn"}
+_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn", "F4": "float4_e2m1fn"}
 _CODES = {name: code for code, name in _QUANTIZED_DTYPES.items()}
 _MAX_HEADER = 100_000_000
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -77,7 +77,7 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
 
     Args:
         path: the file.
-        quantized: accept float8 tensors too, which mean nothing without their scales.
+        quantized: accept float8 and float4 tensors too, which mean nothing without their scales.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not safetensors.
@@ -162,9 +162,12 @@ def _ref_from_entry(
             f"{path}: {name} has dtype {code}, expected one of {', '.join(dtypes)}"
         )
     dtype = dtypes[code]
-    count = ITEM_SIZE[dtype]
-    for axis in shape:
-        count *= axis
+    count = tensor_bytes(dtype, shape)
+    if dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
+        raise CheckpointError(
+            f"{path}: {name} is {dtype} of shape {shape}, expected an even last axis: two elements "
+            "share a byte"
+        )
     if end - begin != count:
         raise CheckpointError(
             f"{path}: {name} of shape {shape} and dtype {dtype} should take {count} bytes, "
@@ -289,9 +292,12 @@ def map_weight(ref: WeightRef) -> NDArray[Any]:
     """Maps a tensor read-only; nothing is read until it is used.
 
     Returns:
-        An array of the tensor's shape and type; bfloat16 is `ml_dtypes.bfloat16`.
+        An array of the tensor's shape and type; bfloat16 is `ml_dtypes.bfloat16`. float4 comes as
+        it is stored: uint8, two elements per byte, so that the last axis is half as long.
     """
     mapped = np.memmap(ref.path, mode="r", dtype=np.uint8, offset=ref.offset, shape=(ref.nbytes,))
+    if ref.dtype == "float4_e2m1fn":
+        return np.asarray(mapped).reshape(*ref.shape[:-1], ref.shape[-1] // 2)
     return np.asarray(mapped).view(NUMPY_DTYPES[ref.dtype]).reshape(ref.shape)
 
 
@@ -308,7 +314,7 @@ def safetensors_header(
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin = end
-        end += int(np.prod(shape, dtype=np.int64)) * ITEM_SIZE[dtype]
+        end += tensor_bytes(dtype, shape)
         entries[name] = {
             "dtype": _CODES[dtype],
             "shape": list(shape),

@@ -1,8 +1,10 @@
 """What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
 
-Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_backend` picks one.
+Backends: "onnxruntime" (CPU), "tensorrt" (engines on an NVIDIA GPU) and "torch" (either, without
+engines). `open_backend` picks one.
 """
 
+import importlib.util
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,9 @@ from klein_kv.signature import GraphSet
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "GraphMemory", "open_backend"]
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt")
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
+
+_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention", "split_attention")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
@@ -85,20 +89,24 @@ def open_backend(
     device: str | None,
     threads: int | None,
     graphs: GraphSet | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Backend:
     """Opens a backend on an artifact folder whose manifest has been checked.
 
     Args:
         name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
-            is not "cpu", else "onnxruntime".
+            is not "cpu", else "torch" where the device is a GPU that torch sees, or the artifacts
+            are bfloat16 and there is one, else "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads; None leaves it to the library.
         graphs: which graphs of the folder; None takes the manifest's.
+        options: further arguments of `TorchBackend`; other backends have none.
 
     Raises:
-        BackendError: unknown backend or device, a missing library, or a type it cannot compute.
+        BackendError: unknown backend, device or option, a missing library, or a type it cannot
+            compute.
         ArtifactError: the folder's engines are not whole.
         BuildError: the engines are for another GPU or TensorRT.
     """
@@ -110,16 +118,45 @@ def open_backend(
     if name == "auto":
         from klein_kv.engines.manifest import find_engines
 
-        built = kind != "cpu" and find_engines(artifacts)
-        name = "tensorrt" if built else "onnxruntime"
+        if kind != "cpu" and find_engines(artifacts):
+            name = "tensorrt"
+        elif kind == "cuda" or (kind == "" and manifest.dtype == "bfloat16"):
+            name = "torch" if _torch_has_gpu() else "onnxruntime"
+        else:
+            name = "onnxruntime"
+    options = dict(options or {})
+    known = _TORCH_OPTIONS if name == "torch" else ()
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        expected = f"expected some of {', '.join(known)}" if known else "which has none"
+        raise BackendError(f"backend_options {unknown} are none of the {name} backend, {expected}")
     if name == "tensorrt":
         if kind == "cpu":
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
         from klein_kv.runtime.trt_backend import TrtBackend
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
+    if name == "torch":
+        try:
+            from klein_kv.runtime.torch_backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                f"backend torch needs {error.name}, which is not installed; install it with "
+                "pip install 'klein-kv[torch]'"
+            ) from error
+        return TorchBackend(
+            artifacts, manifest, device=device, threads=threads, graphs=graphs, **options
+        )
     if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
 
     return OrtBackend(artifacts, manifest, threads, graphs)
+
+
+def _torch_has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

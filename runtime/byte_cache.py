@@ -160,14 +160,39 @@ class ByteCache(Generic[V]):
                 if restored is not None:
                     self._count("restored")
                     claim.publish(restored)
-            if claim.value is None:
-                self._count("misses")
+            missing = claim.value is None
             yield claim
+            if missing and claim.value is not None:
+                self._count("misses")
         finally:
             if reserved:
                 with self._changed:
                     self._state.computing.discard(key)
                     self._changed.notify_all()
+
+    def find(self, key: str) -> V | None:
+        """A value from this level or the second; None where it would have to be computed."""
+        with self.claim(key) as claim:
+            return claim.value
+
+    def touch(self, key: str) -> bool:
+        """Whether this level holds the value, which then counts as used now."""
+        with self._changed:
+            if key not in self._state.entries:
+                return False
+            self._state.entries.move_to_end(key)
+            return True
+
+    def demote(self, key: str) -> None:
+        """Makes a value the next one to be given up."""
+        with self._changed:
+            if key in self._state.entries:
+                self._state.entries.move_to_end(key, last=False)
+
+    def put(self, key: str, value: V) -> None:
+        """Keeps a value that was made without a claim; the one that is there already, if any."""
+        if self.budget:
+            self._publish(key, value)
 
     def pin(self, key: str) -> None:
         """Keeps a value, which must be in memory, until `unpin`.

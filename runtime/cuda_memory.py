@@ -1,4 +1,6 @@
-"""Device memory through cuda-python: one stream, buffers that go back to a free list, uploads.
+"""Device memory through cuda-python: a stream, buffers that go back to a free list, uploads.
+
+Copies that need not wait for the graphs run on a stream of their own: `pinned_store`.
 
 Not run on a GPU by this project's tests, which drive it with a stand-in for the CUDA runtime.
 """
@@ -7,7 +9,7 @@ import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +18,19 @@ from klein_kv.config import ITEM_SIZE
 from klein_kv.errors import BackendError, CapacityError
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
-__all__ = ["STAGING_BYTES", "CudaMemory", "DeviceBuffer", "allocated_bytes", "load_cudart"]
+__all__ = [
+    "STAGING_BYTES",
+    "CudaMemory",
+    "DeviceBuffer",
+    "Event",
+    "allocated_bytes",
+    "load_cudart",
+]
 
 _ALIGNMENT = 256
 STAGING_BYTES = 64 << 20
 """Size of each of the two pinned host buffers that weights are uploaded through."""
+_NO_TIMING = 2  # cudaEventDisableTiming
 
 
 def allocated_bytes(nbytes: int) -> int:
@@ -69,6 +79,16 @@ class DeviceBuffer:
         self._block = block
 
     @property
+    def busy(self) -> "Event | None":
+        """What another stream still does with the memory; the main one waits for it (`settle`)."""
+        return None if self._block is None else self._block.busy
+
+    @busy.setter
+    def busy(self, event: "Event") -> None:
+        if self._block is not None:
+            self._block.busy = event
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
@@ -80,25 +100,60 @@ class DeviceBuffer:
         return DeviceBuffer(self.pointer, shape, self.dtype, self._block)
 
 
+class Event:
+    """A point on a stream that work on another one, or the host, can be made to wait for."""
+
+    __slots__ = ("_memory", "_seen", "handle")
+
+    def __init__(self, memory: "CudaMemory", stream: Any) -> None:
+        self._memory = memory
+        self._seen: set[Any] = {stream}  # streams that come after it anyway
+        self.handle = memory.call("cudaEventCreateWithFlags", _NO_TIMING)
+        memory.call("cudaEventRecord", self.handle, stream)
+
+    def before(self, stream: Any) -> None:
+        """Puts what a stream is given from now on behind it."""
+        if stream not in self._seen:
+            self._memory.call("cudaStreamWaitEvent", stream, self.handle, 0)
+            self._seen.add(stream)
+
+    def synchronize(self) -> None:
+        """Lets the host wait."""
+        self._memory.call("cudaEventSynchronize", self.handle)
+
+    def __del__(self) -> None:
+        if not self._memory.closed:
+            self._memory.call("cudaEventDestroy", self.handle)
+
+
 class _Block:
     """Memory that a pool lent; given back when it is collected."""
 
-    __slots__ = ("nbytes", "pointer", "pool")
+    __slots__ = ("busy", "nbytes", "pointer", "pool")
 
     def __init__(self, pointer: int, nbytes: int, pool: "CudaMemory") -> None:
         self.pointer = pointer
         self.nbytes = nbytes
         self.pool = pool
+        self.busy: Event | None = None
 
     def __del__(self) -> None:
-        self.pool.take_back(self.pointer, self.nbytes)
+        self.pool.take_back(self.pointer, self.nbytes, self.busy)
+
+
+class _Idle(NamedTuple):
+    """Memory that nobody holds, and events that must pass before it is used again."""
+
+    pointer: int
+    events: tuple[Event, ...]
 
 
 class CudaMemory:
-    """Memory and the one stream of one device.
+    """Memory and the main stream of one device.
 
-    Work on the stream is in order, so a block that is given back may be lent again at once: what
-    uses it next comes later on the stream. Blocks of a size are reused last in, first out; a loop
+    Work on the main stream is in order, so a block that is given back may be lent again at once:
+    what uses it next comes later on the stream. Other streams wait for what was to be done with it
+    when it was given back. Blocks of a size are reused last in, first out; a loop
     that repeats gets the same addresses again, as captured CUDA graphs need.
 
     Args:
@@ -112,8 +167,9 @@ class CudaMemory:
     def __init__(self, cudart: Any, device: int = 0) -> None:
         self.cudart = cudart
         self.device = device
-        self._free: dict[int, list[int]] = defaultdict(list)
-        self._closed = False
+        self._free: dict[int, list[_Idle]] = defaultdict(list)
+        self._streams = 0  # beside the main one
+        self.closed = False
         self.call("cudaSetDevice", device)
         self.stream = self.call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
 
@@ -153,32 +209,70 @@ class CudaMemory:
         free, _total = self.call("cudaMemGetInfo")
         return int(free) + sum(nbytes * len(found) for nbytes, found in self._free.items())
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        """Uninitialised memory for a tensor; empty tensors get a valid address too."""
+    def open_stream(self) -> Any:
+        """Another stream; `close_stream` ends it."""
+        # What was given back until now was given back without an event.
+        self.synchronize()
+        self._streams += 1
+        return self.call("cudaStreamCreateWithFlags", self.cudart.cudaStreamNonBlocking)
+
+    def close_stream(self, stream: Any) -> None:
+        """Waits for a stream and ends it."""
+        self.call("cudaStreamSynchronize", stream)
+        self.call("cudaStreamDestroy", stream)
+        self._streams -= 1
+
+    def allocate(self, shape: tuple[int, ...], dtype: str, stream: Any = None) -> DeviceBuffer:
+        """Uninitialised memory for a tensor; empty tensors get a valid address too.
+
+        Args:
+            shape: elements per axis.
+            dtype: their type.
+            stream: what uses it first; None for the main stream.
+        """
         nbytes = allocated_bytes(math.prod(shape) * ITEM_SIZE[dtype])
-        pointer = self._take(nbytes)
+        pointer = self._take(nbytes, self.stream if stream is None else stream)
         return DeviceBuffer(pointer, shape, dtype, _Block(pointer, nbytes, self))
 
-    def _take(self, nbytes: int) -> int:
-        if self._free[nbytes]:
-            return self._free[nbytes].pop()
+    def settle(self, buffer: DeviceBuffer) -> None:
+        """Puts the main stream behind what other streams do with a tensor."""
+        if buffer.busy is not None:
+            buffer.busy.before(self.stream)
+
+    def _take(self, nbytes: int, stream: Any) -> int:
+        try:
+            idle = self._free[nbytes].pop()
+        except IndexError:
+            return self._allocate(nbytes)
+        for event in idle.events:
+            event.before(stream)
+        return idle.pointer
+
+    def _allocate(self, nbytes: int) -> int:
         try:
             return int(self.call("cudaMalloc", nbytes))
         except CapacityError:
             self.trim()
             return int(self.call("cudaMalloc", nbytes))
 
-    def take_back(self, pointer: int, nbytes: int) -> None:
+    def take_back(self, pointer: int, nbytes: int, busy: Event | None = None) -> None:
         """Puts a block on the free list."""
-        if not self._closed:
-            self._free[nbytes].append(pointer)
+        if self.closed:
+            return
+        events = [] if busy is None else [busy]
+        if self._streams:
+            events.append(Event(self, self.stream))
+        self._free[nbytes].append(_Idle(pointer, tuple(events)))
 
     def trim(self) -> None:
         """Frees all blocks that nobody uses."""
         self.synchronize()
-        for pointers in self._free.values():
-            while pointers:
-                self.call("cudaFree", pointers.pop())
+        for blocks in self._free.values():
+            while blocks:
+                idle = blocks.pop()
+                for event in idle.events:
+                    event.synchronize()
+                self.call("cudaFree", idle.pointer)
 
     def upload(self, array: NDArray[Any]) -> DeviceBuffer:
         """Copies a host array; done with the array on return."""
@@ -188,21 +282,32 @@ class CudaMemory:
         array = np.ascontiguousarray(array)
         buffer = self.allocate(array.shape, names[array.dtype])
         if array.nbytes:
-            self._copy(buffer.pointer, array.ctypes.data, array.nbytes, "HostToDevice")
+            self.copy(buffer.pointer, array.ctypes.data, array.nbytes, "HostToDevice")
             self.synchronize()
         return buffer
 
     def download(self, buffer: DeviceBuffer) -> NDArray[Any]:
         """Waits for the stream and copies a tensor to the host."""
         array = np.empty(buffer.shape, NUMPY_DTYPES[buffer.dtype])
+        self.settle(buffer)
         if array.nbytes:
-            self._copy(array.ctypes.data, buffer.pointer, array.nbytes, "DeviceToHost")
+            self.copy(array.ctypes.data, buffer.pointer, array.nbytes, "DeviceToHost")
         self.synchronize()
         return array
 
-    def _copy(self, target: int, source: int, nbytes: int, kind: str) -> None:
+    def copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any = None) -> None:
+        """Enqueues a copy.
+
+        Args:
+            target: address.
+            source: address.
+            nbytes: how much.
+            kind: "HostToDevice" or "DeviceToHost".
+            stream: where; None for the main stream.
+        """
         direction = getattr(self.cudart.cudaMemcpyKind, f"cudaMemcpy{kind}")
-        self.call("cudaMemcpyAsync", target, source, nbytes, direction, self.stream)
+        stream = self.stream if stream is None else stream
+        self.call("cudaMemcpyAsync", target, source, nbytes, direction, stream)
 
     def synchronize(self) -> None:
         """Waits for all work on the stream."""
@@ -232,7 +337,7 @@ class CudaMemory:
                     self.call("cudaEventSynchronize", events[turn])
                     ctypes.memmove(staging[turn], piece.ctypes.data, piece.nbytes)
                     target = placed[ref].pointer + start
-                    self._copy(target, staging[turn], piece.nbytes, "HostToDevice")
+                    self.copy(target, staging[turn], piece.nbytes, "HostToDevice")
                     self.call("cudaEventRecord", events[turn], self.stream)
                     turn = 1 - turn
             self.synchronize()
@@ -244,8 +349,8 @@ class CudaMemory:
 
     def close(self) -> None:
         """Frees everything; buffers must not be used afterwards."""
-        if self._closed:
+        if self.closed:
             return
         self.trim()
-        self._closed = True
+        self.closed = True
         self.call("cudaStreamDestroy", self.stream)

@@ -1,5 +1,6 @@
 """Host memory: how much is free, and what caches may take of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -26,14 +27,19 @@ def available_memory() -> int:
         return available
 
 
-def default_cache_bytes(backend: str) -> int:
-    """Budget of the reference store: a quarter of the memory that is free when it is opened.
+def default_cache_bytes(available: int, weights: Mapping[str, int]) -> int:
+    """Budget of the reference store: a quarter of the memory that weights leave free.
+
+    Where they do not all fit beside each other, the text encoder is not there at the same time as
+    the others.
 
     Args:
-        backend: its name. Only where keys and values live in host memory is what is free known
-            here; a device's store is off until it is given a budget.
+        available: bytes that the backend can take when it is opened, before anything is loaded.
+        weights: bytes of each component's weights in that memory; mapped files take none.
     """
-    return available_memory() // 4 if backend == "onnxruntime" else 0
+    together, text = sum(weights.values()), weights.get("text_encoder", 0)
+    held = together if together <= available else max(text, together - text)
+    return max(0, available - held) // 4
 
 
 def default_prompt_bytes() -> int:

@@ -21,12 +21,16 @@ from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime import memory
 from klein_kv.runtime.backend import Buffer, GraphMemory
 from klein_kv.signature import GraphSet
-from klein_kv.weights import WeightRef, map_weight
+from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
 __all__ = ["OrtBackend"]
 
 _log = logging.getLogger(__name__)
-_STORAGE = {np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.int64), np.dtype(np.uint8)}
+_FLOAT8 = NUMPY_DTYPES["float8_e4m3fn"]
+_ONNX_FLOAT8 = 17  # onnx.TensorProto.FLOAT8E4M3FN
+_STORAGE = tuple(
+    NUMPY_DTYPES[name] for name in ("float32", "float16", "float8_e4m3fn", "int64", "uint8")
+)
 
 
 @functools.cache
@@ -105,18 +109,20 @@ class OrtBackend:
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         if array.dtype not in _STORAGE:
-            raise BackendError(f"cannot upload {array.dtype}, expected one of {_STORAGE}")
+            expected = ", ".join(str(dtype) for dtype in _STORAGE)
+            raise BackendError(f"cannot upload {array.dtype}, expected one of {expected}")
         # Memory of its own: `OrtValue.numpy()` keeps that alive as long as any view of it, but not
         # an array that was lent to `ortvalue_from_numpy` (onnxruntime 1.31).
-        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(
-            array.shape, array.dtype.type, "cpu"
-        )
-        buffer.update_inplace(np.ascontiguousarray(array))
+        packed = array.dtype == _FLOAT8
+        kind = _ONNX_FLOAT8 if packed else array.dtype.type
+        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, kind, "cpu")
+        array = np.ascontiguousarray(array)
+        buffer.update_inplace(array.view(np.uint8) if packed else array)
         return buffer
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        array: NDArray[Any] = buffer.numpy()
-        return array
+        array: NDArray[Any] = buffer.numpy()  # float8 comes as bytes
+        return array.view(_FLOAT8) if buffer.element_type() == _ONNX_FLOAT8 else array
 
     def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
         return self.upload(self.download(buffer).reshape(shape))
@@ -134,6 +140,12 @@ class OrtBackend:
             )
         return GraphMemory(keeps_scratch=True)
 
+    def _mapped(self, ref: WeightRef) -> Any:
+        array, kind = map_weight(ref), self._ort.OrtValue
+        if array.dtype == _FLOAT8:
+            return kind.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _ONNX_FLOAT8)
+        return kind.ortvalue_from_numpy(array)
+
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -144,7 +156,7 @@ class OrtBackend:
             options.intra_op_num_threads = self._threads
         for name, ref in graph_weights(self._artifacts, self._graphs.files[graph]).items():
             if ref not in self._weights:
-                self._weights[ref] = self._ort.OrtValue.ortvalue_from_numpy(map_weight(ref))
+                self._weights[ref] = self._mapped(ref)
             options.add_initializer(name, self._weights[ref])
         path = self._artifacts / self._graphs.files[graph]
         try:

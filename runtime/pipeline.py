@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,9 +30,10 @@ from klein_kv.runtime.arguments import (
 )
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
+from klein_kv.runtime.host_level import open_host_level
 from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
 from klein_kv.runtime.memory import default_cache_bytes, default_prompt_bytes
-from klein_kv.runtime.memory_plan import Request, edit_stages
+from klein_kv.runtime.memory_plan import MemoryPlan, Request, edit_stages
 from klein_kv.runtime.noise import initial_noise
 from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.prompt_encoder import PromptEncoder
@@ -48,7 +49,6 @@ from klein_kv.runtime.references import (
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import kv_names
 from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
@@ -78,6 +78,7 @@ class KleinKVPipeline:
         manifest: what the folder says of itself.
         backend: where the graphs run.
         reference_store: keys and values of references seen before, by digest.
+        host_level: those that the store gave up, in host memory; None without `host_cache_bytes`.
         prompt_cache: text embeddings seen before.
         times: step times of the last call.
     """
@@ -89,10 +90,13 @@ class KleinKVPipeline:
         backend: Backend,
         *,
         reference_cache_bytes: int | None = None,
+        host_cache_bytes: int = 0,
         reference_cache_dir: str | Path | None = None,
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
     ) -> None:
         if not manifest.distilled:
             raise RequestError(
@@ -103,22 +107,36 @@ class KleinKVPipeline:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
-        self._planned = PlannedBackend(backend, artifacts, manifest)
+        kv_dtype = check_kv_dtype(kv_dtype, manifest.dtype)
+        self.graphs = manifest.choose_graphs(kv_dtype, precision, attention)
+        self._planned = PlannedBackend(backend, artifacts, manifest, self.graphs)
         self.config = manifest.config
         self.times = LoopTimes()
         origin = KVOrigin(
-            model_digest=manifest.model_digest,
+            model_digest=manifest.graphs_digest(self.graphs),
             lora_digest="",
             dtype=manifest.dtype,
-            kv_dtype=check_kv_dtype(kv_dtype, manifest.dtype),
+            kv_dtype=self.graphs.kv_dtype or manifest.dtype,
             backend=backend.name,
         )
         if reference_cache_bytes is None:
-            reference_cache_bytes = default_cache_bytes(backend.name)
-        folder = self._reference_folder(
-            reference_cache_dir, reference_cache_dir_bytes, reference_cache_bytes, origin
+            weights = self._planned.component_weights()
+            reference_cache_bytes = default_cache_bytes(backend.available_memory(), weights)
+        levels = (
+            (reference_cache_dir, "reference_cache_dir"),
+            (host_cache_bytes, "host_cache_bytes"),
         )
-        self.reference_store: ReferenceStore = ByteCache(reference_cache_bytes, folder)
+        for given, name in levels:
+            if given and reference_cache_bytes == 0:
+                raise RequestError(
+                    f"{name} is given and reference_cache_bytes is 0, which turns reuse off; give "
+                    "it a budget"
+                )
+        folder = self._reference_folder(reference_cache_dir, reference_cache_dir_bytes, origin)
+        self.host_level = open_host_level(host_cache_bytes, backend, folder)
+        self.reference_store: ReferenceStore = ByteCache(
+            reference_cache_bytes, self.host_level or folder
+        )
         if prompt_cache_bytes is None:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
@@ -126,7 +144,7 @@ class KleinKVPipeline:
             self._planned,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
-            manifest.model_digest,
+            manifest.graphs_digest(self.graphs),
             self.prompt_cache,
         )
         self._encoder = ReferenceEncoder(self._planned, manifest, origin, self.reference_store)
@@ -143,27 +161,38 @@ class KleinKVPipeline:
         backend: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        backend_options: Mapping[str, Any] | None = None,
         reference_cache_bytes: int | None = None,
+        host_cache_bytes: int = 0,
         reference_cache_dir: str | Path | None = None,
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
         Args:
             artifacts: the folder.
-            backend: "auto" or "onnxruntime".
-            device: "cpu".
+            backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backend.open_backend`.
+            device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
             threads: CPU threads of the backend; None leaves it to the library.
+            backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
+                `{"compile_blocks": True}`.
             reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
-                quarter of the memory that is free now (on a GPU: 0).
-            reference_cache_dir: folder for sets that the store gives up; None drops them.
+                quarter of the memory that is free now, on a GPU of what weights leave free.
+            host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
+            reference_cache_dir: folder for sets that memory gives up; None drops them.
             reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
                 space that is free now.
             prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
-            kv_dtype: "fp8" keeps references in a quarter of float32's bytes (half of 16 bits'),
-                with a loss; None, or the graphs' own type, keeps them as they are.
+            kv_dtype: "fp8" takes the graphs that hand keys and values on in a quarter of float32's
+                bytes (half of 16 bits'), with a loss; None, or the graphs' own type, keeps them as
+                they are computed.
+            precision: "fp8", "nvfp4" or "fp8-weight-only" computes with weights that `klein-kv
+                quantize` made; None with the folder's own.
+            attention: "fp8" computes attention in float8 too, and keeps keys and values so.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -173,31 +202,33 @@ class KleinKVPipeline:
         """
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
+        graphs = manifest.choose_graphs(
+            check_kv_dtype(kv_dtype, manifest.dtype), precision, attention
+        )
         return cls(
             folder,
             manifest,
-            open_backend(backend, folder, manifest, device, threads),
+            open_backend(
+                backend, folder, manifest, device, threads, graphs, options=backend_options
+            ),
             reference_cache_bytes=reference_cache_bytes,
+            host_cache_bytes=host_cache_bytes,
             reference_cache_dir=reference_cache_dir,
             reference_cache_dir_bytes=reference_cache_dir_bytes,
             prompt_cache_bytes=prompt_cache_bytes,
             kv_dtype=kv_dtype,
+            precision=precision,
+            attention=attention,
         )
 
     def _reference_folder(
         self,
         folder: str | Path | None,
         budget: int | None,
-        memory_budget: int,
         origin: KVOrigin,
     ) -> ReferenceFolder | None:
         if folder is None:
             return None
-        if memory_budget == 0:
-            raise RequestError(
-                "reference_cache_dir is given and reference_cache_bytes is 0, which turns reuse "
-                "off; give it a budget"
-            )
         net = self.config.transformer
         level = ReferenceFolder(Path(folder), budget or 0, self.backend, origin, net)
         if budget is None:
@@ -382,7 +413,7 @@ class KleinKVPipeline:
         left_out |= {"vae_decoder"} if output_type == "latent" else set()
         stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
         request = Request(height, width, (), tuple(stages), batch=batch, text_tokens=text_tokens)
-        self._admit(wanted, request)
+        plan = self._admit(wanted, request)
         schedule = make_schedule(
             self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
         )
@@ -390,6 +421,9 @@ class KleinKVPipeline:
             noise, (batch, self.config.transformer.in_channels, *grid), generator, seed
         )
 
+        if prepared is not None:
+            references = self._restored(prepared, plan)
+            prepared = None if references is not None else prepared
         if given is None:
             given = self._prompts.encode(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
@@ -410,9 +444,7 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                self.times = denoise_loop(
-                    self._planned, schedule, inputs, self.manifest.graphs, after_step
-                )
+                self.times = denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
         inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
@@ -455,8 +487,8 @@ class KleinKVPipeline:
 
     def _admit(
         self, references: ReferenceSet | PreparedReferences | None, request: Request
-    ) -> None:
-        """Refuses what cannot fit.
+    ) -> MemoryPlan:
+        """Plans a request, and refuses what cannot fit.
 
         Args:
             references: of the request.
@@ -466,7 +498,17 @@ class KleinKVPipeline:
         if references is not None:
             known = isinstance(references, ReferenceSet) or digest in self.reference_store
             request = self._encoder.with_references(request, references, known=known)
-        self._planned.admit(request, functools.partial(self.reference_store.free, keep=digest))
+        free = functools.partial(self.reference_store.free, keep=digest)
+        return self._planned.admit(request, free)
+
+    def _restored(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
+        """Keys and values that lie in host memory, on their way while the text is encoded."""
+        if self.host_level is None:
+            return None
+        stage = plan.stage("text_encoder")
+        if stage is not None and stage.total + plan.kv_bytes > plan.capacity:
+            return None  # they follow when the text encoder has made room
+        return self.reference_store.find(prepared.digest)
 
     @contextlib.contextmanager
     def _references_ready(
@@ -485,15 +527,12 @@ class KleinKVPipeline:
             yield lambda: None
             return
         if prepared is None:
-            inputs.kv = self._no_references() if references is None else references.buffers()
+            inputs.kv = self._no_references() if references is None else dict(references.kv)
             yield lambda: None
             return
         with self.reference_store.claim(prepared.digest) as claim:
-            if claim.value is None and not self._encoder.exact:
-                # What is kept is not what was computed: all steps use the former, as a hit would.
-                claim.publish(self._encoder.compute(prepared))
             if claim.value is not None:
-                inputs.kv = claim.value.buffers()
+                inputs.kv = dict(claim.value.kv)
                 yield lambda: None
                 return
             inputs.references = self._encoder.tokens(prepared)
@@ -504,10 +543,10 @@ class KleinKVPipeline:
             yield keep
 
     def _no_references(self) -> dict[str, Buffer]:
-        net = self.config.transformer
-        shape = (1, 0, net.num_attention_heads, net.attention_head_dim)
-        empty = np.zeros(shape, NUMPY_DTYPES[self.manifest.dtype])
-        return {name: self.backend.upload(empty) for name in kv_names(net.num_blocks)}
+        return {
+            spec.name: self.backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
+            for spec in self.graphs.kv_tensors(self.config.transformer, ref_tokens=0)
+        }
 
     def _call_back(
         self,

@@ -5,6 +5,7 @@ device has free. A component that cannot stay beside the next one is released be
 the text encoder before the transformer, and the other way round for the next prompt.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from klein_kv.config import DTYPES
-from klein_kv.errors import CapacityError
+from klein_kv.errors import ArtifactError, CapacityError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Backend, Buffer, GraphMemory
 from klein_kv.runtime.memory_plan import (
@@ -28,6 +29,7 @@ from klein_kv.runtime.memory_plan import (
     size_text,
 )
 from klein_kv.runtime.plan_choices import what_fits
+from klein_kv.signature import GraphSet
 
 __all__ = ["PlannedBackend"]
 
@@ -58,18 +60,22 @@ class PlannedBackend:
         inner: what runs the graphs.
         artifacts: the artifact folder.
         manifest: its manifest.
+        graphs: which of its graphs `inner` runs.
 
     Attributes:
         inner: see above.
         plan: of the request under way or the last one.
     """
 
-    def __init__(self, inner: Backend, artifacts: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, inner: Backend, artifacts: Path, manifest: Manifest, graphs: GraphSet
+    ) -> None:
         self.inner = inner
         self.name = inner.name
         self.plan: MemoryPlan | None = None
         self._artifacts = artifacts
         self._manifest = manifest
+        self._graphs = graphs
         self._memory: dict[str, GraphMemory] = {}
         self._vae_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         self._sums: dict[frozenset[str], int] = {}
@@ -142,6 +148,15 @@ class PlannedBackend:
             self._memory[graph] = self.inner.graph_memory(graph)
         return self._memory[graph]
 
+    def component_weights(self) -> dict[str, int]:
+        """Bytes of each component's weights on the device, loaded or not; 0 for mapped files."""
+        graphs: dict[str, set[str]] = {component: set() for component in COMPONENTS}
+        for graph in self._graphs.files:
+            with contextlib.suppress(ArtifactError):  # an engine that was not built
+                self.graph_memory(graph)
+                graphs[component_of(graph)].add(graph)
+        return {component: self._weights(found) for component, found in graphs.items()}
+
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)
 
@@ -173,7 +188,7 @@ class PlannedBackend:
                 graph: {
                     name: ref.shape for name, ref in graph_weights(self._artifacts, file).items()
                 }
-                for graph, file in manifest.graphs.files.items()
+                for graph, file in self._graphs.files.items()
                 if graph.startswith("vae_")
             }
         precision = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
@@ -182,9 +197,9 @@ class PlannedBackend:
             dtype=manifest.dtype,
             weights=weights,
             vae_shapes=self._vae_shapes,
-            precision=precision,
-            text_precision=precision,
-            kv_dtype=manifest.dtype,
+            precision=self._graphs.precision or precision,
+            text_precision=dict(self._graphs.quantized).get("text_encoder", precision),
+            kv_dtype=self._graphs.kv_numbers,
         )
 
     def _make(
@@ -205,7 +220,7 @@ class PlannedBackend:
         )
 
     def _make_room(self, stage: Stage) -> None:
-        for graph in self._manifest.graphs.files:
+        for graph in self._graphs.files:
             if component_of(graph) not in stage.resident:
                 if graph in self._loaded:
                     _log.info("%s makes room for %s", graph, stage.name)

@@ -17,6 +17,7 @@ from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.reference_store import ReferenceStore
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
+from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["PreparedReferences", "ReferenceEncoder"]
@@ -62,11 +63,7 @@ class ReferenceEncoder:
         self.store = store
         self._backend = backend
         self._manifest = manifest
-
-    @property
-    def exact(self) -> bool:
-        """Whether sets are kept as they were computed, bit for bit."""
-        return self.origin.kv_dtype == self.origin.dtype
+        self._graphs = GraphSet(manifest.variant, origin.dtype, origin.kv_dtype)
 
     def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
         """Checks and crops one image or more; computes nothing yet.
@@ -108,10 +105,10 @@ class ReferenceEncoder:
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
         net = self._manifest.config.transformer
-        return ReferenceSet.from_buffers(
-            kv,
+        return ReferenceSet(
+            kv=dict(kv),
+            tensors=self._graphs.kv_tensors(net, prepared.num_tokens),
             num_tokens=prepared.num_tokens,
-            nbytes=net.kv_bytes(prepared.num_tokens, self._manifest.dtype),
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
@@ -173,11 +170,11 @@ class ReferenceEncoder:
         sizes: tuple[tuple[int, int], ...] = ((unit, unit * references.num_tokens),)
         if isinstance(references, PreparedReferences):
             sizes = tuple((x.shape[1], x.shape[2]) for x in references.pixels)
-        if known:  # unless they are exact, they are unpacked for each request
-            return replace(request, references=sizes, kv_held=self.exact)
+        if known:
+            return replace(request, references=sizes, kv_held=True)
         new = ["vae_encoder"]
         if self._manifest.variant == "kv":
-            new.append("first_step" if self.exact else "encode_references")
+            new.append("first_step")
         at = "text_encoder" in request.stages
         stages = (*request.stages[:at], *new, *request.stages[at:])
         return replace(request, references=sizes, stages=stages)

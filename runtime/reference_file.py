@@ -1,17 +1,18 @@
 """A reference set as one safetensors file: keys and values, and in the metadata what they are.
 
 The metadata names everything that the digest covers, so that a file is refused with a reason.
-Float8 values are stored as bytes (dtype U8) beside their scales. A CRC-32 over all tensors, in the
-order of the file, tells a damaged file; it is no protection against one that was forged.
+Format 1 had float8 values in another layout; its other files are read. A CRC-32 over all tensors,
+in the order of the file, tells a damaged file; it is no protection against one that was forged.
 """
 
 import contextlib
 import errno
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +20,51 @@ from numpy.typing import NDArray
 from klein_kv.config import TransformerConfig
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.runtime.backend import Backend
-from klein_kv.runtime.references import SCALE_SUFFIX, KVOrigin, ReferenceSet
-from klein_kv.signature import kv_names
+from klein_kv.runtime.references import KVOrigin, ReferenceSet
+from klein_kv.signature import KV_FLOAT8, GraphSet, TensorSpec
 from klein_kv.weights import WeightRef, map_weight, read_header, read_metadata, safetensors_header
 
 __all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
 
-_FORMAT = "klein-kv reference set 1"
+_FORMAT = "klein-kv reference set 2"
+_OLDER_FORMAT = "klein-kv reference set 1"
 _NO_CHECKSUM = "00000000"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def reference_file_bytes(references: ReferenceSet) -> int:
+class Saveable(Protocol):
+    """A set that can be written: on a device (`ReferenceSet`), or a copy of one in host memory."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Name, type and shape of each tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them all."""
+
+    @property
+    def origin(self) -> KVOrigin:
+        """What keys and values depend on besides the images."""
+
+    @property
+    def images(self) -> str:
+        """`images_digest` of the prepared images."""
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) of the first image."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One tensor."""
+
+
+def reference_file_bytes(references: Saveable) -> int:
     """Bytes of the file that `save_references` writes."""
     return len(_header(references, _NO_CHECKSUM)) + references.nbytes
 
 
-def save_references(references: ReferenceSet, path: Path) -> None:
+def save_references(references: Saveable, path: Path) -> None:
     """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
 
     Raises:
@@ -64,10 +93,11 @@ def save_references(references: ReferenceSet, path: Path) -> None:
             partial.unlink()
 
 
-def _write(references: ReferenceSet, file: BinaryIO) -> None:
+def _write(references: Saveable, file: BinaryIO) -> None:
     file.write(_header(references, _NO_CHECKSUM))
     checksum = 0
-    for array in _arrays(references).values():
+    for spec in references.tensors:
+        array = references.array(spec.name)
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         checksum = zlib.crc32(content, checksum)
         file.write(content)
@@ -75,13 +105,7 @@ def _write(references: ReferenceSet, file: BinaryIO) -> None:
     file.write(_header(references, f"{checksum:08x}"))
 
 
-def _arrays(references: ReferenceSet) -> dict[str, NDArray[Any]]:
-    if not references.exact:
-        return references.kv
-    return {name: references.backend.download(x) for name, x in references.kv.items()}
-
-
-def _header(references: ReferenceSet, checksum: str) -> bytes:
+def _header(references: Saveable, checksum: str) -> bytes:
     height, width = references.first_size
     metadata = {
         "format": _FORMAT,
@@ -90,7 +114,7 @@ def _header(references: ReferenceSet, checksum: str) -> bytes:
         "first_size": f"{height}x{width}",
         "crc32": checksum,
     }
-    tensors = {name: (str(x.dtype), x.shape) for name, x in _arrays(references).items()}
+    tensors = {spec.name: (spec.dtype, spec.concrete({})) for spec in references.tensors}
     return safetensors_header(tensors, metadata)
 
 
@@ -126,10 +150,13 @@ def load_references(
             f"the references in {path} cannot be used here: they {reason}; encode them again"
         )
     try:
-        refs = read_header(path)
+        refs = read_header(path, quantized=True)
     except CheckpointError as error:
         raise _damaged(path, error) from error
-    _check_layout(path, refs, origin, net)
+    graphs = GraphSet("kv", origin.dtype, origin.kv_dtype)
+    count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
+    tensors = graphs.kv_tensors(net, count)
+    _check_layout(path, refs, tensors)
     kv, seen = {}, 0
     for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
         try:
@@ -137,14 +164,13 @@ def load_references(
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
         seen = zlib.crc32(array.reshape(-1).view(np.uint8).data, seen)
-        exact = origin.kv_dtype == origin.dtype
-        kv[name] = backend.upload(array) if exact else np.array(array)
+        kv[name] = backend.upload(array)
     if f"{seen:08x}" != checksum:
         raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
     return ReferenceSet(
         kv=kv,
-        num_tokens=refs["k_ref.0"].shape[1],
-        nbytes=sum(ref.nbytes for ref in refs.values()),
+        tensors=tensors,
+        num_tokens=count,
         first_size=first_size,
         images=images,
         origin=origin,
@@ -156,25 +182,23 @@ def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
     """Origin, images digest, size of the first image and checksum, from the metadata."""
     try:
         metadata = read_metadata(path)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _OLDER_FORMAT):
             raise _damaged(path, f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         height, width = metadata["first_size"].split("x")
         origin = KVOrigin(**{item.name: metadata[item.name] for item in fields(KVOrigin)})
-        return origin, metadata["images"], (int(height), int(width)), metadata["crc32"]
+        images, size, checksum = metadata["images"], (int(height), int(width)), metadata["crc32"]
     except (CheckpointError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
+    if metadata["format"] == _OLDER_FORMAT and origin.kv_dtype == KV_FLOAT8:
+        raise RequestError(
+            f"the references in {path} are float8 as an earlier klein-kv laid them out; encode the "
+            "images again"
+        )
+    return origin, images, size, checksum
 
 
-def _check_layout(
-    path: Path, refs: dict[str, WeightRef], origin: KVOrigin, net: TransformerConfig
-) -> None:
-    tokens = refs["k_ref.0"].shape[1:2] if "k_ref.0" in refs else ()
-    shape = (1, *tokens, net.num_attention_heads, net.attention_head_dim)
-    exact = origin.kv_dtype == origin.dtype
-    expected = dict.fromkeys(kv_names(net.num_blocks), (origin.dtype if exact else "uint8", shape))
-    if not exact:
-        scales = {name + SCALE_SUFFIX: ("float32", shape[2:3]) for name in expected}
-        expected |= scales
+def _check_layout(path: Path, refs: dict[str, WeightRef], tensors: Sequence[TensorSpec]) -> None:
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in tensors}
     for name in [*expected, *refs]:
         want = expected.get(name)
         got = (refs[name].dtype, refs[name].shape) if name in refs else None

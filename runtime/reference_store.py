@@ -1,9 +1,8 @@
 """Where reference sets are kept between requests: in memory, and below that in a folder.
 
 The first level is a `ByteCache` of `ReferenceSet` by digest. Sets that it gives up go to a
-`ReferenceFolder`, if there is one, and come back by mapping their file. A level in host memory
-between the two makes sense for backends whose first level is device memory: it would be another
-`SecondLevel`.
+`ReferenceFolder`, if there is one, and come back by mapping their file. Below device memory a
+`host_level.HostLevel` may stand between the two.
 """
 
 import contextlib
@@ -19,6 +18,7 @@ from klein_kv.errors import KleinKVError, RequestError
 from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.reference_file import (
+    Saveable,
     load_references,
     reference_file_bytes,
     save_references,
@@ -100,7 +100,7 @@ class ReferenceFolder:
         self._touch(path)
         return found
 
-    def store(self, key: str, value: ReferenceSet) -> None:
+    def store(self, key: str, value: Saveable) -> None:
         """Writes a set, unless it is there already or larger than the budget."""
         path = self._path(key)
         with self._lock:

@@ -1,7 +1,7 @@
 """Reference images as the transformer sees them: tokens, positions, and keys and values."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from klein_kv.config import DTYPES
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backend import Backend, Buffer
-from klein_kv.runtime.kv_quantization import dequantize_kv, quantize_kv
-from klein_kv.weights import NUMPY_DTYPES
+from klein_kv.signature import KV_FLOAT8, TensorSpec
 
 __all__ = [
-    "SCALE_SUFFIX",
     "KVOrigin",
     "ReferenceSet",
     "check_kv_dtype",
@@ -29,9 +27,6 @@ __all__ = [
 REFERENCE_TIME_STEP = 10
 """Reference i sits at T = 10 + 10 * i (diffusers: `_prepare_image_ids`, scale)."""
 
-SCALE_SUFFIX = ".scale"
-"""`k_ref.0.scale`: scales [H] of a tensor that is kept as float8."""
-
 
 @dataclass(frozen=True, slots=True)
 class KVOrigin:
@@ -41,7 +36,7 @@ class KVOrigin:
         model_digest: graphs and weights (`Manifest.model_digest`).
         lora_digest: the LoRA set; empty for none.
         dtype: type that the graphs compute in.
-        kv_dtype: type that keys and values are kept in: `dtype`, or "float8_e4m3fn".
+        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KV_FLOAT8`.
         backend: what computes them; another one rounds differently.
     """
 
@@ -85,7 +80,7 @@ def images_digest(pixels: Sequence[NDArray[np.uint8]]) -> str:
 
 
 def check_kv_dtype(name: str | None, dtype: str) -> str:
-    """The type to keep keys and values in.
+    """The type that graphs are to hand keys and values on in.
 
     Args:
         name: "fp32", "fp16" or "bf16", which must be the graphs' own; "fp8"; None for the graphs'.
@@ -95,7 +90,7 @@ def check_kv_dtype(name: str | None, dtype: str) -> str:
         RequestError: another type.
     """
     if name == "fp8":
-        return "float8_e4m3fn"
+        return KV_FLOAT8
     if name is not None and DTYPES.get(name) != dtype:
         own = next(short for short, long in DTYPES.items() if long == dtype)
         raise RequestError(
@@ -113,55 +108,23 @@ class ReferenceSet:
     at once.
 
     Attributes:
-        kv: `k_ref.{i}` and `v_ref.{i}` of every block, each [1, R, H, D], on the backend's device.
-            Kept as float8: arrays on the host, uint8, and their `k_ref.{i}.scale`.
+        kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`
+            [1, R, H, D], and beside float8 ones their scales.
+        tensors: name, type and concrete shape of each of `kv`.
         num_tokens: R, tokens of all images together.
-        nbytes: bytes of all keys and values as they are kept.
         first_size: (height, width) of the first image after cropping: the default output size.
         images: `images_digest` of the prepared images.
         origin: what else they depend on.
         backend: where the buffers live.
     """
 
-    kv: dict[str, Any] = field(repr=False)
+    kv: dict[str, Buffer] = field(repr=False)
+    tensors: tuple[TensorSpec, ...] = field(repr=False)
     num_tokens: int
-    nbytes: int
     first_size: tuple[int, int]
     images: str
     origin: KVOrigin
     backend: Backend = field(repr=False)
-
-    @classmethod
-    def from_buffers(
-        cls,
-        kv: Mapping[str, Buffer],
-        *,
-        num_tokens: int,
-        nbytes: int,
-        first_size: tuple[int, int],
-        images: str,
-        origin: KVOrigin,
-        backend: Backend,
-    ) -> "ReferenceSet":
-        """A set of what a graph gave out, quantised if `origin` says so.
-
-        Buffers stay on the device unless they are quantised; `nbytes` is what they take there.
-        """
-        held: dict[str, Any] = dict(kv)
-        if origin.kv_dtype != origin.dtype:
-            held = {}
-            for name, buffer in kv.items():
-                held[name], held[name + SCALE_SUFFIX] = quantize_kv(backend.download(buffer))
-            nbytes = sum(array.nbytes for array in held.values())
-        return cls(
-            kv=held,
-            num_tokens=num_tokens,
-            nbytes=nbytes,
-            first_size=first_size,
-            images=images,
-            origin=origin,
-            backend=backend,
-        )
 
     @property
     def digest(self) -> str:
@@ -169,25 +132,18 @@ class ReferenceSet:
         return self.origin.digest(self.images)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of their scales."""
+        return sum(spec.nbytes({}) for spec in self.tensors)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One of `kv` on the host."""
+        return self.backend.download(self.kv[name])
+
+    @property
     def model_digest(self) -> str:
         """The weights they belong to."""
         return self.origin.model_digest
-
-    @property
-    def exact(self) -> bool:
-        """Whether `buffers` gives what the graph computed, bit for bit."""
-        return self.origin.kv_dtype == self.origin.dtype
-
-    def buffers(self) -> dict[str, Buffer]:
-        """Keys and values as graphs take them: the set's own, or dequantised for this request."""
-        if self.exact:
-            return dict(self.kv)
-        dtype = NUMPY_DTYPES[self.origin.dtype]
-        return {
-            name: self.backend.upload(dequantize_kv(packed, self.kv[name + SCALE_SUFFIX], dtype))
-            for name, packed in self.kv.items()
-            if not name.endswith(SCALE_SUFFIX)
-        }
 
     def save(self, path: str | Path) -> None:
         """Writes the set as one safetensors file; `KleinKVPipeline.load_references` reads it.

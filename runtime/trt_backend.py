@@ -16,9 +16,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.engines.manifest import EngineManifest, EngineRecord, find_engines
+from klein_kv.engines.engine_record import EngineRecord
 from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, module_version
-from klein_kv.errors import ArtifactError, BackendError, BuildError
+from klein_kv.errors import BackendError, BuildError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Buffer, GraphMemory
 from klein_kv.runtime.cuda_memory import (
@@ -27,6 +27,8 @@ from klein_kv.runtime.cuda_memory import (
     allocated_bytes,
     load_cudart,
 )
+from klein_kv.runtime.engine_set import EngineFolder, open_engines
+from klein_kv.runtime.pinned_store import PinnedStore
 from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef
 
@@ -41,7 +43,8 @@ class TrtBackend:
     Args:
         artifacts: the artifact folder, its manifest checked.
         manifest: that manifest.
-        engines: folder of the engines; None takes the only one below `artifacts/engines`.
+        engines: folder of the engines; None takes the only one below `artifacts/engines` whose
+            engines hand keys and values on as `graphs` says.
         device: ordinal of the GPU.
         cudart: CUDA runtime bindings; None loads cuda-python.
         trt: TensorRT module; None loads the one that the engines were built with.
@@ -68,27 +71,26 @@ class TrtBackend:
         nvtx: bool = False,
         graphs: GraphSet | None = None,
     ) -> None:
-        self._files = files = (graphs or manifest.graphs).files
-        self._folder = engines or _only_folder(artifacts)
-        self._engines = EngineManifest.load(self._folder)
-        self._trt = trt or load_module(self._engines.module)
-        self._engines.check_module(self._trt.__name__, module_version(self._trt))
-        for graph, record in self._engines.engines.items():
-            if record.onnx_digest != manifest.files[files[graph]].digest:
-                raise ArtifactError(
-                    f"{self._folder}: the engine of {graph} was built from another export; build "
-                    "it again with `klein-kv build`"
-                )
+        graphs = graphs or manifest.graphs
+        self._files = graphs.files
+        found = open_engines(artifacts, manifest, graphs, engines)
+        self._trt = trt or load_module(found.folders[0].manifest.module)
+        name, version = self._trt.__name__, module_version(self._trt)
+        found.folders[-1].manifest.check_module(name, version)  # before a GPU is asked for
         self._artifacts = artifacts
         self._memory = CudaMemory(cudart or load_cudart(), device)
-        self._engines.check_device(self._memory.compute_capability)
+        self._engines = found.for_device(name, version, self._memory.compute_capability)
         self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
+        self._host_stores: list[PinnedStore] = []
         self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        engine = self._loaded.get(graph) or self._load(graph)
+        shapes = {name: buffer.shape for name, buffer in inputs.items()}
+        folder, engine = self._engines.choose(graph, shapes), self._loaded.get(graph)
+        if engine is None or engine.folder != folder.path:
+            engine = self._load(graph, folder)
         with self._range(graph):
             return engine.run(inputs)
 
@@ -119,11 +121,19 @@ class TrtBackend:
         for ref in [ref for ref in self._weights if ref not in kept]:
             del self._weights[ref]
 
+    def host_store(self, budget: int) -> PinnedStore:
+        """Pinned host memory for copies of buffers, at most `budget` bytes."""
+        store = PinnedStore(self._memory, budget)
+        self._host_stores.append(store)
+        return store
+
     def available_memory(self) -> int:
         return self._memory.available
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        record = self._engines.record(graph)
+        loaded = self._loaded.get(graph)
+        records = [loaded.record] if loaded is not None else self._engines.records(graph)
+        record = max(records, key=lambda x: x.scratch_bytes)
         weights: dict[Hashable, int] = {
             ref: allocated_bytes(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
         }
@@ -133,25 +143,32 @@ class TrtBackend:
         return GraphMemory(weights, record.scratch_bytes)
 
     def close(self) -> None:
-        """Saves the kernels compiled so far and frees all device memory."""
+        """Saves the kernels compiled so far and frees all device memory and pinned memory."""
+        for store in self._host_stores:
+            store.close()
         for graph in list(self._loaded):
             self.release(graph)
         self._memory.close()
 
-    def _load(self, graph: str) -> "_Engine":
-        record = self._engines.record(graph)
-        blob = self._engines.read_engine(self._folder, graph)
+    def _load(self, graph: str, folder: EngineFolder) -> "_Engine":
+        """Loads an engine; one of the same graph for other shapes goes, its weights stay bound."""
+        record = folder.manifest.record(graph)
+        blob = folder.manifest.read_engine(folder.path, graph)
         refs = record.weight_refs(self._artifacts)
+        if (other := self._loaded.pop(graph, None)) is not None:
+            self._memory.synchronize()  # it may still be running
+            other.save_cache()
+            del other
         self._weights |= self._memory.upload_weights(
             [ref for ref in refs.values() if ref not in self._weights]
         )
-        cache = self._folder / f"{graph}.runtime.cache"
+        cache = folder.path / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
         try:
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
                 raise BuildError(
-                    f"{self._trt.__name__} refuses {graph} of {self._folder}; build the engines "
+                    f"{self._trt.__name__} refuses {graph} of {folder.path}; build the engines "
                     "again with `klein-kv build`"
                 )
             self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
@@ -160,18 +177,9 @@ class TrtBackend:
             if graph not in self._loaded:
                 self._drop_unbound()
         self._loaded[graph].weight_refs = refs
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            folder.mark_used()
         return self._loaded[graph]
-
-
-def _only_folder(artifacts: Path) -> Path:
-    found = find_engines(artifacts)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ArtifactError(
-            f"expected one folder of engines in {artifacts / 'engines'}, found {names}; name one, "
-            "or build with `klein-kv build`"
-        )
-    return found[0]
 
 
 def _nvtx_range() -> Callable[[str], Any]:
@@ -233,6 +241,11 @@ class _Engine:
         config.set_runtime_cache(self._cache)
         return self._engine.create_execution_context(config)
 
+    @property
+    def folder(self) -> Path:
+        """Where the engine lies."""
+        return self._cache_file.parent
+
     def save_cache(self) -> None:
         """Writes compiled kernels beside the engine, aside first."""
         if self._cache is None:
@@ -259,6 +272,7 @@ class _Engine:
                 raise BackendError(f"{graph}: TensorRT refuses profile {profile}")
             self._bind_all(self._weights)
         for name, buffer in inputs.items():
+            self._memory.settle(buffer)
             if not context.set_input_shape(name, buffer.shape):
                 raise BackendError(f"{graph}: TensorRT refuses shape {buffer.shape} for {name}")
         outputs = {

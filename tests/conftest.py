@@ -1,5 +1,6 @@
 """Fixtures that every test may use. What they return is shared: read it only."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -122,10 +123,23 @@ def plain_artifacts(plain_checkpoint: Path, tiny_vae_graph: Callable[..., "ir.Mo
     return target
 
 
+@pytest.fixture(scope="session", params=["onnxruntime", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name of a backend that runs here; what asks for it is tested with each."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def tiny_ours(tiny_artifacts: Path) -> "KleinKVPipeline":
-    """Our pipeline on the tiny checkpoint, float32."""
+    """Our pipeline on the tiny checkpoint, float32, ONNX Runtime."""
     return load_ours(tiny_artifacts)
+
+
+@pytest.fixture(scope="session")
+def any_ours(tiny_artifacts: Path, backend: str) -> "KleinKVPipeline":
+    """The same with each backend."""
+    return load_ours(tiny_artifacts, backend)
 
 
 @pytest.fixture(scope="session")
@@ -136,12 +150,17 @@ def tiny_theirs(tiny_checkpoint: Path) -> "Flux2KleinKVPipeline":
     return load_diffusers(tiny_checkpoint)
 
 
-def load_ours(artifacts: Path) -> "KleinKVPipeline":
+def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline":
     """Our pipeline, on one thread, without its progress bar, and computing everything anew."""
     from klein_kv import KleinKVPipeline
 
     pipeline = KleinKVPipeline.from_pretrained(
-        artifacts, threads=1, reference_cache_bytes=0, prompt_cache_bytes=0
+        artifacts,
+        backend=backend,
+        device="cpu",
+        threads=1,
+        reference_cache_bytes=0,
+        prompt_cache_bytes=0,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -169,28 +188,43 @@ class Model:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """Models of `tests.checkpoints.MODELS` by name, each built when first asked for."""
+def saved_models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[Path, Path, "Flux2KleinKVPipeline"]]:
+    """Checkpoint, artifacts and diffusers' pipeline of `tests.checkpoints.MODELS`, by name."""
     from klein_kv.export.exporter import export_checkpoint
     from tests.checkpoints import MODELS, load_diffusers, save_checkpoint
 
-    built: dict[str, Model] = {}
+    @functools.cache
+    def get(name: str) -> tuple[Path, Path, "Flux2KleinKVPipeline"]:
+        folder, architecture = tmp_path_factory.mktemp(name), MODELS[name]
+        checkpoint, artifacts = folder / "checkpoint", folder / "artifacts"
+        save_checkpoint(checkpoint, architecture, seed=sorted(MODELS).index(name))
+        export_checkpoint(checkpoint, artifacts, text_layers=architecture.text_layers)
+        return checkpoint, artifacts, load_diffusers(checkpoint)
 
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(
+    saved_models: Callable[[str], tuple[Path, Path, "Flux2KleinKVPipeline"]], backend: str
+) -> Callable[[str], Model]:
+    """Models of `tests.checkpoints.MODELS` by name, with each backend; built when asked for."""
+    from tests.checkpoints import MODELS
+
+    @functools.cache
     def get(name: str) -> Model:
-        if name not in built:
-            folder, architecture = tmp_path_factory.mktemp(name), MODELS[name]
-            checkpoint, artifacts = folder / "checkpoint", folder / "artifacts"
-            save_checkpoint(checkpoint, architecture, seed=sorted(MODELS).index(name))
-            export_checkpoint(checkpoint, artifacts, text_layers=architecture.text_layers)
-            built[name] = Model(
-                checkpoint,
-                artifacts,
-                load_ours(artifacts),
-                load_diffusers(checkpoint),
-                architecture.text_layers,
-                architecture.unit,
-            )
-        return built[name]
+        checkpoint, artifacts, theirs = saved_models(name)
+        architecture = MODELS[name]
+        return Model(
+            checkpoint,
+            artifacts,
+            load_ours(artifacts, backend),
+            theirs,
+            architecture.text_layers,
+            architecture.unit,
+        )
 
     return get
 

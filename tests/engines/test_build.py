@@ -66,6 +66,40 @@ def _damage(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def test_engines_with_float8_keys_and_values(built: Path) -> None:
+    """A folder of their own; what turns float8 into keys and values is no kernel of its own."""
+    records = build_artifacts(
+        built,
+        recipe=RECIPE,
+        graphs=["first_step", "cached_step"],
+        progress=False,
+        kv_dtype="float8_e4m3fn",
+    )
+    folder = engine_folder(built, "rtx5090", "bf16", "tiny", "float8_e4m3fn")
+    assert folder.name == "rtx5090-bf16-tiny-fp8kv"
+    packed, whole = EngineManifest.load(folder), EngineManifest.load(_folder(built))
+    assert (packed.kv_dtype, whole.kv_dtype) == ("float8_e4m3fn", None)
+    assert "K/V float8_e4m3fn" in packed.title
+    assert [record.graph for record in records] == list(packed.engines)
+    held = {
+        tensor.name: (tensor.dtype, tensor.shape)
+        for tensor in packed.record("cached_step").inputs
+        if tensor.name in ("k_ref.0", "k_ref_scale.0")
+    }
+    assert held == {
+        "k_ref.0": ("float8_e4m3fn", (1, -1, 2, 32)),
+        "k_ref_scale.0": ("float32", (1, 1, 2, 1)),
+    }
+    plans = [
+        KernelPlan.load(path / engines.record("cached_step").layers)
+        for path, engines in ((folder, packed), (_folder(built), whole))
+    ]
+    assert len(plans[0].kernels) == len(plans[1].kernels)
+    costs = [price_plan(plan, GPUS["rtx5090"]) for plan in plans]
+    kv = Manifest.load(built).config.transformer.kv_bytes(128, "bfloat16")
+    assert costs[1].bytes - costs[0].bytes == pytest.approx(kv / 2, rel=0.05)
+
+
 def test_all_graphs_build(built: Path) -> None:
     engines = EngineManifest.load(_folder(built))
     assert set(engines.engines) == set(GRAPH_FILES)

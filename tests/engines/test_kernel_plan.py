@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from klein_kv.engines.kernel_plan import Kernel, KernelPlan, Operand, parse_line
-from klein_kv.engines.kernel_price import blends_modulation, copies_weight, price_kernel
+from klein_kv.engines.kernel_price import (
+    blends_modulation,
+    copies_weight,
+    moves_block_scales,
+    price_kernel,
+    product_format,
+)
 from klein_kv.engines.plan_cost import price_plan
 from klein_kv.engines.plan_report import html_from_costs, text_from_cost
 from klein_kv.engines.targets import GPUS
@@ -142,6 +148,63 @@ def test_narrow_types_have_their_own_peak() -> None:
     assert price_kernel(gemm, GPU).ideal_seconds == 2 * 512 * 4096 * 4096 / 419e12
     with pytest.raises(BuildError, match="no throughput of GeForce RTX 3090 for fp8"):
         price_kernel(gemm, GPUS["rtx3090"])
+
+
+def _nvfp4_gemm(weight: str = "FP4E2M1") -> Kernel:
+    """As TensorRT-RTX 1.7.1 names the operands: numbers, then block scales in tiles."""
+    return _kernel(
+        "single_transformer_blocks.5/Gemm_1954_U2199_myl0_739",
+        [
+            _operand("x", 4608, 16384, dtype="FP4E2M1"),
+            _operand(TO_OUT, 16384, 4096, dtype=weight),
+            _operand("x_scales", 36, 4, 32, 256, 4, dtype="FP8"),
+            _operand("w_scales", 256, 4, 32, 4, 32, dtype="FP8"),
+        ],
+        [_operand("y", 4608, 4096)],
+        "gemm",
+    )
+
+
+def test_price_of_an_nvfp4_product_by_hand() -> None:
+    cost = price_kernel(_nvfp4_gemm(), GPU)
+    assert cost.flops == 2 * 4608 * 16384 * 4096
+    assert cost.ideal_seconds == cost.flops / 1676e12
+    numbers = (4608 + 4096) * 16384
+    assert cost.bytes == numbers // 2 + numbers // 16 + 2 * 4608 * 4096
+
+
+def test_price_of_attention_in_float8_by_hand() -> None:
+    shapes = [(32, 4608, 128), (32, 128, 20992), (32, 20992, 128)]
+    operands = [_operand(name, *s, dtype="FP8") for name, s in zip("qkv", shapes, strict=True)]
+    kernel = _kernel("_gemm_mha_v2_myl0_45", operands, [_operand("o", 32, 4608, 128)])
+    assert price_kernel(kernel, GPU).ideal_seconds == 4 * 32 * 4608 * 20992 * 128 / 419e12
+    assert product_format(kernel) == "fp8"
+
+
+def test_native_products_are_told_from_others() -> None:
+    assert product_format(_nvfp4_gemm()) == "nvfp4"
+    assert product_format(_nvfp4_gemm("BFloat16")) is None  # dequantized before it
+    fp8 = [_operand("x", 512, 4096, dtype="FP8"), _operand("w", 4096, 4096, dtype="FP8")]
+    out = [_operand("y", 512, 4096)]
+    assert product_format(_kernel("g_myl0_1", fp8, out, "gemm")) == "fp8"
+    assert (
+        product_format(_kernel("g_myl0_1", [fp8[0], _operand("w", 4096, 4096)], out, "gemm"))
+        is None
+    )
+    assert product_format(_kernel("__myl_CastMul_myl0_1", fp8, out)) is None
+    assert {product_format(kernel) for kernel in _plan().kernels} == {None}
+
+
+def test_moves_of_block_scales_are_no_weight_copies() -> None:
+    name = f"{TO_OUT}.block_scales"
+    move = _kernel(
+        "__myl_Move_myl0_7",
+        [_operand(name, 1024, 4096, dtype="FP8")],
+        [_operand("m", 1024, 4096, dtype="FP8")],
+    )
+    assert moves_block_scales(move)
+    assert not copies_weight(move, frozenset({name}))
+    assert not moves_block_scales(_nvfp4_gemm())
 
 
 def test_weight_transposes_are_found_and_gathers_are_not() -> None:

@@ -37,9 +37,21 @@ def test_defaults_and_a_file(tmp_path: Path) -> None:
     assert Recipe.load(str(path)) == recipe
 
 
+def test_quantized_precision_and_attention() -> None:
+    recipe = Recipe.from_toml(f"precision = 'nvfp4'\nattention = 'fp8'\n{PROFILE}", "fast")
+    assert (recipe.precision, recipe.attention) == ("nvfp4", "fp8")
+    assert Recipe.from_toml(f"attention = 'bf16'\n{PROFILE}", "plain").attention is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"precision = 'int4'\n{PROFILE}", "expected one of fp32, fp16, bf16, fp8, nvfp4"),
+        (f"attention = 'fp4'\n{PROFILE}", "attention is 'fp4', expected 'fp8' or 'bf16'"),
+        (
+            "attention = 'fp8'\n" + PROFILE.replace("references = 1", "references = [0, 1, 4]"),
+            "fixed number of keys only",
+        ),
         ("nonsense", "is not TOML"),
         ("target = 'rtx5090'", "profiles is missing"),
         ("profiles = 3", "must be [[profiles]] tables"),

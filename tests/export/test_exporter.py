@@ -25,7 +25,7 @@ from klein_kv.export import exporter
 from klein_kv.export.exporter import ExportResult, export_checkpoint
 from klein_kv.export.fixture import make_fixture
 from klein_kv.manifest import MANIFEST, Manifest
-from klein_kv.signature import GRAPH_FILES
+from klein_kv.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from tests.checkpoints import MODELS, save_checkpoint
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -92,8 +92,9 @@ def assert_refused(checkpoint: Path, error: type[Exception], message: str, **opt
 
 
 def test_folder(tiny_artifacts: Path) -> None:
-    expected = {MANIFEST, "LICENSE.md", *COMPONENTS, *GRAPH_FILES.values()}
-    expected |= {name.replace(".onnx", ".weights.json") for name in GRAPH_FILES.values()}
+    graphs = {*GRAPH_FILES.values(), *FLOAT8_KV_FILES.values()}
+    expected = {MANIFEST, "LICENSE.md", *COMPONENTS, *graphs}
+    expected |= {name.replace(".onnx", ".weights.json") for name in graphs}
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     expected |= {f"tokenizer/{name}" for name in tokenizer}
     assert files_below(tiny_artifacts) == expected
@@ -106,7 +107,8 @@ def test_result(checkpoint: Path, tmp_path: Path) -> None:
     assert isinstance(result, ExportResult)
     assert result.artifacts == target
     assert result.dtype == "float32"
-    assert set(result.nodes) == set(GRAPH_FILES)
+    packed = {f"{graph}_fp8_kv" for graph in ("first_step", "cached_step", "encode_references")}
+    assert set(result.nodes) == {*GRAPH_FILES, *packed}
     assert result.nodes["first_step"] > result.nodes["cached_step"] > 100
     assert 0 < result.seconds < 60
     assert sorted(path.name for path in target.parent.iterdir()) == ["artifacts"]

@@ -182,7 +182,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fixture, "_fill", fail)
+    monkeypatch.setattr(fixture, "fill_random", fail)
     with pytest.raises(OSError, match="No space"):
         make_fixture(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -16,15 +16,23 @@ from klein_kv.config import ITEM_SIZE, ModelConfig
 from klein_kv.export.graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.onnx_ops import OPSET
 from klein_kv.model import transformer_parameters
-from klein_kv.signature import GRAPH_FILES, kv_names, make_signature
+from klein_kv.signature import GRAPH_FILES, KV_FLOAT8, kv_names, make_signature
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightRef, read_header
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
+TYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "float8_e4m3fn": "FLOAT8E4M3FN",
+    "int64": "INT64",
+}
 CONFIGS = {"9b": KLEIN_9B, "4b": KLEIN_4B}
 DTYPES = ["bfloat16", "float16", "float32"]
 STEP_GRAPHS = ["encode_references", "first_step", "cached_step"]
-GRAPHS = [*STEP_GRAPHS, "text_encoder"]
+FLOAT8 = " with float8 K/V"
+GRAPHS = [*STEP_GRAPHS, *(graph + FLOAT8 for graph in STEP_GRAPHS), "text_encoder"]
 
 COMMON_OPS = {
     *("Add", "Mul", "Sigmoid", "Concat", "Reshape", "Flatten", "Shape", "Gather", "Expand"),
@@ -33,6 +41,7 @@ COMMON_OPS = {
 STEP_OPS = COMMON_OPS | {"Cos", "Sin", "Split", "Slice", "LayerNormalization"}
 TEXT_OPS = COMMON_OPS | {"Range", "Transpose", "LessOrEqual", "And", "Not", "Where", "ReduceMax"}
 # The norm before RoPE is spelled out in 16 bits, so that TensorRT makes one kernel of the two.
+FLOAT8_OPS = {"Abs", "ReduceMax", "Max", "Div", "QuantizeLinear", "DequantizeLinear"}
 NARROW_OPS = {"Cast", "ReduceMean", "Sqrt", "Reciprocal"}
 
 
@@ -52,11 +61,17 @@ def weights_of(graph: str, config: ModelConfig, dtype: str) -> dict[str, WeightR
     return invented_weights(transformer_parameters(config.transformer), dtype)
 
 
+def kv_dtype_of(graph: str) -> tuple[str, str | None]:
+    """The graph's own name, and the type of its keys and values."""
+    return graph.removesuffix(FLOAT8), KV_FLOAT8 if graph.endswith(FLOAT8) else None
+
+
 def build(graph: str, config: ModelConfig, dtype: str) -> ir.Model:
     weights = weights_of(graph, config, dtype)
     if graph == "text_encoder":
         return text_encoder_graph(config, dtype, weights)
-    return transformer_graph(graph, config, dtype, weights)
+    name, kv_dtype = kv_dtype_of(graph)
+    return transformer_graph(name, config, dtype, weights, kv_dtype)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +111,15 @@ def nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
-    ("graph", "most"), [("cached_step", 80), ("encode_references", 55), ("first_step", 125)]
+    ("graph", "most"),
+    [
+        ("cached_step", 80),
+        ("encode_references", 55),
+        ("first_step", 125),
+        ("cached_step" + FLOAT8, 86),
+        ("encode_references" + FLOAT8, 71),
+        ("first_step" + FLOAT8, 147),
+    ],
 )
 def test_nodes_per_block(graph: str, most: int, name: str, dtype: str, built: Built) -> None:
     """Measured for 9B: cached_step 67.7 in bfloat16, 68.7 in float16, 44.8 in float32."""
@@ -119,16 +142,16 @@ def test_nothing_large_is_inline(key: tuple[str, str, str], built: Built) -> Non
 def test_expected_operators(key: tuple[str, str, str], built: Built) -> None:
     _, graph, dtype = key
     allowed = TEXT_OPS | {"Cast"} if graph == "text_encoder" else STEP_OPS
-    if dtype == "float32":
-        allowed = (
-            allowed | {"MultiHeadAttention"} - {"Attention"} if graph in STEP_GRAPHS else (allowed)
-        )
-    else:
+    if graph.endswith(FLOAT8):
+        allowed = allowed | FLOAT8_OPS
+    if dtype != "float32":
         allowed = allowed | NARROW_OPS | {"Clip"}
+    elif graph != "text_encoder":
+        allowed = allowed | {"MultiHeadAttention"} - {"Attention"}
     found = collections.Counter(node.op_type for node in built[key].graph)
     assert set(found) <= allowed
     domains = {node.domain for node in built[key].graph}
-    ours = {"", "com.microsoft"} if dtype == "float32" and graph in STEP_GRAPHS else {""}
+    ours = {"", "com.microsoft"} if dtype == "float32" and graph != "text_encoder" else {""}
     assert domains <= ours
     assert built[key].graph.opset_imports[""] == OPSET == 23
 
@@ -156,8 +179,8 @@ def test_attention_is_one_operator(name: str, dtype: str, built: Built) -> None:
 
 def test_inputs_and_outputs_are_the_signatures(key: tuple[str, str, str], built: Built) -> None:
     name, graph, dtype = key
-    signature = make_signature(graph, CONFIGS[name], dtype)
-    types = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+    own, kv_dtype = kv_dtype_of(graph)
+    signature = make_signature(own, CONFIGS[name], dtype, kv_dtype)
     for values, specs in (
         (built[key].graph.inputs, signature.inputs),
         (built[key].graph.outputs, signature.outputs),
@@ -166,7 +189,7 @@ def test_inputs_and_outputs_are_the_signatures(key: tuple[str, str, str], built:
             (v.name, v.dtype.name, tuple(a if isinstance(a, int) else a.value for a in v.shape))
             for v in values
         ]
-        assert got == [(spec.name, types[spec.dtype], spec.shape) for spec in specs]
+        assert got == [(spec.name, TYPES[spec.dtype], spec.shape) for spec in specs]
 
 
 def test_every_node_has_its_own_name(key: tuple[str, str, str], built: Built) -> None:
@@ -283,7 +306,8 @@ def test_one_modulation_per_kind_and_stream(dtype: str, built: Built) -> None:
 def test_types_and_shapes_fit(graph: str, dtype: str) -> None:
     """onnx's own inference, in its strict mode, from inputs to outputs."""
     model = build(graph, KLEIN_9B, dtype)
-    signature = make_signature(graph, KLEIN_9B, dtype)
+    name, kv_dtype = kv_dtype_of(graph)
+    signature = make_signature(name, KLEIN_9B, dtype, kv_dtype)
     for value in model.graph.outputs:
         value.shape = None
     inferred = onnx.shape_inference.infer_shapes(
@@ -291,9 +315,7 @@ def test_types_and_shapes_fit(graph: str, dtype: str) -> None:
     )
     for value, spec in zip(inferred.graph.output, signature.outputs, strict=True):
         got = value.type.tensor_type
-        assert got.elem_type == onnx.TensorProto.DataType.Value(
-            {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[dtype]
-        )
+        assert got.elem_type == onnx.TensorProto.DataType.Value(TYPES[spec.dtype])
         if got.HasField("shape") and dtype != "float32":
             assert len(got.shape.dim) == len(spec.shape)
 
@@ -341,3 +363,31 @@ def test_kv_are_outputs_of_their_own() -> None:
     # A stack of them would cost a copy of gigabytes.
     for value in model.graph.outputs[2:]:
         assert value.producer().op_type in ("Cast", "Reshape")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_step_denoises_on_what_it_hands_on(dtype: str) -> None:
+    """So its bits are those of `encode_references` and `cached_step`: no other path is in it."""
+    model = build("first_step" + FLOAT8, KLEIN_9B, dtype)
+    outputs = {value.name: value for value in model.graph.outputs}
+    quantized = list(nodes(model, "QuantizeLinear"))
+    assert [node.outputs[0].name for node in quantized] == kv_names(32)
+    for name in kv_names(32):
+        (reader,) = [node for node, _ in outputs[name].uses()]
+        assert reader.op_type == "DequantizeLinear"
+        ((scaled, _),) = reader.outputs[0].uses()
+        part, _, block = name.partition(".")
+        assert scaled.inputs[1] is outputs[f"{part}_scale.{block}"]
+        # What was rounded is read by nothing else of the denoiser: only by the reference stream.
+        last = scaled if dtype == "float32" else scaled.outputs[0].uses()[0][0]
+        assert {node.op_type for node, _ in last.outputs[0].uses()} == {"Expand"}
+
+
+def test_scales_in_eight_bit_graphs_are_constants_for_the_operators() -> None:
+    """TensorRT asks for that; a head's own scale is multiplied."""
+    for graph in STEP_GRAPHS:
+        model = build(graph + FLOAT8, KLEIN_9B, "bfloat16")
+        for op_type in ("QuantizeLinear", "DequantizeLinear"):
+            for node in nodes(model, op_type):
+                assert len(node.inputs) == 2
+                assert node.inputs[1].const_value.numpy() == 1

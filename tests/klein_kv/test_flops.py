@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3Model
 from klein_kv.config import ModelConfig, TextEncoderConfig
 from klein_kv.flops import (
     block_weights,
+    diffusers_kv_edit_flops,
     edit_flops,
     plain_edit_flops,
     reference_flops,
@@ -106,3 +107,24 @@ def test_block_weights_are_those_of_the_checkpoint(config: ModelConfig) -> None:
     assert block_weights(config.transformer) == matrices(shapes, *blocks)
     shapes = text_encoder_parameters(config.text_encoder)
     assert text_block_weights(config.text_encoder) == matrices(shapes, "model.layers.")
+
+
+# Four steps at 1024x1024: plain over KV, plain over known references, KV over known references.
+@pytest.mark.parametrize(
+    ("references", "plain_kv", "plain_known", "kv_known"),
+    [(1, 1.58, 1.89, 1.19), (2, 1.99, 2.78, 1.39), (4, 2.53, 4.56, 1.80)],
+)
+def test_diffusers_kv_pipeline(
+    references: int, plain_kv: float, plain_known: float, kv_known: float
+) -> None:
+    request = {"steps": 4, "ref_tokens": 4096 * references, **SIZES}
+    plain = plain_edit_flops(NET, **request)
+    kv = diffusers_kv_edit_flops(NET, **request)
+    known = edit_flops(NET, references_known=True, **request)
+    assert plain / kv == pytest.approx(plain_kv, abs=0.006)
+    assert plain / known == pytest.approx(plain_known, abs=0.01)
+    assert kv / known == pytest.approx(kv_known, abs=0.006)
+    # What we leave out of the last block is not much, but not nothing.
+    assert 1 < kv / edit_flops(NET, references_known=False, **request) < 1.02
+    none = request | {"ref_tokens": 0}
+    assert diffusers_kv_edit_flops(NET, **none) == plain_edit_flops(NET, **none)

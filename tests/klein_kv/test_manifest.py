@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from klein_kv.errors import ArtifactError
 from klein_kv.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    FileRecord,
     Manifest,
     graph_weights,
     inside,
@@ -374,3 +376,76 @@ def test_unreadable_weight_table(content: str, folder: Path) -> None:
     (folder / TABLE).write_text(content)
     with pytest.raises(ArtifactError, match=f"{TABLE} cannot be read"):
         graph_weights(folder, GRAPH_FILES["cached_step"])
+
+
+# --- precisions ---
+
+
+@pytest.fixture
+def quantized(folder: Path) -> Path:
+    """The copy with an fp8 transformer, whose files are not looked into here."""
+    for name in ("transformer/fp8.safetensors", "transformer/fp8.json", "transformer/fp8.x.onnx"):
+        (folder / name).write_text(name)
+    manifest = Manifest.load(folder)
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, file_digest(path))
+        for path in (folder / "transformer").glob("fp8.*")
+    }
+    replace(
+        manifest,
+        files=manifest.files | files,
+        precisions={"fp8": {"transformer": "fp8"}},
+    ).save(folder)
+    return folder
+
+
+def test_precisions_are_read_back_and_change_no_digest(quantized, tiny_artifacts):
+    manifest = Manifest.load(quantized)
+    assert manifest.precisions == {"fp8": {"transformer": "fp8"}}
+    assert manifest.model_digest == Manifest.load(tiny_artifacts).model_digest
+    assert manifest.precision_digest("fp8") != manifest.model_digest
+    assert manifest.precision_files("fp8") == [
+        "transformer/fp8.json",
+        "transformer/fp8.safetensors",
+        "transformer/fp8.x.onnx",
+    ]
+    before = manifest.precision_digest("fp8")
+    (quantized / "transformer/fp8.json").write_text("other scales")
+    with pytest.raises(ArtifactError, match=r"fp8\.json is not the file"):
+        Manifest.load(quantized)
+    seal(quantized)
+    assert Manifest.load(quantized).precision_digest("fp8") != before
+
+
+@pytest.mark.parametrize(
+    ("precisions", "message"),
+    [
+        ({"fp8": {"transformer": "nvfp4"}}, r"lists no transformer/nvfp4\.safetensors"),
+        ({"fp8": {"transformer": "../fp8"}}, "other names than expected"),
+        ({"int8": {"transformer": "fp8"}}, "other names than expected"),
+        ({"fp8": {"transformer": "fp8", "../vae": "fp8"}}, "other names than expected"),
+        ({"fp8": {}}, "has no transformer"),
+        ([1], "is incomplete"),
+        ({"fp8": "fp8"}, "is incomplete"),
+    ],
+)
+def test_precisions_that_are_not_ours_are_refused(quantized, precisions, message):
+    path = quantized / MANIFEST
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"precisions": precisions}))
+    with pytest.raises(ArtifactError, match=message):
+        Manifest.load(quantized)
+
+
+def test_a_manifest_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+    before = (folder / MANIFEST).read_text()
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        Manifest.load(folder).save(folder)
+    assert (folder / MANIFEST).read_text() == before
+    assert not list(folder.glob(".*"))

@@ -12,13 +12,12 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2PosEmbed,
 )
 
+from klein_kv.blocks import rope_tables, timestep_frequencies
 from klein_kv.config import TransformerConfig
 from klein_kv.model import (
     StepInputs,
     denoise,
     encode_references,
-    rope_tables,
-    timestep_frequencies,
     transformer_parameters,
 )
 from klein_kv.schedule import round_to_dtype

@@ -12,7 +12,7 @@ from klein_kv.engines.manifest import (
     write_atomic,
 )
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.signature import TensorSpec
+from klein_kv.signature import GraphSet, TensorSpec
 from tests.runtime.fake_gpu import SCRATCH
 
 __all__ = ["make_engines"]
@@ -20,23 +20,36 @@ __all__ = ["make_engines"]
 LOW, HIGH = 0, 1 << 20
 
 
-def make_engines(artifacts: Path, folder: Path) -> Path:
-    """Writes what a build would, of every graph of the artifacts."""
+def make_engines(artifacts: Path, folder: Path, graphs: GraphSet | None = None) -> Path:
+    """Writes what a build would, of every graph of the artifacts.
+
+    Args:
+        artifacts: where the graphs lie.
+        folder: for the engines.
+        graphs: which graphs of the artifacts; None takes the manifest's.
+    """
     manifest = Manifest.load(artifacts)
-    records = {graph: _record(artifacts, manifest, graph) for graph in manifest.graphs.files}
+    graphs = graphs or manifest.graphs
+    records = {graph: _record(artifacts, manifest, graphs, graph) for graph in graphs.files}
     for graph in records:
         write_atomic(folder / f"{graph}.engine", graph.encode())
-    EngineManifest("fake_trt", "0.0.1", "sm120", 120, "fp32", "shared", "default", records).save(
-        folder
-    )
+    EngineManifest(
+        module="fake_trt",
+        version="0.0.1",
+        target="sm120",
+        sm=120,
+        precision="fp32",
+        weights="shared",
+        recipe="default",
+        engines=records,
+        kv_dtype=graphs.kv_dtype,
+    ).save(folder)
     return folder
 
 
-def _record(artifacts: Path, manifest: Manifest, graph: str) -> EngineRecord:
-    signature = manifest.graphs.signature(graph, manifest.config)
-    weights = (
-        {} if graph.startswith("vae") else graph_weights(artifacts, manifest.graphs.files[graph])
-    )
+def _record(artifacts: Path, manifest: Manifest, graphs: GraphSet, graph: str) -> EngineRecord:
+    signature = graphs.signature(graph, manifest.config)
+    weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.files[graph])
 
     def info(spec: TensorSpec) -> TensorInfo:
         return TensorInfo(
@@ -58,7 +71,7 @@ def _record(artifacts: Path, manifest: Manifest, graph: str) -> EngineRecord:
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         key="-",
-        onnx_digest=manifest.files[manifest.graphs.files[graph]].digest,
+        onnx_digest=manifest.files[graphs.files[graph]].digest,
         inputs=tuple(info(spec) for spec in signature.inputs),
         outputs=tuple(info(spec) for spec in signature.outputs),
         weights={

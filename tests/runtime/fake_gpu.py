@@ -10,21 +10,24 @@ real, and a wrong address gives wrong numbers.
 import ctypes
 import enum
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from klein_kv.config import ITEM_SIZE
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.signature import GRAPH_FILES, make_signature
+from klein_kv.signature import GraphSet
+from klein_kv.weights import NUMPY_DTYPES
 
 ALIGNMENT = 256  # of what cudaMalloc gives
 SCRATCH = 20_000  # bytes that every engine needs while it runs
-NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+_FIRST_STREAM = 7
 
 
 class CudaError(enum.IntEnum):
@@ -34,6 +37,14 @@ class CudaError(enum.IntEnum):
 
 class FakeCudart:
     """`cuda.bindings.runtime` on host memory, with as much "device memory" as it is told.
+
+    Streams that lag do nothing until somebody waits for them, and then no more than is waited for;
+    the others do everything at once. So work that is not put in order comes out wrong in one way or
+    the other.
+
+    Args:
+        capacity: bytes of the device.
+        lagging: streams that lag, counted from 0 in the order of their creation.
 
     Attributes:
         blocks: live allocations, address -> memory.
@@ -49,13 +60,18 @@ class FakeCudart:
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
 
-    def __init__(self, capacity: int = 1 << 34) -> None:
+    def __init__(self, capacity: int = 1 << 34, lagging: Collection[int] = ()) -> None:
         self.capacity = capacity
+        self.lagging = {_FIRST_STREAM + i for i in lagging}
+        self.queues: dict[int, deque[Callable[[], None]]] = {}
+        self.done: dict[int, int] = {}
+        self.recorded: dict[int, tuple[int, int]] = {}
         self.blocks: dict[int, Any] = {}
         self.pinned: dict[int, Any] = {}
         self.copies: list[tuple[int, int]] = []
         self.streams = 0
         self.events = 0
+        self._last_event = 0
 
     @property
     def used(self) -> int:
@@ -67,15 +83,37 @@ class FakeCudart:
     def cudaSetDevice(self, device: int) -> tuple[CudaError]:
         return (CudaError.cudaSuccess,)
 
+    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+        self.queues[stream].append(work)
+        if stream not in self.lagging:
+            self.catch_up(stream)
+
+    def catch_up(self, stream: int, position: int | None = None) -> None:
+        """Runs what a stream was given, up to a position counted from its creation."""
+        queue = self.queues[stream]
+        while queue and (position is None or self.done[stream] < position):
+            work = queue.popleft()
+            self.done[stream] += 1
+            work()
+
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[CudaError, int]:
+        handle = _FIRST_STREAM + self.streams
         self.streams += 1
-        return CudaError.cudaSuccess, 7
+        self.queues[handle], self.done[handle] = deque(), 0
+        return CudaError.cudaSuccess, handle
 
     def cudaStreamDestroy(self, stream: int) -> tuple[CudaError]:
+        self.catch_up(stream)
         self.streams -= 1
         return (CudaError.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[CudaError]:
+        self.catch_up(stream)
+        return (CudaError.cudaSuccess,)
+
+    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[CudaError]:
+        after = self.recorded[event]
+        self.enqueue(stream, lambda: self.catch_up(*after))
         return (CudaError.cudaSuccess,)
 
     def cudaMalloc(self, nbytes: int) -> tuple[CudaError, int]:
@@ -91,6 +129,8 @@ class FakeCudart:
         return CudaError.cudaSuccess, self.capacity - self.used, self.capacity
 
     def cudaFree(self, pointer: int) -> tuple[CudaError]:
+        for stream in self.queues:  # as in CUDA: freeing waits for the device
+            self.catch_up(stream)
         del self.blocks[pointer]
         return (CudaError.cudaSuccess,)
 
@@ -107,21 +147,26 @@ class FakeCudart:
         self, target: int, source: int, nbytes: int, kind: int, stream: int
     ) -> tuple[CudaError]:
         self.copies.append((kind, nbytes))
-        ctypes.memmove(target, source, nbytes)
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes))
         return (CudaError.cudaSuccess,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[CudaError, int]:
         self.events += 1
-        return CudaError.cudaSuccess, self.events
+        self._last_event += 1
+        self.recorded[self._last_event] = (_FIRST_STREAM, 0)
+        return CudaError.cudaSuccess, self._last_event
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[CudaError]:
+        self.recorded[event] = stream, self.done[stream] + len(self.queues[stream])
         return (CudaError.cudaSuccess,)
 
     def cudaEventSynchronize(self, event: int) -> tuple[CudaError]:
+        self.catch_up(*self.recorded[event])
         return (CudaError.cudaSuccess,)
 
     def cudaEventDestroy(self, event: int) -> tuple[CudaError]:
         self.events -= 1
+        del self.recorded[event]
         return (CudaError.cudaSuccess,)
 
 
@@ -129,7 +174,16 @@ def array_at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """The tensor at an address, without a copy."""
     count = int(np.prod(shape, dtype=np.int64))
     raw = (ctypes.c_ubyte * (count * ITEM_SIZE[dtype])).from_address(address)
-    return np.frombuffer(raw, NUMPY[dtype]).reshape(shape)
+    return np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
+
+
+def ort_value(array: np.ndarray) -> Any:
+    """The same memory as ONNX Runtime takes it."""
+    if array.dtype != NUMPY_DTYPES["float8_e4m3fn"]:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+        array.view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN
+    )
 
 
 class FakeContext:
@@ -182,30 +236,40 @@ class FakeContext:
         missing = [n for n in engine.names if n not in self.addresses]
         if missing:
             raise AssertionError(f"no address for {missing[:3]}")
-        if self._session is None:
-            self._session = self._load()
-        feeds = {
-            spec.name: array_at(self.addresses[spec.name], self.shapes[spec.name], spec.dtype)
-            for spec in engine.signature.inputs
-        }
-        # Scratch that overlaps anything in use would give wrong numbers.
-        address, size = self.scratch
-        ctypes.memset(address, 0xA5, size)
-        names = [spec.name for spec in engine.signature.outputs]
-        for spec, value in zip(
-            engine.signature.outputs, self._session.run(names, feeds), strict=True
-        ):
-            array_at(self.addresses[spec.name], value.shape, spec.dtype)[...] = value
+        addresses, shapes = dict(self.addresses), dict(self.shapes)
+        scratch = self.scratch
+        engine.enqueue(stream, lambda: self._execute(addresses, shapes, scratch))
         self.runs += 1
         return True
+
+    def _execute(
+        self,
+        addresses: dict[str, int],
+        shapes: dict[str, tuple[int, ...]],
+        scratch: tuple[int, int],
+    ) -> None:
+        if self._session is None:
+            self._session = self._load()
+        # Scratch that overlaps anything in use would give wrong numbers.
+        ctypes.memset(scratch[0], 0xA5, scratch[1])
+        binding = self._session.io_binding()
+        for spec in self.engine.signature.inputs:
+            array = array_at(addresses[spec.name], shapes[spec.name], spec.dtype)
+            binding.bind_ortvalue_input(spec.name, ort_value(array))
+        outputs = self.engine.signature.outputs
+        for spec in outputs:
+            binding.bind_output(spec.name, "cpu")
+        self._session.run_with_iobinding(binding)
+        for spec, value in zip(outputs, binding.get_outputs(), strict=True):
+            array = value.numpy()
+            target = array_at(addresses[spec.name], array.shape, spec.dtype)
+            target[...] = array.view(target.dtype)
 
     def _load(self) -> Any:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
         self._kept = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                array_at(self.addresses[name], ref.shape, ref.dtype)
-            )
+            name: ort_value(array_at(self.addresses[name], ref.shape, ref.dtype))
             for name, ref in self.engine.weights.items()
         }
         for name, value in self._kept.items():
@@ -222,14 +286,21 @@ class FakeEngine:
     device_memory_size_v2 = SCRATCH
 
     def __init__(
-        self, artifacts: Path, graph: str, shared: bool, cudart: FakeCudart | None
+        self,
+        artifacts: Path,
+        graph: str,
+        shared: bool,
+        graphs: GraphSet | None,
+        cudart: FakeCudart | None,
     ) -> None:
         manifest = Manifest.load(artifacts, check_files=False)
-        self.signature = make_signature(graph, manifest.config, manifest.dtype)
+        graphs = graphs or manifest.graphs
+        self.signature = graphs.signature(graph, manifest.config)
         self.unit = manifest.config.vae.multiple_of
-        weights = graph_weights(artifacts, GRAPH_FILES[graph])
+        weights = graph_weights(artifacts, graphs.files[graph])
         self.weights = weights if shared else {}
-        self.path = artifacts / GRAPH_FILES[graph]
+        self.path = artifacts / graphs.files[graph]
+        self.cudart = cudart
         specs = (*self.signature.inputs, *self.signature.outputs)
         self.names = [*(spec.name for spec in specs), *self.weights]
         self.contexts: list[Any] = []  # weak: whoever made a context keeps it
@@ -245,6 +316,12 @@ class FakeEngine:
         if cudart is not None and pointer:
             cudart.cudaFree(pointer)
 
+    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+        if self.cudart is None:
+            work()
+        else:
+            self.cudart.enqueue(stream, work)
+
     def create_execution_context(self, strategy: Any) -> FakeContext:
         if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
             raise AssertionError("a context with scratch of its own")
@@ -259,7 +336,9 @@ class FakeTrt:
     Args:
         artifacts: the folder of the graphs.
         shared: graphs whose weights are inputs or not; else all but the VAE's.
-        cudart: where engines that hold their weights put them; None gives them memory elsewhere.
+        graphs: which graphs of the folder.
+        cudart: whose streams the engines run on, and where those that hold their weights put them;
+            None runs them at once and gives them memory elsewhere.
 
     Attributes:
         engines: those that somebody still holds, by graph.
@@ -277,6 +356,7 @@ class FakeTrt:
         self,
         artifacts: Path,
         shared: Mapping[str, bool] | None = None,
+        graphs: GraphSet | None = None,
         cudart: FakeCudart | None = None,
     ) -> None:
         self.artifacts = artifacts
@@ -308,7 +388,7 @@ class FakeTrt:
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
                 outer.loads.append(graph)
-                engine = FakeEngine(outer.artifacts, graph, shared, cudart)
+                engine = FakeEngine(artifacts, graph, shared, graphs, cudart)
                 outer.engines[graph] = engine
                 return engine
 

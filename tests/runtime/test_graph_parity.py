@@ -1,7 +1,7 @@
-"""Every graph, run by ONNX Runtime, against the module of diffusers or transformers it stands for.
+"""Every graph, by each backend, against the module of diffusers or transformers it stands for.
 
-float32 graphs of four models; float16 graphs of `tiny`, which are held against float32 modules on
-inputs that float16 holds exactly.
+float32 graphs of four models; 16-bit graphs of `tiny`, which are held against float32 modules on
+inputs that 16 bits hold exactly.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,8 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
 from klein_kv.signature import kv_names
+from klein_kv.weights import NUMPY_DTYPES
+from tests.conftest import load_ours
 from tests.tolerances import assert_close
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -33,7 +35,7 @@ class Subject:
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         """Runs a graph on arrays; float32 ones are cast to the graph's type."""
-        backend, dtype = self.ours.backend, np.dtype(self.precision)
+        backend, dtype = self.ours.backend, NUMPY_DTYPES[self.precision]
         steps = ("timestep", "sigma_step")
         buffers = {
             name: backend.upload(
@@ -50,22 +52,32 @@ class Subject:
 
 @pytest.fixture(
     scope="module",
-    params=["plain", "short", "sharded", "tiny", "tiny-float16"],
+    params=[
+        (backend, name, precision)
+        for backend in ("onnxruntime", "torch")
+        for name in ("plain", "short", "sharded", "tiny")
+        for precision in ("float32", "float16", "bfloat16")
+        if precision == "float32" or name == "tiny"
+        # ONNX Runtime does not compute bfloat16 on a CPU.
+        if (backend, precision) != ("onnxruntime", "bfloat16")
+    ],
+    ids="-".join,
 )
 def subject(request: pytest.FixtureRequest) -> Subject:
-    if not request.param.startswith("tiny"):
-        model = request.getfixturevalue("models")(request.param)
-        return Subject(model.ours, model.theirs, "float32")
-    theirs = request.getfixturevalue("tiny_theirs")
-    if request.param == "tiny":
-        return Subject(request.getfixturevalue("tiny_ours"), theirs, "float32")
-    artifacts = request.getfixturevalue("tiny_fp16_artifacts")
-    return Subject(KleinKVPipeline.from_pretrained(artifacts, threads=1), theirs, "float16")
+    backend, name, precision = request.param
+    if name != "tiny":
+        _, artifacts, theirs = request.getfixturevalue("saved_models")(name)
+    else:
+        short = {"float32": "", "float16": "fp16_", "bfloat16": "bf16_"}[precision]
+        artifacts = request.getfixturevalue(f"tiny_{short}artifacts")
+        theirs = request.getfixturevalue("tiny_theirs")
+    return Subject(load_ours(artifacts, backend), theirs, precision)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray[Any, Any]:
     values = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return values.astype(np.float16).astype(np.float32)
+    # What both 16-bit types hold: 8 bits of significand.
+    return values.astype(NUMPY_DTYPES["bfloat16"]).astype(np.float32)
 
 
 def step_inputs(

@@ -23,8 +23,8 @@ Picture = Callable[..., Image.Image]
 
 
 @pytest.fixture(scope="module")
-def ours(plain_artifacts: Path) -> KleinKVPipeline:
-    return load_ours(plain_artifacts)
+def ours(plain_artifacts: Path, backend: str) -> KleinKVPipeline:
+    return load_ours(plain_artifacts, backend)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ class Machine:
         self.backend = TrtBackend(
             artifacts, manifest, engines=engines, cudart=self.cudart, trt=self.trt
         )
+        options = {"reference_cache_bytes": 0} | options
         self.pipe = KleinKVPipeline(artifacts, manifest, self.backend, **options)
         self.pipe.set_progress_bar_config(disable=True)
         self.runs: list[str] = []
@@ -132,10 +133,10 @@ def test_text_encoder_is_gone_before_the_transformer_comes(
             events.append(f"release {graph}")
         release(graph)
 
-    def watch_load(graph: str) -> Any:
+    def watch_load(graph: str, folder: Any) -> Any:
         events.append(f"load {graph}")
         assert machine.components <= {component_of(graph), "vae"}
-        return load(graph)
+        return load(graph, folder)
 
     monkeypatch.setattr(machine.backend, "release", watch_release)
     monkeypatch.setattr(machine.backend, "_load", watch_load)

@@ -27,9 +27,9 @@ from klein_kv import KleinKVPipeline
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime import memory, reference_store
-from klein_kv.runtime.backend import GraphMemory
 from klein_kv.runtime.reference_store import ReferenceFolder
 from klein_kv.signature import kv_names
+from tests.runtime.stub_backend import TOKEN, DeviceStub, Stub
 
 Picture = Callable[..., Image.Image]
 Array = NDArray[Any]
@@ -38,56 +38,6 @@ SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 # Indices into PICTURES: 64x64, 80x64, 96x64, 64x80, 64x96 pixels; 16 to 24 tokens each.
 PICTURES = [(64, 64), (80, 64), (96, 64), (64, 80), (64, 96)]
 SETS = st.lists(st.integers(0, len(PICTURES) - 1), min_size=1, max_size=3)
-TOKEN = 1536  # bytes of keys and values per token of the tiny model
-
-
-class Stub:
-    """Stands in for a backend: arrays on the host, cheap functions of all inputs."""
-
-    name = "onnxruntime"
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.net = manifest.config.transformer
-        self.graphs: list[str] = []
-
-    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.graphs.append(graph)
-        if graph == "vae_encoder":
-            pixels = inputs["image"][:, ::16, ::16].astype(np.float32)
-            return {"ref_hidden_states": pixels.repeat(43, axis=3)[..., : self.net.in_channels]}
-        if graph == "encode_references":
-            return self._encode(inputs)
-        kv = self._encode(inputs) if graph == "first_step" else {}
-        held = kv or inputs
-        seen = sum(float(held[name].sum(dtype=np.float64)) for name in kv_names(3))
-        text = float(inputs["encoder_hidden_states"].sum())
-        latents = inputs["hidden_states"] * np.float32(0.9) + np.float32(seen * 1e-3 + text)
-        return {"noise_pred": latents, "latents": latents, **kv}
-
-    def _encode(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        tokens, ids = inputs["ref_hidden_states"], inputs["ref_ids"]
-        head = (self.net.num_attention_heads, self.net.attention_head_dim)
-        mixed = tokens.mean(axis=1, keepdims=True) + tokens * (1 + ids.sum(axis=1)[None, :, None])
-        wide = mixed[..., : head[0] * head[1]].reshape(1, -1, *head).astype(np.float32)
-        return {name: wide * np.float32(i + 1) for i, name in enumerate(kv_names(3))}
-
-    def upload(self, array: Array) -> Array:
-        return np.array(array)
-
-    def download(self, buffer: Array) -> Array:
-        return buffer
-
-    def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
-        return buffer.reshape(shape)
-
-    def release(self, graph: str) -> None:
-        pass
-
-    def available_memory(self) -> int:
-        return memory.available_memory()
-
-    def graph_memory(self, graph: str) -> GraphMemory:
-        return GraphMemory()
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +49,8 @@ def manifest(tiny_artifacts: Path) -> Manifest:
 def stub(tiny_artifacts: Path, manifest: Manifest) -> Callable[..., KleinKVPipeline]:
     """Pipelines on a stand-in; options as of `KleinKVPipeline`."""
 
-    def make(**options: Any) -> KleinKVPipeline:
-        pipeline = KleinKVPipeline(tiny_artifacts, manifest, Stub(manifest), **options)
+    def make(kind: type[Stub] = Stub, **options: Any) -> KleinKVPipeline:
+        pipeline = KleinKVPipeline(tiny_artifacts, manifest, kind(manifest), **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -134,6 +84,7 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 @settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
 @given(
     budget=st.integers(0, 100 * TOKEN),
+    host_budget=st.one_of(st.just(0), st.integers(1, 150 * TOKEN)),
     with_folder=st.booleans(),
     calls=st.lists(
         st.tuples(SETS, st.sampled_from(["edit", "encode", "hold", "pin", "unpin", "drop"])),
@@ -142,18 +93,24 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 )
 def test_sequences_equal_those_without_a_store(
     budget: int,
+    host_budget: int,
     with_folder: bool,
     calls: list[tuple[list[int], str]],
     stub: Callable[..., KleinKVPipeline],
     pictures: list[Image.Image],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    options: dict[str, Any] = {"reference_cache_bytes": budget}
-    if with_folder and budget:
-        folder = tmp_path_factory.mktemp("sets")
+    """Up to three levels: a device, host memory below it, a folder below that."""
+    options: dict[str, Any] = {"reference_cache_bytes": budget, "host_cache_bytes": host_budget}
+    folder = tmp_path_factory.mktemp("sets") if with_folder and budget else None
+    if folder is not None:
         options |= {"reference_cache_dir": folder, "reference_cache_dir_bytes": 2 * budget}
-    pipe, plain = stub(**options), stub(reference_cache_bytes=0)
-    in_use = []
+    if not budget:
+        options["host_cache_bytes"] = 0
+    pipe, plain = stub(DeviceStub, **options), stub(reference_cache_bytes=0)
+    device = pipe.backend
+    assert isinstance(device, DeviceStub)
+    in_use, expected = [], None
     for chosen, what in calls:
         images = [pictures[i] for i in chosen]
         if what == "drop":
@@ -175,10 +132,16 @@ def test_sequences_equal_those_without_a_store(
                     pipe.reference_store.pin(references.digest)
                 except CapacityError:
                     assert references.nbytes > room
-        stats = pipe.reference_store.stats
-        assert stats.bytes <= budget
-        if pipe.reference_store.second is not None:
-            assert pipe.reference_store.second.bytes <= 2 * budget
+            del references
+        assert pipe.reference_store.stats.bytes <= budget
+        if budget:
+            contents = device.contents()
+            assert len(contents) == len(set(contents)), "two copies on the device"
+        if pipe.host_level is not None:
+            assert device.host is not None
+            assert pipe.host_level.stats.bytes == device.host.bytes <= host_budget
+        if folder is not None:
+            assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 * budget
             assert not list(folder.glob(".*"))
 
 
@@ -282,7 +245,15 @@ def test_default_budget_is_a_quarter_of_what_is_free(
     monkeypatch.setattr(memory, "available_memory", lambda: 4000)
     pipe = stub()
     assert (pipe.reference_store.budget, pipe.prompt_cache.budget) == (1000, 250)
-    assert memory.default_cache_bytes("tensorrt") == 0
+
+
+def test_default_budget_of_a_device_leaves_room_for_weights() -> None:
+    weights = {"text_encoder": 16, "transformer": 18, "vae": 1}
+    assert memory.default_cache_bytes(135, weights) == 25
+    # Not all at once: the text encoder goes before the transformer comes.
+    assert memory.default_cache_bytes(31, weights) == 3
+    assert memory.default_cache_bytes(18, weights) == 0
+    assert memory.default_cache_bytes(100, dict.fromkeys(weights, 0)) == 25
 
 
 def test_store_gives_way_to_a_request(
@@ -314,6 +285,73 @@ def test_bad_budgets(stub: Callable[..., KleinKVPipeline], tmp_path: Path) -> No
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RequestError, match="cannot be made"):
         stub(reference_cache_dir=tmp_path / "file")
+
+
+# --- host memory below a device ---
+
+
+def test_evicted_sets_come_back_from_host_memory(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
+) -> None:
+    pipe = stub(DeviceStub, reference_cache_bytes=30 * TOKEN, host_cache_bytes=60 * TOKEN)
+    assert pipe.host_level is not None
+    expected = [edit(pipe, [image]) for image in pictures[:3]]
+    assert pipe.host_level.stats.entries == 2
+    for i in (0, 1, 2, 0, 1, 2):
+        np.testing.assert_array_equal(edit(pipe, [pictures[i]]), expected[i])
+    stats = pipe.reference_store.stats
+    assert (stats.misses, stats.restored, stats.hits) == (3, 6, 0)
+    # A set of 16 to 24 tokens: the host holds two, and gives up one now and then for good.
+    assert graphs_of(pipe).count("first_step") == 3
+    assert pipe.host_level.stats.entries == 2
+
+
+def test_what_host_memory_gives_up_goes_to_the_folder(
+    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    options = {"reference_cache_bytes": 30 * TOKEN, "reference_cache_dir": tmp_path}
+    pipe = stub(DeviceStub, host_cache_bytes=30 * TOKEN, **options)
+    expected = [edit(pipe, [image]) for image in pictures[:4]]
+    assert pipe.host_level is not None
+    assert pipe.host_level.stats.entries == 1
+    assert len(files_of(tmp_path)) == 2
+    for image, latents in zip(pictures[:4], expected, strict=True):
+        np.testing.assert_array_equal(edit(pipe, [image]), latents)
+    assert pipe.reference_store.stats.misses == 4
+    # A set that is larger than host memory goes straight to the folder, and comes from there.
+    large = edit(pipe, pictures)
+    assert len(files_of(tmp_path)) == 5
+    np.testing.assert_array_equal(edit(pipe, pictures), large)
+    assert pipe.reference_store.stats.restored == 5
+
+
+def test_host_memory_that_cannot_be_had_is_a_warning(
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"reference_cache_bytes": 30 * TOKEN, "reference_cache_dir": tmp_path}
+    pipe = stub(DeviceStub, host_cache_bytes=1 << 20, **options)
+    assert isinstance(pipe.backend, DeviceStub)
+    assert pipe.backend.host is not None
+    pipe.backend.host.budget = 0  # as if the system pinned no more
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        expected = [edit(pipe, [image]) for image in pictures[:2]]
+    assert "not kept in host memory: no pages are left" in caplog.text
+    assert len(files_of(tmp_path)) == 1
+    np.testing.assert_array_equal(edit(pipe, pictures[:1]), expected[0])
+
+
+def test_host_memory_below_host_memory_is_refused(
+    stub: Callable[..., KleinKVPipeline],
+) -> None:
+    with pytest.raises(RequestError, match="of backend onnxruntime are in host memory already"):
+        stub(host_cache_bytes=1 << 20)
+    with pytest.raises(RequestError, match="host_cache_bytes is -1, expected 0 or more"):
+        stub(host_cache_bytes=-1)
+    with pytest.raises(RequestError, match="host_cache_bytes is given and reference_cache_bytes"):
+        stub(DeviceStub, reference_cache_bytes=0, host_cache_bytes=1 << 20)
 
 
 # --- the folder ---

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.manifest import Manifest
 from klein_kv.runtime import reference_file
-from klein_kv.runtime.kv_quantization import dequantize_kv, quantize_kv
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest
-from klein_kv.signature import kv_names
+from klein_kv.signature import KV_FLOAT8, kv_names
 
 Picture = Callable[..., Image.Image]
 
@@ -33,24 +35,25 @@ REQUEST: dict[str, Any] = {
 
 
 def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
-    pipeline = KleinKVPipeline.from_pretrained(artifacts, threads=1, **options)
+    options = {"threads": 1, "reference_cache_bytes": 1 << 28} | options
+    pipeline = KleinKVPipeline.from_pretrained(artifacts, device="cpu", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_artifacts: Path) -> KleinKVPipeline:
-    """A pipeline that keeps references; every test brings its own pictures."""
-    return load(tiny_artifacts)
+def pipe(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    """A pipeline that keeps references, with each backend; every test brings its own pictures."""
+    return load(tiny_artifacts, backend=backend)
 
 
 @pytest.fixture(scope="module")
-def fp8(tiny_artifacts: Path) -> KleinKVPipeline:
-    return load(tiny_artifacts, kv_dtype="fp8")
+def fp8(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    return load(tiny_artifacts, backend=backend, kv_dtype="fp8")
 
 
 def arrays(references: ReferenceSet) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: buffer.numpy() for name, buffer in references.buffers().items()}
+    return {name: references.backend.download(x) for name, x in references.kv.items()}
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -65,13 +68,14 @@ def assert_same_bits(one: Any, other: Any) -> None:
 def test_every_way_to_the_same_references_gives_the_same_bits(
     count: int,
     pipe: KleinKVPipeline,
-    tiny_ours: KleinKVPipeline,
+    any_ours: KleinKVPipeline,
     tiny_artifacts: Path,
+    backend: str,
     picture: Picture,
     tmp_path: Path,
 ) -> None:
     images = [picture(*size, seed=10 * count + i) for i, size in enumerate(SIZES[:count])]
-    expected = tiny_ours(image=images, **REQUEST).images  # keeps nothing: `first_step`
+    expected = any_ours(image=images, **REQUEST).images  # keeps nothing: `first_step`
     before = pipe.reference_store.stats
     for _ in range(2):  # a miss, then a hit
         assert_same_bits(pipe(image=images, **REQUEST).images, expected)
@@ -79,13 +83,13 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)
 
     kept = pipe.encode_references(images)  # what `first_step` gave out
-    encoded = tiny_ours.encode_references(images)  # what `encode_references` gives out
+    encoded = any_ours.encode_references(images)  # what `encode_references` gives out
     for name in kv_names(3):
         assert_same_bits(arrays(kept)[name], arrays(encoded)[name])
     assert kept.digest == encoded.digest
 
     kept.save(tmp_path / "set.safetensors")
-    restarted = load(tiny_artifacts)
+    restarted = load(tiny_artifacts, backend=backend)
     loaded = restarted.load_references(tmp_path / "set.safetensors")
     assert (loaded.digest, loaded.nbytes, loaded.num_tokens, loaded.first_size) == (
         kept.digest,
@@ -102,11 +106,11 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
 
 
 def test_threads_of_the_backend_do_not_matter(
-    pipe: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
+    tiny_ours: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
 ) -> None:
     images = [picture(300, 200, seed=70), picture(160, 250, seed=71)]
-    two = KleinKVPipeline.from_pretrained(tiny_artifacts, threads=2, reference_cache_bytes=0)
-    one, other = arrays(pipe.encode_references(images)), arrays(two.encode_references(images))
+    two = load(tiny_artifacts, threads=2, reference_cache_bytes=0)
+    one, other = arrays(tiny_ours.encode_references(images)), arrays(two.encode_references(images))
     for name in kv_names(3):
         assert_same_bits(one[name], other[name])
 
@@ -166,9 +170,9 @@ def test_failed_request_leaves_the_store_usable(
 
 
 def test_same_prompt_is_encoded_once(
-    pipe: KleinKVPipeline, tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: KleinKVPipeline, any_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = tiny_ours.encode_prompt(["a kite", "snow"])
+    expected = any_ours.encode_prompt(["a kite", "snow"])
     graphs, run = [], pipe.backend.run
     monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
     for _ in range(2):
@@ -230,50 +234,98 @@ def test_sets_of_another_origin_are_refused(pipe: KleinKVPipeline, picture: Pict
 # --- float8 ---
 
 
-def test_quantization_keeps_three_bits_and_the_sign() -> None:
-    rng = np.random.default_rng(0)
-    array = (
-        rng.standard_normal((1, 50, 4, 32), np.float32) * np.float32([1e-6, 1, 30, 1e5])[:, None]
-    )
-    packed, scale = quantize_kv(array)
-    assert (packed.dtype, packed.shape, scale.shape) == (np.uint8, array.shape, (4,))
-    back = dequantize_kv(packed, scale, np.dtype(np.float32))
-    largest = np.abs(array).max(axis=(0, 1, 3))
-    # Half a unit in the last place of a 4-bit significand, or of the smallest subnormal.
-    bound = np.maximum(np.abs(array) / 16, (largest / 448 * 2**-10)[:, None])
-    assert (np.abs(back - array) <= bound * 1.001).all()
-
-
-@pytest.mark.parametrize("value", [0.0, 1e30, -3.3])
-def test_quantization_of_equal_values(value: float) -> None:
-    array = np.full((1, 3, 2, 4), value, np.float32)
-    back = dequantize_kv(*quantize_kv(array), np.dtype(np.float32))
-    np.testing.assert_allclose(back, array, rtol=1e-6)
-
-
+@pytest.mark.parametrize("count", [1, 3])
 def test_float8_is_a_quarter_and_the_same_each_time(
-    fp8: KleinKVPipeline, tiny_ours: KleinKVPipeline, picture: Picture, tmp_path: Path
+    count: int,
+    fp8: KleinKVPipeline,
+    any_ours: KleinKVPipeline,
+    tiny_artifacts: Path,
+    backend: str,
+    picture: Picture,
+    tmp_path: Path,
 ) -> None:
-    images = [picture(100, 68, seed=50), picture(64, 90, seed=51)]
-    exact = tiny_ours(image=images, **REQUEST).images
-    miss = fp8(image=images, **REQUEST).images
-    assert 1e-5 < np.abs(miss - exact).max() < 0.1
-    assert_same_bits(fp8(image=images, **REQUEST).images, miss)
-    references = fp8.encode_references(images)
-    whole = tiny_ours.encode_references(images)
-    assert 4 * references.nbytes - whole.nbytes == 4 * 6 * 2 * 4  # the scales
-    assert_same_bits(fp8(references=references, **REQUEST).images, miss)
-    references.save(tmp_path / "set.safetensors")
+    images = [picture(*size, seed=50 + i) for i, size in enumerate(SIZES[:count])]
+    exact = any_ours(image=images, **REQUEST).images
+    keeps_nothing = load(tiny_artifacts, backend=backend, kv_dtype="fp8", reference_cache_bytes=0)
+    first = keeps_nothing(image=images, **REQUEST).images  # `first_step`
+    assert 1e-5 < np.abs(first - exact).max() < 0.1
+    for _ in range(2):  # a miss, then a hit
+        assert_same_bits(fp8(image=images, **REQUEST).images, first)
+
+    kept = fp8.encode_references(images)  # what `first_step` gave out
+    encoded = keeps_nothing.encode_references(images)  # what `encode_references` gives out
+    assert list(kept.kv) == kv_names(3, KV_FLOAT8)
+    for name, array in arrays(kept).items():
+        assert_same_bits(array.view(np.uint8), arrays(encoded)[name].view(np.uint8))
+        assert array.dtype == ("float32" if "_scale." in name else "float8_e4m3fn")
+    whole = any_ours.encode_references(images)
+    scales = 6 * 2 * 4
+    assert kept.nbytes == sum(array.nbytes for array in arrays(kept).values())
+    assert 4 * (kept.nbytes - scales) == whole.nbytes
+    for references in (kept, encoded):
+        assert_same_bits(fp8(references=references, **REQUEST).images, first)
+
+    kept.save(tmp_path / "set.safetensors")
     fp8.reference_store.clear()
-    del references
+    del kept, references
     loaded = fp8.load_references(tmp_path / "set.safetensors")
-    assert_same_bits(fp8(references=loaded, **REQUEST).images, miss)
+    assert_same_bits(fp8(references=loaded, **REQUEST).images, first)
     with pytest.raises(RequestError, match=r"kept in another type \(got float8_e4m3fn"):
-        tiny_ours.load_references(tmp_path / "set.safetensors")
+        any_ours.load_references(tmp_path / "set.safetensors")
+
+
+def test_float8_without_references_is_text_to_image(
+    fp8: KleinKVPipeline, any_ours: KleinKVPipeline
+) -> None:
+    assert_same_bits(fp8(**REQUEST).images, any_ours(**REQUEST).images)
+
+
+def test_float8_file_is_plain_safetensors(
+    fp8: KleinKVPipeline, picture: Picture, tmp_path: Path
+) -> None:
+    path = tmp_path / "set.safetensors"
+    references = fp8.encode_references(picture(64, 64, seed=55))
+    references.save(path)
+    held = load_file(path)
+    assert set(held) == set(kv_names(3, KV_FLOAT8))
+    for name, array in arrays(references).items():
+        if "_scale." in name:
+            assert_same_bits(held[name].numpy(), array)
+        else:
+            assert held[name].dtype == torch.float8_e4m3fn
+            assert_same_bits(held[name].float().numpy(), array.astype(np.float32))
+
+
+def test_files_of_the_first_format(
+    pipe: KleinKVPipeline, fp8: KleinKVPipeline, picture: Picture, tmp_path: Path
+) -> None:
+    """Theirs was the same layout, but for float8."""
+    image = picture(64, 64, seed=56)
+    for name, pipeline in (("whole", pipe), ("packed", fp8)):
+        path = tmp_path / name
+        references = pipeline.encode_references(image)
+        references.save(path)
+        rewrite(path, lambda h: h["__metadata__"].update(format="klein-kv reference set 1"))
+        pipeline.reference_store.clear()
+        del references
+    loaded = pipe.load_references(tmp_path / "whole")
+    assert_same_bits(pipe(references=loaded, **REQUEST).images, pipe(image=image, **REQUEST).images)
+    with pytest.raises(RequestError, match="as an earlier klein-kv laid them out; encode"):
+        fp8.load_references(tmp_path / "packed")
+
+
+def test_folders_without_such_graphs_say_so(tiny_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    older = replace(manifest, files={k: v for k, v in manifest.files.items() if "fp8_kv" not in k})
+    assert older.graph_sets == [older.graphs]
+    with pytest.raises(ArtifactError, match="lists no graphs with keys and values in float8"):
+        older.graphs_with(KV_FLOAT8)
+    with pytest.raises(RequestError, match="plain weights keep no keys"):
+        replace(manifest, variant="plain").graphs_with(KV_FLOAT8)
 
 
 def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
-    assert load(tiny_artifacts, kv_dtype="fp32")._encoder.exact
+    assert load(tiny_artifacts, kv_dtype="fp32").graphs == Manifest.load(tiny_artifacts).graphs
     with pytest.raises(RequestError, match=r"kv_dtype is 'bf16', .*expected 'fp32' or 'fp8'"):
         load(tiny_artifacts, kv_dtype="bf16")
 
