@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
     )
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     _add_samples(sub, 8)
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", help="bf16, fp8 or nvfp4 (default: all three)")
     sub.add_argument("--text-precision", help="of the text encoder: bf16 or fp8")
     sub.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
+    sub.add_argument("--attention", choices=("fp8",), help="default: bf16")
     sub.add_argument("--batch", type=int, default=1)
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--engines", type=Path, help="folder of engines (default: the best suited)")
@@ -201,7 +203,6 @@ def _add_samples(sub: Any, count: int) -> None:
     sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
     sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -490,6 +491,7 @@ def _plan(args: argparse.Namespace) -> Result:
         precisions=None if args.precision is None else (args.precision,),
         text_precision=args.text_precision,
         kv_dtype=args.kv_dtype,
+        attention=args.attention,
         batch=args.batch,
         steps=args.steps,
         memory=args.memory,

@@ -3,9 +3,8 @@
 Only headers and manifests are read, and no GPU is asked: the plan is that of its vendor's figures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from klein_kv.config import DTYPES, ITEM_SIZE
 from klein_kv.engines.targets import Gpu, find_target
 from klein_kv.errors import RequestError
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.runtime.engine_choice import BuiltEngines, choose_engines, load_engines
+from klein_kv.quantization import PRECISION_FORMATS
+from klein_kv.runtime.engine_choice import BuiltEngine, choose_engine, load_engines
 from klein_kv.runtime.host_needs import HostNeed, host_needs
 from klein_kv.runtime.latency import Latency, estimate_latency
 from klein_kv.runtime.memory_plan import (
+    COMPONENTS,
     RESERVED,
     Footprint,
     MemoryPlan,
@@ -26,6 +27,7 @@ from klein_kv.runtime.memory_plan import (
     make_plan,
 )
 from klein_kv.runtime.plan_choices import Choice, what_fits
+from klein_kv.signature import KV_FLOAT8, KV_STATIC_FLOAT8, GraphSet
 from klein_kv.weights import WeightRef
 
 __all__ = ["EditPlan", "PlanOptions", "Plans", "base_footprint", "plan_artifacts"]
@@ -40,10 +42,12 @@ class PlanOptions:
         size: (width, height) of the output in pixels.
         references: numbers of reference images.
         reference_size: (width, height) of each.
-        precisions: of the transformer's block linears: "fp8", "nvfp4", or the 16 bits that the
-            artifacts hold, "bf16" or "fp16"; None takes all three.
-        text_precision: of the text encoder's; None takes the artifacts' 16 bits.
-        kv_dtype: "bf16", or "fp8" for engines that hand keys and values on in eight bits.
+        precisions: of the transformer's block linears: "fp8", "nvfp4", "fp8-weight-only", or the 16
+            bits that the artifacts hold, "bf16" or "fp16"; None takes that, fp8 and nvfp4.
+        text_precision: of the text encoder's; None takes what the artifacts or the recipes of
+            `klein-kv quantize` have beside a precision.
+        kv_dtype: "bf16", or "fp8" for graphs that hand keys and values on in eight bits.
+        attention: "fp8" for attention in float8, whose keys and values are float8 as well.
         batch: images at once.
         steps: denoising steps.
         memory: device memory in bytes, in place of the GPU's.
@@ -57,6 +61,7 @@ class PlanOptions:
     precisions: tuple[str, ...] | None = None
     text_precision: str | None = None
     kv_dtype: str = "bf16"
+    attention: str | None = None
     batch: int = 1
     steps: int = 4
     memory: int | None = None
@@ -65,6 +70,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.kv_dtype not in ("bf16", "fp8"):
             raise RequestError(f"kv_dtype is {self.kv_dtype!r}, expected 'bf16' or 'fp8'")
+        if self.attention not in (None, "fp8"):
+            raise RequestError(f"attention is {self.attention!r}, expected 'fp8' or None")
         if min(self.references, default=0) < 0:
             raise RequestError(f"references is {min(self.references)}, expected 0 or more")
         for name, least in (("steps", 1), ("memory", 1), ("batch", 1)):
@@ -102,6 +109,7 @@ class EditPlan:
             "precision": footprint.precision,
             "text_precision": footprint.text_precision,
             "kv_dtype": footprint.kv_dtype,
+            "attention": footprint.attention or footprint.dtype,
             "weights": dict(footprint.weights),
             "kv_bytes": self.first.kv_bytes,
             "peak": self.first.peak,
@@ -154,61 +162,159 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
         raise RequestError(
             f"the figures of {target.name} are not known; name another GPU, e.g. rtx5090"
         )
-    base = base_footprint(artifacts, manifest, kv_dtype=options.kv_dtype)
+    base = base_footprint(artifacts, manifest)
     precisions = options.precisions or (base.precision, "fp8", "nvfp4")
-    text = options.text_precision or base.precision
-    for name in (*precisions, text):
-        if name not in (base.precision, "fp8", "nvfp4"):
-            raise RequestError(
-                f"precision is {name!r}, expected {base.precision}, fp8 or nvfp4 for {artifacts}"
-            )
+    if options.attention is not None:
+        precisions = options.precisions or ("fp8", "nvfp4")
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
-    engines = load_engines(artifacts, manifest, target.sm, options.engines)
-    edits, used = [], None
+    engines = load_engines(artifacts, target.sm, options.engines)
+    planner = _Planner(manifest, capacity, engines)
+    edits = []
     for precision in precisions:
-        footprint = base.quantized(precision, text)
+        footprint = _footprint(artifacts, manifest, base, precision, options)
         for count in options.references:
             requests = [_request(manifest, options, count, known) for known in (False, True)]
-            chosen = _engines(engines, footprint, requests[0])
-            used = used or chosen
-            plan = partial(_plan, capacity=capacity, engines=engines)
-            edits.append(_edit(plan, footprint, requests, options.steps, target.gpu, chosen))
+            edits.append(_edit(planner, footprint, requests, options.steps, target.gpu))
     plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
-    host = host_needs(artifacts, manifest, used, plans)
+    used = {
+        built.folder: built
+        for plan in plans
+        for built in planner.engines_of(plan.footprint, plan.request).values()
+    }
+    host = host_needs(artifacts, manifest, list(used.values()), plans)
     return Plans(target.gpu, capacity, options.steps, tuple(edits), tuple(host))
 
 
-def base_footprint(artifacts: Path, manifest: Manifest, *, kv_dtype: str = "bf16") -> Footprint:
+def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
     """The exported model in 16 bits, as GPUs run it.
 
     Args:
         artifacts: the folder; float32 is planned as if it had been exported in bfloat16.
         manifest: its manifest.
-        kv_dtype: "fp8" for keys and values in eight bits, else they have the graphs' type.
     """
-    own, dtype = manifest.dtype, manifest.dtype
-    if dtype == "float32":
-        dtype = "bfloat16"
-    weights: dict[str, dict[WeightRef, int]] = {}
-    shapes = {}
-    for graph, file in manifest.graphs.files.items():
-        found = graph_weights(artifacts, file)
-        held = weights.setdefault(component_of(graph), {})
-        for ref in found.values():
-            wide = ref.dtype == own
-            held[ref] = ref.nbytes * ITEM_SIZE[dtype] // ITEM_SIZE[own] if wide else ref.nbytes
-        if graph.startswith("vae_"):
-            shapes[graph] = {name: ref.shape for name, ref in found.items()}
+    dtype = "bfloat16" if manifest.dtype == "float32" else manifest.dtype
     precision = next(name for name, wide in DTYPES.items() if wide == dtype)
+    files, shapes = manifest.graphs.files, {}
+    for graph, file in files.items():
+        if graph.startswith("vae_"):
+            weights = graph_weights(artifacts, file)
+            shapes[graph] = {name: ref.shape for name, ref in weights.items()}
     return Footprint(
         config=manifest.config,
         dtype=dtype,
-        weights={component: sum(held.values()) for component, held in weights.items()},
+        weights={
+            component: _component_bytes(artifacts, manifest, component, files, dtype)
+            for component in COMPONENTS
+        },
         vae_shapes=shapes,
         precision=precision,
         text_precision=precision,
-        kv_dtype="float8_e4m3fn" if kv_dtype == "fp8" else dtype,
+        kv_dtype=dtype,
     )
+
+
+def _component_bytes(
+    artifacts: Path, manifest: Manifest, component: str, files: Mapping[str, str], dtype: str
+) -> int:
+    """Bytes of the tensors that a component's graphs read, each once, in a type for the floats."""
+    held: dict[WeightRef, int] = {}
+    for graph, file in files.items():
+        if component_of(graph) == component:
+            for ref in graph_weights(artifacts, file).values():
+                held[ref] = ref.nbytes
+                if ref.dtype == manifest.dtype:
+                    held[ref] = ref.nbytes * ITEM_SIZE[dtype] // ITEM_SIZE[ref.dtype]
+    return sum(held.values())
+
+
+def _footprint(
+    artifacts: Path, manifest: Manifest, base: Footprint, precision: str, options: PlanOptions
+) -> Footprint:
+    """The model in another precision: from its files where they are there, else from shapes."""
+    quantized = precision in PRECISION_FORMATS
+    text = options.text_precision
+    if text is None:
+        # The recipes of `klein-kv quantize` make the text encoder smaller too.
+        usual = {"nvfp4": "fp8"}.get(precision, precision)
+        networks = manifest.precisions.get(precision, {"text_encoder": usual} if quantized else {})
+        text = networks.get("text_encoder", base.precision)
+    for name in (precision, text):
+        if name != base.precision and name not in PRECISION_FORMATS:
+            raise RequestError(
+                f"precision is {name!r}, expected one of {base.precision}, "
+                f"{', '.join(PRECISION_FORMATS)} for {artifacts}"
+            )
+    if options.attention is not None and not quantized:
+        raise RequestError(
+            f"attention is {options.attention!r} and precision {precision!r}: its scales belong to "
+            "a quantized precision; name fp8 or nvfp4"
+        )
+    packed = options.kv_dtype == "fp8" or options.attention is not None
+    found = replace(
+        base.quantized(precision, text),
+        kv_dtype=KV_FLOAT8 if packed else base.kv_dtype,
+        attention=options.attention,
+    )
+    weights = dict(found.weights)
+    for component, name in (("transformer", precision), ("text_encoder", text)):
+        files = GraphSet(manifest.variant, manifest.dtype, quantized=((component, name),)).files
+        own = {graph: file for graph, file in files.items() if component_of(graph) == component}
+        if name in PRECISION_FORMATS and all(file in manifest.files for file in own.values()):
+            weights[component] = _component_bytes(artifacts, manifest, component, own, base.dtype)
+    return replace(found, weights=weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Plans requests for one device."""
+
+    manifest: Manifest
+    capacity: int
+    engines: Sequence[BuiltEngine]
+
+    def __call__(self, footprint: Footprint, request: Request) -> MemoryPlan:
+        """The plan on the engines that would run it."""
+        engines = self.engines_of(footprint, request)
+        scratch = {
+            graph: (built.record.scratch_bytes, built.name) for graph, built in engines.items()
+        }
+        copies = sum(
+            built.manifest.weights == "embedded" and component_of(graph) == "transformer"
+            for graph, built in engines.items()
+        )
+        if copies > 1:
+            held = footprint.weights["transformer"] * copies
+            footprint = replace(footprint, weights={**footprint.weights, "transformer": held})
+        return make_plan(footprint, request, self.capacity, scratch=scratch)
+
+    def engines_of(self, footprint: Footprint, request: Request) -> dict[str, BuiltEngine]:
+        """Engines by graph, where there are such."""
+        found = {}
+        for graph in request.stages:
+            sizes = request.sizes(graph, footprint.config)
+            digests = self._digests(graph, footprint)
+            if (built := choose_engine(self.engines, graph, digests, sizes)) is not None:
+                found[graph] = built
+        return found
+
+    def _digests(self, graph: str, footprint: Footprint) -> list[str]:
+        """Of the files that an engine may have been built from, the best first."""
+        component = component_of(graph)
+        names = {"transformer": footprint.precision, "text_encoder": footprint.text_precision}
+        name = names.get(component, "")
+        quantized = ((component, name),) if name in PRECISION_FORMATS else ()
+        kv = None
+        if component == "transformer" and footprint.kv_dtype == KV_FLOAT8:
+            kv = KV_STATIC_FLOAT8 if quantized else KV_FLOAT8
+        attentions: list[str | None] = [None]
+        if component == "transformer" and footprint.attention is not None:
+            attentions = [footprint.attention, None]
+        sets = [
+            GraphSet(self.manifest.variant, self.manifest.dtype, kv, quantized, attention)
+            for attention in attentions
+        ]
+        files = [graphs.files[graph] for graphs in sets]
+        return [self.manifest.files[file].digest for file in files if file in self.manifest.files]
 
 
 def _request(manifest: Manifest, options: PlanOptions, count: int, known: bool) -> Request:
@@ -229,44 +335,22 @@ def _request(manifest: Manifest, options: PlanOptions, count: int, known: bool) 
     )
 
 
-def _sizes(footprint: Footprint, request: Request) -> Mapping[str, Mapping[str, int]]:
-    return {graph: request.sizes(graph, footprint.config) for graph in request.stages}
-
-
-def _engines(
-    engines: list[BuiltEngines], footprint: Footprint, request: Request
-) -> BuiltEngines | None:
-    sizes = _sizes(footprint, request)
-    return choose_engines(engines, footprint.precision, footprint.kv_dtype, sizes)
-
-
-def _plan(
-    footprint: Footprint, request: Request, *, capacity: int, engines: list[BuiltEngines]
-) -> MemoryPlan:
-    chosen = _engines(engines, footprint, request)
-    scratch = None if chosen is None else chosen.scratch(_sizes(footprint, request))
-    if chosen is not None and chosen.manifest.weights == "embedded":
-        copies = sum(component_of(graph) == "transformer" for graph in request.stages)
-        weights = {**footprint.weights, "transformer": footprint.weights["transformer"] * copies}
-        footprint = replace(footprint, weights=weights)
-    return make_plan(footprint, request, capacity, scratch=scratch)
-
-
 def _edit(
-    plan: Callable[[Footprint, Request], MemoryPlan],
+    planner: _Planner,
     footprint: Footprint,
     requests: Sequence[Request],
     steps: int,
     gpu: Gpu,
-    engines: BuiltEngines | None,
 ) -> EditPlan:
-    first, again = plan(footprint, requests[0]), None
-    if first.kv_bytes:
-        again = plan(footprint, requests[1])
+    def latency(plan: MemoryPlan) -> Latency:
+        return estimate_latency(plan, steps, gpu, planner.engines_of(footprint, plan.request))
+
+    first = planner(footprint, requests[0])
+    again = planner(footprint, requests[1]) if first.kv_bytes else None
     return EditPlan(
         first=first,
         again=again,
-        first_time=estimate_latency(first, steps, gpu, engines),
-        again_time=None if again is None else estimate_latency(again, steps, gpu, engines),
-        choices=() if first.fits else tuple(what_fits(first, plan)),
+        first_time=latency(first),
+        again_time=None if again is None else latency(again),
+        choices=() if first.fits else tuple(what_fits(first, planner)),
     )

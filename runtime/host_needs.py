@@ -16,9 +16,10 @@ from klein_kv.engines.build_needs import (
 )
 from klein_kv.flops import block_weights, text_block_weights
 from klein_kv.manifest import MANIFEST, Manifest, graph_weights
+from klein_kv.quantization import PRECISION_FORMATS
 from klein_kv.runtime.cuda_memory import STAGING_BYTES
-from klein_kv.runtime.engine_choice import BuiltEngines
-from klein_kv.runtime.memory_plan import PRECISIONS, MemoryPlan
+from klein_kv.runtime.engine_choice import BuiltEngine
+from klein_kv.runtime.memory_plan import PRECISIONS, Footprint, MemoryPlan
 
 __all__ = ["EXPORT_MEMORY", "HostNeed", "host_needs"]
 
@@ -49,17 +50,22 @@ class HostNeed:
 
 
 def host_needs(
-    artifacts: Path, manifest: Manifest, engines: BuiltEngines | None, plans: Sequence[MemoryPlan]
+    artifacts: Path,
+    manifest: Manifest,
+    engines: Sequence[BuiltEngine],
+    plans: Sequence[MemoryPlan],
 ) -> list[HostNeed]:
     """What the host needs for these artifacts.
 
     Args:
         artifacts: the folder.
         manifest: its manifest.
-        engines: those that would run, if built.
+        engines: one of each folder that would run, if any is built.
         plans: of requests: what they load again comes from the host.
     """
-    files = [artifacts / name for name in (*manifest.files, MANIFEST)]
+    quantized = {x: manifest.precision_files(x) for x in manifest.precisions}
+    made_later = {name for names in quantized.values() for name in names}
+    files = [artifacts / name for name in (*manifest.files, MANIFEST) if name not in made_later]
     linked = sum(path.stat().st_size for path in files if path.stat().st_nlink > 1)
     own = sum(path.stat().st_size for path in files) - linked
     weights = {
@@ -75,16 +81,15 @@ def host_needs(
             f"measured at 9B; {linked / 1e9:.1f} GB more are links to the checkpoint",
         )
     ]
-    if engines is None:
+    if not engines:
         needs.append(
             HostNeed("build, shared weights", SHARED_BUILD_MEMORY, code, "measured at 9B; at most")
         )
-    else:
-        memory = max(record.peak_rss for record in engines.records.values())
-        disk = sum(path.stat().st_size for path in engines.folder.iterdir())
-        kind = engines.manifest.weights
-        needs.append(HostNeed(f"build, {kind} weights", memory, disk, f"engines {engines.name}"))
-    if engines is None or engines.manifest.weights != "embedded":
+    for built in engines:
+        memory = max(record.peak_rss for record in built.manifest.engines.values())
+        disk = sum(path.stat().st_size for path in built.folder.iterdir())
+        needs.append(HostNeed(f"build, {built.manifest.weights} weights", memory, disk, built.name))
+    if all(built.manifest.weights != "embedded" for built in engines):
         needs.append(
             HostNeed(
                 "build, embedded weights",
@@ -93,18 +98,13 @@ def host_needs(
                 "3.1 times the largest graph's weights (measured), 1 GiB",
             )
         )
-    precisions = {plan.footprint.precision: plan.footprint for plan in plans}
-    for precision in [name for name in precisions if name in ("fp8", "nvfp4")]:
-        footprint = precisions[precision]
-        quantized = int(block_weights(manifest.config.transformer) * PRECISIONS[precision])
-        if footprint.text_precision in ("fp8", "nvfp4"):
-            text = text_block_weights(manifest.config.text_encoder)
-            quantized += int(text * PRECISIONS[footprint.text_precision])
-        needs.append(
-            HostNeed(
-                f"{precision} weights", None, quantized, "from their shapes, beside the others"
-            )
-        )
+    for name, footprint in {plan.footprint.precision: plan.footprint for plan in plans}.items():
+        if name in quantized:
+            disk = sum((artifacts / file).stat().st_size for file in quantized[name])
+            needs.append(HostNeed(f"{name} weights and graphs", None, disk, "exact"))
+        elif name in PRECISION_FORMATS:
+            disk = _quantized_bytes(footprint)
+            needs.append(HostNeed(f"{name} weights, not made yet", None, disk, "from their shapes"))
     needs.append(HostNeed("run: pinned buffers for uploads", 2 * STAGING_BYTES, None, "exact"))
     again = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
     if again:
@@ -117,3 +117,11 @@ def host_needs(
             )
         )
     return needs
+
+
+def _quantized_bytes(footprint: Footprint) -> int:
+    config = footprint.config
+    found = block_weights(config.transformer) * PRECISIONS[footprint.precision]
+    if footprint.text_precision in PRECISION_FORMATS:
+        found += text_block_weights(config.text_encoder) * PRECISIONS[footprint.text_precision]
+    return int(found)

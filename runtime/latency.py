@@ -2,8 +2,8 @@
 
 A stage takes what the kernel plan of its engine costs where there is an engine of exactly its
 sizes, else its arithmetic at the peak rate of its types (`klein_kv.flops`), which no GPU reaches:
-kernel plans of klein 9B are 3 to 12 % above it. Loading weights takes their bytes at the peak of
-the link to the host.
+kernel plans of klein 9B in bf16 are 3 to 12 % above it. Loading weights takes their bytes at the
+peak of the link to the host.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from klein_kv.flops import (
     step_operations,
     text_operations,
 )
-from klein_kv.runtime.engine_choice import BuiltEngines
-from klein_kv.runtime.memory_plan import Footprint, MemoryPlan, Request
+from klein_kv.runtime.engine_choice import BuiltEngine
+from klein_kv.runtime.memory_plan import Footprint, MemoryPlan, Request, component_of
 from klein_kv.vae_layers import vae_operations
 
 __all__ = ["Latency", "StageTime", "estimate_latency"]
@@ -72,7 +72,7 @@ class Latency:
 
 
 def estimate_latency(
-    plan: MemoryPlan, steps: int, gpu: Gpu, engines: BuiltEngines | None
+    plan: MemoryPlan, steps: int, gpu: Gpu, engines: Mapping[str, BuiltEngine]
 ) -> Latency:
     """Times of a planned request.
 
@@ -80,7 +80,7 @@ def estimate_latency(
         plan: says which graphs run and which weights are loaded.
         steps: denoising steps.
         gpu: its figures.
-        engines: what would run it, if built.
+        engines: what would run its graphs, where that is built.
     """
     request, footprint = plan.request, plan.footprint
     stages = [
@@ -88,15 +88,12 @@ def estimate_latency(
         for component, nbytes in plan.loads.items()
     ]
     for graph in request.stages:
-        runs = _runs(graph, request, steps)
-        sizes = request.sizes(graph, footprint.config)
-        priced = None
-        if engines is not None and _same_precision(graph, footprint, engines):
-            priced = engines.seconds(graph, sizes, gpu)
-        if priced is not None and engines is not None:
-            stages.append(StageTime(graph, runs, priced, "kernel plan", engines.name))
+        runs, engine = _runs(graph, request, steps), engines.get(graph)
+        priced = None if engine is None else engine.seconds(gpu)
+        if engine is not None and priced is not None:
+            stages.append(StageTime(graph, runs, priced, "kernel plan", engine.name))
         else:
-            seconds = _seconds(graph, footprint, sizes, gpu)
+            seconds = _seconds(graph, footprint, request.sizes(graph, footprint.config), gpu)
             stages.append(StageTime(graph, runs, seconds, "FLOP model"))
     return Latency(tuple(stages))
 
@@ -109,20 +106,19 @@ def _runs(graph: str, request: Request, steps: int) -> int:
     return steps if graph == "plain_step" else 1
 
 
-def _same_precision(graph: str, footprint: Footprint, engines: BuiltEngines) -> bool:
-    """Whether an engine's text encoder, if that is asked for, has the planned precision."""
-    return graph != "text_encoder" or footprint.text_precision == engines.manifest.precision
-
-
 def _seconds(graph: str, footprint: Footprint, sizes: Mapping[str, int], gpu: Gpu) -> float | None:
     own = next(name for name, dtype in DTYPES.items() if dtype == footprint.dtype)
     text = graph == "text_encoder"
     precision = footprint.text_precision if text else footprint.precision
-    base, blocks = gpu.peak(own), gpu.peak(_PEAKS.get(precision, own))
-    if base is None or blocks is None:
-        return None
+    attention = footprint.attention if component_of(graph) == "transformer" else None
+    rates = [gpu.peak(name) for name in (_PEAKS.get(precision, own), attention or own, own)]
     done = _operations(graph, footprint, sizes)
-    return done.linears / blocks + (done.attention + done.other) / base
+    total = 0.0
+    for operations, rate in zip((done.linears, done.attention, done.other), rates, strict=True):
+        if rate is None:
+            return None
+        total += operations / rate
+    return total
 
 
 def _operations(graph: str, footprint: Footprint, sizes: Mapping[str, int]) -> Operations:

@@ -18,7 +18,7 @@ from klein_kv.config import ModelConfig
 from klein_kv.errors import RequestError
 from klein_kv.flops import block_weights, text_block_weights
 from klein_kv.runtime.scratch import estimate_scratch
-from klein_kv.signature import make_signature
+from klein_kv.signature import is_kv, make_signature
 
 __all__ = [
     "COMPONENTS",
@@ -37,7 +37,14 @@ __all__ = [
 RESERVED = 600_000_000
 """Bytes that the CUDA context and the library's code take; an estimate, not measured."""
 
-PRECISIONS = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
+PRECISIONS = {
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp32": 4.0,
+    "fp8": 1.0,
+    "fp8-weight-only": 1.0,
+    "nvfp4": 0.5 + 1 / 16,
+}
 """Bytes per weight of a block's linear layer; nvfp4 has one fp8 scale for 16 weights."""
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -142,6 +149,7 @@ class Footprint:
         precision: of the transformer's block linears, a key of `PRECISIONS`.
         text_precision: of the text encoder's.
         kv_dtype: type that keys and values are handed on in.
+        attention: "fp8" where the transformer's attention is computed in float8.
     """
 
     config: ModelConfig
@@ -151,6 +159,7 @@ class Footprint:
     precision: str = "bf16"
     text_precision: str = "bf16"
     kv_dtype: str = "bfloat16"
+    attention: str | None = None
 
     def quantized(self, precision: str, text_precision: str) -> "Footprint":
         """The same model with its block linears in other precisions; the rest keeps its type."""
@@ -319,7 +328,7 @@ def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, in
         signature = make_signature(name, footprint.config, footprint.dtype)
         outputs = signature.outputs if name == graph else ()
         for spec in (*signature.inputs, *outputs):
-            if not spec.name.startswith(("k_ref", "v_ref")):
+            if not is_kv(spec.name):
                 parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
     return parts
 

@@ -27,10 +27,9 @@ def text_from_plans(plans: Plans) -> str:
         f"{plans.gpu.name}, {plans.capacity / 1e9:g} GB, of which {RESERVED / 1e9:.1f} are left "
         f"to CUDA (an estimate)",
         f"{request.width}x{request.height}, batch {request.batch}, {plans.steps} steps; "
-        f"text encoder {plans.edits[0].first.footprint.text_precision}, "
-        f"K/V {_kv(plans.edits[0])}; GB and seconds",
+        f"K/V {_kv(plans.edits[0])}; GB and seconds; precision: transformer/text encoder",
         "",
-        f"{'precision':9} {'refs':>4} {'weights':>7} {'K/V':>6} {'peak':>6} {'first':>6} "
+        f"{'precision':10} {'refs':>4} {'weights':>7} {'K/V':>5} {'peak':>6} {'first':>6} "
         f"{'again':>6}  loaded for each new prompt (again)",
     ]
     for edit in plans.edits:
@@ -54,14 +53,20 @@ def text_from_plans(plans: Plans) -> str:
 
 
 def _kv(edit: EditPlan) -> str:
-    return "fp8" if edit.first.footprint.kv_dtype.startswith("float8") else "bf16"
+    footprint = edit.first.footprint
+    kv = "fp8" if footprint.kv_dtype.startswith("float8") else "16 bits"
+    return kv if footprint.attention is None else f"{kv}, attention {footprint.attention}"
+
+
+def _precision(edit: EditPlan) -> str:
+    return f"{edit.first.footprint.precision}/{edit.first.footprint.text_precision}"
 
 
 def _row(edit: EditPlan) -> Iterator[str]:
     first = edit.first
     yield (
-        f"{first.footprint.precision:9} {len(first.request.references):>4} "
-        f"{_gb(sum(first.footprint.weights.values())):>7} {_gb(first.kv_bytes):>6} "
+        f"{_precision(edit):10} {len(first.request.references):>4} "
+        f"{_gb(sum(first.footprint.weights.values())):>7} {_gb(first.kv_bytes):>5} "
         f"{_gb(first.peak):>6} {_seconds(edit.first_time):>6} {_seconds(edit.again_time):>6}  "
         f"{_verdict(edit)}"
     )
@@ -91,7 +96,7 @@ def _shown(plans: Plans) -> EditPlan:
 
 def _title(edit: EditPlan) -> str:
     count = len(edit.first.request.references)
-    return f"{edit.first.footprint.precision}, {count} reference{'s' * (count != 1)}"
+    return f"{_precision(edit)}, {count} reference{'s' * (count != 1)}"
 
 
 def _stages(what: str, plan: MemoryPlan, time: Latency) -> Iterator[str]:
@@ -111,8 +116,9 @@ def _stages(what: str, plan: MemoryPlan, time: Latency) -> Iterator[str]:
     link = sum(t.seconds or 0 for t in time.stages if t.source == "host link")
     if link:
         yield f"  weights loaded: {link * 1e3:.0f} ms at the peak of the host link"
+    yield f"  in all {_seconds(time)} s"
     scratch = sorted({stage.scratch_source for stage in plan.stages})
-    yield f"  scratch: {', '.join(scratch)}; total {_seconds(time)} s"
+    yield from _wrapped(f"scratch: {', '.join(scratch)}")
 
 
 def _choices(plans: Plans) -> Iterator[str]:
@@ -120,10 +126,13 @@ def _choices(plans: Plans) -> Iterator[str]:
     for edit in plans.edits:
         if not edit.first.fits:
             found = "; ".join(f"{c.text} ({_gb(c.plan.peak)})" for c in edit.choices)
-            text = f"{_title(edit)}: {found or 'nothing that was tried'}"
-            yield from textwrap.wrap(
-                text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-            )
+            yield from _wrapped(f"{_title(edit)}: {found or 'nothing that was tried'}")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 def _gb(value: int | None, digits: int = 2) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from klein_kv.engines.manifest import EngineManifest
 from klein_kv.engines.plan_cost import price_plan
 from klein_kv.engines.targets import GPUS
 from klein_kv.errors import ArtifactError, BuildError, RequestError
+from klein_kv.flops import step_operations
 from klein_kv.manifest import Manifest
+from klein_kv.quantized_weights import BLOCK_SCALES
 from klein_kv.runtime.edit_plan import EditPlan, PlanOptions, Plans, base_footprint, plan_artifacts
 from klein_kv.runtime.memory_plan import RESERVED
 from klein_kv.runtime.plan_text import text_from_plans
-from klein_kv.weights import WeightIndex
+from klein_kv.weights import WeightIndex, read_header
 
 RECIPE = """
 [[profiles]]
@@ -164,7 +167,7 @@ def test_klein_9b_on_a_32_gb_card(tmp_path: Path) -> None:
         assert step.total == pytest.approx(known + stays, rel=0.02)
     # 18.2 + 11.7 + 0.2 GB of weights leave no room for keys and values
     assert found["bf16", 1].first.loads == {"text_encoder": weights["text_encoder"]}
-    assert found["nvfp4", 4].first.loads == {}  # 5.6 + 11.7 + 0.2 + 8.6
+    assert found["nvfp4", 4].first.loads == {}  # 5.6 + 6.5 + 0.2 + 8.6
 
     small = {"precisions": ("nvfp4",), "text_precision": "fp8", "references": (4,)}
     (edit,) = plan_artifacts(artifacts, PlanOptions(**small)).edits
@@ -180,6 +183,98 @@ def test_klein_9b_on_a_32_gb_card(tmp_path: Path) -> None:
     assert edit.again is not None
     assert edit.again.loads == {}
     assert edit.again.fits
+
+
+# --- quantized precisions ---
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny artifacts in bfloat16 and in nvfp4."""
+    from klein_kv.export.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantize import quantize_artifacts
+    from klein_kv.export.samples import make_samples
+
+    folder = tmp_path_factory.mktemp("quantized") / "artifacts"
+    shutil.copytree(tiny_bf16_artifacts, folder)
+    recipe = QuantizationRecipe.load("nvfp4")
+    quantize_artifacts(folder, recipe, make_samples(1, size=(128, 128)), text_tokens=32)
+    return folder
+
+
+def test_quantized_weights_are_those_of_the_files(
+    quantized: Path, tiny_bf16_artifacts: Path
+) -> None:
+    """What is planned from shapes before they are made is what they then take."""
+    options = {"precisions": ("nvfp4",), "text_precision": None}
+    planned = one(tiny_bf16_artifacts, **options).first.footprint
+    made = one(quantized, **options).first.footprint
+    assert (made.precision, made.text_precision) == ("nvfp4", "fp8")
+    assert made.text_precision == planned.text_precision
+    assert dict(made.weights) == dict(planned.weights)
+    # Independent of the planner: numbers and block scales of the files, and what stays as it is.
+    networks = {"transformer": "nvfp4", "text_encoder": "fp8"}
+    full = base_footprint(quantized, Manifest.load(quantized)).weights
+    for component, name in networks.items():
+        held = read_header(quantized / component / f"{name}.safetensors", quantized=True)
+        originals = sum(2 * prod(r.shape) for n, r in held.items() if not n.endswith(BLOCK_SCALES))
+        stored = sum(ref.nbytes for ref in held.values())
+        assert made.weights[component] == full[component] - originals + stored
+    needs = {n.what: n for n in plan_artifacts(quantized, PlanOptions(**SHAPE)).host}
+    files = [p for p in quantized.rglob("*") if p.name.startswith(("nvfp4.", "fp8."))]
+    assert needs["nvfp4 weights and graphs"].disk == sum(p.stat().st_size for p in files)
+    assert needs["fp8 weights, not made yet"].disk is not None
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "found"),
+    [
+        ("nvfp4.cached_step", {}, True),
+        ("nvfp4.cached_step", {"kv_dtype": "fp8"}, False),
+        ("nvfp4.cached_step_static_fp8_kv", {"kv_dtype": "fp8"}, True),
+        ("nvfp4.cached_step_static_fp8_kv", {"attention": "fp8"}, True),
+        ("nvfp4.cached_step_fp8_attention", {"attention": "fp8"}, True),
+        ("nvfp4.cached_step_fp8_attention", {"kv_dtype": "fp8"}, False),
+        ("cached_step", {}, False),
+    ],
+)
+def test_engines_count_for_what_they_were_built_from(
+    built: Path, quantized: Path, tmp_path: Path, engine: str, asked: dict[str, Any], found: bool
+) -> None:
+    """Attention in float8 falls back to engines that share its keys and values."""
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    digest = Manifest.load(quantized).files[f"transformer/{engine}.onnx"].digest
+    engines = engines_of(built)
+    record = replace(engines.engines["cached_step"], onnx_digest=digest, scratch_bytes=12345)
+    replace(engines, engines={"cached_step": record}).save(folder)
+    stage = one(quantized, precisions=("nvfp4",), engines=folder, **asked).first.stage(
+        "cached_step"
+    )
+    assert stage is not None
+    assert (stage.parts["scratch"] == 12345) == found
+    assert stage.scratch_source == ("engines" if found else "estimated")
+
+
+def test_attention_in_float8_is_faster(tiny_bf16_artifacts: Path) -> None:
+    def step(**options: Any) -> float:
+        edit = one(tiny_bf16_artifacts, precisions=("fp8",), **options)
+        time = edit.first_time.of("cached_step")
+        assert time is not None
+        assert time.seconds is not None
+        return time.seconds
+
+    done = step_operations(
+        Manifest.load(tiny_bf16_artifacts).config.transformer,
+        batch=1,
+        image_tokens=192,
+        text_tokens=512,
+        ref_tokens=112,
+    )
+    saved = done.attention / 209.5e12 - done.attention / 419e12
+    assert step(kv_dtype="fp8") - step(attention="fp8") == pytest.approx(saved, rel=1e-6)
+    with pytest.raises(RequestError, match="belong to a quantized precision"):
+        one(tiny_bf16_artifacts, attention="fp8")
 
 
 # --- time ---
@@ -292,7 +387,8 @@ def test_bad_options(tiny_artifacts: Path, tmp_path: Path) -> None:
         ({"batch": 0}, RequestError, "batch is 0"),
         ({"steps": 0}, RequestError, "steps is 0"),
         ({"kv_dtype": "int3"}, RequestError, "kv_dtype is 'int3'"),
-        ({"precisions": ("int3",)}, RequestError, "precision is 'int3', expected bf16, fp8 or"),
+        ({"precisions": ("int3",)}, RequestError, "precision is 'int3', expected one of bf16"),
+        ({"attention": "int3"}, RequestError, "attention is 'int3'"),
         ({"text_precision": "fp32"}, RequestError, "precision is 'fp32'"),
         ({"size": (100, 128)}, RequestError, "size is 100x128, expected multiples of 16"),
         ({"gpu": "abacus"}, BuildError, "unknown target"),
@@ -313,7 +409,7 @@ def test_command_prints_a_line_per_request(tiny_artifacts: Path, capsys: Any) ->
     last = plans[-1]
     assert (last["precision"], last["text_precision"], last["kv_dtype"]) == (
         "nvfp4",
-        "bf16",
+        "fp8",
         "bfloat16",
     )
     for edit in ("first_edit", "repeated_edit"):
@@ -330,7 +426,7 @@ def test_command_says_what_would_fit(tiny_artifacts: Path, capsys: Any) -> None:
     assert main(["plan", str(tiny_artifacts), *request]) == 1
     out = capsys.readouterr().out
     assert "does NOT fit" in out
-    assert "bf16, 4 references: no references (0.63); references up to 896x896 (0.68)" in out
+    assert "bf16/bf16, 4 references: no references (0.63); references up to 896x896 (0.68)" in out
     assert main(["plan", str(tiny_artifacts), *request, "--kv-dtype", "fp8", "--json"]) == 1
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert not plan["fits"]
@@ -343,4 +439,4 @@ def test_text_is_for_a_terminal_of_100_columns(tiny_artifacts: Path, memory: int
     plans: Plans = plan_artifacts(tiny_artifacts, PlanOptions(memory=memory))
     lines = text_from_plans(plans).splitlines()
     assert max(map(len, lines)) <= 100
-    assert sum(line.startswith(("bf16 ", "fp8 ", "nvfp4 ")) for line in lines) >= 15
+    assert sum(line.startswith(("bf16/bf16 ", "fp8/fp8 ", "nvfp4/fp8 ")) for line in lines) == 15
