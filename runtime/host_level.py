@@ -194,7 +194,7 @@ def open_host_level(
         folder: the level below.
 
     Raises:
-        RequestError: a budget below 0, or buffers of the backend are in host memory already.
+        RequestError: a budget below 0, or the backend has nothing to do with host memory.
     """
     if budget < 0:
         raise RequestError(f"host_cache_bytes is {budget}, expected 0 or more")
@@ -202,7 +202,8 @@ def open_host_level(
         return None
     if not isinstance(backend, DeviceBackend):
         raise RequestError(
-            f"host_cache_bytes is {budget}, and keys and values of backend {backend.name} are in "
-            "host memory already; give the bytes to reference_cache_bytes"
+            f"host_cache_bytes is {budget}, which backend {backend.name} cannot use: its keys and "
+            "values are in host memory already, or it has no second stream to copy them on; give "
+            "the bytes to reference_cache_bytes"
         )
     return HostLevel(budget, backend, folder)

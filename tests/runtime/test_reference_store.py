@@ -346,7 +346,9 @@ def test_host_memory_that_cannot_be_had_is_a_warning(
 def test_host_memory_below_host_memory_is_refused(
     stub: Callable[..., KleinKVPipeline],
 ) -> None:
-    with pytest.raises(RequestError, match="of backend onnxruntime are in host memory already"):
+    with pytest.raises(
+        RequestError, match="onnxruntime cannot use: its keys and values are in host"
+    ):
         stub(host_cache_bytes=1 << 20)
     with pytest.raises(RequestError, match="host_cache_bytes is -1, expected 0 or more"):
         stub(host_cache_bytes=-1)
