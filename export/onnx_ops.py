@@ -272,6 +272,20 @@ class OnnxOps:
         out = self._one("Attention", *inputs, rank=3, **heads)
         return out if mask is None else self._one("Mul", out, self._sees_a_key(mask), rank=3)
 
+    def joint_attention(
+        self,
+        q: ir.Value,
+        k: Sequence[ir.Value],
+        v: Sequence[ir.Value],
+        references: Sequence[ir.Value],
+        like: ir.Value,
+    ) -> ir.Value:
+        if references:
+            k_ref, v_ref = (self.expand_batch(x, like) for x in references)
+            k, v = [k_ref, *k], [v_ref, *v]
+        keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
+        return self.attention(q, keys, values)
+
     def _sees_a_key(self, mask: ir.Value) -> ir.Value:
         """[B, T, 1]: 0 where an additive mask [B, 1, T, K] hides every key from a query, else 1."""
         key = ("sees a key", mask)

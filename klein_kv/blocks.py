@@ -149,12 +149,8 @@ def double_block(
     image_norm, text_norm = net.modulate(image, image_mods[0]), net.modulate(text, text_mods[0])
     q_img, k_img, v_img = net.double_qkv(image_norm, block, IMAGE, img_seq, ropes[0])
     q_txt, k_txt, v_txt = net.double_qkv(text_norm, block, TEXT, txt_seq, ropes[1])
-    ref = [ops.expand_batch(x, img_seq) for x in kv]
-    attended = ops.attention(
-        ops.concat([q_txt, q_img], 1),
-        ops.concat([*ref[:1], k_txt, k_img], 1),
-        ops.concat([*ref[1:], v_txt, v_img], 1),
-    )
+    q = ops.concat([q_txt, q_img], 1)
+    attended = ops.joint_attention(q, [k_txt, k_img], [v_txt, v_img], kv, img_seq)
     text_out, image_out = ops.split_tokens(attended, txt_seq)
     image = net.double_out(image, ops.rows(image_out), block, IMAGE, image_mods)
     text = net.double_out(text, ops.rows(text_out), block, TEXT, text_mods)
@@ -176,10 +172,7 @@ def single_block(
     norm = net.modulate(joint, mod)
     project = net.single_projection(norm, block)
     q, k, v = net.single_qkv(project, block, like, rope)
-    if kv:
-        k_ref, v_ref = (ops.expand_batch(x, like) for x in kv)
-        k, v = ops.concat([k_ref, k], 1), ops.concat([v_ref, v], 1)
-    attended = ops.rows(ops.attention(q, k, v))
+    attended = ops.rows(ops.joint_attention(q, [k], [v], kv, like))
     return net.single_out(joint, project, attended, block, mod)
 
 

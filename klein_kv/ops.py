@@ -107,6 +107,23 @@ class Ops(Protocol[T]):
                 text) gets zeros, as from torch's `scaled_dot_product_attention`.
         """
 
+    def joint_attention(
+        self, q: T, k: Sequence[T], v: Sequence[T], references: Sequence[T], like: T
+    ) -> T:
+        """Softmax attention of q [B, S, H, D] to references and to the batch's own keys.
+
+        Args:
+            q: queries.
+            k: keys [B, K, H, D] in parts, one after the other.
+            v: values, alike.
+            references: keys and values [1, R, H, D], shared by every image of the batch; or
+                nothing.
+            like: a tensor of the batch's size.
+
+        Returns:
+            [B, S, H * D].
+        """
+
     def causal_mask(self, attention_mask: T) -> T:
         """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
 

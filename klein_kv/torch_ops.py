@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from klein_kv.ops import Ops
+from klein_kv.split_attention import attend_apart
 
 __all__ = ["TorchOps"]
 
@@ -32,6 +33,8 @@ class TorchOps:
         compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
             all blocks of that kind and all graphs, and once more, for any size, when a second size
             comes.
+        apart: attend to references and to the batch's own keys apart (`split_attention`), with
+            "flash" attention or "cudnn"'s; None joins them.
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class TorchOps:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         compile_blocks: bool = False,
+        apart: str | None = None,
     ) -> None:
         self.weights = weights
         self.dtype = dtype
         self._compile = compile_blocks
+        self._apart = apart
         self._constants: dict[object, tuple[NDArray[Any], torch.Tensor]] = {}
         self._blocks: dict[str, TorchOps] = {}
 
@@ -67,7 +72,7 @@ class TorchOps:
                 for key, tensor in self.weights.items()
                 if key.startswith(f"{name}.")
             }
-            self._blocks[name] = TorchOps(own, self.dtype)
+            self._blocks[name] = TorchOps(own, self.dtype, apart=self._apart)
         result: R = _compiled(function)(self._blocks[name], _KIND, *args, **kwargs)
         return result
 
@@ -143,6 +148,24 @@ class TorchOps:
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
+
+    def joint_attention(
+        self,
+        q: torch.Tensor,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        references: Sequence[torch.Tensor],
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        apart = self._apart is not None and bool(references)
+        if references and not apart:
+            k_ref, v_ref = (self.expand_batch(x, like) for x in references)
+            k, v = [k_ref, *k], [v_ref, *v]
+        keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
+        if not apart:
+            return self.attention(q, keys, values)
+        pair = references[0], references[1]
+        return attend_apart(q, (keys, values), pair, cudnn=self._apart == "cudnn")
 
     def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         length = attention_mask.shape[1]

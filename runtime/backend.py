@@ -19,7 +19,7 @@ __all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
-_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention")
+_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention", "split_attention")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""

@@ -67,6 +67,8 @@ class TorchBackend:
         cuda_graphs: replay denoising steps as CUDA graphs from the second run at a shape on, at
             the price of a second place for keys and values; see `torch_cuda_graphs`.
         attention: a key of `ATTENTION`: which of torch's attention kernels come first.
+        split_attention: attend to references and to the rest apart, so that keys and values are
+            neither copied at every step nor repeated for a batch; see `klein_kv.split_attention`.
 
     Attributes:
         name: "torch", and what else rounds in a way of its own, e.g. "torch-cuda-compiled".
@@ -87,6 +89,7 @@ class TorchBackend:
         compile_blocks: bool = False,
         cuda_graphs: bool = False,
         attention: str = "auto",
+        split_attention: bool = False,
     ) -> None:
         whole = isinstance(threads, int) and not isinstance(threads, bool)
         if threads is not None and (not whole or threads < 1):
@@ -103,6 +106,7 @@ class TorchBackend:
             compile_blocks=compile_blocks,
             cuda_graphs=cuda_graphs,
             attention=attention,
+            split_attention=split_attention,
         )
 
     @classmethod
@@ -118,6 +122,7 @@ class TorchBackend:
         compile_blocks: bool = False,
         cuda_graphs: bool = False,
         attention: str = "auto",
+        split_attention: bool = False,
     ) -> Self:
         """A backend on weights that already lie on the device; nothing is copied.
 
@@ -133,6 +138,7 @@ class TorchBackend:
             compile_blocks: see the class.
             cuda_graphs: see the class.
             attention: see the class.
+            split_attention: see the class.
 
         Raises:
             BackendError: a tensor is missing, has another shape or type, or lies elsewhere.
@@ -149,6 +155,7 @@ class TorchBackend:
             compile_blocks=compile_blocks,
             cuda_graphs=cuda_graphs,
             attention=attention,
+            split_attention=split_attention,
         )
         return self
 
@@ -162,6 +169,7 @@ class TorchBackend:
         compile_blocks: bool,
         cuda_graphs: bool,
         attention: str,
+        split_attention: bool,
     ) -> None:
         if cuda_graphs and device.type != "cuda":
             raise BackendError(f"cuda_graphs is set, but the device is {device}; expected a GPU")
@@ -171,12 +179,16 @@ class TorchBackend:
             )
         kind = "-cuda" if device.type == "cuda" else ""
         kernels = "" if attention == "auto" else f"-{attention}"
-        self.name = f"torch{kind}{'-compiled' * compile_blocks}{kernels}"
+        split = "-split" * split_attention
+        self.name = f"torch{kind}{'-compiled' * compile_blocks}{kernels}{split}"
         self.device = device
         self._config = config
         self._dtype = dtype
         self._weights = weights
         self._attention = ATTENTION[attention]
+        self._apart = None
+        if split_attention:
+            self._apart = "cudnn" if attention == "cudnn" else "flash"
         self._compile_blocks = compile_blocks
         self._capture = CudaCapture(device) if cuda_graphs else None
         self._loaded: dict[str, Graph] = {}
@@ -237,7 +249,8 @@ class TorchBackend:
             function = vae_graph(graph, self._weights.vae(graph))
         else:
             tensors = self._weights.tensors(graph)
-            ops = TorchOps(tensors, TORCH_DTYPES[self._dtype], self._compile_blocks)
+            dtype = TORCH_DTYPES[self._dtype]
+            ops = TorchOps(tensors, dtype, self._compile_blocks, self._apart)
             if graph == "text_encoder":
                 function = text_encoder_graph(self._config, ops)
             else:

@@ -377,6 +377,17 @@ def test_attention_kernels(tiny_artifacts: Path, backend: TorchBackend) -> None:
         other = TorchBackend(tiny_artifacts, manifest, device="cpu", attention=attention)
         assert other.name == f"torch-{attention}"
         assert_near(run_all(other, inputs), expected, 1e-5)
+    split = TorchBackend(tiny_artifacts, manifest, device="cpu", split_attention=True)
+    assert split.name == "torch-split"
+    for batch in (1, 3):
+        inputs = step_inputs(backend._config, batch=batch)
+        got, expected = run_all(split, inputs), run_all(backend, inputs)
+        assert_near(got, expected, 1e-5)
+        assert any((got[name] != expected[name]).any() for name in got), "another way of adding"
+        for name, value in got.items():
+            if name.startswith("first "):
+                twin = name.replace("first", "encode" if "_ref." in name else "cached")
+                np.testing.assert_array_equal(value, got[twin])
     with pytest.raises(BackendError, match="attention is 'fast', expected one of auto, flash, cud"):
         TorchBackend(tiny_artifacts, manifest, device="cpu", attention="fast")
 
@@ -504,10 +515,15 @@ def compiler() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13 of its own modules
 @pytest.mark.usefixtures("compiler")
-def test_compiled_blocks(tiny_artifacts: Path, backend: TorchBackend) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_compiled_blocks(split: bool, tiny_artifacts: Path, backend: TorchBackend) -> None:
     """As eager to rounding; every kind of block is compiled once, however many there are."""
     compiled = TorchBackend(
-        tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu", compile_blocks=True
+        tiny_artifacts,
+        Manifest.load(tiny_artifacts),
+        device="cpu",
+        compile_blocks=True,
+        split_attention=split,
     )
     inputs = step_inputs(backend._config)
     assert_near(run_all(compiled, inputs), run_all(backend, inputs), 1e-5)
@@ -530,7 +546,9 @@ def gpu() -> str:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"attention": "cudnn"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cuda_graphs": True}, {"attention": "cudnn"}, {"split_attention": True}]
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_equals_cpu(
     options: dict[str, Any], compiled: bool, gpu: str, tiny_artifacts: Path, backend: TorchBackend
