@@ -86,16 +86,18 @@ class CellRunner:
             self._scenes[key] = make_scene(self.networks, self.size, output, references)
         return self._scenes[key]
 
-    def measure(self, output: int, references: int, seconds: float) -> None:
+    def measure(self, output: int, references: int, seconds: float, reserve: float = 0.0) -> None:
         """Measures one cell and adds it to the document.
 
         Args:
             output: side of the output in pixels.
             references: how many.
-            seconds: the cell should take no longer.
+            seconds: after these, no round beyond the least number.
+            reserve: seconds that must be left of the suite's when the cell ends.
         """
         label = f"{output}x{output}, {references} references"
         until = self.record.elapsed + seconds
+        end = self.record.elapsed + self.record.left - reserve
         scene = self.scene(output, references)
         flops = family_flops(self.networks.config.transformer, scene.sizes, self.steps)
         cell: dict[str, Any] = {
@@ -114,9 +116,9 @@ class CellRunner:
         }
         self.record.document.setdefault("cells", []).append(cell)
         self.record.say(label)
-        ready = self._prepare(scene, label, cell["runs"], until)
+        ready = self._prepare(scene, label, cell["runs"], end)
         try:
-            self._rounds(scene, label, cell["runs"], ready, until)
+            self._rounds(scene, label, cell["runs"], ready, min(until, end), end)
         finally:
             self._summarise(cell)
             kept = {c.name: c.latents.cpu() for c in ready if c.latents is not None}
@@ -128,7 +130,7 @@ class CellRunner:
             self.record.save()
 
     def _prepare(
-        self, scene: Scene, label: str, runs: dict[str, Any], until: float
+        self, scene: Scene, label: str, runs: dict[str, Any], end: float
     ) -> list[Contender]:
         """Compiles, warms up and weighs everyone; who fails is noted and left out."""
         ready: list[Contender] = []
@@ -137,7 +139,7 @@ class CellRunner:
             if contender.family == "hit" and not scene.images:
                 continue
             what = f"{label}: {contender.name}"
-            if self.record.elapsed > until or self.record.left < 0:
+            if self.record.elapsed > end:
                 self.record.miss(what, "no time left")
                 continue
             empty_cache(device)
@@ -176,13 +178,14 @@ class CellRunner:
         runs: dict[str, Any],
         ready: list[Contender],
         until: float,
+        end: float,
     ) -> None:
         """Samples of everyone in turn; who begins changes from round to round."""
         first: dict[str, torch.Tensor] = {}
         last_round = 0.0
         for i in range(self.rounds):
-            late = self.record.elapsed + last_round > until and i >= MIN_ROUNDS
-            if not ready or late or (i > 0 and self.record.left < last_round):
+            after = self.record.elapsed + last_round
+            if not ready or after > end or (i >= MIN_ROUNDS and after > until):
                 break
             start = self.record.elapsed
             for contender in ready[i % len(ready) :] + ready[: i % len(ready)]:

@@ -199,7 +199,7 @@ def run_cell(
     if seconds <= 0:
         record.miss(what, "no time left")
         return
-    attempt(record, what, lambda: cells.measure(*cell, seconds))
+    attempt(record, what, lambda: cells.measure(*cell, seconds, reserve))
 
 
 def cell_order(outputs: tuple[int, ...], references: tuple[int, ...]) -> list[tuple[int, int]]:
