@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from klein_kv.errors import ArtifactError, BackendError
-from klein_kv.runtime.memory import available_memory
+from klein_kv.runtime import memory
 from klein_kv.weights import NUMPY_DTYPES, WeightRef
 
 __all__ = [
@@ -64,7 +64,7 @@ def find_device(name: str | None) -> torch.device:
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be taken on a device; what torch keeps to reuse counts."""
     if device.type == "cpu":
-        return available_memory()
+        return memory.available_memory()
     free, _total = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free) + int(kept)

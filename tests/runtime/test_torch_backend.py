@@ -256,8 +256,8 @@ def test_weights_that_torch_cannot_use(tmp_path: Path) -> None:
     missing = WeightRef(tmp_path / "gone", 0, 4, "float32", (1,))
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
         DeviceWeights(CPU).load({"a": missing})
-    with pytest.raises(BackendError, match=r"a is float8_e4m3fn, .*export with --dtype bf16"):
-        DeviceWeights(CPU).load({"a": replace(missing, dtype="float8_e4m3fn")})
+    with pytest.raises(BackendError, match=r"a is float4_e2m1fn, .*export with --dtype bf16"):
+        DeviceWeights(CPU).load({"a": replace(missing, dtype="float4_e2m1fn")})
 
 
 def test_row_ranges_are_joined() -> None:
