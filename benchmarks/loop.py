@@ -58,9 +58,8 @@ def serve_ours(pipe_end: Connection, folder: Path, threads: int) -> None:
 
     def edit() -> dict[str, Any]:
         out = pipe(prompt=PROMPT, image=images, height=SIDE, width=SIDE, seed=0)
-        times = pipe.times
-        overhead = [a - b for a, b in zip(times.steps, times.backend, strict=True)]
-        return {"images": out.images, "steps": times.steps, "overhead": overhead}
+        timings = pipe.timings
+        return {"images": out.images, "steps": timings.steps, "overhead": timings.step_gaps}
 
     serve(pipe_end, edit)
 

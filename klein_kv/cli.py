@@ -19,6 +19,7 @@ from klein_kv.errors import KleinKVError, RequestError
 
 __all__ = ["main"]
 
+_log = logging.getLogger(__name__)
 _EXTRA_OF = {"export": "export", "fixture": "export", "verify": "export,cpu", "build": "rtx"}
 
 
@@ -226,6 +227,7 @@ def _generate(args: argparse.Namespace) -> Result:
         seed=seed,
     )
     assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+    _log.info("%s", pipe.timings.to_text())
     paths = _numbered(args.out, len(result.images))
     for image, path in zip(result.images, paths, strict=True):
         parameters = ImageParameters(
@@ -244,7 +246,7 @@ def _generate(args: argparse.Namespace) -> Result:
         "seed": seed,
         "width": result.images[0].width,
         "height": result.images[0].height,
-        "step_seconds": [round(seconds, 4) for seconds in pipe.times.steps],
+        "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
 

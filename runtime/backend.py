@@ -5,14 +5,14 @@ Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_b
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from klein_kv.errors import BackendError
 from klein_kv.manifest import Manifest
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "open_backend"]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
 
@@ -47,6 +47,17 @@ class Backend(Protocol):
 
     def release(self, graph: str) -> None:
         """Frees what a loaded graph holds; the next run loads it again."""
+
+
+@runtime_checkable
+class DeviceClock(Protocol):
+    """What a backend offers besides if its calls return before the device has done the work."""
+
+    def mark(self) -> object:
+        """A point in the device's work, taken without waiting for it."""
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds of the device between two marks; waits until it has passed both."""
 
 
 def open_backend(

@@ -16,7 +16,7 @@ from klein_kv.config import ITEM_SIZE
 from klein_kv.errors import BackendError, CapacityError
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
-__all__ = ["CudaMemory", "DeviceBuffer", "load_cudart"]
+__all__ = ["CudaMemory", "DeviceBuffer", "Event", "load_cudart"]
 
 _ALIGNMENT = 256
 _STAGING_BYTES = 64 << 20
@@ -86,6 +86,20 @@ class _Block:
 
     def __del__(self) -> None:
         self.pool.take_back(self.pointer, self.nbytes)
+
+
+class Event:
+    """A point in the work of a stream; freed when it is collected."""
+
+    __slots__ = ("_memory", "handle")
+
+    def __init__(self, memory: "CudaMemory") -> None:
+        self._memory = memory
+        self.handle = memory.call("cudaEventCreateWithFlags", 0)  # 0: one that keeps the time
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self._memory.call("cudaEventDestroy", self.handle)
 
 
 class CudaMemory:
@@ -196,6 +210,17 @@ class CudaMemory:
     def synchronize(self) -> None:
         """Waits for all work on the stream."""
         self.call("cudaStreamSynchronize", self.stream)
+
+    def mark(self) -> Event:
+        """Records an event behind all work that is queued now."""
+        event = Event(self)
+        self.call("cudaEventRecord", event.handle, self.stream)
+        return event
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        """Seconds of the stream between two events; waits for the second."""
+        self.call("cudaEventSynchronize", end.handle)
+        return float(self.call("cudaEventElapsedTime", start.handle, end.handle)) / 1e3
 
     def upload_weights(self, refs: Sequence[WeightRef]) -> dict[WeightRef, DeviceBuffer]:
         """Copies weights from their mapped files through two pinned buffers in turn.

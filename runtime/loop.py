@@ -5,7 +5,6 @@ later step is `cached_step` on those buffers. With keys and values at hand from 
 without references (R = 0), all steps are `cached_step`.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ import numpy as np
 from klein_kv.runtime.backend import Backend, Buffer
 from klein_kv.schedule import Schedule
 
-__all__ = ["LoopInputs", "LoopTimes", "denoise_loop"]
+__all__ = ["LoopInputs", "denoise_loop"]
 
 
 @dataclass(slots=True)
@@ -38,14 +37,6 @@ class LoopInputs:
     kv: dict[str, Buffer] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class LoopTimes:
-    """Seconds of each step, and of those the part spent inside the backend."""
-
-    steps: list[float] = field(default_factory=list)
-    backend: list[float] = field(default_factory=list)
-
-
 AfterStep = Callable[[int, LoopInputs], bool]
 """Called after each step with its index and the buffers, which it may replace; True stops."""
 
@@ -56,7 +47,7 @@ def denoise_loop(
     inputs: LoopInputs,
     dtype: str,
     after_step: AfterStep | None = None,
-) -> LoopTimes:
+) -> None:
     """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values.
 
     Args:
@@ -66,8 +57,6 @@ def denoise_loop(
         dtype: type of the graphs, whose rounding the timestep follows.
         after_step: see `AfterStep`.
     """
-    times = LoopTimes()
-    clock = time.perf_counter
     scalars = [
         (
             backend.upload(np.array([schedule.model_timestep(i, dtype)], np.float32)),
@@ -76,7 +65,6 @@ def denoise_loop(
         for i in range(schedule.num_steps)
     ]
     for i, (timestep, sigma_step) in enumerate(scalars):
-        start = clock()
         feeds = {
             "hidden_states": inputs.latents,
             "encoder_hidden_states": inputs.text,
@@ -91,15 +79,10 @@ def denoise_loop(
             feeds |= inputs.references
         else:
             feeds |= inputs.kv
-        before = clock()
         outputs = backend.run(graph, feeds)
-        after = clock()
         inputs.latents = outputs.pop("latents")
         del outputs["noise_pred"]
         if inputs.references is not None:
             inputs.kv, inputs.references = outputs, None
-        times.backend.append(after - before)
-        times.steps.append(clock() - start)
         if after_step is not None and after_step(i, inputs):
             break
-    return times

@@ -30,7 +30,7 @@ from klein_kv.runtime.arguments import (
 )
 from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
-from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
+from klein_kv.runtime.loop import LoopInputs, denoise_loop
 from klein_kv.runtime.memory import (
     check_request_memory,
     default_cache_bytes,
@@ -50,6 +50,7 @@ from klein_kv.runtime.references import (
     text_ids,
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
+from klein_kv.runtime.timings import TimedBackend, Timings, record_timings
 from klein_kv.schedule import make_schedule
 from klein_kv.signature import kv_names
 from klein_kv.weights import NUMPY_DTYPES
@@ -79,7 +80,7 @@ class KleinKVPipeline:
         backend: where the graphs run.
         reference_store: keys and values of references seen before, by digest.
         prompt_cache: text embeddings seen before.
-        times: step times of the last call.
+        timings: where the time of the last call went.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class KleinKVPipeline:
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        nvtx: bool = False,
     ) -> None:
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
         self.config = manifest.config
-        self.times = LoopTimes()
+        self.timings = Timings()
+        self.timed_backend = TimedBackend(backend, nvtx=nvtx)
         origin = KVOrigin(
             model_digest=manifest.model_digest,
             lora_digest="",
@@ -116,13 +119,13 @@ class KleinKVPipeline:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
         self._prompts = PromptEncoder(
-            backend,
+            self.timed_backend,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
             manifest.model_digest,
             self.prompt_cache,
         )
-        self._encoder = ReferenceEncoder(backend, manifest, origin, self.reference_store)
+        self._encoder = ReferenceEncoder(self.timed_backend, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
@@ -142,6 +145,7 @@ class KleinKVPipeline:
         reference_cache_dir_bytes: int | None = None,
         prompt_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        nvtx: bool = False,
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
@@ -158,6 +162,7 @@ class KleinKVPipeline:
             prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
             kv_dtype: "fp8" keeps references in a quarter of float32's bytes (half of 16 bits'),
                 with a loss; None, or the graphs' own type, keeps them as they are.
+            nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -175,6 +180,7 @@ class KleinKVPipeline:
             reference_cache_dir_bytes=reference_cache_dir_bytes,
             prompt_cache_bytes=prompt_cache_bytes,
             kv_dtype=kv_dtype,
+            nvtx=nvtx,
         )
 
     def _reference_folder(
@@ -268,6 +274,7 @@ class KleinKVPipeline:
         return self._encoder.load(Path(path))
 
     @prompt_may_come_first
+    @record_timings
     def __call__(
         self,
         image: list[Image.Image] | Image.Image | None = None,
@@ -390,18 +397,16 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                self.times = denoise_loop(
-                    self.backend, schedule, inputs, self.manifest.dtype, after_step
-                )
+                denoise_loop(self.timed_backend, schedule, inputs, self.manifest.dtype, after_step)
         self._current_timestep = None
         self._activations_held = max(self._activations_held, activations)
         inputs.kv = {}  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
-            final = self.backend.download(inputs.latents).reshape(shape)
+            final = self.timed_backend.download(inputs.latents).reshape(shape)
             result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
-            result = decode_latents(self.backend, inputs.latents, shape, output_type)
+            result = decode_latents(self.timed_backend, inputs.latents, shape, output_type)
         return KleinKVOutput(result) if return_dict else (result,)
 
     def _noise(
@@ -426,7 +431,7 @@ class KleinKVPipeline:
     ) -> LoopInputs:
         batch, channels = noise.shape[:2]
         tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
-        upload = self.backend.upload
+        upload = self.timed_backend.upload
         return LoopInputs(
             latents=upload(tokens),
             text=upload(text),
@@ -498,7 +503,7 @@ class KleinKVPipeline:
         net = self.config.transformer
         shape = (1, 0, net.num_attention_heads, net.attention_head_dim)
         empty = np.zeros(shape, NUMPY_DTYPES[self.manifest.dtype])
-        return {name: self.backend.upload(empty) for name in kv_names(net.num_blocks)}
+        return {name: self.timed_backend.upload(empty) for name in kv_names(net.num_blocks)}
 
     def _call_back(
         self,
@@ -507,7 +512,7 @@ class KleinKVPipeline:
         state: LoopInputs,
         names: Sequence[str],
     ) -> None:
-        backend = self.backend
+        backend = self.timed_backend
         held = {"latents": state.latents, "prompt_embeds": state.text}
         tensors = {name: backend.download(held[name]) for name in names}
         returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}

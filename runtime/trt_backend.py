@@ -7,10 +7,9 @@ Not run on a GPU by this project's tests: they drive it with stand-ins for CUDA 
 check that every name used exists in the installed bindings.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from klein_kv.engines.trt_module import BuildLog, load_module, make_logger, modu
 from klein_kv.errors import ArtifactError, BackendError, BuildError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Buffer
-from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, load_cudart
+from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, Event, load_cudart
 from klein_kv.signature import GRAPH_FILES
 from klein_kv.weights import WeightRef
 
@@ -40,7 +39,6 @@ class TrtBackend:
         device: ordinal of the GPU.
         cudart: CUDA runtime bindings; None loads cuda-python.
         trt: TensorRT module; None loads the one that the engines were built with.
-        nvtx: mark every graph as an NVTX range (needs the nvtx package).
 
     Raises:
         ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
@@ -59,7 +57,6 @@ class TrtBackend:
         device: int = 0,
         cudart: Any = None,
         trt: Any = None,
-        nvtx: bool = False,
     ) -> None:
         self._folder = engines or _only_folder(artifacts)
         self._engines = EngineManifest.load(self._folder)
@@ -77,12 +74,10 @@ class TrtBackend:
         self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
-        self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         engine = self._loaded.get(graph) or self._load(graph)
-        with self._range(graph):
-            return engine.run(inputs)
+        return engine.run(inputs)
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         return self._memory.upload(array)
@@ -106,6 +101,12 @@ class TrtBackend:
         for ref in [ref for ref in self._weights if ref not in kept]:
             del self._weights[ref]
         self._memory.trim()
+
+    def mark(self) -> Event:
+        return self._memory.mark()
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        return self._memory.elapsed(start, end)
 
     def close(self) -> None:
         """Saves the kernels compiled so far and frees all device memory."""
@@ -142,20 +143,6 @@ def _only_folder(artifacts: Path) -> Path:
             "or build with `klein-kv build`"
         )
     return found[0]
-
-
-def _nvtx_range() -> Callable[[str], Any]:
-    try:
-        import nvtx
-    except ImportError as error:
-        raise BackendError(
-            "NVTX ranges need the nvtx package; install it with pip install nvtx"
-        ) from error
-
-    def mark(graph: str) -> Any:
-        return nvtx.annotate(graph, domain="klein_kv")
-
-    return mark
 
 
 class _Engine:

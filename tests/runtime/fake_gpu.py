@@ -9,6 +9,7 @@ real, and a wrong address gives wrong numbers.
 
 import ctypes
 import enum
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ class FakeCudart:
     Attributes:
         blocks: live allocations, address -> memory.
         copies: (kind, bytes) of every copy.
+        waits: how often the host waited for the stream or an event.
     """
 
     cudaError_t = CudaError
@@ -53,6 +55,9 @@ class FakeCudart:
         self.copies: list[tuple[int, int]] = []
         self.streams = 0
         self.events = 0
+        self.created = 0
+        self.recorded: dict[int, float] = {}
+        self.waits = 0
 
     @property
     def used(self) -> int:
@@ -73,6 +78,7 @@ class FakeCudart:
         return (CudaError.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[CudaError]:
+        self.waits += 1
         return (CudaError.cudaSuccess,)
 
     def cudaMalloc(self, nbytes: int) -> tuple[CudaError, int]:
@@ -105,12 +111,18 @@ class FakeCudart:
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[CudaError, int]:
         self.events += 1
-        return CudaError.cudaSuccess, self.events
+        self.created += 1
+        return CudaError.cudaSuccess, self.created
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[CudaError]:
+        self.recorded[event] = time.perf_counter()
         return (CudaError.cudaSuccess,)
 
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[CudaError, float]:
+        return CudaError.cudaSuccess, 1e3 * (self.recorded[end] - self.recorded[start])
+
     def cudaEventSynchronize(self, event: int) -> tuple[CudaError]:
+        self.waits += 1
         return (CudaError.cudaSuccess,)
 
     def cudaEventDestroy(self, event: int) -> tuple[CudaError]:

@@ -256,11 +256,6 @@ def test_a_reference_set_serves_many_requests(tiny_ours: KleinKVPipeline, pictur
         np.testing.assert_array_equal(buffer.numpy(), before[name])
 
 
-def test_times_of_the_last_call(tiny_ours: KleinKVPipeline) -> None:
-    tiny_ours(PROMPT, height=128, width=128, num_inference_steps=3)
-    assert len(tiny_ours.times.steps) == tiny_ours.num_timesteps == 3
-
-
 def test_progress_bar(
     tiny_artifacts: Path, capsys: pytest.CaptureFixture[str], tiny_ours: KleinKVPipeline
 ) -> None:

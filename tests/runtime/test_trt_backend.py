@@ -343,3 +343,25 @@ def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts
     to_host = [nbytes for kind, nbytes in cudart.copies if kind == 2]
     assert kept.nbytes == sum(buffer.nbytes for buffer in kept.kv.values())
     assert len(to_host) == 2, "only the VAE's tokens of the two images come to the host"
+
+
+def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend):
+    pipe = KleinKVPipeline(tiny_artifacts, Manifest.load(tiny_artifacts), backend)
+    pipe.set_progress_bar_config(disable=True)
+    cudart, waits = backend._memory.cudart, []
+    request = {"height": 128, "width": 128, "seed": 0, "num_inference_steps": 4}
+    pipe("a kite", image=pictures(1), **request)
+
+    def count(*_: object) -> dict:
+        waits.append(cudart.waits)
+        return {}
+
+    # No tensors for the callback: it would have to download them.
+    pipe("a kite", image=pictures(1), callback_on_step_end=count,
+         callback_on_step_end_tensor_inputs=(), **request)  # fmt: skip
+    assert len(set(waits)) == 1, "a step waited for the device"
+    timings = pipe.timings
+    assert len(timings.cached_steps) == 3
+    assert timings.first_step > 0
+    assert 0 < timings.stages + sum(timings.step_gaps) <= timings.total
+    assert cudart.events == 0, "events are freed"
