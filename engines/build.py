@@ -101,7 +101,7 @@ def build_artifacts(
     )
     tasks = [
         make_task(artifacts, manifest, graph, recipe, kept)
-        for graph in chosen_graphs(graphs, recipe)
+        for graph in chosen_graphs(graphs, recipe, manifest.graphs)
     ]
     kept = replace(kept, engines=_reusable(folder, kept, tasks, force))
     pending = [task for task in tasks if task.graph not in kept.engines]

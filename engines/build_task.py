@@ -15,7 +15,7 @@ from klein_kv.engines.profiles import EngineProfile, engine_profiles
 from klein_kv.engines.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.manifest import Manifest
-from klein_kv.signature import GRAPH_FILES, make_signature
+from klein_kv.signature import GraphSet
 
 __all__ = ["BuildTask", "artifact_precision", "chosen_graphs", "engine_key", "make_task"]
 
@@ -63,21 +63,21 @@ def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
     return held
 
 
-def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe) -> list[str]:
-    """The graphs to build, in the order of `GRAPH_FILES`; None are all that the recipe can use.
+def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, there: GraphSet) -> list[str]:
+    """The graphs to build, in the order of `there`; None are all that the recipe can use.
 
     Raises:
         RequestError: an unknown graph.
     """
-    unknown = [graph for graph in graphs or () if graph not in GRAPH_FILES]
+    unknown = [graph for graph in graphs or () if graph not in there.files]
     if unknown:
         raise RequestError(
-            f"unknown graph {unknown[0]!r}, expected some of {', '.join(GRAPH_FILES)}"
+            f"unknown graph {unknown[0]!r}, expected some of {', '.join(there.files)}"
         )
     if graphs is not None:
-        return [graph for graph in GRAPH_FILES if graph in graphs]
+        return [graph for graph in there.files if graph in graphs]
     references = any(profile.references.max for profile in recipe.profiles)
-    return [graph for graph in GRAPH_FILES if references or graph not in _NEEDS_REFERENCES]
+    return [graph for graph in there.files if references or graph not in _NEEDS_REFERENCES]
 
 
 def make_task(
@@ -89,7 +89,7 @@ def make_task(
         ArtifactError: the graph is not the exported one, or its weights are not whole.
         BuildError: the recipe has no sizes for it.
     """
-    file = GRAPH_FILES[graph]
+    file = manifest.graphs.files[graph]
     if file not in manifest.files:
         raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
     path = artifacts / file
@@ -103,7 +103,7 @@ def make_task(
             f"{manifest.files[file].digest}; export the checkpoint again"
         )
     shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
-    signature = make_signature(graph, manifest.config, manifest.dtype)
+    signature = manifest.graphs.signature(graph, manifest.config)
     source = read_graph(path, signature, shared)
     profiles = engine_profiles(signature, recipe, manifest.config)
     parts = {

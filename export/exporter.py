@@ -146,8 +146,9 @@ def export_checkpoint(
     variant = source.settle_variant(variant)
     if variant == "plain" and not source.is_distilled:
         _log.warning(
-            "%s is not distilled: it needs classifier-free guidance, which the exported step does "
-            "not do; run it twice, with and without the prompt, and combine the predictions",
+            "%s is not distilled: it needs classifier-free guidance, which neither the exported "
+            "step nor the pipeline does; run the step twice, with and without the prompt, and "
+            "combine the predictions",
             source.name,
         )
     whole = _read_checkpoint(source, text_layers)
@@ -170,6 +171,7 @@ def export_checkpoint(
             scheduler=whole.scheduler,
             files=files,
             licence=licence,
+            distilled=source.is_distilled,
         ).save(folder)
         shared = {path for part in placed.values() for path in part.shared}
         written = sum(r.bytes for name, r in files.items() if folder / name not in shared)

@@ -13,7 +13,7 @@ import psutil
 
 from klein_kv import __version__
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.signature import GRAPH_FILES, TensorSpec, make_signature
+from klein_kv.signature import TensorSpec
 
 __all__ = ["examine_machine", "inspect_artifacts", "polygraphy_commands"]
 
@@ -52,9 +52,9 @@ def inspect_artifacts(folder: Path) -> tuple[dict[str, Any], str]:
         f"digest    {manifest.model_digest}",
         f"licence   {manifest.licence}",
     ]
-    for graph, file in GRAPH_FILES.items():
-        signature = make_signature(graph, manifest.config, manifest.dtype)
-        weights = graph_weights(folder, graph)
+    for graph, file in manifest.graphs.files.items():
+        signature = manifest.graphs.signature(graph, manifest.config)
+        weights = graph_weights(folder, file)
         size, weight_bytes = manifest.files[file].bytes, sum(w.nbytes for w in weights.values())
         graphs[graph] = {
             "file": file,
@@ -95,8 +95,8 @@ def polygraphy_commands(folder: Path) -> tuple[dict[str, Any], str]:
     unit = manifest.config.vae.multiple_of
     sizes |= {"grid_height": 16, "grid_width": 16, "height": 16 * unit, "width": 16 * unit}
     commands = {}
-    for graph, file in GRAPH_FILES.items():
-        signature = make_signature(graph, manifest.config, manifest.dtype)
+    for graph, file in manifest.graphs.files.items():
+        signature = manifest.graphs.signature(graph, manifest.config)
         shapes = " ".join(
             f"{spec.name}:[{','.join(str(axis) for axis in spec.concrete(sizes))}]"
             for spec in signature.inputs

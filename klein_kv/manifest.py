@@ -6,7 +6,7 @@ stay inside the folder.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from typing import Any, Self
 from klein_kv.config import DTYPES, ITEM_SIZE, ModelConfig
 from klein_kv.digest import combine_digests, file_digest
 from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.signature import GRAPH_FILES, PLAIN_GRAPH_FILES, VARIANTS
+from klein_kv.signature import VARIANTS, GraphSet
 from klein_kv.weights import WeightRef
 
 __all__ = [
@@ -61,6 +61,7 @@ class Manifest:
         scheduler: diffusers' scheduler configuration, as found.
         files: records by path relative to the folder.
         licence: notice about the weights, for people.
+        distilled: False for weights that need classifier-free guidance.
     """
 
     model_id: str
@@ -70,6 +71,7 @@ class Manifest:
     scheduler: dict[str, Any]
     files: dict[str, FileRecord]
     licence: str
+    distilled: bool = True
 
     @property
     def model_digest(self) -> str:
@@ -81,6 +83,11 @@ class Manifest:
         }
         return combine_digests(parts)
 
+    @property
+    def graphs(self) -> GraphSet:
+        """The folder's graphs."""
+        return GraphSet(self.variant, self.dtype)
+
     def save(self, folder: Path) -> None:
         """Writes `klein.json` into the folder."""
         value = {
@@ -90,7 +97,8 @@ class Manifest:
             "variant": self.variant,
             "dtype": self.dtype,
             "licence": self.licence,
-            "graphs": VARIANTS[self.variant],
+            "distilled": self.distilled,
+            "graphs": self.graphs.files,
             "config": self.config.to_dict(),
             "scheduler": self.scheduler,
             "files": {
@@ -102,15 +110,12 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(
-        cls, folder: Path, check_files: bool = True, variants: Sequence[str] = ("kv",)
-    ) -> Self:
+    def load(cls, folder: Path, check_files: bool = True) -> Self:
         """Reads and checks an artifact folder's manifest.
 
         Args:
             folder: the artifact folder.
             check_files: also check size and digest of every file.
-            variants: kinds of weights that the caller can use.
 
         Raises:
             ArtifactError: not an artifact folder, a newer format, or a file that does not match.
@@ -128,15 +133,16 @@ class Manifest:
                     for name, record in value["files"].items()
                 },
                 licence=value["licence"],
+                distilled=bool(value.get("distilled", True)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
-        if manifest.dtype not in DTYPES.values() or manifest.variant not in variants:
+        if manifest.dtype not in DTYPES.values() or manifest.variant not in VARIANTS:
             raise ArtifactError(
                 f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
-                f"{manifest.dtype!r}, expected {' or '.join(map(repr, variants))} and one of "
+                f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
                 f"{', '.join(DTYPES.values())}; "
                 "export the checkpoint again"
             )
@@ -150,7 +156,7 @@ class Manifest:
         Raises:
             ArtifactError: a file is missing, has another size or another digest.
         """
-        for graph, name in VARIANTS[self.variant].items():
+        for graph, name in self.graphs.files.items():
             if name not in self.files:
                 raise ArtifactError(
                     f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
@@ -234,13 +240,17 @@ def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
     path.write_text(json.dumps(table) + "\n", encoding="utf-8")
 
 
-def graph_weights(folder: Path, graph: str) -> dict[str, WeightRef]:
+def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
     """Where the initializers of one graph lie, by initializer name.
+
+    Args:
+        folder: the artifact folder.
+        file: the graph's path in it (`GraphSet.files`).
 
     Raises:
         ArtifactError: the table is unreadable or points outside its folder or file.
     """
-    path = folder / weights_file((GRAPH_FILES | PLAIN_GRAPH_FILES)[graph])
+    path = folder / weights_file(file)
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         refs = {

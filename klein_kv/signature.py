@@ -20,6 +20,7 @@ __all__ = [
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
     "VARIANTS",
+    "GraphSet",
     "Signature",
     "TensorSpec",
     "kv_names",
@@ -43,6 +44,29 @@ PLAIN_GRAPH_FILES = {
 
 VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 """Kinds of weights, and the graphs of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """The graphs of an artifact folder that belong together, and their types.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        dtype: floating point type of inputs, outputs and activations.
+    """
+
+    variant: str
+    dtype: str
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Path of each graph relative to the folder, by the graph's name."""
+        return VARIANTS[self.variant]
+
+    def signature(self, graph: str, config: ModelConfig) -> "Signature":
+        """The contract of one of these graphs."""
+        return make_signature(graph, config, self.dtype)
+
 
 MAX_POSITION = 4096
 """Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""

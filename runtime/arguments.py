@@ -145,6 +145,10 @@ def output_size(
                 f"{_MAX_SIDE}"
             )
     if noise is not None and noise.ndim == 4:
+        if max(noise.shape[2:]) > MAX_POSITION:
+            raise RequestError(
+                f"latents has shape {noise.shape}, expected at most {MAX_POSITION} tokens a side"
+            )
         default = noise.shape[2] * unit, noise.shape[3] * unit
     else:
         side = _DEFAULT_LATENT_SIDE * config.vae.scale_factor

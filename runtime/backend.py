@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from klein_kv.errors import BackendError
 from klein_kv.manifest import Manifest
+from klein_kv.signature import GraphSet
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "open_backend"]
 
@@ -29,7 +30,7 @@ class Backend(Protocol):
         """Runs a graph.
 
         Args:
-            graph: a key of `signature.GRAPH_FILES`; loaded when first used.
+            graph: a key of `GraphSet.files`; loaded when first used.
             inputs: every input of the graph's signature. Buffers stay the caller's.
 
         Returns:
@@ -61,7 +62,12 @@ class DeviceClock(Protocol):
 
 
 def open_backend(
-    name: str, artifacts: Path, manifest: Manifest, device: str | None, threads: int | None
+    name: str,
+    artifacts: Path,
+    manifest: Manifest,
+    device: str | None,
+    threads: int | None,
+    graphs: GraphSet | None = None,
 ) -> Backend:
     """Opens a backend on an artifact folder whose manifest has been checked.
 
@@ -72,6 +78,7 @@ def open_backend(
         manifest: its manifest.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads; None leaves it to the library.
+        graphs: which graphs of the folder; None takes the manifest's.
 
     Raises:
         BackendError: unknown backend or device, a missing library, or a type it cannot compute.
@@ -93,9 +100,9 @@ def open_backend(
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
         from klein_kv.runtime.trt_backend import TrtBackend
 
-        return TrtBackend(artifacts, manifest, device=int(ordinal or 0))
+        return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
     if kind == "cuda":
         raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
 
-    return OrtBackend(artifacts, manifest, threads)
+    return OrtBackend(artifacts, manifest, threads, graphs)

@@ -2,7 +2,8 @@
 
 `first_step` takes the references' tokens and leaves their keys and values on the device; every
 later step is `cached_step` on those buffers. With keys and values at hand from the start, or
-without references (R = 0), all steps are `cached_step`.
+without references (R = 0), all steps are `cached_step`. Plain weights have nothing to keep: each of
+their steps is `plain_step`, which takes the references' tokens.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 
 from klein_kv.runtime.backend import Backend, Buffer
 from klein_kv.schedule import Schedule
+from klein_kv.signature import GraphSet
 
 __all__ = ["LoopInputs", "denoise_loop"]
 
@@ -25,7 +27,7 @@ class LoopInputs:
         text: encoder_hidden_states [B, T, 3 * hidden].
         img_ids: int64 [S, 4].
         txt_ids: int64 [T, 4].
-        references: `ref_hidden_states` and `ref_ids`, still to be encoded.
+        references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
         kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
     """
 
@@ -45,7 +47,7 @@ def denoise_loop(
     backend: Backend,
     schedule: Schedule,
     inputs: LoopInputs,
-    dtype: str,
+    graphs: GraphSet,
     after_step: AfterStep | None = None,
 ) -> None:
     """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values.
@@ -54,12 +56,12 @@ def denoise_loop(
         backend: where the graphs run.
         schedule: timesteps and step sizes.
         inputs: buffers, updated in place.
-        dtype: type of the graphs, whose rounding the timestep follows.
+        graphs: their variant, and their type, whose rounding the timestep follows.
         after_step: see `AfterStep`.
     """
     scalars = [
         (
-            backend.upload(np.array([schedule.model_timestep(i, dtype)], np.float32)),
+            backend.upload(np.array([schedule.model_timestep(i, graphs.dtype)], np.float32)),
             backend.upload(schedule.sigma_steps[i : i + 1]),
         )
         for i in range(schedule.num_steps)
@@ -73,16 +75,16 @@ def denoise_loop(
             "img_ids": inputs.img_ids,
             "txt_ids": inputs.txt_ids,
         }
-        graph = "cached_step"
-        if inputs.references is not None:
-            graph = "first_step"
-            feeds |= inputs.references
-        else:
+        if inputs.references is None:
+            graph = "cached_step"
             feeds |= inputs.kv
+        else:
+            graph = "plain_step" if graphs.variant == "plain" else "first_step"
+            feeds |= inputs.references
         outputs = backend.run(graph, feeds)
         inputs.latents = outputs.pop("latents")
         del outputs["noise_pred"]
-        if inputs.references is not None:
+        if graph == "first_step":
             inputs.kv, inputs.references = outputs, None
         if after_step is not None and after_step(i, inputs):
             break

@@ -17,7 +17,7 @@ from klein_kv.engines.targets import Gpu, find_target
 from klein_kv.errors import RequestError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.memory import request_bytes
-from klein_kv.signature import GRAPH_FILES, make_signature
+from klein_kv.signature import GraphSet, make_signature
 
 __all__ = [
     "PRECISIONS",
@@ -36,11 +36,6 @@ RESERVED = 600_000_000
 PRECISIONS = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 """Bytes per weight of a block's linear layer; nvfp4 has one fp8 scale for 16 weights."""
 
-_COMPONENTS = {
-    "text_encoder": ("text_encoder",),
-    "transformer": ("encode_references", "first_step", "cached_step"),
-    "vae": ("vae_encoder", "vae_decoder"),
-}
 _STAGES = ("text_encoder", "vae_encoder", "first_step", "cached_step", "vae_decoder")
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
@@ -236,20 +231,22 @@ def _estimate(graph: str, config: ModelConfig, dtype: str, sizes: Mapping[str, i
     return 3 * sizes["batch"] * sizes["height"] * sizes["width"] * 256 * ITEM_SIZE[dtype]
 
 
-def component_bytes(artifacts: Path, precision: str) -> dict[str, int]:
+def component_bytes(artifacts: Path, graphs: GraphSet, precision: str) -> dict[str, int]:
     """Bytes of each component's weights on the device, every tensor counted once.
 
     Args:
         artifacts: the folder.
+        graphs: its graphs; a component is a folder of them.
         precision: of the block linears of the transformer; the rest keeps the files' type.
     """
     total = {}
-    for component, graphs in _COMPONENTS.items():
+    components = {file.partition("/")[0] for file in graphs.files.values()}
+    for component in sorted(components):
         refs = {
             ref: name
-            for graph in graphs
-            if graph in GRAPH_FILES
-            for name, ref in graph_weights(artifacts, graph).items()
+            for file in graphs.files.values()
+            if file.startswith(f"{component}/")
+            for name, ref in graph_weights(artifacts, file).items()
         }
         total[component] = sum(
             int(ref.nbytes / ITEM_SIZE[ref.dtype] * PRECISIONS[precision])
@@ -293,7 +290,7 @@ def plan_artifacts(
             raise RequestError(
                 f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}"
             )
-        weights = component_bytes(artifacts, precision)
+        weights = component_bytes(artifacts, manifest.graphs, precision)
         plans += [
             make_plan(
                 manifest.config,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Buffer
-from klein_kv.signature import GRAPH_FILES, make_signature
+from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef, map_weight
 
 __all__ = ["OrtBackend"]
@@ -50,6 +50,7 @@ class OrtBackend:
         artifacts: the folder, its manifest checked.
         manifest: the manifest.
         threads: threads per operator; None lets ONNX Runtime choose (one per physical core).
+        graphs: which graphs of the folder; None takes the manifest's.
 
     Raises:
         BackendError: onnxruntime is not installed, or the artifacts are bfloat16.
@@ -57,7 +58,13 @@ class OrtBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, artifacts: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifacts: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        graphs: GraphSet | None = None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -75,7 +82,8 @@ class OrtBackend:
         self._ort = onnxruntime
         _share_arena(onnxruntime)
         self._artifacts = artifacts
-        self._manifest = manifest
+        self._graphs = graphs or manifest.graphs
+        self._config = manifest.config
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._weights: dict[WeightRef, Any] = {}
@@ -123,11 +131,11 @@ class OrtBackend:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        for name, ref in graph_weights(self._artifacts, graph).items():
+        for name, ref in graph_weights(self._artifacts, self._graphs.files[graph]).items():
             if ref not in self._weights:
                 self._weights[ref] = self._ort.OrtValue.ortvalue_from_numpy(map_weight(ref))
             options.add_initializer(name, self._weights[ref])
-        path = self._artifacts / GRAPH_FILES[graph]
+        path = self._artifacts / self._graphs.files[graph]
         try:
             session = self._ort.InferenceSession(
                 os.fspath(path), options, providers=["CPUExecutionProvider"]
@@ -142,11 +150,11 @@ class OrtBackend:
         return session
 
     def _check(self, graph: str, session: Any) -> None:
-        signature = make_signature(graph, self._manifest.config, self._manifest.dtype)
+        signature = self._graphs.signature(graph, self._config)
         expected = [spec.name for spec in (*signature.inputs, *signature.outputs)]
         found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
         if sorted(found) != sorted(expected):
             raise ArtifactError(
-                f"{GRAPH_FILES[graph]}: tensors are {sorted(found)[:4]}..., expected "
+                f"{self._graphs.files[graph]}: tensors are {sorted(found)[:4]}..., expected "
                 f"{sorted(expected)[:4]}...; it was not exported by this version, export again"
             )

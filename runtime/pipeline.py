@@ -75,6 +75,9 @@ class KleinKVOutput:
 class KleinKVPipeline:
     """A loaded artifact folder, ready to make images. Use `from_pretrained`.
 
+    Folders of plain klein weights run too, without any reuse of references: their pipeline is
+    diffusers' `Flux2KleinPipeline` for distilled weights.
+
     Attributes:
         manifest: what the folder says of itself.
         backend: where the graphs run.
@@ -96,6 +99,12 @@ class KleinKVPipeline:
         kv_dtype: str | None = None,
         nvtx: bool = False,
     ) -> None:
+        if not manifest.distilled:
+            raise RequestError(
+                f"{artifacts} holds weights that are not distilled: they need classifier-free "
+                "guidance, which this pipeline does not do; expected distilled weights, such as "
+                "FLUX.2-klein-9b-kv"
+            )
         self.artifacts = artifacts
         self.manifest = manifest
         self.backend = backend
@@ -167,7 +176,8 @@ class KleinKVPipeline:
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
             BackendError: the backend cannot run these artifacts here.
-            RequestError: a budget below 0, another kv_dtype, a folder that cannot be made.
+            RequestError: a budget below 0, another kv_dtype, a folder that cannot be made, or
+                weights that are not distilled.
         """
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
@@ -256,9 +266,15 @@ class KleinKVPipeline:
             A set to pass as `references=`: the same images then cost only cached steps.
 
         Raises:
-            RequestError: see `images.prepare_reference`.
+            RequestError: see `images.prepare_reference`; plain weights, whose references have no
+                keys and values to keep.
             CapacityError: the keys and values do not fit into memory.
         """
+        if self.manifest.variant == "plain":
+            raise RequestError(
+                f"{self.artifacts} holds plain weights, whose references take part in every step; "
+                "pass them as image=, or use KV weights"
+            )
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images:
             raise RequestError("no reference image was given, expected at least one")
@@ -397,10 +413,10 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                denoise_loop(self.timed_backend, schedule, inputs, self.manifest.dtype, after_step)
+                denoise_loop(self.timed_backend, schedule, inputs, self.manifest.graphs, after_step)
         self._current_timestep = None
         self._activations_held = max(self._activations_held, activations)
-        inputs.kv = {}  # gigabytes that decoding can use
+        inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
             final = self.timed_backend.download(inputs.latents).reshape(shape)
@@ -448,6 +464,8 @@ class KleinKVPipeline:
     ) -> int:
         """Refuses what cannot fit; returns the bytes of activations."""
         count = 0 if references is None else references.num_tokens
+        if self.manifest.variant == "plain":  # references are tokens of the image
+            image_tokens, count = image_tokens + count, 0
         parts = request_bytes(
             self.config,
             self.manifest.dtype,
@@ -480,6 +498,10 @@ class KleinKVPipeline:
         Yields:
             What to call after the first step.
         """
+        if self.manifest.variant == "plain":
+            inputs.references = self._encoder.tokens(prepared)
+            yield lambda: None
+            return
         if prepared is None:
             inputs.kv = self._no_references() if references is None else references.buffers()
             yield lambda: None

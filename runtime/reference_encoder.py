@@ -16,6 +16,7 @@ from klein_kv.runtime.memory import check_request_memory, request_bytes
 from klein_kv.runtime.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.reference_store import ReferenceStore
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
+from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["PreparedReferences", "ReferenceEncoder"]
 
@@ -79,9 +80,15 @@ class ReferenceEncoder:
             digest=self.origin.digest(digest),
         )
 
-    def tokens(self, prepared: PreparedReferences) -> dict[str, Buffer]:
-        """Inputs `ref_hidden_states` and `ref_ids` of the graphs that encode references."""
-        backend = self._backend
+    def tokens(self, prepared: PreparedReferences | None) -> dict[str, Buffer]:
+        """Inputs `ref_hidden_states` and `ref_ids` of the graphs that take references."""
+        backend, manifest = self._backend, self._manifest
+        if prepared is None:
+            none = np.zeros((1, 0, manifest.config.transformer.in_channels))
+            return {
+                "ref_hidden_states": backend.upload(none.astype(NUMPY_DTYPES[manifest.dtype])),
+                "ref_ids": backend.upload(np.zeros((0, 4), np.int64)),
+            }
         tokens, grids = [], []
         for image in prepared.pixels:
             out = backend.run("vae_encoder", {"image": backend.upload(image)})

@@ -11,6 +11,7 @@ from klein_kv.errors import BackendError
 from klein_kv.manifest import graph_weights
 from klein_kv.runtime.backend import Backend, Buffer
 from klein_kv.runtime.images import images_from_uint8
+from klein_kv.signature import GRAPH_FILES
 from klein_kv.weights import map_weight
 
 __all__ = ["decode_latents", "vae_latents"]
@@ -51,7 +52,7 @@ def decode_latents(
 
 def vae_latents(artifacts: Path, config: VaeConfig, tokens: NDArray[Any]) -> NDArray[Any]:
     """Tokens [B, h, w, 4C] to the VAE's latents [B, C, 2h, 2w] (diffusers: "latent")."""
-    weights = graph_weights(artifacts, "vae_decoder")
+    weights = graph_weights(artifacts, GRAPH_FILES["vae_decoder"])
     mean, var = (map_weight(weights[f"bn.running_{name}"]) for name in ("mean", "var"))
     std = np.sqrt(var + np.asarray(config.batch_norm_eps, var.dtype))
     b, h, w, c = tokens.shape

@@ -21,7 +21,7 @@ from klein_kv.errors import ArtifactError, BackendError, BuildError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.cuda_memory import CudaMemory, DeviceBuffer, Event, load_cudart
-from klein_kv.signature import GRAPH_FILES
+from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightRef
 
 __all__ = ["TrtBackend"]
@@ -39,6 +39,7 @@ class TrtBackend:
         device: ordinal of the GPU.
         cudart: CUDA runtime bindings; None loads cuda-python.
         trt: TensorRT module; None loads the one that the engines were built with.
+        graphs: which graphs of the folder; None takes the manifest's.
 
     Raises:
         ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
@@ -57,13 +58,15 @@ class TrtBackend:
         device: int = 0,
         cudart: Any = None,
         trt: Any = None,
+        graphs: GraphSet | None = None,
     ) -> None:
+        files = (graphs or manifest.graphs).files
         self._folder = engines or _only_folder(artifacts)
         self._engines = EngineManifest.load(self._folder)
         self._trt = trt or load_module(self._engines.module)
         self._engines.check_module(self._trt.__name__, module_version(self._trt))
         for graph, record in self._engines.engines.items():
-            if record.onnx_digest != manifest.files[GRAPH_FILES[graph]].digest:
+            if record.onnx_digest != manifest.files[files[graph]].digest:
                 raise ArtifactError(
                     f"{self._folder}: the engine of {graph} was built from another export; build "
                     "it again with `klein-kv build`"

@@ -16,6 +16,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -24,7 +25,14 @@ from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-__all__ = ["MODELS", "Architecture", "load_diffusers", "randomize", "save_checkpoint"]
+__all__ = [
+    "MODELS",
+    "Architecture",
+    "load_diffusers",
+    "load_plain_diffusers",
+    "randomize",
+    "save_checkpoint",
+]
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -159,9 +167,18 @@ def save_checkpoint(folder: Path, architecture: Architecture, seed: int) -> None
 
 def load_diffusers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Flux2KleinKVPipeline:
     """The reference: diffusers' pipeline, without its progress bar."""
+    return _load(Flux2KleinKVPipeline, checkpoint, dtype)
+
+
+def load_plain_diffusers(checkpoint: Path) -> Flux2KleinPipeline:
+    """The reference for plain weights, in float32."""
+    return _load(Flux2KleinPipeline, checkpoint, torch.float32)
+
+
+def _load(kind: Any, checkpoint: Path, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what third parties warn of while they load
-        pipeline = Flux2KleinKVPipeline.from_pretrained(checkpoint, dtype=dtype)
+        pipeline = kind.from_pretrained(checkpoint, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

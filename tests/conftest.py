@@ -1,5 +1,7 @@
 """Fixtures that every test may use. What they return is shared: read it only."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from PIL import Image
 from tests.tolerances import MEASURED, TOLERANCES
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from diffusers import Flux2KleinKVPipeline
 
     from klein_kv import KleinKVPipeline
@@ -78,6 +81,45 @@ def tiny_fp16_artifacts(tiny_checkpoint: Path) -> Path:
 def tiny_bf16_artifacts(tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint, exported in bfloat16."""
     return _export(tiny_checkpoint, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, saying that it is a distilled plain one."""
+    folder = tmp_path_factory.mktemp("plain") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vae_graph(tiny_artifacts: Path) -> Callable[..., "ir.Model"]:
+    """In place of `vae_graph`, which traces for ten seconds: what it made of the tiny checkpoint.
+
+    Right for any export in float32 that links the same VAE file.
+    """
+    import onnx_ir as ir
+
+    from klein_kv.signature import GRAPH_FILES
+
+    def load(graph: str, *_: object) -> "ir.Model":
+        return ir.load(tiny_artifacts / GRAPH_FILES[graph])
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def plain_artifacts(plain_checkpoint: Path, tiny_vae_graph: Callable[..., "ir.Model"]) -> Path:
+    """The plain checkpoint, exported in float32."""
+    from klein_kv.export import exporter
+
+    target = plain_checkpoint.with_name("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "vae_graph", tiny_vae_graph)
+        exporter.export_checkpoint(plain_checkpoint, target)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from klein_kv.engines import build, builder
@@ -19,6 +20,7 @@ from klein_kv.engines.plan_cost import price_plan
 from klein_kv.engines.recipe import Recipe
 from klein_kv.engines.targets import GPUS
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
+from klein_kv.export import exporter
 from klein_kv.manifest import MANIFEST, Manifest
 from klein_kv.signature import GRAPH_FILES
 
@@ -81,6 +83,27 @@ def test_all_graphs_build(built: Path) -> None:
     files = {path.name for path in _folder(built).iterdir()}
     expected = {f"{graph}.layers.json" for graph in GRAPH_FILES} | {"engine.json"}
     assert files == expected | {record.file for record in engines.engines.values()}
+
+
+def test_plain_weights_build(plain_checkpoint: Path, built: Path, tmp_path: Path) -> None:
+    """Their one step attends to everything in one fused kernel per block."""
+    vae = {graph: ir.load(built / GRAPH_FILES[graph]) for graph in ("vae_encoder", "vae_decoder")}
+    with pytest.MonkeyPatch.context() as patch:  # tracing the VAE again takes long
+        patch.setattr(exporter, "vae_graph", lambda graph, *_: vae[graph])
+        exporter.export_checkpoint(plain_checkpoint, tmp_path / "plain", dtype="bfloat16")
+    with pytest.raises(
+        RequestError, match=r"unknown graph 'cached_step', expected some of .*plain"
+    ):
+        build_artifacts(tmp_path / "plain", recipe=RECIPE, graphs=["cached_step"])
+    (record,) = build_artifacts(
+        tmp_path / "plain", recipe=RECIPE, graphs=["plain_step"], progress=False
+    )
+    assert [tensor.name for tensor in record.outputs] == ["noise_pred", "latents"]
+    folder = _folder(tmp_path / "plain")
+    cost = price_plan(KernelPlan.load(folder / record.layers), GPUS["rtx5090"])
+    net = Manifest.load(tmp_path / "plain", check_files=False).config.transformer
+    assert cost.attention_kernels == net.num_blocks
+    assert cost.weight_copies == ()
 
 
 def test_transformer_engines_bind_the_same_weights(built: Path) -> None:

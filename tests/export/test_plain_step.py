@@ -3,12 +3,10 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -16,60 +14,33 @@ from diffusers import Flux2KleinPipeline
 from numpy.typing import NDArray
 
 from klein_kv import KleinKVPipeline
-from klein_kv.errors import ArtifactError
+from klein_kv.errors import RequestError
 from klein_kv.export import exporter
 from klein_kv.export.exporter import export_checkpoint
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.signature import PLAIN_GRAPH_FILES, make_signature
+from tests.checkpoints import load_plain_diffusers
 
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def plain_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint, saying that it is a distilled plain one."""
-    folder = tmp_path_factory.mktemp("plain") / "checkpoint"
-    shutil.copytree(tiny_checkpoint, folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plain_artifacts(plain_checkpoint: Path, tiny_vae_graph: Callable[..., ir.Model]) -> Path:
-    """Exported in float32; the VAE's graphs, which take long, are those of the KV export."""
-    target = plain_checkpoint.with_name("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "vae_graph", tiny_vae_graph)
-        export_checkpoint(plain_checkpoint, target)
-    return target
-
-
-@pytest.fixture(scope="module")
 def theirs(plain_checkpoint: Path) -> Flux2KleinPipeline:
-    pipeline = Flux2KleinPipeline.from_pretrained(plain_checkpoint, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_plain_diffusers(plain_checkpoint)
 
 
 def test_folder(plain_artifacts: Path) -> None:
-    manifest = Manifest.load(plain_artifacts, variants=("kv", "plain"))
+    manifest = Manifest.load(plain_artifacts)
     assert manifest.variant == "plain"
     graphs = {
         path.relative_to(plain_artifacts).as_posix() for path in plain_artifacts.rglob("*.onnx")
     }
     assert graphs == set(PLAIN_GRAPH_FILES.values())
-    weights = graph_weights(plain_artifacts, "plain_step")
+    weights = graph_weights(plain_artifacts, PLAIN_GRAPH_FILES["plain_step"])
     assert len(weights) > 40
     signature = make_signature("plain_step", manifest.config, "float32")
     assert [spec.name for spec in signature.outputs] == ["noise_pred", "latents"]
     assert {"ref_hidden_states", "ref_ids"} < {spec.name for spec in signature.inputs}
-
-
-def test_the_kv_runtime_refuses_it(plain_artifacts: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"says variant 'plain' .*expected 'kv'"):
-        KleinKVPipeline.from_pretrained(plain_artifacts, threads=1)
 
 
 @pytest.mark.parametrize(("batch", "references"), [(1, 0), (2, 1), (1, 2)])
@@ -141,3 +112,5 @@ def test_base_weights_need_guidance(
     with caplog.at_level(logging.WARNING):
         export_checkpoint(folder, tmp_path / "out")
     assert "is not distilled: it needs classifier-free guidance" in caplog.text
+    with pytest.raises(RequestError, match="not distilled: they need classifier-free guidance"):
+        KleinKVPipeline.from_pretrained(tmp_path / "out", threads=1)

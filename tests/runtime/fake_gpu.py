@@ -218,7 +218,7 @@ class FakeEngine:
         manifest = Manifest.load(artifacts, check_files=False)
         self.signature = make_signature(graph, manifest.config, manifest.dtype)
         self.unit = manifest.config.vae.multiple_of
-        self.weights = graph_weights(artifacts, graph) if shared else {}
+        self.weights = graph_weights(artifacts, GRAPH_FILES[graph]) if shared else {}
         self.path = artifacts / GRAPH_FILES[graph]
         specs = (*self.signature.inputs, *self.signature.outputs)
         self.names = [*(spec.name for spec in specs), *self.weights]

@@ -15,8 +15,9 @@ from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.loop import LoopInputs, denoise_loop
 from klein_kv.runtime.references import grid_ids, text_ids
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import kv_names
+from klein_kv.signature import GraphSet, kv_names
 
+GRAPHS = GraphSet("kv", "float32")
 Call = tuple[str, dict[str, Buffer], dict[str, Buffer]]
 
 
@@ -153,7 +154,7 @@ def test_memory_does_not_grow_with_steps(tiny_ours: KleinKVPipeline) -> None:
         return False
 
     schedule = make_schedule({"use_dynamic_shifting": True}, 25, 16)
-    denoise_loop(tiny_ours.backend, schedule, inputs, "float32", after_step)
+    denoise_loop(tiny_ours.backend, schedule, inputs, GRAPHS, after_step)
     # Five steps to warm up; then twenty copies would be half a gigabyte.
     assert nbytes > 25e6
     assert max(resident[5:]) - resident[4] < nbytes / 2
@@ -170,13 +171,13 @@ def test_early_end(tiny_ours: KleinKVPipeline) -> None:
         return i == 1
 
     inputs = loop_inputs(tiny_ours, 0)
-    denoise_loop(tiny_ours.backend, schedule, inputs, "float32", after_step)
+    denoise_loop(tiny_ours.backend, schedule, inputs, GRAPHS, after_step)
     assert steps == [0, 1]
 
 
 def test_time_and_step_sizes(tiny_ours: KleinKVPipeline, calls: list[Any]) -> None:
     schedule = make_schedule({"use_dynamic_shifting": True}, 3, 16)
-    denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), "float32")
+    denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), GRAPHS)
     for i, (_, inputs, _) in enumerate(calls):
         assert inputs["timestep"].numpy() == [schedule.model_timestep(i, "float32")]
         assert inputs["sigma_step"].numpy() == [schedule.sigma_steps[i]]

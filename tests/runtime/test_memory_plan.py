@@ -16,13 +16,15 @@ from klein_kv.runtime.memory_plan import (
     make_plan,
     plan_artifacts,
 )
+from klein_kv.signature import GraphSet
 from klein_kv.weights import WeightIndex
 
+GRAPHS = GraphSet("kv", "float32")
 WEIGHTS = {"text_encoder": 1_000_000, "transformer": 2_000_000, "vae": 300_000}
 
 
 def test_weights_are_the_tensors_of_the_files_each_once(tiny_artifacts: Path):
-    found = component_bytes(tiny_artifacts, "fp32")
+    found = component_bytes(tiny_artifacts, GRAPHS, "fp32")
     for part in ("transformer", "vae"):
         index = WeightIndex.from_folder(tiny_artifacts / part, part)
         floats = sum(ref.nbytes for ref in index.values() if ref.dtype == "float32")
@@ -35,7 +37,7 @@ def test_weights_are_the_tensors_of_the_files_each_once(tiny_artifacts: Path):
 
 
 def test_low_precision_shrinks_the_block_linears_alone(tiny_artifacts: Path):
-    full, fp8, fp4 = (component_bytes(tiny_artifacts, p) for p in ("fp32", "fp8", "nvfp4"))
+    full, fp8, fp4 = (component_bytes(tiny_artifacts, GRAPHS, p) for p in ("fp32", "fp8", "nvfp4"))
     assert full["vae"] == fp8["vae"]
     assert full["text_encoder"] == fp8["text_encoder"]
     linears = (full["transformer"] - fp8["transformer"]) / (4 - PRECISIONS["fp8"])

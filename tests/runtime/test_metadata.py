@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from klein_kv import __version__
 from klein_kv.errors import CapacityError, RequestError
@@ -55,7 +55,14 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     assert text_of(path)["parameters"] == PARAMETERS.text
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(IMAGE))
+        tags = image.getexif()
+    assert tags[ExifTags.Base.Software] == f"klein-kv {__version__}"
+    assert tags[ExifTags.Base.ImageDescription] == "Made by a generative model"
     assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+    save_png(IMAGE, path)
+    with Image.open(path) as image:
+        assert not image.getexif()
+        assert set(image.info) <= {"dpi"}
 
 
 def test_marked_as_made_by_a_model(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ EMBEDS = np.zeros((1, 7, 96), np.float32)
         ({"latents": LATENTS[0]}, "latents has shape"),
         ({"latents": LATENTS, "height": 256}, "latents has shape"),
         ({"latents": LATENTS, "num_images_per_prompt": 2}, "latents has shape"),
+        ({"latents": np.zeros((1, 128, 8, 4097), np.float32)}, "at most 4096 tokens a side"),
         ({"latents": LATENTS.astype(np.int32)}, "latents has dtype int32"),
         ({"latents": LATENTS + np.inf}, "latents holds values that are not finite"),
         # the rest

@@ -38,7 +38,7 @@ LOW, HIGH = 0, 1 << 20
 def record(artifacts: Path, manifest: Manifest, graph: str) -> EngineRecord:
     """What the builder would record of an engine whose file holds just the graph's name."""
     signature = make_signature(graph, manifest.config, manifest.dtype)
-    weights = {} if graph.startswith("vae") else graph_weights(artifacts, graph)
+    weights = {} if graph.startswith("vae") else graph_weights(artifacts, GRAPH_FILES[graph])
 
     def info(spec) -> TensorInfo:
         return TensorInfo(
@@ -179,7 +179,7 @@ def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend):
     backend.run("encode_references", references)
     assert len(backend._weights) == uploads
     contexts = [backend._trt.engines[g].contexts[0] for g in ("first_step", "encode_references")]
-    shared = set(graph_weights(tiny_artifacts, "encode_references"))
+    shared = set(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]))
     assert shared
     for name in shared:
         assert contexts[0].addresses[name] == contexts[1].addresses[name]
@@ -192,7 +192,9 @@ def test_release_and_close_free_device_memory(tiny_artifacts, backend):
     ids = np.ones((1, 8), np.int64)
     feeds = {name: backend.upload(ids) for name in ("input_ids", "attention_mask")}
     out = backend.run("text_encoder", feeds)
-    weights = sum(r.nbytes for r in graph_weights(tiny_artifacts, "text_encoder").values())
+    weights = sum(
+        r.nbytes for r in graph_weights(tiny_artifacts, GRAPH_FILES["text_encoder"]).values()
+    )
     assert cudart.used >= weights
     del out, feeds
     backend.release("text_encoder")
@@ -204,7 +206,7 @@ def test_release_and_close_free_device_memory(tiny_artifacts, backend):
 def test_weights_larger_than_the_staging_buffer(tiny_artifacts, monkeypatch):
     monkeypatch.setattr(cuda_memory, "_STAGING_BYTES", 1000)
     memory = CudaMemory(FakeCudart())
-    refs = graph_weights(tiny_artifacts, "encode_references")
+    refs = graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"])
     placed = memory.upload_weights(list(refs.values()))
     for ref in refs.values():
         got = array_at(placed[ref].pointer, ref.shape, ref.dtype)
