@@ -8,14 +8,19 @@ their steps is `plain_step`, which takes the references' tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from klein_kv.config import TransformerConfig
 from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.references import grid_ids, text_ids
 from klein_kv.schedule import Schedule
-from klein_kv.signature import GraphSet
+from klein_kv.signature import GraphSet, kv_names
+from klein_kv.weights import NUMPY_DTYPES
 
-__all__ = ["LoopInputs", "denoise_loop"]
+__all__ = ["LoopInputs", "denoise_loop", "loop_inputs", "no_references"]
 
 
 @dataclass(slots=True)
@@ -37,6 +42,33 @@ class LoopInputs:
     txt_ids: Buffer
     references: dict[str, Buffer] | None = None
     kv: dict[str, Buffer] = field(default_factory=dict)
+
+
+def loop_inputs(
+    backend: Backend, noise: NDArray[Any], text: NDArray[Any], grid: tuple[int, int]
+) -> LoopInputs:
+    """Uploads what a request starts from; its references are still to be filled in.
+
+    Args:
+        backend: where the loop runs.
+        noise: [B, C, h, w].
+        text: embeddings [B, T, 3 * hidden].
+        grid: (h, w).
+    """
+    batch, channels = noise.shape[:2]
+    tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
+    return LoopInputs(
+        latents=backend.upload(tokens),
+        text=backend.upload(text),
+        img_ids=backend.upload(grid_ids(*grid)),
+        txt_ids=backend.upload(text_ids(text.shape[1])),
+    )
+
+
+def no_references(backend: Backend, net: TransformerConfig, dtype: str) -> dict[str, Buffer]:
+    """Keys and values of R = 0 tokens."""
+    empty = np.zeros((1, 0, net.num_attention_heads, net.attention_head_dim), NUMPY_DTYPES[dtype])
+    return {name: backend.upload(empty) for name in kv_names(net.num_blocks)}
 
 
 AfterStep = Callable[[int, LoopInputs], bool]

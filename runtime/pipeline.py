@@ -8,6 +8,7 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 import contextlib
 import functools
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ from klein_kv.runtime.arguments import (
     output_size,
     prompt_may_come_first,
 )
-from klein_kv.runtime.backend import Backend, Buffer, open_backend
+from klein_kv.runtime.backend import Backend, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
-from klein_kv.runtime.loop import LoopInputs, denoise_loop
+from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
 from klein_kv.runtime.memory import (
     check_request_memory,
     default_cache_bytes,
@@ -46,13 +47,11 @@ from klein_kv.runtime.references import (
     KVOrigin,
     ReferenceSet,
     check_kv_dtype,
-    grid_ids,
-    text_ids,
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
 from klein_kv.runtime.timings import TimedBackend, Timings, record_timings
+from klein_kv.runtime.warm_up import Sizes, blank_references, run_sizes
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import kv_names
 from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
@@ -289,6 +288,57 @@ class KleinKVPipeline:
         """
         return self._encoder.load(Path(path))
 
+    def warm_up(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        references: Sequence[tuple[int, int]] = (),
+        *,
+        num_inference_steps: int = 4,
+        prompts: int = 1,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int = 512,
+    ) -> Timings:
+        """Does once what the first call of these sizes would have to do besides: load, compile.
+
+        No cache is touched and nothing is kept; `timings` stays that of the last call.
+
+        Args:
+            height: of the output in pixels; default the first reference's, else 1024.
+            width: alike.
+            references: (height, width) of each reference image that calls will bring.
+            num_inference_steps: steps of those calls.
+            prompts: prompts of one call.
+            num_images_per_prompt: images of each.
+            max_sequence_length: prompt tokens.
+
+        Returns:
+            Where the time went, loading included.
+
+        Raises:
+            RequestError: a size that a call would refuse.
+            CapacityError: such a call does not fit into memory.
+        """
+        check_call("", None, "pil", (), num_inference_steps, num_images_per_prompt, None)
+        blank = blank_references(references)
+        prepared = self._encoder.prepare(blank) if blank else None
+        first = None if prepared is None else prepared.first_size
+        height, width = output_size(self.config, height, width, first, None)
+        unit = self.config.vae.multiple_of
+        sizes = Sizes((height // unit, width // unit), num_images_per_prompt)
+        if not isinstance(prompts, int) or prompts < 1:
+            raise RequestError(f"prompts is {prompts!r}, expected 1 or more")
+        texts = self._prompts.tokenize([""] * prompts, max_sequence_length)
+        tokens, batch = math.prod(sizes.grid), prompts * num_images_per_prompt
+        activations = self._check_memory(prepared, batch, tokens, max_sequence_length, free=False)
+        schedule = make_schedule(self.manifest.scheduler, num_inference_steps, tokens, None)
+        with self.timed_backend.record() as timings:
+            run_sizes(
+                self.timed_backend, self._encoder, self.manifest, schedule, sizes, texts, prepared
+            )
+            self._activations_held = max(self._activations_held, activations)
+            return timings()
+
     @prompt_may_come_first
     @record_timings
     def __call__(
@@ -396,7 +446,7 @@ class KleinKVPipeline:
         if given is None:
             given = self._prompts.encode(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
-        inputs = self._loop_inputs(noise, text, grid)
+        inputs = loop_inputs(self.timed_backend, noise, text, grid)
         with self._references_ready(inputs, references, prepared) as after_first_step:
             self._interrupt = False
             self._num_timesteps = schedule.num_steps
@@ -442,27 +492,15 @@ class KleinKVPipeline:
             )
         return latents
 
-    def _loop_inputs(
-        self, noise: NDArray[Any], text: NDArray[Any], grid: tuple[int, int]
-    ) -> LoopInputs:
-        batch, channels = noise.shape[:2]
-        tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
-        upload = self.timed_backend.upload
-        return LoopInputs(
-            latents=upload(tokens),
-            text=upload(text),
-            img_ids=upload(grid_ids(*grid)),
-            txt_ids=upload(text_ids(text.shape[1])),
-        )
-
     def _check_memory(
         self,
         references: ReferenceSet | PreparedReferences | None,
         batch: int,
         image_tokens: int,
         text_tokens: int,
+        free: bool = True,
     ) -> int:
-        """Refuses what cannot fit; returns the bytes of activations."""
+        """Refuses what cannot fit, `free` even if other references go; returns the activations."""
         count = 0 if references is None else references.num_tokens
         if self.manifest.variant == "plain":  # references are tokens of the image
             image_tokens, count = image_tokens + count, 0
@@ -481,9 +519,8 @@ class KleinKVPipeline:
         activations = parts["activations"]
         # Backends keep what they once took: a request like an earlier one needs no more of it.
         parts["activations"] = max(0, activations - self._activations_held)
-        check_request_memory(
-            parts, count, functools.partial(self.reference_store.free, keep=digest)
-        )
+        give_way = functools.partial(self.reference_store.free, keep=digest)
+        check_request_memory(parts, count, give_way if free else None)
         return activations
 
     @contextlib.contextmanager
@@ -503,7 +540,11 @@ class KleinKVPipeline:
             yield lambda: None
             return
         if prepared is None:
-            inputs.kv = self._no_references() if references is None else references.buffers()
+            if references is not None:
+                inputs.kv = references.buffers()
+            else:
+                net = self.config.transformer
+                inputs.kv = no_references(self.timed_backend, net, self.manifest.dtype)
             yield lambda: None
             return
         with self.reference_store.claim(prepared.digest) as claim:
@@ -520,12 +561,6 @@ class KleinKVPipeline:
                 claim.publish(self._encoder.keep(prepared, inputs.kv))
 
             yield keep
-
-    def _no_references(self) -> dict[str, Buffer]:
-        net = self.config.transformer
-        shape = (1, 0, net.num_attention_heads, net.attention_head_dim)
-        empty = np.zeros(shape, NUMPY_DTYPES[self.manifest.dtype])
-        return {name: self.timed_backend.upload(empty) for name in kv_names(net.num_blocks)}
 
     def _call_back(
         self,
