@@ -1,6 +1,7 @@
 """What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
 
-Backends: "onnxruntime" (CPU) and "tensorrt" (engines on an NVIDIA GPU). `open_backend` picks one.
+Backends: "onnxruntime" (a CPU, or a CUDA GPU) and "tensorrt" (engines on an NVIDIA GPU).
+`open_backend` picks one.
 """
 
 from collections.abc import Mapping
@@ -76,7 +77,7 @@ def open_backend(
             is not "cpu", else "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
-        device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
+        device: "cpu", "cuda" or "cuda:N"; None for the backend's own, a CPU for onnxruntime.
         threads: CPU threads; None leaves it to the library.
         graphs: which graphs of the folder; None takes the manifest's.
 
@@ -101,8 +102,8 @@ def open_backend(
         from klein_kv.runtime.trt_backend import TrtBackend
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
-    if kind == "cuda":
-        raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
+    from klein_kv.runtime.ort_device import CPU, cuda_device
 
-    return OrtBackend(artifacts, manifest, threads, graphs)
+    place = cuda_device(int(ordinal or 0)) if kind == "cuda" else CPU
+    return OrtBackend(artifacts, manifest, threads, graphs, device=place)
