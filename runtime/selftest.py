@@ -134,7 +134,7 @@ def check_subject(report: Report, subject: Subject) -> None:
             check_identities(report, case, ours, sizes, exact)
         missing = [graph for graph in files if graph not in present]
         if missing:
-            report.skip(f"{case}: loop", f"{', '.join(missing)} is not there")
+            report.skip(f"{case}: loop", f"without {', '.join(missing)}")
             return
         cases = {f"{case}, small": sizes}
         if subject.engines is not None and _sizes(subject, typical=True) != sizes:

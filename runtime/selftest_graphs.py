@@ -39,6 +39,9 @@ LIMITS = {
     "float16": Limit(0.01, 0.05),
     "bfloat16": Limit(0.08, 0.4),
 }
+"""By the type that is tested; the reference is float32. Measured with onnxruntime on a CPU, float16
+against float32: norm 0.0017 and largest 0.004 at most (random weights, 14 blocks); bfloat16 has an
+eighth of float16's precision. Real weights and GPUs have not been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +282,7 @@ def check_identities(
     missing = [graph for graph in graphs if graph not in ours.present]
     if missing:
         for name in names:
-            report.skip(f"{case}: {name}", f"{', '.join(missing)} is not there")
+            report.skip(f"{case}: {name}", f"without {', '.join(missing)}")
         return
     steps = functools.cache(lambda: _Steps(ours, sizes))
 

@@ -4,6 +4,7 @@ The file is written anew after every check, aside first. A library that takes th
 leaves what was found before, and which check was under way.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -172,7 +173,8 @@ class Report:
             partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
             partial.replace(self._out)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise RequestError(
                 f"the report cannot be written to {self._out} ({error.strerror}); name another "
                 "file with --out"
@@ -192,10 +194,8 @@ class Report:
 
 def _words(error: Exception) -> str:
     """An error of ours is its message; of another one the last calls say where it came from."""
-    if isinstance(error, KleinKVError):
+    if isinstance(error, KleinKVError | CheckError):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)[-4:]
-    calls = ", ".join(
-        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames
-    )
-    return f"{type(error).__name__}: {error} (in {calls})"
+    calls = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    return f"{type(error).__name__}: {error} (in {', '.join(calls)})"

@@ -10,7 +10,7 @@ real, and a wrong address gives wrong numbers.
 import ctypes
 import enum
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +190,7 @@ class FakeContext:
             engine.signature.outputs, self._session.run(names, feeds), strict=True
         ):
             array_at(self.addresses[spec.name], value.shape, spec.dtype)[...] = value
+        engine.tamper(self)
         self.runs += 1
         return True
 
@@ -214,7 +215,11 @@ class FakeEngine:
 
     num_optimization_profiles = 1
 
-    def __init__(self, artifacts: Path, graph: str, shared: bool) -> None:
+    def __init__(
+        self, artifacts: Path, graph: str, shared: bool, tamper: Callable[[FakeContext], None]
+    ) -> None:
+        self.graph = graph
+        self.tamper = tamper
         manifest = Manifest.load(artifacts, check_files=False)
         self.signature = make_signature(graph, manifest.config, manifest.dtype)
         self.unit = manifest.config.vae.multiple_of
@@ -230,12 +235,23 @@ class FakeEngine:
 
 
 class FakeTrt:
-    """A TensorRT module whose engine files hold the name of a graph."""
+    """A TensorRT module whose engine files hold the name of a graph.
+
+    Args:
+        artifacts: where the graphs are.
+        shared: graphs -> whether their weights are inputs.
+        tamper: called after every execution, to plant faults in what lies at the addresses.
+    """
 
     __name__ = "fake_trt"
     __version__ = "0.0.1"
 
-    def __init__(self, artifacts: Path, shared: Mapping[str, bool] | None = None) -> None:
+    def __init__(
+        self,
+        artifacts: Path,
+        shared: Mapping[str, bool] | None = None,
+        tamper: Callable[[FakeContext], None] = lambda context: None,
+    ) -> None:
         self.artifacts = artifacts
         self.shared = shared or {}
         self.engines: dict[str, FakeEngine] = {}
@@ -263,7 +279,7 @@ class FakeTrt:
                     raise AssertionError("host code from engine files must stay off")
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
-                outer.engines[graph] = FakeEngine(outer.artifacts, graph, shared)
+                outer.engines[graph] = FakeEngine(outer.artifacts, graph, shared, tamper)
                 return outer.engines[graph]
 
         self.ILogger = ILogger

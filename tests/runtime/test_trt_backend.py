@@ -4,7 +4,6 @@ What runs for real: allocation, uploads, bindings, shapes, the loop over engines
 values are handed on without a copy. What does not: TensorRT itself. No GPU is needed or used.
 """
 
-import hashlib
 import inspect
 import re
 from pathlib import Path
@@ -16,10 +15,6 @@ from PIL import Image
 from klein_kv.engines.manifest import (
     EngineManifest,
     EngineRecord,
-    ProfileRecord,
-    TensorInfo,
-    WeightInput,
-    write_atomic,
 )
 from klein_kv.errors import ArtifactError, BackendError, BuildError, CapacityError, RequestError
 from klein_kv.manifest import Manifest, graph_weights
@@ -30,67 +25,14 @@ from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.signature import GRAPH_FILES, kv_names, make_signature
 from klein_kv.weights import map_weight
+from tests.runtime.fake_engines import fake_engines
 from tests.runtime.fake_gpu import FakeCudart, FakeTrt, array_at
-
-LOW, HIGH = 0, 1 << 20
-
-
-def record(artifacts: Path, manifest: Manifest, graph: str) -> EngineRecord:
-    """What the builder would record of an engine whose file holds just the graph's name."""
-    signature = make_signature(graph, manifest.config, manifest.dtype)
-    weights = {} if graph.startswith("vae") else graph_weights(artifacts, GRAPH_FILES[graph])
-
-    def info(spec) -> TensorInfo:
-        return TensorInfo(
-            spec.name, spec.dtype, tuple(a if isinstance(a, int) else -1 for a in spec.shape)
-        )
-
-    shapes = {
-        spec.name: tuple(
-            tuple(axis if isinstance(axis, int) else end for axis in spec.shape)
-            for end in (LOW, 64, HIGH)
-        )
-        for spec in signature.inputs
-    }
-    data = graph.encode()
-    return EngineRecord(
-        graph=graph,
-        file=f"{graph}.engine",
-        layers=f"{graph}.layers.json",
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        key="-",
-        onnx_digest=manifest.files[GRAPH_FILES[graph]].digest,
-        inputs=tuple(info(spec) for spec in signature.inputs),
-        outputs=tuple(info(spec) for spec in signature.outputs),
-        weights={
-            name: WeightInput(
-                ref.path.relative_to(artifacts).as_posix(),
-                ref.offset,
-                ref.nbytes,
-                ref.dtype,
-                ref.shape,
-            )
-            for name, ref in weights.items()
-        },
-        profiles=(ProfileRecord("any", {}, shapes),),
-        scratch_bytes=0,
-        seconds=0.0,
-        peak_rss=0,
-    )
 
 
 @pytest.fixture
 def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
     """A folder of "engines" of the tiny artifacts."""
-    manifest = Manifest.load(tiny_artifacts)
-    records = {graph: record(tiny_artifacts, manifest, graph) for graph in GRAPH_FILES}
-    for graph in records:
-        write_atomic(tmp_path / f"{graph}.engine", graph.encode())
-    EngineManifest("fake_trt", "0.0.1", "sm120", 120, "fp32", "shared", "default", records).save(
-        tmp_path
-    )
-    return tmp_path
+    return fake_engines(tiny_artifacts, tmp_path)
 
 
 @pytest.fixture
