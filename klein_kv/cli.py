@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
     sub.add_argument("--num-images", type=int, default=1)
     sub.add_argument("--backend", default="auto")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
 
@@ -236,7 +237,7 @@ def _generate(args: argparse.Namespace) -> Result:
     images = [load_image(path) for path in args.reference]
     seed = random_seed() if args.seed is None else args.seed
     pipe = KleinKVPipeline.from_pretrained(
-        args.artifacts, backend=args.backend, threads=args.threads
+        args.artifacts, backend=args.backend, device=args.device, threads=args.threads
     )
     result = pipe(
         prompt=args.prompt,

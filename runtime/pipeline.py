@@ -159,8 +159,8 @@ class KleinKVPipeline:
 
         Args:
             artifacts: the folder.
-            backend: "auto" or "onnxruntime".
-            device: "cpu".
+            backend: "auto", "onnxruntime" or "tensorrt".
+            device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
             threads: CPU threads of the backend; None leaves it to the library.
             reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
                 quarter of the memory that is free now (on a GPU: 0).
