@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Buffer
-from klein_kv.runtime.ort_device import CPU, OrtDevice, check_assignment, open_device
+from klein_kv.runtime.ort_device import (
+    CPU,
+    OrtDevice,
+    check_assignment,
+    give_back_memory,
+    open_device,
+)
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
@@ -100,6 +106,7 @@ class OrtBackend:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._weights: dict[WeightRef, Any] = {}
+        self._bound: dict[str, frozenset[WeightRef]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         session = self._sessions.get(graph) or self._load(graph)
@@ -163,6 +170,12 @@ class OrtBackend:
 
     def release(self, graph: str) -> None:
         self._sessions.pop(graph, None)
+        bound = self._bound.pop(graph, frozenset())
+        unused = bound.difference(*self._bound.values())
+        for ref in unused:
+            del self._weights[ref]
+        if unused and not self._device.is_host:
+            give_back_memory(self._ort, self._device)
 
     def _load(self, graph: str) -> Any:
         device, file = self._device, self._graphs.files[graph]
@@ -174,7 +187,9 @@ class OrtBackend:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        for name, ref in graph_weights(self._artifacts, file).items():
+        refs = graph_weights(self._artifacts, file)
+        self._bound[graph] = frozenset(refs.values())
+        for name, ref in refs.items():
             if ref not in self._weights:
                 self._weights[ref] = self._place(ref)
             options.add_initializer(name, self._weights[ref])

@@ -140,6 +140,8 @@ def check_subject(report: Report, subject: Subject) -> None:
         if subject.engines is not None and _sizes(subject, typical=True) != sizes:
             cases[f"{case}, typical"] = _sizes(subject, typical=True)
         for name, at in cases.items():
+            for graph in files:  # the text encoder comes first, and alone where memory is short
+                backend.release(graph)
             _loop(report, name, subject, backend, at)
     finally:
         close = getattr(backend, "close", None)

@@ -39,8 +39,8 @@ LIMITS = {
     "float16": Limit(0.01, 0.03),
     "bfloat16": Limit(0.08, 0.15),
 }
-"""By the type that is tested; the reference is float32. Measured on a CPU with random weights and up
-to 14 blocks: float16 in onnxruntime norm 0.0017 and largest 0.004, bfloat16 in torch 0.021 and
+"""By the type that is tested; the reference is float32. Measured on a CPU with random weights and
+up to 14 blocks: float16 in onnxruntime norm 0.0017 and largest 0.004, bfloat16 in torch 0.021 and
 0.027 at most. Real weights have more blocks, and no GPU has been measured: hence the room."""
 
 

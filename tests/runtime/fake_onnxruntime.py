@@ -81,8 +81,15 @@ class FakeSession:
     def io_binding(self) -> FakeBinding:
         return FakeBinding(self._session.io_binding())
 
-    def run_with_iobinding(self, binding: FakeBinding) -> None:
-        self._session.run_with_iobinding(binding._binding)
+    def run_with_iobinding(self, binding: FakeBinding, options: Any = None) -> None:
+        if options is not None:
+            key = "memory.enable_memory_arena_shrinkage"
+            if options.get_run_config_entry(key) != "gpu:1":
+                raise AssertionError("the memory of another device was to be given back")
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry(key, "cpu:0")
+            FakeOnnxruntime.given_back += 1
+        self._session.run_with_iobinding(binding._binding, options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
@@ -101,6 +108,7 @@ class FakeOnnxruntime:
     """
 
     __version__ = onnxruntime.__version__
+    given_back = 0
     OrtValue = FakeValue
 
     def __init__(
@@ -130,7 +138,7 @@ class FakeOnnxruntime:
         self.arenas.append((provider, *info, options))
 
     def InferenceSession(  # noqa: N802
-        self, path: str, options: Any, *, providers: Any, enable_fallback: int
+        self, path: str | bytes, options: Any, *, providers: Any, enable_fallback: int
     ) -> FakeSession:
         ((name, given),) = providers
         if name != CUDA or not set(given) <= OPTIONS or enable_fallback:

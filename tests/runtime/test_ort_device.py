@@ -15,7 +15,7 @@ from klein_kv.errors import ArtifactError, BackendError, RequestError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import open_backend
 from klein_kv.runtime.ort_backend import OrtBackend
-from klein_kv.runtime.ort_device import CPU, OrtDevice, cuda_device
+from klein_kv.runtime.ort_device import CPU, OrtDevice, _identity_model, cuda_device
 from klein_kv.signature import GRAPH_FILES, kv_names
 from klein_kv.weights import NUMPY_DTYPES
 from tests.runtime.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
@@ -98,6 +98,35 @@ def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
     assert FakeValue.allocated - allocated == len(refs) == len(backend._weights)
     ref, weight = next(iter(backend._weights.items()))
     assert weight.shape() == list(ref.shape)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA_1], ids=["cpu", "cuda"])
+def test_release_gives_back_weights_that_no_other_graph_uses(
+    device: OrtDevice, tiny_artifacts: Path
+) -> None:
+    """On a GPU nobody else would: the text encoder must be gone when the transformer comes."""
+    module = onnxruntime if device is CPU else FakeOnnxruntime()
+    manifest = Manifest.load(tiny_artifacts)
+    backend = OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
+    held, given_back = {}, FakeOnnxruntime.given_back
+    for graph in ("text_encoder", "first_step", "cached_step"):
+        backend._load(graph)
+        held[graph] = len(backend._weights)
+    backend.release("cached_step")
+    assert len(backend._weights) == held["first_step"]
+    assert FakeOnnxruntime.given_back == given_back, "nothing was freed"
+    backend.release("text_encoder")
+    assert len(backend._weights) == held["first_step"] - held["text_encoder"]
+    backend.release("text_encoder")
+    backend.release("first_step")
+    assert not backend._weights
+    assert FakeOnnxruntime.given_back - given_back == (0 if device is CPU else 2)
+    assert backend._load("first_step") is not None
+
+
+def test_the_empty_model_is_onnx() -> None:
+    model = onnx.load_model_from_string(_identity_model())
+    onnx.checker.check_model(model, full_check=True)
 
 
 def test_the_same_images_as_on_a_cpu(
