@@ -19,6 +19,7 @@ from klein_kv.errors import KleinKVError, RequestError
 
 __all__ = ["main"]
 
+_log = logging.getLogger(__name__)
 _EXTRA_OF = {
     "export": "export",
     "fixture": "export",
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
     )
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     _add_samples(sub, 8)
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
@@ -192,6 +194,27 @@ def _parser() -> argparse.ArgumentParser:
         "--polygraphy", action="store_true", help="print commands that compare a graph's outputs"
     )
 
+    sub = verb("selftest", _selftest, "Check artifacts and engines on this machine, and report.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--backend", default="auto")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
+    sub.add_argument("--engines", type=Path, metavar="DIR", help="default: those of ARTIFACTS")
+    sub.add_argument(
+        "--reference-artifacts",
+        type=Path,
+        metavar="FP32_ARTIFACTS",
+        help="the same checkpoint in fp32, for a CPU to compare with",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("klein-kv-selftest.json"),
+        metavar="REPORT.json",
+        help="the report, to be attached to an issue; it names no files and no user",
+    )
+    sub.add_argument("--no-tiny", action="store_true", help="leave the tiny random model out")
+    sub.add_argument("--threads", type=int, help="CPU threads")
+
     verb("doctor", _doctor, "Show versions, devices, and what is missing.")
     return parser
 
@@ -201,7 +224,6 @@ def _add_samples(sub: Any, count: int) -> None:
     sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
     sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -321,6 +343,7 @@ def _generate(args: argparse.Namespace) -> Result:
         seed=seed,
     )
     assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+    _log.info("%s", pipe.timings.to_text())
     paths = _numbered(args.out, len(result.images))
     for image, path in zip(result.images, paths, strict=True):
         parameters = ImageParameters(
@@ -339,7 +362,7 @@ def _generate(args: argparse.Namespace) -> Result:
         "seed": seed,
         "width": result.images[0].width,
         "height": result.images[0].height,
-        "step_seconds": [round(seconds, 4) for seconds in pipe.times.steps],
+        "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
 
@@ -517,6 +540,23 @@ def _inspect(args: argparse.Namespace) -> Result:
         return value, text, 0
     value, text = inspect_artifacts(args.folder)
     return value, text, 0
+
+
+def _selftest(args: argparse.Namespace) -> Result:
+    from klein_kv.selftest import run_selftest
+
+    report = run_selftest(
+        args.artifacts,
+        backend=args.backend,
+        device=args.device,
+        engines=args.engines,
+        reference_artifacts=args.reference_artifacts,
+        threads=args.threads,
+        tiny=not args.no_tiny,
+        out=args.out,
+    )
+    text = f"{report.to_text()}\nreport: {args.out}"
+    return report.to_dict(), text, 0 if report.ok else 1
 
 
 def _doctor(_args: argparse.Namespace) -> Result:
