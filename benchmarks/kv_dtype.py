@@ -100,7 +100,7 @@ def seconds(pipes: dict[str, KleinKVPipeline], rounds: int) -> dict[str, dict[st
             for kind in ("first", "repeated"):
                 pipe(PROMPT, image=images, height=2 * SIDE, width=2 * SIDE, output_type="latent")
                 if i > 0:  # one to warm up
-                    times[name][kind].append(sum(pipe.times.steps))
+                    times[name][kind].append(sum(pipe.timings.steps))
                     print(f"{name:8} {kind:9} {times[name][kind][-1]:.2f} s", file=sys.stderr)
     return times
 

@@ -76,7 +76,7 @@ def serve_ours(pipe_end: Connection, folder: Path, threads: int, forget: bool) -
         before = pipe.reference_store.stats.hits
         out = pipe(prompt=next(texts), image=images, height=SIDE, width=SIDE, seed=0)
         hit = pipe.reference_store.stats.hits > before
-        return {"images": out.images, "steps": pipe.times.steps, "hit": hit}
+        return {"images": out.images, "steps": pipe.timings.steps, "hit": hit}
 
     serve(pipe_end, edit)
 

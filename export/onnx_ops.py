@@ -302,7 +302,8 @@ class OnnxOps:
         """[B, T, 1]: 0 where an additive mask [B, 1, T, K] hides every key from a query, else 1."""
         key = ("sees a key", mask)
         if key not in self._shapes:
-            highest = self._one("ReduceMax", mask, self._ints(-1), keepdims=1)
+            # In float32: ONNX Runtime has no bfloat16 kernel for this, on no device.
+            highest = self._one("ReduceMax", self.to_float32(mask), self._ints(-1), keepdims=1)
             hidden = self._one("Cast", highest, to=ir.DataType.BOOL)
             seen = self._one("Cast", self._one("Not", hidden), to=self.onnx_dtype)
             self._shapes[key] = self._one("Squeeze", seen, self._ints(1))

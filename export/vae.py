@@ -79,6 +79,8 @@ def vae_graph(
     model = program.model
     if dtype == "float32":
         _use_multi_head_attention(model)
+    if dtype == "bfloat16":
+        _resize_as_float32(model.graph)
     _apply_signature(model, graph, config, dtype)
     _point_at_weights(model.graph, weights)
     return model
@@ -125,6 +127,17 @@ def _point_at_weights(graph: ir.Graph, weights: Mapping[str, WeightRef]) -> None
             value.name = source
             value.const_value = external_tensor(source, weights[source])
             graph.initializers[source] = value
+
+
+def _resize_as_float32(graph: ir.Graph) -> None:
+    """Casts around `Resize` (nearest, so exact): ONNX Runtime has no bfloat16 kernel for it."""
+    for node in [node for node in graph if node.op_type == "Resize"]:
+        wide = ir.node("Cast", [node.inputs[0]], attributes={"to": ir.DataType.FLOAT})
+        resized = ir.node("Resize", [wide.outputs[0], *node.inputs[1:]], node.attributes)
+        back = ir.node("Cast", resized.outputs, attributes={"to": ir.DataType.BFLOAT16})
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [wide, resized, back], node.outputs, back.outputs
+        )
 
 
 def _use_multi_head_attention(model: ir.Model) -> None:

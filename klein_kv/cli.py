@@ -19,6 +19,7 @@ from klein_kv.errors import KleinKVError, RequestError
 
 __all__ = ["main"]
 
+_log = logging.getLogger(__name__)
 _EXTRA_OF = {
     "export": "export",
     "fixture": "export",
@@ -194,6 +195,27 @@ def _parser() -> argparse.ArgumentParser:
         "--polygraphy", action="store_true", help="print commands that compare a graph's outputs"
     )
 
+    sub = verb("selftest", _selftest, "Check artifacts and engines on this machine, and report.")
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--backend", default="auto")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
+    sub.add_argument("--engines", type=Path, metavar="DIR", help="default: those of ARTIFACTS")
+    sub.add_argument(
+        "--reference-artifacts",
+        type=Path,
+        metavar="FP32_ARTIFACTS",
+        help="the same checkpoint in fp32, for a CPU to compare with",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("klein-kv-selftest.json"),
+        metavar="REPORT.json",
+        help="the report, to be attached to an issue; it names no files and no user",
+    )
+    sub.add_argument("--no-tiny", action="store_true", help="leave the tiny random model out")
+    sub.add_argument("--threads", type=int, help="CPU threads")
+
     verb("doctor", _doctor, "Show versions, devices, and what is missing.")
     return parser
 
@@ -322,6 +344,7 @@ def _generate(args: argparse.Namespace) -> Result:
         seed=seed,
     )
     assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+    _log.info("%s", pipe.timings.to_text())
     paths = _numbered(args.out, len(result.images))
     for image, path in zip(result.images, paths, strict=True):
         parameters = ImageParameters(
@@ -340,7 +363,7 @@ def _generate(args: argparse.Namespace) -> Result:
         "seed": seed,
         "width": result.images[0].width,
         "height": result.images[0].height,
-        "step_seconds": [round(seconds, 4) for seconds in pipe.times.steps],
+        "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
 
@@ -519,6 +542,23 @@ def _inspect(args: argparse.Namespace) -> Result:
         return value, text, 0
     value, text = inspect_artifacts(args.folder)
     return value, text, 0
+
+
+def _selftest(args: argparse.Namespace) -> Result:
+    from klein_kv.selftest import run_selftest
+
+    report = run_selftest(
+        args.artifacts,
+        backend=args.backend,
+        device=args.device,
+        engines=args.engines,
+        reference_artifacts=args.reference_artifacts,
+        threads=args.threads,
+        tiny=not args.no_tiny,
+        out=args.out,
+    )
+    text = f"{report.to_text()}\nreport: {args.out}"
+    return report.to_dict(), text, 0 if report.ok else 1
 
 
 def _doctor(_args: argparse.Namespace) -> Result:

@@ -1,14 +1,14 @@
 """What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
 
-Backends: "onnxruntime" (CPU), "tensorrt" (engines on an NVIDIA GPU) and "torch" (either, without
-engines). `open_backend` picks one.
+Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA GPU) and "torch"
+(either, without engines). `open_backend` picks one.
 """
 
 import importlib.util
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -16,7 +16,7 @@ from klein_kv.errors import BackendError
 from klein_kv.manifest import Manifest
 from klein_kv.signature import GraphSet
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "GraphMemory", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "GraphMemory", "open_backend"]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
@@ -82,6 +82,17 @@ class Backend(Protocol):
         """
 
 
+@runtime_checkable
+class DeviceClock(Protocol):
+    """What a backend offers besides if its calls return before the device has done the work."""
+
+    def mark(self) -> object:
+        """A point in the device's work, taken without waiting for it."""
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds of the device between two marks; waits until it has passed both."""
+
+
 def open_backend(
     name: str,
     artifacts: Path,
@@ -99,7 +110,7 @@ def open_backend(
             are bfloat16 and there is one, else "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
-        device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
+        device: "cpu", "cuda" or "cuda:N"; None for the backend's own, a CPU for onnxruntime.
         threads: CPU threads; None leaves it to the library.
         graphs: which graphs of the folder; None takes the manifest's.
         options: further arguments of `TorchBackend`; other backends have none.
@@ -147,11 +158,11 @@ def open_backend(
         return TorchBackend(
             artifacts, manifest, device=device, threads=threads, graphs=graphs, **options
         )
-    if kind == "cuda":
-        raise BackendError(f"device is {device!r}, expected 'cpu' for the onnxruntime backend")
     from klein_kv.runtime.ort_backend import OrtBackend
+    from klein_kv.runtime.ort_device import CPU, cuda_device
 
-    return OrtBackend(artifacts, manifest, threads, graphs)
+    place = cuda_device(int(ordinal or 0)) if kind == "cuda" else CPU
+    return OrtBackend(artifacts, manifest, threads, graphs, device=place)
 
 
 def _torch_has_gpu() -> bool:

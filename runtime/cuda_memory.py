@@ -24,13 +24,14 @@ __all__ = [
     "DeviceBuffer",
     "Event",
     "allocated_bytes",
+    "call_cuda",
     "load_cudart",
 ]
 
 _ALIGNMENT = 256
 STAGING_BYTES = 64 << 20
 """Size of each of the two pinned host buffers that weights are uploaded through."""
-_NO_TIMING = 2  # cudaEventDisableTiming
+_TIMING, _NO_TIMING = 0, 2  # cudaEventDefault, cudaEventDisableTiming
 
 
 def allocated_bytes(nbytes: int) -> int:
@@ -38,8 +39,11 @@ def allocated_bytes(nbytes: int) -> int:
     return -(-max(1, nbytes) // _ALIGNMENT) * _ALIGNMENT
 
 
-def load_cudart() -> Any:
+def load_cudart(extra: str = "rtx") -> Any:
     """Imports the CUDA runtime's bindings.
+
+    Args:
+        extra: of this package, that brings them; for the message.
 
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.
@@ -48,7 +52,7 @@ def load_cudart() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise BackendError(
-            "cuda-python is not installed; install it with pip install 'klein-kv[rtx]'"
+            f"cuda-python is not installed; install it with pip install 'klein-kv[{extra}]'"
         ) from error
     status, count = runtime.cudaGetDeviceCount()
     if int(status) != 0 or not count:
@@ -57,6 +61,24 @@ def load_cudart() -> Any:
             "the driver (artifacts exported with --dtype fp32 run on a CPU)"
         )
     return runtime
+
+
+def call_cuda(cudart: Any, name: str, *args: Any) -> Any:
+    """Calls a function of the CUDA runtime and unpacks its result.
+
+    Raises:
+        CapacityError: out of device memory.
+        BackendError: any other failure.
+    """
+    status, *values = getattr(cudart, name)(*args)
+    if int(status) != 0:
+        if status == cudart.cudaError_t.cudaErrorMemoryAllocation:
+            raise CapacityError(
+                f"out of GPU memory in {name}; use fewer references, a smaller output, or a "
+                "smaller precision"
+            )
+        raise BackendError(f"{name} failed: {status.name}")
+    return values[0] if len(values) == 1 else values or None
 
 
 class DeviceBuffer:
@@ -101,14 +123,22 @@ class DeviceBuffer:
 
 
 class Event:
-    """A point on a stream that work on another one, or the host, can be made to wait for."""
+    """A point on a stream that work on another one, or the host, can be made to wait for.
+
+    Freed when it is collected.
+
+    Args:
+        memory: of the device.
+        stream: behind whose work it is recorded now.
+        timed: it keeps the time, for `CudaMemory.elapsed`.
+    """
 
     __slots__ = ("_memory", "_seen", "handle")
 
-    def __init__(self, memory: "CudaMemory", stream: Any) -> None:
+    def __init__(self, memory: "CudaMemory", stream: Any, *, timed: bool = False) -> None:
         self._memory = memory
         self._seen: set[Any] = {stream}  # streams that come after it anyway
-        self.handle = memory.call("cudaEventCreateWithFlags", _NO_TIMING)
+        self.handle = memory.call("cudaEventCreateWithFlags", _TIMING if timed else _NO_TIMING)
         memory.call("cudaEventRecord", self.handle, stream)
 
     def before(self, stream: Any) -> None:
@@ -122,7 +152,7 @@ class Event:
         self._memory.call("cudaEventSynchronize", self.handle)
 
     def __del__(self) -> None:
-        if not self._memory.closed:
+        if hasattr(self, "handle") and not self._memory.closed:
             self._memory.call("cudaEventDestroy", self.handle)
 
 
@@ -174,21 +204,8 @@ class CudaMemory:
         self.stream = self.call("cudaStreamCreateWithFlags", cudart.cudaStreamNonBlocking)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Calls a function of the CUDA runtime and unpacks its result.
-
-        Raises:
-            CapacityError: out of device memory.
-            BackendError: any other failure.
-        """
-        status, *values = getattr(self.cudart, name)(*args)
-        if int(status) != 0:
-            if status == self.cudart.cudaError_t.cudaErrorMemoryAllocation:
-                raise CapacityError(
-                    f"out of GPU memory in {name}; use fewer references, a smaller output, or a "
-                    "smaller precision"
-                )
-            raise BackendError(f"{name} failed: {status.name}")
-        return values[0] if len(values) == 1 else values or None
+        """See `call_cuda`."""
+        return call_cuda(self.cudart, name, *args)
 
     @property
     def compute_capability(self) -> int:
@@ -313,6 +330,15 @@ class CudaMemory:
         """Waits for all work on the stream."""
         self.call("cudaStreamSynchronize", self.stream)
 
+    def mark(self) -> Event:
+        """Records an event behind all work that is queued now."""
+        return Event(self, self.stream, timed=True)
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        """Seconds of the stream between two marks; waits for the second."""
+        end.synchronize()
+        return float(self.call("cudaEventElapsedTime", start.handle, end.handle)) / 1e3
+
     def upload_weights(self, refs: Sequence[WeightRef]) -> dict[WeightRef, DeviceBuffer]:
         """Copies weights from their mapped files through two pinned buffers in turn.
 
@@ -326,7 +352,7 @@ class CudaMemory:
         """
         placed: dict[WeightRef, DeviceBuffer] = {}
         staging = [int(self.call("cudaHostAlloc", STAGING_BYTES, 0)) for _ in range(2)]
-        events = [self.call("cudaEventCreateWithFlags", 0) for _ in staging]
+        events = [self.call("cudaEventCreateWithFlags", _NO_TIMING) for _ in staging]
         turn = 0
         try:
             for ref in sorted(set(refs), key=lambda ref: (ref.path, ref.offset)):

@@ -6,17 +6,21 @@ without references (R = 0), all steps are `cached_step`. Plain weights have noth
 their steps is `plain_step`, which takes the references' tokens.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from klein_kv.config import TransformerConfig
 from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.references import grid_ids, text_ids
 from klein_kv.schedule import Schedule
 from klein_kv.signature import GraphSet
+from klein_kv.weights import NUMPY_DTYPES
 
-__all__ = ["LoopInputs", "LoopTimes", "denoise_loop"]
+__all__ = ["LoopInputs", "denoise_loop", "loop_inputs", "no_references"]
 
 
 @dataclass(slots=True)
@@ -40,12 +44,33 @@ class LoopInputs:
     kv: dict[str, Buffer] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class LoopTimes:
-    """Seconds of each step, and of those the part spent inside the backend."""
+def loop_inputs(
+    backend: Backend, noise: NDArray[Any], text: NDArray[Any], grid: tuple[int, int]
+) -> LoopInputs:
+    """Uploads what a request starts from; its references are still to be filled in.
 
-    steps: list[float] = field(default_factory=list)
-    backend: list[float] = field(default_factory=list)
+    Args:
+        backend: where the loop runs.
+        noise: [B, C, h, w].
+        text: embeddings [B, T, 3 * hidden].
+        grid: (h, w).
+    """
+    batch, channels = noise.shape[:2]
+    tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
+    return LoopInputs(
+        latents=backend.upload(tokens),
+        text=backend.upload(text),
+        img_ids=backend.upload(grid_ids(*grid)),
+        txt_ids=backend.upload(text_ids(text.shape[1])),
+    )
+
+
+def no_references(backend: Backend, net: TransformerConfig, graphs: GraphSet) -> dict[str, Buffer]:
+    """Keys and values of R = 0 tokens; their scales, where they have some, are 1."""
+    return {
+        spec.name: backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
+        for spec in graphs.kv_tensors(net, ref_tokens=0)
+    }
 
 
 AfterStep = Callable[[int, LoopInputs], bool]
@@ -58,7 +83,7 @@ def denoise_loop(
     inputs: LoopInputs,
     graphs: GraphSet,
     after_step: AfterStep | None = None,
-) -> LoopTimes:
+) -> None:
     """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values.
 
     Args:
@@ -68,8 +93,6 @@ def denoise_loop(
         graphs: their variant, and their type, whose rounding the timestep follows.
         after_step: see `AfterStep`.
     """
-    times = LoopTimes()
-    clock = time.perf_counter
     scalars = [
         (
             backend.upload(np.array([schedule.model_timestep(i, graphs.dtype)], np.float32)),
@@ -78,7 +101,6 @@ def denoise_loop(
         for i in range(schedule.num_steps)
     ]
     for i, (timestep, sigma_step) in enumerate(scalars):
-        start = clock()
         feeds = {
             "hidden_states": inputs.latents,
             "encoder_hidden_states": inputs.text,
@@ -93,15 +115,10 @@ def denoise_loop(
         else:
             graph = "plain_step" if graphs.variant == "plain" else "first_step"
             feeds |= inputs.references
-        before = clock()
         outputs = backend.run(graph, feeds)
-        after = clock()
         inputs.latents = outputs.pop("latents")
         del outputs["noise_pred"]
         if graph == "first_step":
             inputs.kv, inputs.references = outputs, None
-        times.backend.append(after - before)
-        times.steps.append(clock() - start)
         if after_step is not None and after_step(i, inputs):
             break
-    return times

@@ -1,17 +1,18 @@
-"""Backend "onnxruntime": the graphs on a CPU.
+"""Backend "onnxruntime": the graphs on a CPU, or on a CUDA GPU ("onnxruntime-cuda").
 
-Weights are mapped from the safetensors files once and handed to every session by address, so the
-three transformer graphs share one copy, which the operating system may drop and read again.
-Prepacking is off for that reason; with it each session would make its own copy and be no faster
-(measured with onnxruntime 1.31 at 1,536 rows: 1.08 s against 1.03 to 1.18 s).
+Weights are given to every session by address, so the transformer graphs share one copy. On a CPU
+they are mapped from the safetensors files, and the operating system may drop them and read them
+again. Prepacking is off for that reason; with it each session would make its own copy and be no
+faster (measured with onnxruntime 1.31 at 1,536 rows: 1.08 s against 1.03 to 1.18 s). On a GPU they
+are uploaded once.
 """
 
-import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,48 +21,68 @@ from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime import memory
 from klein_kv.runtime.backend import Buffer, GraphMemory
+from klein_kv.runtime.cuda_memory import allocated_bytes
+from klein_kv.runtime.ort_device import (
+    CPU,
+    OrtDevice,
+    check_assignment,
+    free_memory,
+    give_back_memory,
+    open_device,
+)
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES, WeightRef, map_weight
 
 __all__ = ["OrtBackend"]
 
 _log = logging.getLogger(__name__)
-_FLOAT8 = NUMPY_DTYPES["float8_e4m3fn"]
-_ONNX_FLOAT8 = 17  # onnx.TensorProto.FLOAT8E4M3FN
-_STORAGE = tuple(
-    NUMPY_DTYPES[name] for name in ("float32", "float16", "float8_e4m3fn", "int64", "uint8")
-)
 
 
-@functools.cache
-def _share_arena(onnxruntime: Any) -> None:
-    """One arena for all sessions of the process: what a finished graph leaves, the next one uses.
+class _Element(NamedTuple):
+    """A type of tensors: ONNX's number, and what numpy copies its values as."""
 
-    Measured on an edit with four 512x512 references: 1.45 GB at the peak against 1.92 GB.
-    """
-    info = onnxruntime.OrtMemoryInfo(
-        "Cpu",
-        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
-        0,
-        onnxruntime.OrtMemType.DEFAULT,
-    )
-    onnxruntime.create_and_register_allocator(info, None)
+    onnx: int
+    bits: Any
+
+
+_ELEMENTS = {
+    NUMPY_DTYPES["float32"]: _Element(1, np.float32),
+    NUMPY_DTYPES["uint8"]: _Element(2, np.uint8),
+    NUMPY_DTYPES["int64"]: _Element(7, np.int64),
+    NUMPY_DTYPES["float16"]: _Element(10, np.float16),
+    NUMPY_DTYPES["bfloat16"]: _Element(16, np.uint16),
+    NUMPY_DTYPES["float8_e4m3fn"]: _Element(17, np.uint8),
+}
+_DTYPES = {element.onnx: dtype for dtype, element in _ELEMENTS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A buffer under another shape."""
+
+    buffer: Any
+    shape: tuple[int, ...]
 
 
 class OrtBackend:
-    """Runs an artifact folder with ONNX Runtime's CPU provider.
+    """Runs an artifact folder with ONNX Runtime.
+
+    Every run returns when its work is done. Buffers are `OrtValue`s, and go to other libraries of
+    the same device without a copy through DLPack.
 
     Args:
         artifacts: the folder, its manifest checked.
         manifest: the manifest.
         threads: threads per operator; None lets ONNX Runtime choose (one per physical core).
         graphs: which graphs of the folder; None takes the manifest's.
+        device: where to compute.
+        onnxruntime: the module; None imports it.
+        cudart: CUDA runtime bindings, asked for a GPU's free memory; None loads cuda-python.
 
     Raises:
-        BackendError: onnxruntime is not installed, or the artifacts are bfloat16.
+        BackendError: onnxruntime is not installed, has no provider for the device, or the device
+            does not compute the artifacts' type.
     """
-
-    name = "onnxruntime"
 
     def __init__(
         self,
@@ -69,38 +90,50 @@ class OrtBackend:
         manifest: Manifest,
         threads: int | None = None,
         graphs: GraphSet | None = None,
+        device: OrtDevice = CPU,
+        onnxruntime: Any = None,
+        cudart: Any = None,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
+        self._ort = onnxruntime or _import_onnxruntime(device)
+        if manifest.dtype not in device.dtypes:
             raise BackendError(
-                "backend onnxruntime is not installed; install it with pip install 'klein-kv[cpu]'"
-            ) from error
-        if manifest.dtype == "bfloat16":
-            raise BackendError(
-                f"{artifacts} is bfloat16, which ONNX Runtime does not compute on a CPU; export "
-                "the checkpoint again with --dtype fp32"
+                f"{artifacts} is {manifest.dtype}, which ONNX Runtime does not compute on a "
+                f"{device.kind.upper()}; export the checkpoint again with --dtype fp32"
             )
         whole = isinstance(threads, int) and not isinstance(threads, bool)
         if threads is not None and (not whole or threads < 1):
             raise BackendError(f"threads is {threads!r}, expected a whole number of 1 or more")
-        self._ort = onnxruntime
-        _share_arena(onnxruntime)
+        self.name = device.backend
+        self._device = device
+        self._cudart = cudart
+        open_device(self._ort, device)
         self._artifacts = artifacts
         self._graphs = graphs or manifest.graphs
         self._config = manifest.config
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._weights: dict[WeightRef, Any] = {}
+        self._bound: dict[str, frozenset[WeightRef]] = {}
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         session = self._sessions.get(graph) or self._load(graph)
-        binding = session.io_binding()
+        device, binding = self._device, session.io_binding()
         for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, buffer)
+            if isinstance(buffer, _View):
+                value = buffer.buffer
+                binding.bind_input(
+                    name,
+                    device.kind,
+                    device.index,
+                    value.element_type(),
+                    buffer.shape,
+                    value.data_ptr(),
+                )
+            else:
+                binding.bind_ortvalue_input(name, buffer)
         names = [output.name for output in session.get_outputs()]
         for name in names:
-            binding.bind_output(name, "cpu")
+            binding.bind_output(name, device.kind, device.index)
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
@@ -108,69 +141,107 @@ class OrtBackend:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
     def upload(self, array: NDArray[Any]) -> Buffer:
-        if array.dtype not in _STORAGE:
-            expected = ", ".join(str(dtype) for dtype in _STORAGE)
+        element = _ELEMENTS.get(array.dtype)
+        if element is None:
+            expected = ", ".join(dtype.name for dtype in _ELEMENTS)
             raise BackendError(f"cannot upload {array.dtype}, expected one of {expected}")
         # Memory of its own: `OrtValue.numpy()` keeps that alive as long as any view of it, but not
         # an array that was lent to `ortvalue_from_numpy` (onnxruntime 1.31).
-        packed = array.dtype == _FLOAT8
-        kind = _ONNX_FLOAT8 if packed else array.dtype.type
-        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, kind, "cpu")
-        array = np.ascontiguousarray(array)
-        buffer.update_inplace(array.view(np.uint8) if packed else array)
+        buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(
+            array.shape, element.onnx, self._device.kind, self._device.index
+        )
+        buffer.update_inplace(np.ascontiguousarray(array).view(element.bits))
         return buffer
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        array: NDArray[Any] = buffer.numpy()  # float8 comes as bytes
-        return array.view(_FLOAT8) if buffer.element_type() == _ONNX_FLOAT8 else array
+        if isinstance(buffer, _View):
+            return self.download(buffer.buffer).reshape(buffer.shape)
+        dtype = _DTYPES[buffer.element_type()]
+        if dtype == NUMPY_DTYPES["bfloat16"]:  # `OrtValue.numpy()` does not know it
+            bits = np.empty(buffer.shape(), np.uint16)
+            host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                bits, _ELEMENTS[dtype].onnx
+            )
+            host.update_inplace(buffer)
+            return bits.view(dtype)
+        array: NDArray[Any] = buffer.numpy()
+        return array.view(dtype)  # float8 comes as bytes
 
     def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        return self.upload(self.download(buffer).reshape(shape))
+        value = buffer.buffer if isinstance(buffer, _View) else buffer
+        if np.prod(shape) != np.prod(value.shape()):
+            raise BackendError(
+                f"cannot view {tuple(value.shape())} as {shape}: other number of elements"
+            )
+        return _View(value, shape)
 
     def release(self, graph: str) -> None:
         self._sessions.pop(graph, None)
+        bound = self._bound.pop(graph, frozenset())
+        unused = bound.difference(*self._bound.values())
+        for ref in unused:
+            del self._weights[ref]
+        if unused and not self._device.is_host:
+            give_back_memory(self._ort, self._device)
 
     def available_memory(self) -> int:
-        return memory.available_memory()
+        if self._device.is_host:
+            return memory.available_memory()
+        give_back_memory(self._ort, self._device)  # else what is kept to reuse would not count
+        return free_memory(self._device, self._cudart)
 
     def graph_memory(self, graph: str) -> GraphMemory:
         if graph not in self._graphs.files:
             raise ArtifactError(
                 f"there is no graph {graph!r}, expected one of {', '.join(self._graphs.files)}"
             )
-        return GraphMemory(keeps_scratch=True)
-
-    def _mapped(self, ref: WeightRef) -> Any:
-        array, kind = map_weight(ref), self._ort.OrtValue
-        if array.dtype == _FLOAT8:
-            return kind.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _ONNX_FLOAT8)
-        return kind.ortvalue_from_numpy(array)
+        weights: dict[Hashable, int] = {}
+        if not self._device.is_host:  # there they are mapped files
+            refs = graph_weights(self._artifacts, self._graphs.files[graph])
+            weights = {ref: allocated_bytes(ref.nbytes) for ref in refs.values()}
+        return GraphMemory(weights, keeps_scratch=self._device.is_host)
 
     def _load(self, graph: str) -> Any:
+        device, file = self._device, self._graphs.files[graph]
         options = self._ort.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        for name, ref in graph_weights(self._artifacts, self._graphs.files[graph]).items():
+        refs = graph_weights(self._artifacts, file)
+        self._bound[graph] = frozenset(refs.values())
+        for name, ref in refs.items():
             if ref not in self._weights:
-                self._weights[ref] = self._mapped(ref)
+                self._weights[ref] = self._place(ref)
             options.add_initializer(name, self._weights[ref])
-        path = self._artifacts / self._graphs.files[graph]
+        path = self._artifacts / file
         try:
             session = self._ort.InferenceSession(
-                os.fspath(path), options, providers=["CPUExecutionProvider"]
+                os.fspath(path), options, providers=device.providers, enable_fallback=0
             )
         except Exception as error:
             raise ArtifactError(
                 f"{path} cannot be loaded by ONNX Runtime: {error}; export again"
             ) from error
+        check_assignment(session, device, file)
         self._check(graph, session)
         self._sessions[graph] = session
         _log.info("loaded %s", path)
         return session
+
+    def _place(self, ref: WeightRef) -> Any:
+        """A weight where the device reads it, as an `OrtValue` that sessions accept."""
+        array = map_weight(ref)
+        if not self._device.is_host:
+            # Sessions take no memory that ONNX Runtime owns; through DLPack it is somebody's.
+            return self._ort.OrtValue.from_dlpack(self.upload(array))
+        element = _ELEMENTS[array.dtype]
+        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array.view(element.bits), element.onnx
+        )
 
     def _check(self, graph: str, session: Any) -> None:
         signature = self._graphs.signature(graph, self._config)
@@ -181,3 +252,14 @@ class OrtBackend:
                 f"{self._graphs.files[graph]}: tensors are {sorted(found)[:4]}..., expected "
                 f"{sorted(expected)[:4]}...; it was not exported by this version, export again"
             )
+
+
+def _import_onnxruntime(device: OrtDevice) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "backend onnxruntime is not installed; install it with pip install "
+            f"'klein-kv[{device.extra}]'"
+        ) from error
+    return onnxruntime

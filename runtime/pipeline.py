@@ -10,7 +10,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,10 +28,10 @@ from klein_kv.runtime.arguments import (
     output_size,
     prompt_may_come_first,
 )
-from klein_kv.runtime.backend import Backend, Buffer, open_backend
+from klein_kv.runtime.backend import Backend, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.host_level import open_host_level
-from klein_kv.runtime.loop import LoopInputs, LoopTimes, denoise_loop
+from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
 from klein_kv.runtime.memory import default_cache_bytes, default_prompt_bytes
 from klein_kv.runtime.memory_plan import MemoryPlan, Request, edit_stages
 from klein_kv.runtime.noise import initial_noise
@@ -44,10 +44,10 @@ from klein_kv.runtime.references import (
     KVOrigin,
     ReferenceSet,
     check_kv_dtype,
-    grid_ids,
-    text_ids,
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
+from klein_kv.runtime.timings import TimedBackend, Timings, record_timings
+from klein_kv.runtime.warm_up import Sizes, blank_references, run_sizes, with_encode_references
 from klein_kv.schedule import make_schedule
 from klein_kv.weights import NUMPY_DTYPES
 
@@ -80,7 +80,7 @@ class KleinKVPipeline:
         reference_store: keys and values of references seen before, by digest.
         host_level: those that the store gave up, in host memory; None without `host_cache_bytes`.
         prompt_cache: text embeddings seen before.
-        times: step times of the last call.
+        timings: where the time of the last call went.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class KleinKVPipeline:
         kv_dtype: str | None = None,
         precision: str | None = None,
         attention: str | None = None,
+        nvtx: bool = False,
     ) -> None:
         if not manifest.distilled:
             raise RequestError(
@@ -109,9 +110,10 @@ class KleinKVPipeline:
         self.backend = backend
         kv_dtype = check_kv_dtype(kv_dtype, manifest.dtype)
         self.graphs = manifest.choose_graphs(kv_dtype, precision, attention)
-        self._planned = PlannedBackend(backend, artifacts, manifest, self.graphs)
+        self.timed_backend = TimedBackend(backend, nvtx=nvtx)
+        self._planned = PlannedBackend(self.timed_backend, artifacts, manifest, self.graphs)
         self.config = manifest.config
-        self.times = LoopTimes()
+        self.timings = Timings()
         origin = KVOrigin(
             model_digest=manifest.graphs_digest(self.graphs),
             lora_digest="",
@@ -170,6 +172,7 @@ class KleinKVPipeline:
         kv_dtype: str | None = None,
         precision: str | None = None,
         attention: str | None = None,
+        nvtx: bool = False,
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
@@ -193,6 +196,7 @@ class KleinKVPipeline:
             precision: "fp8", "nvfp4" or "fp8-weight-only" computes with weights that `klein-kv
                 quantize` made; None with the folder's own.
             attention: "fp8" computes attention in float8 too, and keeps keys and values so.
+            nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -219,6 +223,7 @@ class KleinKVPipeline:
             kv_dtype=kv_dtype,
             precision=precision,
             attention=attention,
+            nvtx=nvtx,
         )
 
     def _reference_folder(
@@ -230,7 +235,7 @@ class KleinKVPipeline:
         if folder is None:
             return None
         net = self.config.transformer
-        level = ReferenceFolder(Path(folder), budget or 0, self.backend, origin, net)
+        level = ReferenceFolder(Path(folder), budget or 0, self._planned, origin, net)
         if budget is None:
             level.budget = (shutil.disk_usage(level.folder).free + level.bytes) // 4
         return level
@@ -318,7 +323,77 @@ class KleinKVPipeline:
         """
         return self._encoder.load(Path(path))
 
+    def warm_up(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        references: Sequence[tuple[int, int]] = (),
+        *,
+        num_inference_steps: int = 4,
+        prompts: int = 1,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int = 512,
+    ) -> Timings:
+        """Does once what the first call of these sizes would have to do besides: load, compile.
+
+        No cache is touched and nothing is kept; `timings` stays that of the last call.
+
+        Args:
+            height: of the output in pixels; default the first reference's, else 1024.
+            width: alike.
+            references: (height, width) of each reference image that calls will bring.
+            num_inference_steps: steps of those calls.
+            prompts: prompts of one call.
+            num_images_per_prompt: images of each.
+            max_sequence_length: prompt tokens.
+
+        Returns:
+            Where the time went, loading included.
+
+        Raises:
+            RequestError: a size that a call would refuse.
+            CapacityError: such a call does not fit into memory.
+        """
+        check_call("", None, "pil", (), num_inference_steps, num_images_per_prompt, None)
+        blank = blank_references(references)
+        prepared = self._encoder.prepare(blank) if blank else None
+        first = None if prepared is None else prepared.first_size
+        height, width = output_size(self.config, height, width, first, None)
+        unit = self.config.vae.multiple_of
+        sizes = Sizes((height // unit, width // unit), num_images_per_prompt)
+        if not isinstance(prompts, int) or prompts < 1:
+            raise RequestError(f"prompts is {prompts!r}, expected 1 or more")
+        texts = self._prompts.tokenize([""] * prompts, max_sequence_length)
+        schedule = make_schedule(
+            self.manifest.scheduler, num_inference_steps, sizes.grid[0] * sizes.grid[1], None
+        )
+        request = Request(
+            height,
+            width,
+            (),
+            edit_stages(self.manifest.variant, 0),
+            batch=prompts * num_images_per_prompt,
+            text_tokens=max_sequence_length,
+        )
+        if prepared is not None:
+            request = self._encoder.with_references(request, prepared, known=False)
+            request = replace(request, stages=with_encode_references(request.stages))
+        self._planned.admit(request, lambda _missing: 0)  # not worth what the store keeps
+        with self.timed_backend.record() as timings:
+            run_sizes(
+                self._planned,
+                self._encoder,
+                self.manifest,
+                self.graphs,
+                schedule,
+                sizes,
+                texts,
+                prepared,
+            )
+            return timings()
+
     @prompt_may_come_first
+    @record_timings
     def __call__(
         self,
         image: list[Image.Image] | Image.Image | None = None,
@@ -427,7 +502,7 @@ class KleinKVPipeline:
         if given is None:
             given = self._prompts.encode(tokens, layers_at)
         text = np.repeat(given, num_images_per_prompt, axis=0)
-        inputs = self._loop_inputs(noise, text, grid)
+        inputs = loop_inputs(self._planned, noise, text, grid)
         with self._references_ready(inputs, references, prepared) as after_first_step:
             self._interrupt = False
             self._num_timesteps = schedule.num_steps
@@ -444,12 +519,12 @@ class KleinKVPipeline:
                         )
                     return self._interrupt
 
-                self.times = denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
+                denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
         inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
-            final = self.backend.download(inputs.latents).reshape(shape)
+            final = self._planned.download(inputs.latents).reshape(shape)
             result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
             result = decode_latents(self._planned, inputs.latents, shape, output_type)
@@ -471,19 +546,6 @@ class KleinKVPipeline:
                 f"latents has shape {latents.shape}, expected {shape} for this batch and size"
             )
         return latents
-
-    def _loop_inputs(
-        self, noise: NDArray[Any], text: NDArray[Any], grid: tuple[int, int]
-    ) -> LoopInputs:
-        batch, channels = noise.shape[:2]
-        tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
-        upload = self.backend.upload
-        return LoopInputs(
-            latents=upload(tokens),
-            text=upload(text),
-            img_ids=upload(grid_ids(*grid)),
-            txt_ids=upload(text_ids(text.shape[1])),
-        )
 
     def _admit(
         self, references: ReferenceSet | PreparedReferences | None, request: Request
@@ -527,7 +589,10 @@ class KleinKVPipeline:
             yield lambda: None
             return
         if prepared is None:
-            inputs.kv = self._no_references() if references is None else dict(references.kv)
+            if references is not None:
+                inputs.kv = dict(references.kv)
+            else:
+                inputs.kv = no_references(self._planned, self.config.transformer, self.graphs)
             yield lambda: None
             return
         with self.reference_store.claim(prepared.digest) as claim:
@@ -542,12 +607,6 @@ class KleinKVPipeline:
 
             yield keep
 
-    def _no_references(self) -> dict[str, Buffer]:
-        return {
-            spec.name: self.backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
-            for spec in self.graphs.kv_tensors(self.config.transformer, ref_tokens=0)
-        }
-
     def _call_back(
         self,
         callback: Callable[[Any, int, float, dict[str, Any]], Any],
@@ -555,7 +614,7 @@ class KleinKVPipeline:
         state: LoopInputs,
         names: Sequence[str],
     ) -> None:
-        backend = self.backend
+        backend = self._planned
         held = {"latents": state.latents, "prompt_embeds": state.text}
         tensors = {name: backend.download(held[name]) for name in names}
         returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}

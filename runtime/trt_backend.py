@@ -10,7 +10,7 @@ check that every name used exists in the installed bindings.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from klein_kv.runtime.backend import Buffer, GraphMemory
 from klein_kv.runtime.cuda_memory import (
     CudaMemory,
     DeviceBuffer,
+    Event,
     allocated_bytes,
     load_cudart,
 )
@@ -48,7 +49,6 @@ class TrtBackend:
         device: ordinal of the GPU.
         cudart: CUDA runtime bindings; None loads cuda-python.
         trt: TensorRT module; None loads the one that the engines were built with.
-        nvtx: mark every graph as an NVTX range (needs the nvtx package).
         graphs: which graphs of the folder; None takes the manifest's.
 
     Raises:
@@ -68,7 +68,6 @@ class TrtBackend:
         device: int = 0,
         cudart: Any = None,
         trt: Any = None,
-        nvtx: bool = False,
         graphs: GraphSet | None = None,
     ) -> None:
         graphs = graphs or manifest.graphs
@@ -84,15 +83,13 @@ class TrtBackend:
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
         self._host_stores: list[PinnedStore] = []
-        self._range = _nvtx_range() if nvtx else contextlib.nullcontext
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         shapes = {name: buffer.shape for name, buffer in inputs.items()}
         folder, engine = self._engines.choose(graph, shapes), self._loaded.get(graph)
         if engine is None or engine.folder != folder.path:
             engine = self._load(graph, folder)
-        with self._range(graph):
-            return engine.run(inputs)
+        return engine.run(inputs)
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         return self._memory.upload(array)
@@ -142,6 +139,12 @@ class TrtBackend:
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
         return GraphMemory(weights, record.scratch_bytes)
 
+    def mark(self) -> Event:
+        return self._memory.mark()
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        return self._memory.elapsed(start, end)
+
     def close(self) -> None:
         """Saves the kernels compiled so far and frees all device memory and pinned memory."""
         for store in self._host_stores:
@@ -180,20 +183,6 @@ class TrtBackend:
         with contextlib.suppress(OSError):  # the folder may be read-only
             folder.mark_used()
         return self._loaded[graph]
-
-
-def _nvtx_range() -> Callable[[str], Any]:
-    try:
-        import nvtx
-    except ImportError as error:
-        raise BackendError(
-            "NVTX ranges need the nvtx package; install it with pip install nvtx"
-        ) from error
-
-    def mark(graph: str) -> Any:
-        return nvtx.annotate(graph, domain="klein_kv")
-
-    return mark
 
 
 class _Engine:

@@ -9,6 +9,7 @@ real, and a wrong address gives wrong numbers.
 
 import ctypes
 import enum
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -49,6 +50,7 @@ class FakeCudart:
     Attributes:
         blocks: live allocations, address -> memory.
         copies: (kind, bytes) of every copy.
+        waits: how often the host waited for a stream or an event.
     """
 
     cudaError_t = CudaError
@@ -62,6 +64,7 @@ class FakeCudart:
 
     def __init__(self, capacity: int = 1 << 34, lagging: Collection[int] = ()) -> None:
         self.capacity = capacity
+        self.device = 0
         self.lagging = {_FIRST_STREAM + i for i in lagging}
         self.queues: dict[int, deque[Callable[[], None]]] = {}
         self.done: dict[int, int] = {}
@@ -71,6 +74,8 @@ class FakeCudart:
         self.copies: list[tuple[int, int]] = []
         self.streams = 0
         self.events = 0
+        self.waits = 0
+        self.times: dict[int, float] = {}
         self._last_event = 0
 
     @property
@@ -80,7 +85,11 @@ class FakeCudart:
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[CudaError, int]:
         return CudaError.cudaSuccess, {75: 12, 76: 0}[attribute]
 
+    def cudaGetDevice(self) -> tuple[CudaError, int]:
+        return CudaError.cudaSuccess, self.device
+
     def cudaSetDevice(self, device: int) -> tuple[CudaError]:
+        self.device = device
         return (CudaError.cudaSuccess,)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
@@ -108,6 +117,7 @@ class FakeCudart:
         return (CudaError.cudaSuccess,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[CudaError]:
+        self.waits += 1
         self.catch_up(stream)
         return (CudaError.cudaSuccess,)
 
@@ -157,10 +167,15 @@ class FakeCudart:
         return CudaError.cudaSuccess, self._last_event
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[CudaError]:
+        self.enqueue(stream, lambda: self.times.update({event: time.perf_counter()}))
         self.recorded[event] = stream, self.done[stream] + len(self.queues[stream])
         return (CudaError.cudaSuccess,)
 
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[CudaError, float]:
+        return CudaError.cudaSuccess, 1e3 * (self.times[end] - self.times[start])
+
     def cudaEventSynchronize(self, event: int) -> tuple[CudaError]:
+        self.waits += 1
         self.catch_up(*self.recorded[event])
         return (CudaError.cudaSuccess,)
 
@@ -264,6 +279,7 @@ class FakeContext:
             array = value.numpy()
             target = array_at(addresses[spec.name], array.shape, spec.dtype)
             target[...] = array.view(target.dtype)
+        self.engine.tamper(self)
 
     def _load(self) -> Any:
         options = onnxruntime.SessionOptions()
@@ -292,7 +308,10 @@ class FakeEngine:
         shared: bool,
         graphs: GraphSet | None,
         cudart: FakeCudart | None,
+        tamper: Callable[[FakeContext], None],
     ) -> None:
+        self.graph = graph
+        self.tamper = tamper
         manifest = Manifest.load(artifacts, check_files=False)
         graphs = graphs or manifest.graphs
         self.signature = graphs.signature(graph, manifest.config)
@@ -339,6 +358,7 @@ class FakeTrt:
         graphs: which graphs of the folder.
         cudart: whose streams the engines run on, and where those that hold their weights put them;
             None runs them at once and gives them memory elsewhere.
+        tamper: called after every execution, to plant faults in what lies at the addresses.
 
     Attributes:
         engines: those that somebody still holds, by graph.
@@ -358,6 +378,7 @@ class FakeTrt:
         shared: Mapping[str, bool] | None = None,
         graphs: GraphSet | None = None,
         cudart: FakeCudart | None = None,
+        tamper: Callable[[FakeContext], None] = lambda _context: None,
     ) -> None:
         self.artifacts = artifacts
         self.shared = shared or {}
@@ -388,7 +409,7 @@ class FakeTrt:
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
                 outer.loads.append(graph)
-                engine = FakeEngine(artifacts, graph, shared, graphs, cudart)
+                engine = FakeEngine(artifacts, graph, shared, graphs, cudart, tamper)
                 outer.engines[graph] = engine
                 return engine
 

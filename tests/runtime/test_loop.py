@@ -162,11 +162,8 @@ def test_memory_does_not_grow_with_steps(tiny_ours: KleinKVPipeline) -> None:
     np.testing.assert_array_equal(inputs.kv["k_ref.0"].numpy(), first)
 
 
-def test_times_and_early_end(tiny_ours: KleinKVPipeline) -> None:
+def test_early_end(tiny_ours: KleinKVPipeline) -> None:
     schedule = make_schedule({"use_dynamic_shifting": True}, 5, 16)
-    times = denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), GRAPHS)
-    assert len(times.steps) == len(times.backend) == 5
-    assert all(0 < inner <= whole for inner, whole in zip(times.backend, times.steps, strict=True))
     steps: list[int] = []
 
     def after_step(i: int, _state: LoopInputs) -> bool:

@@ -259,11 +259,6 @@ def test_a_reference_set_serves_many_requests(any_ours: KleinKVPipeline, picture
         np.testing.assert_array_equal(download(buffer), before[name])
 
 
-def test_times_of_the_last_call(any_ours: KleinKVPipeline) -> None:
-    any_ours(PROMPT, height=128, width=128, num_inference_steps=3)
-    assert len(any_ours.times.steps) == any_ours.num_timesteps == 3
-
-
 def test_progress_bar(
     tiny_artifacts: Path, capsys: pytest.CaptureFixture[str], tiny_ours: KleinKVPipeline
 ) -> None:

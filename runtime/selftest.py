@@ -1,0 +1,218 @@
+"""A folder of artifacts on the machine that it is to run on, checked part by part.
+
+Nothing here needs the exporter or the engine builder; `klein_kv.selftest` adds a tiny model that
+does.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from klein_kv.engines.manifest import EngineManifest, find_engines
+from klein_kv.errors import BackendError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.backend import Backend, open_backend
+from klein_kv.runtime.pipeline import KleinKVPipeline
+from klein_kv.runtime.selftest_graphs import (
+    LIMITS,
+    GraphRunner,
+    check_graphs,
+    check_identities,
+)
+from klein_kv.runtime.selftest_loop import check_loop
+from klein_kv.runtime.selftest_reference import find_reference
+from klein_kv.runtime.selftest_report import Report
+from klein_kv.runtime.selftest_sizes import CaseSizes, engine_sizes, small_sizes
+
+__all__ = [
+    "Subject",
+    "check_engines",
+    "check_manifest",
+    "check_subject",
+    "only_engines",
+    "open_tested_backend",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is tested.
+
+    Attributes:
+        case: begins the names of its checks.
+        artifacts: the folder, which exists.
+        manifest: its manifest.
+        open: opens the backend that is tested.
+        engines: of that backend, if it has some.
+        reference: float32 artifacts of the same model for a CPU; None takes what there is.
+    """
+
+    case: str
+    artifacts: Path
+    manifest: Manifest
+    open: Callable[[], Backend]
+    engines: EngineManifest | None = None
+    reference: Path | None = None
+
+
+def open_tested_backend(
+    artifacts: Path,
+    manifest: Manifest,
+    *,
+    name: str,
+    device: str | None,
+    engines: Path | None,
+    threads: int | None,
+) -> Backend:
+    """`open_backend`, with the folder of engines named."""
+    if engines is None:
+        return open_backend(name, artifacts, manifest, device, threads)
+    from klein_kv.runtime.trt_backend import TrtBackend
+
+    ordinal = (device or "").partition(":")[2]
+    return TrtBackend(artifacts, manifest, engines=engines, device=int(ordinal or 0))
+
+
+def check_engines(report: Report, folder: Path) -> EngineManifest | None:
+    """Checks a folder of engines without opening any of them.
+
+    Returns:
+        Its manifest; None if that cannot be read.
+    """
+    found: list[EngineManifest] = []
+    report.run("engines: manifest", lambda: found.append(EngineManifest.load(folder)))
+    if not found:
+        return None
+    (engines,) = found
+    report.facts["engines"] = _engine_facts(engines)
+    for graph in engines.engines:
+
+        def read(graph: str = graph) -> dict[str, Any]:
+            return {"bytes": len(engines.read_engine(folder, graph))}
+
+        report.run(f"engines: {graph} is the file that was built", read)
+    return engines
+
+
+def _engine_facts(engines: EngineManifest) -> dict[str, Any]:
+    """What the report says of a folder of engines."""
+    left_out = {"weights", "inputs", "outputs", "layers"}
+    return {
+        "module": engines.module,
+        "version": engines.version,
+        "target": engines.target,
+        "sm": engines.sm,
+        "precision": engines.precision,
+        "weights": engines.weights,
+        "recipe": engines.recipe,
+        "graphs": {
+            graph: {name: value for name, value in asdict(record).items() if name not in left_out}
+            for graph, record in engines.engines.items()
+        },
+    }
+
+
+def check_subject(report: Report, subject: Subject) -> None:
+    """Runs all checks of one folder on one backend."""
+    opened: list[Backend] = []
+    case, manifest = subject.case, subject.manifest
+    if not report.run(f"{case}: backend opens", lambda: _open(subject, opened)):
+        return
+    (backend,) = opened
+    try:
+        files = manifest.graphs.files
+        present = tuple(files) if subject.engines is None else tuple(subject.engines.engines)
+        ours = GraphRunner(backend.name, backend, manifest.graphs, manifest.config, present)
+        sizes = _sizes(subject, typical=False)
+        reference = find_reference(
+            report, case, backend.name, subject.artifacts, manifest, subject.reference, sizes
+        )
+        check_graphs(report, case, ours, reference, sizes)
+        exact = LIMITS["exact" if backend.name == "onnxruntime" else manifest.dtype]
+        if manifest.variant == "kv":
+            check_identities(report, case, ours, sizes, exact)
+        missing = [graph for graph in files if graph not in present]
+        if missing:
+            report.skip(f"{case}: loop", f"without {', '.join(missing)}")
+            return
+        cases = {f"{case}, small": sizes}
+        if subject.engines is not None and _sizes(subject, typical=True) != sizes:
+            cases[f"{case}, typical"] = _sizes(subject, typical=True)
+        for name, at in cases.items():
+            for graph in files:  # the text encoder comes first, and alone where memory is short
+                backend.release(graph)
+            _loop(report, name, subject, backend, at)
+    finally:
+        close = getattr(backend, "close", None)
+        if close is not None:
+            report.run(f"{case}: backend closes", close)
+
+
+def _open(subject: Subject, opened: list[Backend]) -> dict[str, Any]:
+    opened.append(subject.open())
+    return {"backend": opened[0].name}
+
+
+def _sizes(subject: Subject, *, typical: bool) -> CaseSizes:
+    config = subject.manifest.config
+    if subject.engines is None:
+        return small_sizes(config.vae.multiple_of)
+    return engine_sizes(subject.engines, config, typical=typical)
+
+
+def _loop(report: Report, name: str, subject: Subject, backend: Backend, sizes: CaseSizes) -> None:
+    made: list[KleinKVPipeline] = []
+    config = subject.manifest.config
+    _, references = sizes.grids(config.vae.multiple_of)
+    tokens = sum(height * width for height, width in references)
+    room = 2 * config.transformer.kv_bytes(tokens, subject.manifest.dtype) + (1 << 20)
+
+    def make() -> dict[str, Any]:
+        pipe = KleinKVPipeline(
+            subject.artifacts,
+            subject.manifest,
+            backend,
+            reference_cache_bytes=room,
+            prompt_cache_bytes=0,
+        )
+        made.append(pipe)
+        return {"sizes": sizes.to_dict()}
+
+    if report.run(f"{name}: pipeline", make):
+        limit = LIMITS["exact" if backend.name == "onnxruntime" else subject.manifest.dtype]
+        check_loop(report, name, made[0], sizes, limit)
+
+
+def check_manifest(report: Report, artifacts: Path) -> Manifest | None:
+    """Checks a folder's manifest and the digest of every file in it."""
+    found: list[Manifest] = []
+
+    def load() -> dict[str, Any]:
+        found.append(Manifest.load(artifacts))
+        return {"files": len(found[0].files)}
+
+    report.run("artifacts: manifest and digests", load)
+    if not found:
+        return None
+    (manifest,) = found
+    report.facts["artifacts"] = {
+        "variant": manifest.variant,
+        "dtype": manifest.dtype,
+        "model_digest": manifest.model_digest,
+        "config": manifest.config.to_dict(),
+    }
+    return manifest
+
+
+def only_engines(artifacts: Path) -> Path | None:
+    """The folder of engines to take if none was named; None if there is none.
+
+    Raises:
+        BackendError: there are several.
+    """
+    found = find_engines(artifacts)
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise BackendError(f"there are several folders of engines ({names}); name one, --engines")
+    return found[0] if found else None

@@ -1,0 +1,104 @@
+"""What a self-test compares with: the same graphs on a CPU, where a CPU can be asked."""
+
+from pathlib import Path
+
+from klein_kv.errors import KleinKVError
+from klein_kv.flops import reference_flops, step_flops
+from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime.memory import available_memory
+from klein_kv.runtime.ort_backend import OrtBackend
+from klein_kv.runtime.ort_device import CPU
+from klein_kv.runtime.selftest_graphs import GraphRunner
+from klein_kv.runtime.selftest_report import CheckError, Report
+from klein_kv.runtime.selftest_sizes import CaseSizes
+
+__all__ = ["find_reference"]
+
+_MOST_FLOPS = 5e12
+"""What a CPU is asked for unless it was named: some ten seconds."""
+
+
+def find_reference(
+    report: Report,
+    case: str,
+    backend: str,
+    artifacts: Path,
+    manifest: Manifest,
+    named: Path | None,
+    sizes: CaseSizes,
+) -> GraphRunner | str:
+    """What computes the expected outputs, or why nothing does.
+
+    Args:
+        report: where it is noted if the named artifacts cannot be used.
+        case: begins the check's name.
+        backend: name of the backend that is tested.
+        artifacts: the folder that is tested.
+        manifest: its manifest.
+        named: artifacts of the same model that a CPU can run; None takes the tested ones.
+        sizes: that it would run at.
+    """
+    if named is not None:
+        found: list[GraphRunner] = []
+        report.run(
+            f"{case}: reference artifacts", lambda: found.append(_same_model(named, manifest))
+        )
+        return found[0] if found else "the reference artifacts cannot be used"
+    if backend == CPU.backend:
+        return "onnxruntime on a CPU is the reference itself; name others to compare with"
+    if manifest.dtype not in CPU.dtypes:
+        return (
+            f"onnxruntime computes no {manifest.dtype} on a CPU; export the checkpoint in fp32 too "
+            "and name it with --reference-artifacts"
+        )
+    try:
+        return _too_much(artifacts, manifest, sizes) or _runner(artifacts, manifest)
+    except KleinKVError as error:
+        return str(error)
+
+
+def _same_model(artifacts: Path, ours: Manifest) -> GraphRunner:
+    manifest = Manifest.load(artifacts)
+    if (manifest.config, manifest.variant) != (ours.config, ours.variant):
+        raise CheckError(
+            "the reference artifacts are of another model: their configuration or variant differs; "
+            "export them from the same checkpoint"
+        )
+    return _runner(artifacts, manifest)
+
+
+def _runner(artifacts: Path, manifest: Manifest) -> GraphRunner:
+    graphs = manifest.graphs
+    return GraphRunner(
+        label=f"onnxruntime on a CPU, {manifest.dtype}",
+        backend=OrtBackend(artifacts, manifest),
+        graphs=graphs,
+        config=manifest.config,
+        present=tuple(graphs.files),
+    )
+
+
+def _too_much(artifacts: Path, manifest: Manifest, sizes: CaseSizes) -> str | None:
+    output, references = sizes.grids(manifest.config.vae.multiple_of)
+    tokens = sum(height * width for height, width in references)
+    net = manifest.config.transformer
+    flops = reference_flops(net, tokens) + step_flops(
+        net,
+        batch=1,
+        image_tokens=output[0] * output[1],
+        text_tokens=sizes.text_tokens,
+        ref_tokens=tokens,
+    )
+    refs = {
+        ref
+        for graph, file in manifest.graphs.files.items()
+        if graph.endswith("_step")
+        for ref in graph_weights(artifacts, file).values()
+    }
+    weights = sum(ref.nbytes for ref in refs)
+    if flops <= _MOST_FLOPS and weights <= available_memory():
+        return None
+    return (
+        f"a CPU would need {flops / 1e12:.1f} TFLOP and {weights / 1e9:.1f} GB for it; ask for it "
+        "with --reference-artifacts"
+    )

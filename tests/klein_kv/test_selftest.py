@@ -1,0 +1,446 @@
+"""`klein-kv selftest`: on ONNX Runtime, and on stand-ins for TensorRT with planted faults."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from klein_kv import selftest
+from klein_kv.cli import main
+from klein_kv.engines import build
+from klein_kv.engines.manifest import EngineManifest
+from klein_kv.errors import BackendError, BuildError, RequestError
+from klein_kv.export import exporter
+from klein_kv.manifest import MANIFEST, Manifest
+from klein_kv.runtime import selftest_reference
+from klein_kv.runtime.ort_backend import OrtBackend
+from klein_kv.runtime.references import KVOrigin
+from klein_kv.runtime.selftest_report import Report
+from klein_kv.runtime.trt_backend import TrtBackend
+from klein_kv.selftest import run_selftest
+from tests.runtime.fake_engines import make_engines
+from tests.runtime.fake_gpu import FakeContext, FakeCudart, FakeTrt, array_at
+
+Tamper = Callable[[FakeContext], None]
+
+ALL_OF_A_MODEL = 30
+"""At least so many checks pass of a KV model with engines."""
+
+
+@pytest.fixture
+def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    return make_engines(tiny_artifacts, folder)
+
+
+STEPS = ("encode_references", "first_step", "cached_step")
+
+
+class KeptBackend(OrtBackend):
+    def release(self, graph: str) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _kept_references(monkeypatch: pytest.MonkeyPatch, kept: dict[Path, OrtBackend]) -> None:
+    """One CPU backend per folder for all tests of this file: loading its graphs takes longest."""
+
+    def open_kept(artifacts: Path, manifest: Manifest) -> OrtBackend:
+        if artifacts not in kept:
+            kept[artifacts] = KeptBackend(artifacts, manifest, threads=1)
+        return kept[artifacts]
+
+    monkeypatch.setattr(selftest_reference, "OrtBackend", open_kept)
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[Path, OrtBackend]:
+    return {}
+
+
+def check(
+    artifacts: Path,
+    engines: Path,
+    tamper: Tamper = lambda context: None,
+    graphs: Sequence[str] | None = None,
+) -> Report:
+    """The self-test of a folder of fake engines, of some graphs or all, on a fake GPU."""
+    if graphs is not None:
+        change(engines, engines={x: EngineManifest.load(engines).engines[x] for x in graphs})
+
+    def open_fake(artifacts: Path, manifest: Manifest, **options: Any) -> TrtBackend:
+        return TrtBackend(
+            artifacts,
+            manifest,
+            engines=options["engines"],
+            cudart=FakeCudart(),
+            trt=FakeTrt(artifacts, tamper=tamper),
+        )
+
+    return run_selftest(artifacts, engines=engines, tiny=False, open_backend=open_fake)
+
+
+def change(folder: Path, **fields: Any) -> None:
+    """Makes `engine.json` say something else."""
+    loaded = EngineManifest.load(folder)
+    values = {name: getattr(loaded, name) for name in EngineManifest.__slots__}
+    EngineManifest(**values | fields).save(folder)
+
+
+def failures(report: Report) -> set[str]:
+    return {check.name for check in report.failed}
+
+
+def spoil(graph: str, name: str, edit: Callable[[np.ndarray], None]) -> Tamper:
+    """Changes what one graph wrote, or read."""
+
+    def tamper(context: FakeContext) -> None:
+        if context.engine.graph == graph:
+            shape = context.shapes.get(name) or context.get_tensor_shape(name)
+            edit(array_at(context.addresses[name], shape, "float32"))
+
+    return tamper
+
+
+# --- nothing wrong ---
+
+
+def test_whole_engines_pass(tiny_artifacts: Path, engines: Path) -> None:
+    report = check(tiny_artifacts, engines)
+    assert failures(report) == set(), report.to_text()
+    assert report.ok
+    passed = {check.name: check.measured for check in report.checks if check.status == "passed"}
+    assert len(passed) > ALL_OF_A_MODEL
+    reference = "onnxruntime on a CPU, float32"
+    for graph in Manifest.load(tiny_artifacts).graphs.files:
+        assert passed[f"engines: {graph} is the file that was built"]["bytes"] == len(graph)
+        assert passed[f"model: {graph} runs"]["repeats_bitwise"]
+        assert passed[f"model: {graph} against {reference}"]["norm"] < 1e-6
+    times = passed["model, small: stage times"]["timings"]
+    assert len(times["first"]) == len(times["repeated"]) == 3
+    assert all(run["first_step"] > 0 for run in times["first"])
+    assert all(
+        run["first_step"] == 0 and len(run["cached_steps"]) == 4 for run in times["repeated"]
+    )
+    facts = report.to_dict()
+    assert facts["engines"]["graphs"]["first_step"]["sha256"]
+    assert facts["machine"]["packages"]
+    assert "weights" not in facts["engines"]["graphs"]["first_step"]
+
+
+def test_onnxruntime_from_the_command_line(
+    tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.json"
+    argv = ["selftest", str(tiny_artifacts), "--backend", "onnxruntime", "--threads", "1"]
+    assert main([*argv, "--no-tiny", "--json", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    value = json.loads(text)
+    assert value == json.loads(out.read_text()) | {"date": value["date"]}
+    assert value["ok"]
+    names = {check["name"]: check for check in value["checks"]}
+    same = names["model: first_step and encode_references give the same keys and values"]
+    assert same["measured"]["bitwise"]
+    assert names["model, small: repeated edit equals the first"]["measured"]["limit_norm"] == 0
+    assert str(tiny_artifacts) not in text
+    assert "kite" not in text, "no prompt"
+
+
+def test_other_artifacts_as_the_reference(tiny_fp16_artifacts: Path, tiny_artifacts: Path) -> None:
+    report = run_selftest(
+        tiny_fp16_artifacts,
+        backend="onnxruntime",
+        reference_artifacts=tiny_artifacts,
+        threads=1,
+        tiny=False,
+    )
+    assert report.ok, report.to_text()
+    compared = [check for check in report.checks if "against" in check.name]
+    assert len(compared) == 6
+    assert all(1e-6 < check.measured["norm"] < 0.01 for check in compared)
+
+
+def test_plain_weights(plain_artifacts: Path) -> None:
+    report = run_selftest(plain_artifacts, backend="onnxruntime", threads=1, tiny=False)
+    assert report.ok, report.to_text()
+    names = [check.name for check in report.checks]
+    assert "model: plain_step runs" in names
+    assert not [name for name in names if "keys and values" in name or "repeated" in name]
+
+
+# --- planted faults ---
+
+
+def test_a_wrong_output_is_found(tiny_artifacts: Path, engines: Path) -> None:
+    """Values of one block's V, as a kernel might get them wrong at one place of many."""
+
+    def edit(array: np.ndarray) -> None:
+        array[0, 3, 1, :4] += 2
+
+    report = check(tiny_artifacts, engines, spoil("first_step", "v_ref.1", edit), STEPS)
+    assert failures(report) == {
+        "model: first_step against onnxruntime on a CPU, float32",
+        "model: first_step and encode_references give the same keys and values",
+        "model: cached_step on these keys and values repeats first_step",
+    }, report.to_text()
+    assert "v_ref.1" in report.failed[0].message
+    assert len([check for check in report.checks if check.status == "passed"]) > 8
+
+
+def test_a_wrong_cached_step_is_found(tiny_artifacts: Path, engines: Path) -> None:
+    def edit(array: np.ndarray) -> None:
+        array *= np.float32(1.01)
+
+    report = check(tiny_artifacts, engines, spoil("cached_step", "noise_pred", edit), STEPS)
+    assert failures(report) == {
+        "model: cached_step against onnxruntime on a CPU, float32",
+        "model: cached_step on these keys and values repeats first_step",
+    }
+
+
+def test_a_wrong_image_of_a_hit_is_found(tiny_artifacts: Path, engines: Path) -> None:
+    """Latents that are right in a first step and shifted in a cached one."""
+
+    def edit(array: np.ndarray) -> None:
+        array += np.float32(0.05)
+
+    report = check(tiny_artifacts, engines, spoil("cached_step", "latents", edit))
+    assert "model, small: repeated edit equals the first" in failures(report)
+
+
+@pytest.mark.parametrize(
+    ("graph", "output", "found"),
+    [
+        ("text_encoder", "encoder_hidden_states", "model, small: prompt to embeddings"),
+        ("cached_step", "latents", "model, small: latents are finite"),
+        ("vae_decoder", "sample", "model, small: text to image"),
+    ],
+)
+def test_not_finite_values_are_found(
+    graph: str, output: str, found: str, tiny_artifacts: Path, engines: Path
+) -> None:
+    def edit(array: np.ndarray) -> None:
+        array.reshape(-1)[:5] = np.nan
+
+    report = check(tiny_artifacts, engines, spoil(graph, output, edit))
+    assert {f"model: {graph} runs", found} <= failures(report)
+    message = next(c.message for c in report.failed if c.name == f"model: {graph} runs")
+    assert message == f"1 outputs hold values that are not finite, {output} 5 of them"
+    others = {"text_encoder", "vae_decoder", "first_step"} - {graph}
+    assert not {f"model: {other} runs" for other in others} & failures(report)
+
+
+def test_flat_images_are_found(tiny_artifacts: Path, engines: Path) -> None:
+    """float16 that overflows ends in images of one colour."""
+
+    def edit(array: np.ndarray) -> None:
+        array[:] = 0
+
+    report = check(tiny_artifacts, engines, spoil("vae_decoder", "sample", edit))
+    messages = {c.name: c.message for c in report.failed}
+    assert "every value of sample is the same" in messages["model: vae_decoder runs"]
+    assert "the image is flat" in messages["model, small: first edit"]
+
+
+def test_an_engine_that_writes_into_its_inputs_is_found(
+    tiny_artifacts: Path, engines: Path
+) -> None:
+    def edit(array: np.ndarray) -> None:
+        array[..., 0] += np.float32(1e-6)
+
+    report = check(tiny_artifacts, engines, spoil("cached_step", "k_ref.2", edit), STEPS)
+    assert "model: cached_step leaves the keys and values as they were" in failures(report)
+
+
+def test_an_engine_that_does_not_repeat_itself_is_found(
+    tiny_artifacts: Path, engines: Path
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def edit(array: np.ndarray) -> None:
+        array += rng.standard_normal(array.shape, np.float32)
+
+    report = check(tiny_artifacts, engines, spoil("encode_references", "k_ref.0", edit), STEPS)
+    failed = {check.name: check.message for check in report.failed}
+    assert "the second run differs" in failed["model: encode_references runs"]
+
+
+def test_references_that_are_never_reused_are_found(
+    tiny_artifacts: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = iter(range(10**6))
+    monkeypatch.setattr(KVOrigin, "digest", lambda origin, images: f"{next(count)}")
+    report = check(tiny_artifacts, engines)
+    (failed,) = report.failed
+    assert failed.name == "model, small: repeated edit equals the first"
+    assert "encoded again" in failed.message
+
+
+def test_a_tampered_engine_is_found_and_the_others_are_tested(
+    tiny_artifacts: Path, engines: Path
+) -> None:
+    (engines / "encode_references.engine").write_bytes(b"first_step")
+    report = check(tiny_artifacts, engines, graphs=STEPS)
+    assert failures(report) == {
+        "engines: encode_references is the file that was built",
+        "model: encode_references runs",
+        "model: first_step and encode_references give the same keys and values",
+    }
+    assert all("not the engine" in check.message for check in report.failed)
+
+
+def test_engines_of_another_version(tiny_artifacts: Path, engines: Path) -> None:
+    change(engines, version="9.9")
+    report = check(tiny_artifacts, engines)
+    assert failures(report) == {"model: backend opens"}
+    assert "9.9" in report.failed[0].message
+
+
+def test_engines_that_were_not_all_built(tiny_artifacts: Path, engines: Path) -> None:
+    report = check(tiny_artifacts, engines, graphs=("cached_step", "vae_decoder"))
+    assert report.ok, report.to_text()
+    skipped = {check.name: check.message for check in report.checks if check.status == "skipped"}
+    assert skipped["model: first_step"] == "it was not built"
+    assert "text_encoder" in skipped["model: loop"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackendError("cuda-python is not installed; install it with pip install 'klein-kv[rtx]'"),
+        BuildError("fake_trt refuses first_step"),
+        MemoryError("no room"),
+    ],
+)
+def test_a_backend_that_does_not_open(
+    error: Exception, tiny_artifacts: Path, engines: Path
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    report = run_selftest(tiny_artifacts, engines=engines, tiny=False, open_backend=refuse)
+    assert failures(report) == {"model: backend opens"}
+    assert str(error) in report.failed[0].message
+
+
+def test_a_changed_file_fails_and_tells_no_path(
+    tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_artifacts, tmp_path / "secret film" / "artifacts")
+    with (folder / "vae/decoder.onnx").open("ab") as file:
+        file.write(b"\0")
+    out = tmp_path / "report.json"
+    argv = ["selftest", str(folder), "--backend", "onnxruntime", "--no-tiny", "--out", str(out)]
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    value = json.loads(out.read_text())
+    assert value["failed"] == ["artifacts: manifest and digests"]
+    assert "ARTIFACTS/vae/decoder.onnx is not the file" in value["checks"][0]["message"]
+    assert "secret" not in out.read_text()
+    assert "1 failed" in captured.out
+    assert captured.out.rstrip().endswith(f"report: {out}")
+
+
+def test_reference_artifacts_of_another_model(
+    tiny_artifacts: Path, engines: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_artifacts, tmp_path / "other")
+    value = json.loads((other / MANIFEST).read_text())
+    value["config"]["transformer"]["rope_theta"] = 3000.0
+    (other / MANIFEST).write_text(json.dumps(value))
+    report = run_selftest(
+        tiny_artifacts,
+        backend="onnxruntime",
+        reference_artifacts=other,
+        threads=1,
+        tiny=False,
+    )
+    assert failures(report) == {"model: reference artifacts"}
+    assert "another model" in report.failed[0].message
+
+
+def test_an_unknown_backend_is_an_error(tiny_artifacts: Path) -> None:
+    with pytest.raises(RequestError, match="abacus"):
+        run_selftest(tiny_artifacts, backend="abacus", tiny=False)
+
+
+# --- the tiny model ---
+
+
+def test_the_tiny_model_is_tested_beside_the_real_one(
+    tiny_artifacts: Path, tiny_fp16_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"float32": tiny_artifacts, "float16": tiny_fp16_artifacts}
+
+    def export(_scratch: Path, dtype: str, found: dict[str, Path]) -> dict[str, Any]:
+        found |= {name: made[name] for name in ("float32", dtype)}
+        return {}
+
+    monkeypatch.setattr(selftest, "_export_tiny", export)
+    report = run_selftest(tiny_fp16_artifacts, backend="onnxruntime", threads=1)
+    assert report.ok, report.to_text()
+    names = [check.name for check in report.checks]
+    assert sum(name.startswith("tiny: ") and "against" in name for name in names) == 6
+    assert "tiny, small: repeated edit equals the first" in names
+    assert "model, small: repeated edit equals the first" in names
+
+
+def test_without_the_exporter_the_tiny_model_is_left_out(
+    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else find(name)
+    )
+    report = run_selftest(tiny_artifacts, backend="onnxruntime", threads=1)
+    assert report.ok
+    (skipped,) = [check for check in report.checks if check.name == "tiny"]
+    assert "klein-kv[export]" in skipped.message
+
+
+def test_broken_artifacts_do_not_keep_the_tiny_model_from_being_tested(
+    tmp_path: Path, tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        selftest,
+        "_export_tiny",
+        lambda _scratch, _dtype, found: found.update(float32=tiny_artifacts),
+    )
+    report = run_selftest(tmp_path, backend="onnxruntime", threads=1)
+    assert failures(report) == {"artifacts: manifest and digests"}
+    assert {check.name: check.status for check in report.checks}["model"] == "skipped"
+    assert len([check for check in report.checks if check.status == "passed"]) > 10
+
+
+def test_the_tiny_model_is_exported(
+    tmp_path: Path, tiny_vae_graph: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
+    made: dict[str, Path] = {}
+    selftest._export_tiny(tmp_path, "float16", made)
+    assert {name: Manifest.load(made[name]).dtype for name in made} == {
+        "float32": "float32",
+        "float16": "float16",
+    }
+    assert len({Manifest.load(path).config.transformer for path in made.values()}) == 1
+
+
+def test_the_tiny_model_is_built_for_the_same_gpu(
+    tmp_path: Path, tiny_bf16_artifacts: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real builder, which needs no GPU; of one graph, for time's sake."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references"])
+    artifacts = shutil.copytree(tiny_bf16_artifacts, tmp_path / "bf16")
+    change(engines, module="tensorrt_rtx", sm=89)
+    folder: list[Path] = []
+    built: list[EngineManifest] = []
+    selftest._build_tiny(artifacts, EngineManifest.load(engines), folder, built)
+    assert (built[0].sm, list(built[0].engines)) == (89, ["encode_references"])
+    assert EngineManifest.load(folder[0]) == built[0]
