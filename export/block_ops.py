@@ -100,6 +100,17 @@ class _Wrapped:
     def block(self, function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
         return function(self, name, *args, **kwargs)  # not with the other: it would see nothing
 
+    def linear(
+        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        return self._ops.linear(rows, weight, part)
+
+    def projection(
+        self, rows: torch.Tensor, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], torch.Tensor]:
+        first, whole = features[0], self.linear(rows, weight, features)
+        return lambda start, stop: whole[:, start - first : stop - first]
+
 
 class TracingOps(_Wrapped):
     """Records the residual stream.
