@@ -377,7 +377,7 @@ class KleinKVPipeline:
         if prepared is not None:
             request = self._encoder.with_references(request, prepared, known=False)
             request = replace(request, stages=with_encode_references(request.stages))
-        self._planned.admit(request, lambda _missing: 0)  # not worth what the store keeps
+        self._planned.admit(request, lambda _missing, _keep: 0)  # not worth what the store keeps
         with self.timed_backend.record() as timings:
             run_sizes(
                 self._planned,
