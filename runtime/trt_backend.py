@@ -168,6 +168,8 @@ class TrtBackend:
         cache = folder.path / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
         try:
+            if not refs:  # TensorRT takes memory for its weights where the pool cannot make room
+                self._memory.trim()
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
                 raise BuildError(
