@@ -94,7 +94,7 @@ class ReferenceEncoder:
         tokens, grids = [], []
         for image in prepared.pixels:
             out = backend.run("vae_encoder", {"image": backend.upload(image)})
-            grid = backend.download(out["ref_hidden_states"])  # [1, h, w, C]
+            grid = backend.download(out.pop("ref_hidden_states"))  # [1, h, w, C]
             grids.append((grid.shape[1], grid.shape[2]))
             tokens.append(grid.reshape(1, -1, grid.shape[3]))
         return {

@@ -169,6 +169,8 @@ class TrtBackend:
         weights = {name: self._weights[ref] for name, ref in refs.items()}
         self._memory.trim()  # TensorRT takes memory of its own, and cannot use what lies idle here
         try:
+            if not refs:  # TensorRT takes memory for its weights where the pool cannot make room
+                self._memory.trim()
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
                 raise BuildError(
