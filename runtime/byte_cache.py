@@ -145,12 +145,17 @@ class ByteCache(Generic[V]):
         """Finds a value, or lets the caller compute it while others wait for the result.
 
         A claim without a value must be published inside the `with`; if that is left without, the
-        next one who waits computes.
+        next one who waits computes. Afterwards the claim holds nothing: whoever still has it must
+        not keep gigabytes alive.
         """
         if self.budget == 0:
-            yield Claim(lambda _value: None)
+            claim = Claim[V](lambda _value: None)
+            try:
+                yield claim
+            finally:
+                claim.value = None
             return
-        claim: Claim[V] = Claim(functools.partial(self._publish, key))
+        claim = Claim(functools.partial(self._publish, key))
         claim.value, evicted = self._find_or_reserve(key)
         reserved = claim.value is None
         try:
@@ -165,6 +170,7 @@ class ByteCache(Generic[V]):
             if missing and claim.value is not None:
                 self._count("misses")
         finally:
+            claim.value = None
             if reserved:
                 with self._changed:
                     self._state.computing.discard(key)

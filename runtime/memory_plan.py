@@ -95,6 +95,7 @@ class Request:
         text_tokens: prompt tokens.
         kv_held: keys and values are on the device from the start; else `first_step` or
             `encode_references` makes them.
+        kv_kept: they stay after the steps, if they fit beside the VAE.
     """
 
     height: int
@@ -104,6 +105,7 @@ class Request:
     batch: int = 1
     text_tokens: int = 512
     kv_held: bool = False
+    kv_kept: bool = False
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "batch", "text_tokens"):
@@ -290,6 +292,10 @@ def make_plan(
         if kv := _kv_bytes(name, footprint, request):
             parts["kv"] = kv
         parts |= {"scratch": nbytes, **_buffers(name, footprint, request)}
+        if name == "vae_decoder" and request.kv_kept and not request.kv_held:
+            stays = footprint.kv_bytes(request)
+            if sum(parts.values()) + footprint.weights["vae"] + stays <= capacity:
+                parts["kv"] = stays
         rows.append((name, parts, source or "estimated"))
     resident = set(loaded or ())
     stages: list[Stage] = []

@@ -6,7 +6,6 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 """
 
 import contextlib
-import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -446,7 +445,7 @@ class KleinKVPipeline:
 
                 self.times = denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
-        inputs.kv, inputs.references = {}, None  # gigabytes that decoding can use
+        inputs.kv, inputs.references, references = {}, None, None  # gigabytes for decoding
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
             final = self.backend.download(inputs.latents).reshape(shape)
@@ -498,8 +497,7 @@ class KleinKVPipeline:
         if references is not None:
             known = isinstance(references, ReferenceSet) or digest in self.reference_store
             request = self._encoder.with_references(request, references, known=known)
-        free = functools.partial(self.reference_store.free, keep=digest)
-        return self._planned.admit(request, free)
+        return self._planned.admit(request, self.reference_store.free, digest)
 
     def _restored(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
         """Keys and values that lie in host memory, on their way while the text is encoded."""

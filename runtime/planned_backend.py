@@ -82,15 +82,22 @@ class PlannedBackend:
         self._loaded: set[str] = set()
         self._last = ""
         self._kept_scratch = 0
-        self._free: Callable[[int], int] = lambda _missing: 0
+        self._free: Callable[[int, str | None], int] = lambda _missing, _keep: 0
+        self._keep: str | None = None
         self._lock = threading.RLock()
 
-    def admit(self, request: Request, free: Callable[[int], int]) -> MemoryPlan:
+    def admit(
+        self,
+        request: Request,
+        free: Callable[[int, str | None], int],
+        keep: str | None = None,
+    ) -> MemoryPlan:
         """Plans a request, or refuses it before any of it is run.
 
         Args:
             request: what is to be made.
-            free: asked for bytes that are missing; returns how many it gave up.
+            free: asked for bytes that are missing, and what to keep; returns how many it gave up.
+            keep: digest of the references that the steps need.
 
         Returns:
             The plan that the graphs run under from now on.
@@ -101,13 +108,13 @@ class PlannedBackend:
         with self._lock:
             plan = self._make(request, self._capacity(request))
             if not plan.fits:
-                freed = free(plan.peak - plan.capacity)
+                freed = free(plan.peak - plan.capacity, keep)
                 # What the store gives up may still be in use elsewhere: a device can tell.
                 more = 0 if self._on_device(request) else freed
                 plan = self._make(request, self._capacity(request) + more)
             if not plan.fits:
                 raise CapacityError(self._refusal(plan))
-            self.plan, self._free, self._last = plan, free, ""
+            self.plan, self._free, self._keep, self._last = plan, free, keep, ""
             return plan
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -231,7 +238,7 @@ class PlannedBackend:
             needed += stage.parts.get("kv", 0)
         missing = needed - self.inner.available_memory()
         if missing > 0:
-            self._free(missing)
+            self._free(missing, None if stage.name == "vae_decoder" else self._keep)
 
     def _refusal(self, plan: MemoryPlan) -> str:
         worst = max(plan.stages, key=lambda stage: stage.total)

@@ -177,7 +177,8 @@ class ReferenceEncoder:
             new.append("first_step")
         at = "text_encoder" in request.stages
         stages = (*request.stages[:at], *new, *request.stages[at:])
-        return replace(request, references=sizes, stages=stages)
+        kept = self._manifest.variant == "kv" and self.store.budget > 0
+        return replace(request, references=sizes, stages=stages, kv_kept=kept)
 
     def check_memory(self, prepared: PreparedReferences) -> None:
         """Refuses to encode what memory does not hold.

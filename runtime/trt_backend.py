@@ -164,6 +164,7 @@ class TrtBackend:
         )
         cache = folder.path / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
+        self._memory.trim()  # TensorRT takes memory of its own, and cannot use what lies idle here
         try:
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:

@@ -30,6 +30,7 @@ class Machine:
             artifacts, manifest, engines=engines, cudart=self.cudart, trt=self.trt
         )
         options = {"reference_cache_bytes": 0} | options
+        options = {"reference_cache_bytes": 0} | options
         self.pipe = KleinKVPipeline(artifacts, manifest, self.backend, **options)
         self.pipe.set_progress_bar_config(disable=True)
         self.runs: list[str] = []
@@ -148,7 +149,7 @@ def test_a_known_prompt_leaves_the_transformer_alone(
     tiny_artifacts: Path, engines: Path, pictures: list[Any]
 ) -> None:
     """Regression: the plan made room for a text encoder that was not needed."""
-    machine = Machine(tiny_artifacts, engines, 3_550_000)
+    machine = Machine(tiny_artifacts, engines, 3_380_000)
     machine(pictures)
     assert machine.components == {"transformer", "vae"}
     before = len(machine.trt.loads)
@@ -196,6 +197,43 @@ def test_kept_references_give_way_on_a_device(
     np.testing.assert_array_equal(machine(pictures), expected)
     stats = machine.pipe.reference_store.stats
     assert (stats.misses, stats.evictions, stats.entries) == (2, 1, 1)
+
+
+def test_kept_references_outstay_the_transformer(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    """Weights come back from files sooner than keys and values are computed again."""
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures, prompt="b")
+    roomy(references=roomy.pipe.encode_references(pictures), prompt="c")
+    capacity = least_capacity(roomy)  # of a new prompt beside known references
+    machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+    machine(pictures)
+    assert machine.components == {"vae"}
+    assert machine.pipe.reference_store.stats.entries == 1
+    before = len(machine.runs)
+    np.testing.assert_array_equal(machine(pictures, prompt="b"), expected)
+    assert "first_step" not in machine.runs[before:]
+
+
+def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a closure held them until the request was done."""
+    machine = Machine(tiny_artifacts, engines, ROOMY)
+    memory, held = machine.backend._memory, []
+    run = machine.backend.run
+
+    def watch(graph: str, inputs: Any) -> Any:
+        held.append((graph, machine.cudart.capacity - memory.available))
+        return run(graph, inputs)
+
+    monkeypatch.setattr(machine.backend, "run", watch)
+    machine(pictures)
+    used = dict(held)  # the last run of each graph
+    plan = machine.pipe._planned.plan
+    assert plan is not None
+    assert used["cached_step"] - used["vae_decoder"] > 0.9 * plan.kv_bytes
 
 
 def test_known_references_count_once(
