@@ -6,9 +6,9 @@ stream can be recorded, and replaced, where the norms at the beginning of the bl
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,6 +96,16 @@ class _Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
+
+    # What calls other operations calls those of the wrapper.
+
+    def block(self, function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        return function(self, name, *args, **kwargs)
+
+    def projection(
+        self, rows: torch.Tensor, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], torch.Tensor]:
+        return TorchOps.projection(cast("TorchOps", self), rows, weight, features)
 
 
 class TracingOps(_Wrapped):

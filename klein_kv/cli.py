@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
     )
     _add_samples(sub, 8)
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
@@ -201,7 +202,6 @@ def _add_samples(sub: Any, count: int) -> None:
     sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
     sub.add_argument("--size", type=_size, metavar="WxH", help="their output (512x512)")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
 
 
 def _layers(text: str) -> tuple[int, ...]:
