@@ -8,7 +8,7 @@ stream can be recorded, and replaced, where the norms at the beginning of the bl
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,19 +97,15 @@ class _Wrapped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
-    def block(self, function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-        return function(self, name, *args, **kwargs)  # not with the other: it would see nothing
+    # What calls other operations calls those of the wrapper.
 
-    def linear(
-        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        return self._ops.linear(rows, weight, part)
+    def block(self, function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        return function(self, name, *args, **kwargs)
 
     def projection(
         self, rows: torch.Tensor, weight: str, features: tuple[int, int]
     ) -> Callable[[int, int], torch.Tensor]:
-        first, whole = features[0], self.linear(rows, weight, features)
-        return lambda start, stop: whole[:, start - first : stop - first]
+        return TorchOps.projection(cast("TorchOps", self), rows, weight, features)
 
 
 class TracingOps(_Wrapped):

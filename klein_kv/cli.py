@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     _add_samples(sub, 8)
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     sub = verb("build", _build, "Build TensorRT engines from the ONNX graphs; needs no GPU.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
