@@ -117,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from", type=Path, metavar="FILE", dest="source", help="BFL's fp8 or nvfp4 file, as it is"
     )
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     _add_samples(sub, 8)
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 

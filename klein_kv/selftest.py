@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from klein_kv.engines.manifest import EngineManifest
-from klein_kv.errors import RequestError
+from klein_kv.engines.manifest import EngineManifest, find_engines
+from klein_kv.errors import KleinKVError, RequestError
 from klein_kv.inspection import examine_machine
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import BACKENDS, Backend
@@ -21,10 +21,10 @@ from klein_kv.runtime.selftest import (
     check_engines,
     check_manifest,
     check_subject,
-    only_engines,
+    engine_graphs,
     open_tested_backend,
 )
-from klein_kv.runtime.selftest_report import Report
+from klein_kv.runtime.selftest_report import CheckError, Report
 
 __all__ = ["run_selftest"]
 
@@ -51,7 +51,7 @@ def run_selftest(
         artifacts: what `klein-kv export` wrote.
         backend: one of `BACKENDS`.
         device: "cpu", "cuda" or "cuda:N".
-        engines: folder of engines; None takes the only one of the artifacts, if there is one.
+        engines: folder of engines; None takes all of the artifacts, one after the other.
         reference_artifacts: the same model in float32, for a CPU to compare with.
         threads: CPU threads of the tested backend.
         tiny: test a tiny model as well.
@@ -70,13 +70,11 @@ def run_selftest(
     report.facts["machine"] = examine_machine()[0]
     report.save()
     manifest = check_manifest(report, artifacts)
-    folder = engines.resolve() if engines else None
-    if folder is None and backend in ("auto", "tensorrt") and device != "cpu":
-        folder = only_engines(artifacts)
-    built = None
-    if folder is not None:
-        report.hide(folder, "ENGINES")
-        built = check_engines(report, folder)
+    folders = [engines.resolve()] if engines else []
+    if not folders and backend in ("auto", "tensorrt") and device != "cpu":
+        folders = find_engines(artifacts)
+    built = _check_folders(report, folders)
+    if folders:
         backend = "tensorrt"
     if reference_artifacts is not None:
         reference_artifacts = reference_artifacts.resolve()
@@ -86,22 +84,55 @@ def run_selftest(
         with tempfile.TemporaryDirectory(prefix="klein-kv-selftest-") as scratch:
             report.hide(Path(scratch).resolve(), "TMP")
             dtype = "float32" if manifest is None else manifest.dtype
-            _check_tiny(report, Path(scratch).resolve(), dtype, built, opener)
-    if manifest is None or (backend == "tensorrt" and built is None):
+            like = built[0][2] if built else None
+            _check_tiny(report, Path(scratch).resolve(), dtype, like, opener)
+    if manifest is None or (backend == "tensorrt" and not built):
         report.skip("model", "the artifacts or their engines cannot be used")
         return report
-    check_subject(
-        report,
-        Subject(
-            case="model",
-            artifacts=artifacts,
-            manifest=manifest,
-            open=functools.partial(opener, artifacts, manifest, engines=folder),
-            engines=built,
-            reference=reference_artifacts,
-        ),
+    subject = functools.partial(
+        Subject, artifacts=artifacts, manifest=manifest, reference=reference_artifacts
     )
+    if not built:
+        graphs = manifest.graphs
+        opened = functools.partial(opener, artifacts, manifest, engines=None, graphs=graphs)
+        check_subject(report, subject(case="model", graphs=graphs, open=opened))
+    opened_any = not built
+    for name, folder, these in built:
+        case = f"model{name}"
+        try:
+            graphs = engine_graphs(manifest, these)
+        except KleinKVError as error:
+            report.skip(case, str(error))
+            continue
+        opened = functools.partial(opener, artifacts, manifest, engines=folder, graphs=graphs)
+        tested = subject(
+            case=case, graphs=graphs, open=opened, engines=these, optional=len(built) > 1
+        )
+        opened_any = check_subject(report, tested) or opened_any
+    if not opened_any and not report.failed:
+        report.run("model", _no_engines)
     return report
+
+
+def _no_engines() -> None:
+    raise CheckError("no engines here run on this machine; build some with `klein-kv build`")
+
+
+def _check_folders(report: Report, folders: list[Path]) -> list[tuple[str, Path, EngineManifest]]:
+    """Checks all engines before any of them is opened.
+
+    Returns:
+        What names a folder in the checks' names (nothing if there is one), the folder and its
+        manifest, of those that can be read.
+    """
+    found = []
+    for folder in folders:
+        report.hide(folder, "ENGINES")
+        name = f" {folder.name}" if len(folders) > 1 else ""
+        engines = check_engines(report, folder, f"engines{name}")
+        if engines is not None:
+            found.append((name, folder, engines))
+    return found
 
 
 def _check_tiny(
@@ -133,8 +164,13 @@ def _check_tiny(
             case="tiny",
             artifacts=artifacts,
             manifest=manifest,
+            graphs=manifest.graphs,
             open=functools.partial(
-                opener, artifacts, manifest, engines=folder[0] if folder else None
+                opener,
+                artifacts,
+                manifest,
+                engines=folder[0] if folder else None,
+                graphs=manifest.graphs,
             ),
             engines=built[0] if built else None,
             reference=None if reference == artifacts else reference,
@@ -160,8 +196,6 @@ def _build_tiny(
     from klein_kv.engines.build import build_artifacts
 
     build_artifacts(artifacts, target=f"sm{like.sm}", module=like.module, progress=False)
-    found = only_engines(artifacts)
-    assert found is not None  # noqa: S101 - just built
-    folder.append(found)
-    built.append(EngineManifest.load(found))
+    folder += find_engines(artifacts)
+    built.append(EngineManifest.load(folder[0]))
     return {"graphs": list(built[0].engines)}

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_kv.engines.manifest import EngineManifest, find_engines
-from klein_kv.errors import BackendError
+from klein_kv.config import DTYPES
+from klein_kv.engines.manifest import EngineManifest
+from klein_kv.errors import BuildError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Backend, open_backend
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -22,15 +23,16 @@ from klein_kv.runtime.selftest_graphs import (
 )
 from klein_kv.runtime.selftest_loop import check_loop
 from klein_kv.runtime.selftest_reference import find_reference
-from klein_kv.runtime.selftest_report import Report
+from klein_kv.runtime.selftest_report import CheckSkipped, Report
 from klein_kv.runtime.selftest_sizes import CaseSizes, engine_sizes, small_sizes
+from klein_kv.signature import GraphSet
 
 __all__ = [
     "Subject",
     "check_engines",
     "check_manifest",
     "check_subject",
-    "only_engines",
+    "engine_graphs",
     "open_tested_backend",
 ]
 
@@ -43,17 +45,21 @@ class Subject:
         case: begins the names of its checks.
         artifacts: the folder, which exists.
         manifest: its manifest.
+        graphs: which of its graphs.
         open: opens the backend that is tested.
         engines: of that backend, if it has some.
         reference: float32 artifacts of the same model for a CPU; None takes what there is.
+        optional: whether engines for another GPU or TensorRT are left out instead of failing.
     """
 
     case: str
     artifacts: Path
     manifest: Manifest
+    graphs: GraphSet
     open: Callable[[], Backend]
     engines: EngineManifest | None = None
     reference: Path | None = None
+    optional: bool = False
 
 
 def open_tested_backend(
@@ -64,34 +70,52 @@ def open_tested_backend(
     device: str | None,
     engines: Path | None,
     threads: int | None,
+    graphs: GraphSet,
 ) -> Backend:
     """`open_backend`, with the folder of engines named."""
     if engines is None:
-        return open_backend(name, artifacts, manifest, device, threads)
+        return open_backend(name, artifacts, manifest, device, threads, graphs)
     from klein_kv.runtime.trt_backend import TrtBackend
 
     ordinal = (device or "").partition(":")[2]
-    return TrtBackend(artifacts, manifest, engines=engines, device=int(ordinal or 0))
+    return TrtBackend(artifacts, manifest, engines=engines, device=int(ordinal or 0), graphs=graphs)
 
 
-def check_engines(report: Report, folder: Path) -> EngineManifest | None:
+def engine_graphs(manifest: Manifest, engines: EngineManifest) -> GraphSet:
+    """The graphs that a folder of engines was built from.
+
+    Raises:
+        ArtifactError: the artifacts do not hold them any more.
+        RequestError: there are no such graphs.
+    """
+    if engines.precision in DTYPES:
+        return manifest.graphs_with(engines.kv_dtype or manifest.dtype)
+    return manifest.quantized_graphs(engines.precision, engines.kv_dtype, engines.attention)
+
+
+def check_engines(report: Report, folder: Path, case: str = "engines") -> EngineManifest | None:
     """Checks a folder of engines without opening any of them.
+
+    Args:
+        report: where the results go.
+        folder: the folder.
+        case: begins the checks' names.
 
     Returns:
         Its manifest; None if that cannot be read.
     """
     found: list[EngineManifest] = []
-    report.run("engines: manifest", lambda: found.append(EngineManifest.load(folder)))
+    report.run(f"{case}: manifest", lambda: found.append(EngineManifest.load(folder)))
     if not found:
         return None
     (engines,) = found
-    report.facts["engines"] = _engine_facts(engines)
+    report.facts.setdefault("engines", []).append(_engine_facts(engines))
     for graph in engines.engines:
 
         def read(graph: str = graph) -> dict[str, Any]:
             return {"bytes": len(engines.read_engine(folder, graph))}
 
-        report.run(f"engines: {graph} is the file that was built", read)
+        report.run(f"{case}: {graph} is the file that was built", read)
     return engines
 
 
@@ -104,6 +128,8 @@ def _engine_facts(engines: EngineManifest) -> dict[str, Any]:
         "target": engines.target,
         "sm": engines.sm,
         "precision": engines.precision,
+        "kv_dtype": engines.kv_dtype,
+        "attention": engines.attention,
         "weights": engines.weights,
         "recipe": engines.recipe,
         "graphs": {
@@ -113,21 +139,29 @@ def _engine_facts(engines: EngineManifest) -> dict[str, Any]:
     }
 
 
-def check_subject(report: Report, subject: Subject) -> None:
-    """Runs all checks of one folder on one backend."""
+def check_subject(report: Report, subject: Subject) -> bool:
+    """Runs all checks of one folder on one backend.
+
+    Returns:
+        Whether the backend opened.
+    """
     opened: list[Backend] = []
-    case, manifest = subject.case, subject.manifest
+    case, manifest, graphs = subject.case, subject.manifest, subject.graphs
     if not report.run(f"{case}: backend opens", lambda: _open(subject, opened)):
-        return
+        return False
     (backend,) = opened
     try:
-        files = manifest.graphs.files
+        files = graphs.files
         present = tuple(files) if subject.engines is None else tuple(subject.engines.engines)
-        ours = GraphRunner(backend.name, backend, manifest.graphs, manifest.config, present)
+        ours = GraphRunner(backend.name, backend, graphs, manifest.config, present)
         sizes = _sizes(subject, typical=False)
-        reference = find_reference(
-            report, case, backend.name, subject.artifacts, manifest, subject.reference, sizes
+        reference: GraphRunner | str = (
+            f"precision {graphs.precision} is measured by klein-kv verify --precision"
         )
+        if graphs.precision is None:
+            reference = find_reference(
+                report, case, backend.name, subject.artifacts, manifest, subject.reference, sizes
+            )
         check_graphs(report, case, ours, reference, sizes)
         exact = LIMITS["exact" if backend.name == "onnxruntime" else manifest.dtype]
         if manifest.variant == "kv":
@@ -135,7 +169,7 @@ def check_subject(report: Report, subject: Subject) -> None:
         missing = [graph for graph in files if graph not in present]
         if missing:
             report.skip(f"{case}: loop", f"without {', '.join(missing)}")
-            return
+            return True
         cases = {f"{case}, small": sizes}
         if subject.engines is not None and _sizes(subject, typical=True) != sizes:
             cases[f"{case}, typical"] = _sizes(subject, typical=True)
@@ -147,10 +181,16 @@ def check_subject(report: Report, subject: Subject) -> None:
         close = getattr(backend, "close", None)
         if close is not None:
             report.run(f"{case}: backend closes", close)
+    return True
 
 
 def _open(subject: Subject, opened: list[Backend]) -> dict[str, Any]:
-    opened.append(subject.open())
+    try:
+        opened.append(subject.open())
+    except BuildError as error:
+        if subject.optional:
+            raise CheckSkipped(str(error)) from error
+        raise
     return {"backend": opened[0].name}
 
 
@@ -175,6 +215,9 @@ def _loop(report: Report, name: str, subject: Subject, backend: Backend, sizes: 
             backend,
             reference_cache_bytes=room,
             prompt_cache_bytes=0,
+            kv_dtype=None if subject.graphs.kv_dtype is None else "fp8",
+            precision=subject.graphs.precision,
+            attention=subject.graphs.attention,
         )
         made.append(pipe)
         return {"sizes": sizes.to_dict()}
@@ -203,16 +246,3 @@ def check_manifest(report: Report, artifacts: Path) -> Manifest | None:
         "config": manifest.config.to_dict(),
     }
     return manifest
-
-
-def only_engines(artifacts: Path) -> Path | None:
-    """The folder of engines to take if none was named; None if there is none.
-
-    Raises:
-        BackendError: there are several.
-    """
-    found = find_engines(artifacts)
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise BackendError(f"there are several folders of engines ({names}); name one, --engines")
-    return found[0] if found else None

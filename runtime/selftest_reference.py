@@ -1,10 +1,12 @@
 """What a self-test compares with: the same graphs on a CPU, where a CPU can be asked."""
 
+import importlib.util
 from pathlib import Path
 
 from klein_kv.errors import KleinKVError
 from klein_kv.flops import reference_flops, step_flops
 from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime.backend import open_backend
 from klein_kv.runtime.memory import available_memory
 from klein_kv.runtime.ort_backend import OrtBackend
 from klein_kv.runtime.ort_device import CPU
@@ -14,6 +16,7 @@ from klein_kv.runtime.selftest_sizes import CaseSizes
 
 __all__ = ["find_reference"]
 
+_TORCH_NEEDS = ("torch", "diffusers")
 _MOST_FLOPS = 5e12
 """What a CPU is asked for unless it was named: some ten seconds."""
 
@@ -44,17 +47,34 @@ def find_reference(
             f"{case}: reference artifacts", lambda: found.append(_same_model(named, manifest))
         )
         return found[0] if found else "the reference artifacts cannot be used"
-    if backend == CPU.backend:
-        return "onnxruntime on a CPU is the reference itself; name others to compare with"
-    if manifest.dtype not in CPU.dtypes:
-        return (
-            f"onnxruntime computes no {manifest.dtype} on a CPU; export the checkpoint in fp32 too "
-            "and name it with --reference-artifacts"
-        )
     try:
-        return _too_much(artifacts, manifest, sizes) or _runner(artifacts, manifest)
+        return _too_much(artifacts, manifest, sizes) or _other_backend(backend, artifacts, manifest)
     except KleinKVError as error:
         return str(error)
+
+
+def _other_backend(backend: str, artifacts: Path, manifest: Manifest) -> GraphRunner | str:
+    """The same artifacts on a CPU, by another backend than the tested one."""
+    if backend != CPU.backend and manifest.dtype in CPU.dtypes:
+        return _runner(artifacts, manifest)
+    if backend.startswith("torch"):
+        return (
+            f"nothing but torch computes {manifest.dtype} on a CPU; export the checkpoint in fp32 "
+            "too and name it with --reference-artifacts"
+        )
+    missing = [name for name in _TORCH_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"{missing[0]} is not installed, with which a CPU would be asked; pip install "
+            "'klein-kv[torch]', or name fp32 artifacts with --reference-artifacts"
+        )
+    return GraphRunner(
+        label=f"torch on a CPU, {manifest.dtype}",
+        backend=open_backend("torch", artifacts, manifest, "cpu", None),
+        graphs=manifest.graphs,
+        config=manifest.config,
+        present=tuple(manifest.graphs.files),
+    )
 
 
 def _same_model(artifacts: Path, ours: Manifest) -> GraphRunner:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from klein_kv import __version__
 from klein_kv.errors import KleinKVError, RequestError
 
-__all__ = ["Check", "CheckError", "Report"]
+__all__ = ["Check", "CheckError", "CheckSkipped", "Report"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ class CheckError(Exception):
     def __init__(self, message: str, measured: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.measured = dict(measured or {})
+
+
+class CheckSkipped(Exception):  # noqa: N818 - no error
+    """A check that finds that it is none of its business here."""
 
 
 @dataclass(slots=True)
@@ -114,6 +118,8 @@ class Report:
         try:
             check.measured = dict(function() or {})
             check.status = "passed"
+        except CheckSkipped as reason:
+            check.status, check.message = "skipped", str(reason)
         except Exception as error:  # noqa: BLE001 - the report is where all of them go
             check.status = "failed"
             check.message = _words(error)

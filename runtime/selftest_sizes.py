@@ -148,6 +148,8 @@ def random_inputs(
         shape = spec.concrete(symbols)
         if spec.name in known:
             inputs[spec.name] = known[spec.name]
+        elif "_scale." in spec.name:
+            inputs[spec.name] = rng.uniform(0.005, 0.02, shape).astype(np.float32)
         elif spec.dtype == "uint8":
             inputs[spec.name] = rng.integers(0, 256, shape, dtype=np.uint8)
         else:

@@ -23,6 +23,7 @@ from klein_kv.runtime.references import KVOrigin
 from klein_kv.runtime.selftest_report import Report
 from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.selftest import run_selftest
+from klein_kv.signature import KV_FLOAT8
 from tests.runtime.fake_engines import make_engines
 from tests.runtime.fake_gpu import FakeContext, FakeCudart, FakeTrt, array_at
 
@@ -38,6 +39,14 @@ def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     return make_engines(tiny_artifacts, folder)
 
+
+DECODES = (
+    ": vae_decoder runs",
+    ", small: text to image",
+    ", small: first edit",
+    ", small: stage times",
+)
+"""Checks that need the VAE decoder."""
 
 STEPS = ("encode_references", "first_step", "cached_step")
 
@@ -66,21 +75,23 @@ def kept() -> dict[Path, OrtBackend]:
 
 def check(
     artifacts: Path,
-    engines: Path,
+    engines: Path | None,
     tamper: Tamper = lambda context: None,
     graphs: Sequence[str] | None = None,
 ) -> Report:
     """The self-test of a folder of fake engines, of some graphs or all, on a fake GPU."""
-    if graphs is not None:
+    if graphs is not None and engines is not None:
         change(engines, engines={x: EngineManifest.load(engines).engines[x] for x in graphs})
 
     def open_fake(artifacts: Path, manifest: Manifest, **options: Any) -> TrtBackend:
+        cudart, graphs = FakeCudart(), options["graphs"]
         return TrtBackend(
             artifacts,
             manifest,
             engines=options["engines"],
-            cudart=FakeCudart(),
-            trt=FakeTrt(artifacts, tamper=tamper),
+            cudart=cudart,
+            trt=FakeTrt(artifacts, graphs=graphs, cudart=cudart, tamper=tamper),
+            graphs=graphs,
         )
 
     return run_selftest(artifacts, engines=engines, tiny=False, open_backend=open_fake)
@@ -129,9 +140,9 @@ def test_whole_engines_pass(tiny_artifacts: Path, engines: Path) -> None:
         run["first_step"] == 0 and len(run["cached_steps"]) == 4 for run in times["repeated"]
     )
     facts = report.to_dict()
-    assert facts["engines"]["graphs"]["first_step"]["sha256"]
+    assert facts["engines"][0]["graphs"]["first_step"]["sha256"]
     assert facts["machine"]["packages"]
-    assert "weights" not in facts["engines"]["graphs"]["first_step"]
+    assert "weights" not in facts["engines"][0]["graphs"]["first_step"]
 
 
 def test_onnxruntime_from_the_command_line(
@@ -145,6 +156,8 @@ def test_onnxruntime_from_the_command_line(
     assert value == json.loads(out.read_text()) | {"date": value["date"]}
     assert value["ok"]
     names = {check["name"]: check for check in value["checks"]}
+    compared = [name for name in names if name.endswith("against torch on a CPU, float32")]
+    assert len(compared) == 6
     same = names["model: first_step and encode_references give the same keys and values"]
     assert same["measured"]["bitwise"]
     assert names["model, small: repeated edit equals the first"]["measured"]["limit_norm"] == 0
@@ -164,6 +177,61 @@ def test_other_artifacts_as_the_reference(tiny_fp16_artifacts: Path, tiny_artifa
     compared = [check for check in report.checks if "against" in check.name]
     assert len(compared) == 6
     assert all(1e-6 < check.measured["norm"] < 0.01 for check in compared)
+
+
+def test_without_torch_there_is_no_reference_for_onnxruntime(
+    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
+    )
+    report = run_selftest(tiny_artifacts, backend="onnxruntime", threads=1, tiny=False)
+    assert report.ok
+    (skipped,) = [check for check in report.checks if check.status == "skipped"]
+    assert "torch is not installed" in skipped.message
+
+
+def test_every_folder_of_engines_is_tested(tiny_artifacts: Path, tmp_path: Path) -> None:
+    """As they lie: general ones, others whose keys and values are float8, and an unfit GPU's."""
+    artifacts = shutil.copytree(tiny_artifacts, tmp_path / "artifacts")
+    manifest = Manifest.load(artifacts)
+    for name, graphs in (
+        ("sm120-fp32", manifest.graphs),
+        ("sm120-fp32-fp8-kv", manifest.graphs_with(KV_FLOAT8)),
+        ("sm89-fp32", manifest.graphs),
+    ):
+        (artifacts / "engines" / name).mkdir(parents=True)
+        make_engines(artifacts, artifacts / "engines" / name, graphs)
+    change(artifacts / "engines/sm89-fp32", sm=89)
+    (artifacts / "engines/sm120-fp32-fp8-kv/vae_decoder.engine").write_bytes(b"text_encoder")
+    report = check(artifacts, None)
+    statuses = {check.name: check.status for check in report.checks}
+    assert failures(report) == {
+        "engines sm120-fp32-fp8-kv: vae_decoder is the file that was built",
+        *(f"model sm120-fp32-fp8-kv{name}" for name in DECODES),
+    }, report.to_text()
+    assert statuses["model sm89-fp32: backend opens"] == "skipped"
+    assert statuses["model sm120-fp32, small: repeated edit equals the first"] == "passed"
+    reference = "onnxruntime on a CPU, float32"
+    packed = "model sm120-fp32-fp8-kv"
+    assert statuses[f"{packed}: text_encoder against {reference}"] == "passed"
+    assert statuses[f"{packed}: encode_references against {reference}"] == "skipped"
+    assert (
+        statuses[f"{packed}: cached_step on these keys and values repeats first_step"] == "passed"
+    )
+    assert len(report.facts["engines"]) == 3
+
+
+def test_engines_for_other_gpus_alone_are_a_failure(tiny_artifacts: Path, tmp_path: Path) -> None:
+    artifacts = shutil.copytree(tiny_artifacts, tmp_path / "artifacts")
+    for sm in (86, 89):
+        folder = artifacts / "engines" / f"sm{sm}"
+        folder.mkdir(parents=True)
+        change(make_engines(artifacts, folder), sm=sm)
+    report = check(artifacts, None)
+    assert failures(report) == {"model"}
+    assert "no engines here run on this machine" in report.failed[0].message
 
 
 def test_plain_weights(plain_artifacts: Path) -> None:
