@@ -63,7 +63,7 @@ class TorchBackend:
         threads: CPU threads, which torch has one setting for in the whole process; None leaves it.
         graphs: which graphs of the folder; None takes the manifest's.
         compile_blocks: run the transformer's blocks through `torch.compile`, which needs Triton on
-            a GPU and a C++ compiler on a CPU, and takes a minute or so when a graph runs first.
+            a GPU and a C++ compiler on a CPU, and takes its time when a graph runs first.
         cuda_graphs: replay denoising steps as CUDA graphs from the second run at a shape on, at
             the price of a second place for keys and values; see `torch_cuda_graphs`.
         attention: a key of `ATTENTION`: which of torch's attention kernels come first.
