@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("klein-kv-selftest.json"),
         metavar="REPORT.json",
-        help="the report, to be attached to an issue; it names no files and no user",
+        help="the report, to be attached to a bug report; it names no files and no user",
     )
     sub.add_argument("--no-tiny", action="store_true", help="leave the tiny random model out")
     sub.add_argument("--threads", type=int, help="CPU threads")
