@@ -78,13 +78,15 @@ class BlockTrace:
         """Norms that read what a block gave out, with that block's name; the first read none."""
         found = []
         before = {"image": "", "text": ""}
+        entered = dict(before)
         for i, reader in enumerate(self.readers):
             if not reader.endswith(_STARTS):
                 continue
             stream = "text" if ".add_k_proj." in reader else "image"
             block = ".".join(reader.split(".")[:2])
+            if block != entered[stream]:  # the last block has two norms: of text, and of the image
+                before[stream], entered[stream] = entered[stream], block
             found.append((i, before[stream]))
-            before[stream] = block
         return found
 
 

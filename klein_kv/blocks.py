@@ -26,6 +26,7 @@ __all__ = [
     "Network",
     "Rope",
     "double_block",
+    "last_single_block",
     "reference_double_block",
     "reference_single_block",
     "rope_tables",
@@ -113,8 +114,9 @@ def reference_single_block(
     norm = net.modulate(hidden, mod)
     dim = config.inner_dim
     project = net.single_projection(norm, block, (dim, 3 * dim) if last else None)
-    q, k, v = net.single_qkv(project, block, seq, rope, with_q=not last)
+    k, v = net.single_kv(project, block, seq, rope)
     if not last:
+        q = net.single_q(project, block, seq, rope)
         attended = ops.rows(ops.attention(q, k, v))
         hidden = net.single_out(hidden, project, attended, block, mod)
     return hidden, ops.compact(k), ops.compact(v)
@@ -171,9 +173,62 @@ def single_block(
     net = Network(ops, config)
     norm = net.modulate(joint, mod)
     project = net.single_projection(norm, block)
-    q, k, v = net.single_qkv(project, block, like, rope)
+    k, v = net.single_kv(project, block, like, rope)
+    q = net.single_q(project, block, like, rope)
     attended = ops.rows(ops.joint_attention(q, [k], [v], kv, like))
     return net.single_out(joint, project, attended, block, mod)
+
+
+def last_single_block(
+    ops: Ops[T],
+    block: str,
+    config: TransformerConfig,
+    joint: T,
+    like: T,
+    mod: Modulation[T],
+    ropes: tuple[Rope[T], Rope[T]],
+    kv: tuple[T, ...],
+    text: T,
+    image: T | None,
+) -> T:
+    """The block after which only the image is read: rows of the image after it.
+
+    Of all other tokens keys and values are computed, and nothing else.
+
+    Args:
+        ops: what computes, or writes the graph.
+        block: beginning of the names of the block's weights.
+        config: the network's shape.
+        joint: rows of text, image and, with plain weights, references.
+        like: a tensor [B, T + S, ...] whose batch and length they have.
+        mod: the modulation.
+        ropes: rotations of the text, and of what comes after it.
+        kv: the references' keys and values of this block, or nothing.
+        text: a tensor [B, T, F].
+        image: a tensor [B, S, F] if something comes after the image, or None.
+    """
+    net, dim, mlp = Network(ops, config), config.inner_dim, config.mlp_hidden_dim
+
+    def project(rows: T, features: tuple[int, int]) -> Callable[[int, int], T]:
+        return net.single_projection(rows, block, features)
+
+    seqs = ops.split_tokens(ops.sequence(joint, like), text)
+    rows = [ops.rows(seq) for seq in seqs]
+    norms = [net.modulate(part, mod) for part in rows]
+    pairs = [
+        net.single_kv(project(norm, (dim, 3 * dim)), block, seq, rope)
+        for norm, seq, rope in zip(norms, seqs, ropes, strict=True)
+    ]
+    (_, image_seq), (_, image_rows), (_, norm), (_, rope) = seqs, rows, norms, ropes
+    if image is not None:
+        norm = ops.rows(ops.split_tokens(ops.sequence(norm, image_seq), image)[0])
+        rope = Rope(*(ops.split_tokens(x, image)[0] for x in (rope.cos, rope.sin)))
+        image_seq, _ = ops.split_tokens(image_seq, image)
+        image_rows = ops.rows(image_seq)
+    q = net.single_q(project(norm, (0, dim)), block, image_seq, rope)
+    attended = ops.joint_attention(q, [k for k, _ in pairs], [v for _, v in pairs], kv, like)
+    feed_forward = project(norm, (3 * dim, 3 * dim + 2 * mlp))
+    return net.single_out(image_rows, feed_forward, ops.rows(attended), block, mod)
 
 
 class Network(Generic[T]):
@@ -274,21 +329,18 @@ class Network(Generic[T]):
         weight = f"{block}.attn.to_qkv_mlp_proj.weight"
         return self.ops.projection(norm, weight, rows or (0, whole))
 
-    def single_qkv(
-        self,
-        project: Callable[[int, int], T],
-        block: str,
-        like: T,
-        rope: Rope[T],
-        with_q: bool = True,
-    ) -> tuple[T, T, T]:
-        """q, k (after RoPE) and v of a single block: the first three parts of its projection."""
+    def single_kv(
+        self, project: Callable[[int, int], T], block: str, like: T, rope: Rope[T]
+    ) -> tuple[T, T]:
+        """k (after RoPE) and v of a single block: the second and third part of its projection."""
         ops, dim = self.ops, self.config.inner_dim
         k = self._head_norm_rope(project(dim, 2 * dim), f"{block}.attn.norm_k", like, rope)
-        v = ops.heads(project(2 * dim, 3 * dim), like, self.config.num_attention_heads)
-        if not with_q:
-            return k, k, v
-        return self._head_norm_rope(project(0, dim), f"{block}.attn.norm_q", like, rope), k, v
+        return k, ops.heads(project(2 * dim, 3 * dim), like, self.config.num_attention_heads)
+
+    def single_q(self, project: Callable[[int, int], T], block: str, like: T, rope: Rope[T]) -> T:
+        """q of a single block, after RoPE: the first part of its projection."""
+        query = project(0, self.config.inner_dim)
+        return self._head_norm_rope(query, f"{block}.attn.norm_q", like, rope)
 
     def single_out(
         self,

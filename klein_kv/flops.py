@@ -76,16 +76,23 @@ def reference_operations(net: TransformerConfig, ref_tokens: int) -> Operations:
         net: the network's shape.
         ref_tokens: R. Nothing after the last block's keys and values is computed.
     """
-    dim, blocks = net.inner_dim, net.num_blocks - 1
+    dim, rows = net.inner_dim, net.num_blocks * ref_tokens
+    unread = _unread(net, ref_tokens, ref_tokens)
     return Operations(
-        linears=ref_tokens * (blocks * _block_row(net) + 4 * dim * dim),
-        attention=blocks * 4 * ref_tokens**2 * dim,
+        linears=rows * _block_row(net) - unread.linears,
+        attention=rows * 4 * ref_tokens * dim - unread.attention,
         other=ref_tokens * 2 * net.in_channels * dim + _time(net, 9),
     )
 
 
 def step_operations(
-    net: TransformerConfig, *, batch: int, image_tokens: int, text_tokens: int, ref_tokens: int
+    net: TransformerConfig,
+    *,
+    batch: int,
+    image_tokens: int,
+    text_tokens: int,
+    ref_tokens: int,
+    plain: bool = False,
 ) -> Operations:
     """Operations of `cached_step`; `first_step` is this and `reference_operations`.
 
@@ -94,17 +101,19 @@ def step_operations(
         batch: images made at once.
         image_tokens: S.
         text_tokens: T.
-        ref_tokens: R.
+        ref_tokens: R. Nothing but the image's tokens leaves the last block.
+        plain: operations of `plain_step`, in which references are tokens like the image's.
     """
-    dim, queries = net.inner_dim, image_tokens + text_tokens
-    embed = image_tokens * 2 * net.in_channels * dim + text_tokens * 2 * (
-        net.joint_attention_dim * dim
-    )
+    dim = net.inner_dim
+    tokens = image_tokens + (ref_tokens if plain else 0)
+    queries, keys = tokens + text_tokens, image_tokens + text_tokens + ref_tokens
+    unread = _unread(net, queries - image_tokens, keys)
+    embed = tokens * 2 * net.in_channels * dim + text_tokens * 2 * net.joint_attention_dim * dim
     output = image_tokens * 2 * dim * net.out_channels
-    rows = batch * net.num_blocks * queries
+    rows = net.num_blocks * queries
     return Operations(
-        linears=rows * _block_row(net),
-        attention=rows * 4 * (ref_tokens + queries) * dim,
+        linears=batch * (rows * _block_row(net) - unread.linears),
+        attention=batch * (rows * 4 * keys * dim - unread.attention),
         other=batch * (embed + output) + _time(net, 17),
     )
 
@@ -184,7 +193,7 @@ def diffusers_kv_edit_flops(
 
     Source: diffusers, `Flux2KleinKVPipeline.__call__`. Its first step runs the reference tokens,
     once per image of the batch, through the whole last block too, of which only keys and values
-    are ever read.
+    are ever read; so do text tokens in every step.
     """
     edit = edit_flops(
         net,
@@ -195,11 +204,12 @@ def diffusers_kv_edit_flops(
         text_tokens=text_tokens,
         ref_tokens=ref_tokens,
     )
-    if ref_tokens == 0:
-        return edit
-    dim = net.inner_dim
-    rest_of_block = ref_tokens * (_block_row(net) - 4 * dim * dim) + 4 * ref_tokens**2 * dim
-    return edit + batch * (reference_flops(net, ref_tokens) + rest_of_block)
+    text = _unread(net, text_tokens, image_tokens + text_tokens + ref_tokens)
+    encode = 0
+    if ref_tokens:
+        references = _unread(net, ref_tokens, ref_tokens)
+        encode = reference_flops(net, ref_tokens) + references.total
+    return edit + batch * (steps * text.total + encode)
 
 
 def plain_edit_flops(
@@ -213,14 +223,25 @@ def plain_edit_flops(
 ) -> int:
     """Operations of a request without reuse: references are image tokens of every step.
 
-    Source: diffusers, `Flux2KleinPipeline.__call__`.
+    Source: diffusers, `Flux2KleinPipeline.__call__`, in which all tokens leave the last block.
     """
-    return steps * step_flops(
-        net,
-        batch=batch,
-        image_tokens=image_tokens + ref_tokens,
-        text_tokens=text_tokens,
-        ref_tokens=0,
+    tokens = image_tokens + ref_tokens
+    step = step_flops(net, batch=batch, image_tokens=tokens, text_tokens=text_tokens, ref_tokens=0)
+    text = _unread(net, text_tokens, tokens + text_tokens)
+    return steps * (step + batch * text.total)
+
+
+def _unread(net: TransformerConfig, tokens: int, keys: int) -> Operations:
+    """What the last block would compute for tokens of which only keys and values are read.
+
+    Args:
+        net: the network's shape.
+        tokens: how many.
+        keys: that their queries would see.
+    """
+    dim = net.inner_dim
+    return Operations(
+        linears=tokens * (_block_row(net) - 4 * dim * dim), attention=tokens * 4 * keys * dim
     )
 
 

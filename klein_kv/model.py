@@ -8,8 +8,9 @@ network falls apart into two functions, exactly:
     encode_references(ref_hidden_states, ref_ids)           -> k_ref[i], v_ref[i] of every block
     denoise(latents, text, timestep, ids, k_ref[], v_ref[]) -> noise_pred, next latents
 
-Here a modulation is one vector, and nothing is computed on the reference stream after the last
-block's keys and values. Keys are ordered [references, text, image]; attention does not care.
+Here a modulation is one vector, nothing is computed on the reference stream after the last block's
+keys and values, and of text tokens the last block computes those alone. Keys are ordered
+[references, text, image]; attention does not care.
 
 Plain klein weights know no such stream: their reference tokens take part in every step like the
 image's own, which `denoise_with_references` writes.
@@ -28,6 +29,7 @@ from klein_kv.blocks import (
     Network,
     Rope,
     double_block,
+    last_single_block,
     reference_double_block,
     reference_single_block,
     single_block,
@@ -146,8 +148,8 @@ def denoise(
     """
     net = Network(ops, config)
     temb = net.time_embedding(inputs.timestep)
-    image = _run_blocks(net, inputs, temb, inputs.hidden_states, inputs.img_ids, kv)
-    return net.output(ops.rows(image), temb, inputs.hidden_states, inputs.sigma_step)
+    image = _run_blocks(net, inputs, temb, inputs.hidden_states, inputs.img_ids, kv, None)
+    return net.output(image, temb, inputs.hidden_states, inputs.sigma_step)
 
 
 def denoise_with_references(
@@ -178,8 +180,8 @@ def denoise_with_references(
     latents = inputs.hidden_states
     tokens = ops.concat([latents, ops.expand_batch(ref_hidden_states, latents)], 1)
     ids = ops.concat([inputs.img_ids, ref_ids], 0)
-    image, _ = ops.split_tokens(_run_blocks(net, inputs, temb, tokens, ids, ()), latents)
-    return net.output(ops.rows(image), temb, inputs.hidden_states, inputs.sigma_step)
+    image = _run_blocks(net, inputs, temb, tokens, ids, (), latents)
+    return net.output(image, temb, inputs.hidden_states, inputs.sigma_step)
 
 
 def _run_blocks(
@@ -189,16 +191,18 @@ def _run_blocks(
     img_seq: T,
     img_ids: T,
     kv: Sequence[T],
+    image: T | None,
 ) -> T:
-    """All blocks on text and image tokens [B, S, C]; the image tokens [B, S, D] after them.
+    """All blocks on text and image tokens; rows of the image [B * S, D] after them.
 
     Args:
         net: the network.
         inputs: the step's text and its positions.
         temb: the timestep's embedding.
-        img_seq: tokens of the image.
+        img_seq: tokens of the image [B, S, C], and of references after it.
         img_ids: their positions.
         kv: reference keys and values of every block, or none.
+        image: the image's tokens alone, if references come after them.
     """
     ops, config = net.ops, net.config
     image_mods = net.modulation(temb, "double_stream_modulation_img", 2)
@@ -206,36 +210,40 @@ def _run_blocks(
     (single,) = net.modulation(temb, "single_stream_modulation", 1)
     txt_seq = inputs.encoder_hidden_states
     img_rope, txt_rope = net.rope(img_ids, img_seq), net.rope(inputs.txt_ids, txt_seq)
-    image = ops.linear(ops.rows(img_seq), "x_embedder.weight")
-    text = ops.linear(ops.rows(txt_seq), "context_embedder.weight")
+    img_rows = ops.linear(ops.rows(img_seq), "x_embedder.weight")
+    txt_rows = ops.linear(ops.rows(txt_seq), "context_embedder.weight")
     mods, like, ropes = (image_mods, text_mods), (img_seq, txt_seq), (img_rope, txt_rope)
     for i in range(config.num_layers):
-        image, text = ops.block(
+        img_rows, txt_rows = ops.block(
             double_block,
             f"transformer_blocks.{i}",
             config,
-            (image, text),
+            (img_rows, txt_rows),
             like,
             mods,
             ropes,
             tuple(kv[2 * i : 2 * i + 2]),
         )
-    joint_seq = ops.concat([ops.sequence(text, txt_seq), ops.sequence(image, img_seq)], 1)
+    joint_seq = ops.concat([ops.sequence(txt_rows, txt_seq), ops.sequence(img_rows, img_seq)], 1)
     joint = ops.rows(joint_seq)
     rope = Rope(
         ops.concat([txt_rope.cos, img_rope.cos], 1), ops.concat([txt_rope.sin, img_rope.sin], 1)
     )
-    for i in range(config.num_single_layers):
-        at = 2 * (config.num_layers + i)
-        joint = ops.block(
-            single_block,
-            f"single_transformer_blocks.{i}",
-            config,
-            joint,
-            joint_seq,
-            single,
-            rope,
-            tuple(kv[at : at + 2]),
-        )
-    _, image_seq = ops.split_tokens(ops.sequence(joint, joint_seq), txt_seq)
-    return image_seq
+    *blocks, last = (f"single_transformer_blocks.{i}" for i in range(config.num_single_layers))
+    at = 2 * config.num_layers
+    for block in blocks:
+        cached = tuple(kv[at : at + 2])
+        joint = ops.block(single_block, block, config, joint, joint_seq, single, rope, cached)
+        at += 2
+    return ops.block(
+        last_single_block,
+        last,
+        config,
+        joint,
+        joint_seq,
+        single,
+        (txt_rope, img_rope),
+        tuple(kv[at : at + 2]),
+        txt_seq,
+        image,
+    )

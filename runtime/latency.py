@@ -136,12 +136,12 @@ def _operations(graph: str, footprint: Footprint, sizes: Mapping[str, int]) -> O
     net, references = config.transformer, sizes["ref_tokens"]
     if graph == "encode_references":
         return reference_operations(net, references)
-    plain = graph == "plain_step"
     step = step_operations(
         net,
         batch=batch,
-        image_tokens=sizes["image_tokens"] + (references if plain else 0),
+        image_tokens=sizes["image_tokens"],
         text_tokens=sizes["text_tokens"],
-        ref_tokens=0 if plain else references,
+        ref_tokens=references,
+        plain=graph == "plain_step",
     )
     return step + reference_operations(net, references) if graph == "first_step" else step

@@ -294,7 +294,10 @@ def test_modulations_are_vectors(graph: str, dtype: str, built: Built) -> None:
 def test_one_modulation_per_kind_and_stream(dtype: str, built: Built) -> None:
     model = built["9b", "cached_step", dtype]
     used = collections.Counter(node.inputs[1].name for node in nodes(model, "Gemm"))
-    assert set(used.values()) == {1}
+    # The last block takes keys and values of the text, and nothing else of it, by themselves.
+    project = "single_transformer_blocks.23.attn.to_qkv_mlp_proj.weight"
+    twice = {f"{project}[4096:8192]", f"{project}[8192:12288]"}
+    assert {name for name, times in used.items() if times != 1} == twice
     assert sum("modulation" in name for name in used) == 3
 
 

@@ -187,15 +187,15 @@ def test_the_trace_holds_what_diffusers_blocks_give_out(model: str) -> None:
     for name, streams in found.items():
         theirs = outputs[name]
         if name == last_double and name != last:
-            (ours,) = streams  # joint: text, then image
-            expected = torch.cat([theirs[0], theirs[1]], dim=1)[0]
+            # One joint stream, or two if the next block is the last: text, then image.
+            ours, expected = torch.cat(streams), torch.cat([theirs[0], theirs[1]], dim=1)[0]
         elif name.startswith("transformer_blocks"):
             ours, expected = torch.cat(streams), torch.cat([theirs[1], theirs[0]], dim=1)[0]
         elif name == last:
             (ours,) = streams  # only the image goes on
             expected = theirs[0, text.shape[1] :]
         else:
-            (ours,), expected = streams, theirs[0]
+            ours, expected = torch.cat(streams), theirs[0]
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
