@@ -1,6 +1,7 @@
 """Fixtures that every test may use. What they return is shared: read it only."""
 
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import Flux2KleinKVPipeline
 
     from klein_kv import KleinKVPipeline
+    from klein_kv.export.exporter import ExportResult
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +42,12 @@ def pytest_terminal_summary(
             f"{graph:32} {precision:10} {value:9.3g}  (allowed {TOLERANCES[key].bound:g}, "
             f"recorded {TOLERANCES[key].measured:g})"
         )
+
+
+def pytest_collection_finish() -> None:
+    """What is imported now stays: looking through it again and again took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,6 +90,19 @@ def tiny_fp16_artifacts(tiny_checkpoint: Path) -> Path:
 def tiny_bf16_artifacts(tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint, exported in bfloat16."""
     return _export(tiny_checkpoint, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def klein_export(tmp_path_factory: pytest.TempPathFactory) -> "KleinExport":
+    """klein's real shapes in files with holes, exported in bfloat16."""
+    from klein_kv.export.exporter import export_checkpoint
+    from klein_kv.export.fixture import make_fixture
+
+    folder = tmp_path_factory.mktemp("9b")
+    make_fixture(folder / "checkpoint", "9b-shapes")
+    return KleinExport(
+        folder / "checkpoint", export_checkpoint(folder / "checkpoint", folder / "artifacts")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +169,14 @@ def tiny_theirs(tiny_checkpoint: Path) -> "Flux2KleinKVPipeline":
     from tests.checkpoints import load_diffusers
 
     return load_diffusers(tiny_checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class KleinExport:
+    """A checkpoint of klein's real shapes, and what came of its export."""
+
+    checkpoint: Path
+    result: "ExportResult"
 
 
 def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline":

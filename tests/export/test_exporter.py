@@ -27,6 +27,7 @@ from klein_kv.export.fixture import make_fixture
 from klein_kv.manifest import MANIFEST, Manifest
 from klein_kv.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from tests.checkpoints import MODELS, save_checkpoint
+from tests.conftest import KleinExport
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -132,10 +133,9 @@ def test_little_is_written_when_the_type_stays(checkpoint: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_export_of_the_9b_shapes(tmp_path: Path) -> None:
+def test_export_of_the_9b_shapes(klein_export: KleinExport) -> None:
     """35 GB of weights, 18.2 of them the transformer's: linked, never read, never copied."""
-    make_fixture(tmp_path / "checkpoint", "9b-shapes")
-    result = export_checkpoint(tmp_path / "checkpoint", tmp_path / "artifacts")
+    result = klein_export.result
     assert result.dtype == "bfloat16"
     assert result.bytes_written < 50e6
     allocated = sum(512 * path.stat().st_blocks for path in result.artifacts.rglob("*"))
