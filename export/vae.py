@@ -29,7 +29,7 @@ def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Args:
         config: the checkpoint's `vae/config.json`.
     """
-    with FakeTensorMode():
+    with torch.device("meta"):
         state = build_vae(config, torch.float32).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
 

@@ -135,13 +135,12 @@ def test_little_is_written_when_the_type_stays(checkpoint: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_export_of_the_9b_shapes(klein_export: KleinExport) -> None:
     """35 GB of weights, 18.2 of them the transformer's: linked, never read, never copied."""
-    result = klein_export.result
-    assert result.dtype == "bfloat16"
-    assert result.bytes_written < 50e6
-    allocated = sum(512 * path.stat().st_blocks for path in result.artifacts.rglob("*"))
+    assert klein_export.dtype == "bfloat16"
+    assert klein_export.bytes_written < 50e6
+    allocated = sum(512 * path.stat().st_blocks for path in klein_export.artifacts.rglob("*"))
     assert allocated < 50e6
-    assert result.nodes["cached_step"] <= 80 * 32
-    assert Manifest.load(result.artifacts).config.transformer.num_blocks == 32
+    assert klein_export.nodes["cached_step"] <= 80 * 32
+    assert Manifest.load(klein_export.artifacts).config.transformer.num_blocks == 32
 
 
 @pytest.mark.usefixtures("quick")

@@ -146,7 +146,7 @@ def test_embedded_weights_are_there_twice(built: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_klein_9b_on_a_32_gb_card(klein_export: KleinExport) -> None:
     """Weights to the byte; what fits is arithmetic on them, worked out beside each line."""
-    artifacts = klein_export.result.artifacts
+    artifacts = klein_export.artifacts
     weights = unique_bytes(klein_export.checkpoint, 27)
     assert base_footprint(artifacts, Manifest.load(artifacts)).weights == weights
     plans = plan_artifacts(artifacts, PlanOptions())
