@@ -13,8 +13,9 @@ TYPING := build/typing
 	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
 	touch $@
 
+# Two processes of up to 4 GB; a file's tests stay together, with what they share.
 test: .venv/.installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # mypy finds packages by their path, so it gets the installed layout as a tree of links.
 lint: .venv/.installed

@@ -1,6 +1,7 @@
 """Fixtures that every test may use. What they return is shared: read it only."""
 
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from tests.tolerances import MEASURED, TOLERANCES
@@ -42,6 +44,12 @@ def pytest_terminal_summary(
         )
 
 
+def pytest_collection_finish() -> None:
+    """What is imported now stays: looking through it again and again took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The models are tiny: threads that wait for each other only suffer from what else runs."""
@@ -49,39 +57,82 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that a function fills, by name; one for all processes of pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a process of several, each with its own folder
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()  # fails if an attempt before failed
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: MadeOnce) -> Path:
     """A random checkpoint of size `tiny`, seed 0, float32."""
     from klein_kv.export.fixture import make_fixture
 
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    make_fixture(folder, "tiny", seed=0)
-    return folder
+    return made_once("tiny", lambda folder: make_fixture(folder / "tiny", "tiny", seed=0)) / "tiny"
 
 
-def _export(checkpoint: Path, dtype: str) -> Path:
+def _export(made_once: MadeOnce, checkpoint: Path, dtype: str) -> Path:
     from klein_kv.export.exporter import export_checkpoint
 
-    return export_checkpoint(
-        checkpoint, checkpoint.with_name(f"tiny-{dtype}"), dtype=dtype
-    ).artifacts
+    name = f"tiny-{dtype}"
+    return (
+        made_once(name, lambda folder: export_checkpoint(checkpoint, folder / name, dtype=dtype))
+        / name
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_artifacts(tiny_checkpoint: Path) -> Path:
+def tiny_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint, exported in float32 (which takes about ten seconds)."""
-    return _export(tiny_checkpoint, "float32")
+    return _export(made_once, tiny_checkpoint, "float32")
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_artifacts(tiny_checkpoint: Path) -> Path:
+def tiny_fp16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint, exported in float16."""
-    return _export(tiny_checkpoint, "float16")
+    return _export(made_once, tiny_checkpoint, "float16")
 
 
 @pytest.fixture(scope="session")
-def tiny_bf16_artifacts(tiny_checkpoint: Path) -> Path:
+def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
     """The tiny checkpoint, exported in bfloat16."""
-    return _export(tiny_checkpoint, "bfloat16")
+    return _export(made_once, tiny_checkpoint, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def klein_export(made_once: MadeOnce) -> "KleinExport":
+    """klein's real shapes in files with holes, exported in bfloat16."""
+    from klein_kv.export.exporter import export_checkpoint
+    from klein_kv.export.fixture import make_fixture
+
+    def make(folder: Path) -> None:
+        make_fixture(folder / "checkpoint", "9b-shapes")
+        result = export_checkpoint(folder / "checkpoint", folder / "artifacts")
+        facts = {"dtype": result.dtype, "bytes": result.bytes_written, "nodes": result.nodes}
+        (folder / "result.json").write_text(json.dumps(facts))
+
+    folder = made_once("klein-9b", make)
+    facts = json.loads((folder / "result.json").read_text())
+    return KleinExport(
+        folder / "checkpoint", folder / "artifacts", facts["dtype"], facts["bytes"], facts["nodes"]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +201,25 @@ def tiny_theirs(tiny_checkpoint: Path) -> "Flux2KleinKVPipeline":
     return load_diffusers(tiny_checkpoint)
 
 
+@dataclass(frozen=True, slots=True)
+class KleinExport:
+    """klein's real shapes, and what `export_checkpoint` told of them.
+
+    Attributes:
+        checkpoint: sparse files.
+        artifacts: what was written.
+        dtype: of the artifacts.
+        bytes_written: links not counted.
+        nodes: by graph.
+    """
+
+    checkpoint: Path
+    artifacts: Path
+    dtype: str
+    bytes_written: int
+    nodes: dict[str, int]
+
+
 def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline":
     """Our pipeline, on one thread, without its progress bar, and computing everything anew."""
     from klein_kv import KleinKVPipeline
@@ -189,7 +259,7 @@ class Model:
 
 @pytest.fixture(scope="session")
 def saved_models(
-    tmp_path_factory: pytest.TempPathFactory,
+    made_once: MadeOnce,
 ) -> Callable[[str], tuple[Path, Path, "Flux2KleinKVPipeline"]]:
     """Checkpoint, artifacts and diffusers' pipeline of `tests.checkpoints.MODELS`, by name."""
     from klein_kv.export.exporter import export_checkpoint
@@ -197,11 +267,16 @@ def saved_models(
 
     @functools.cache
     def get(name: str) -> tuple[Path, Path, "Flux2KleinKVPipeline"]:
-        folder, architecture = tmp_path_factory.mktemp(name), MODELS[name]
-        checkpoint, artifacts = folder / "checkpoint", folder / "artifacts"
-        save_checkpoint(checkpoint, architecture, seed=sorted(MODELS).index(name))
-        export_checkpoint(checkpoint, artifacts, text_layers=architecture.text_layers)
-        return checkpoint, artifacts, load_diffusers(checkpoint)
+        architecture = MODELS[name]
+
+        def make(folder: Path) -> None:
+            save_checkpoint(folder / "checkpoint", architecture, seed=sorted(MODELS).index(name))
+            export_checkpoint(
+                folder / "checkpoint", folder / "artifacts", text_layers=architecture.text_layers
+            )
+
+        folder = made_once(f"model-{name}", make)
+        return folder / "checkpoint", folder / "artifacts", load_diffusers(folder / "checkpoint")
 
     return get
 

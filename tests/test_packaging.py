@@ -22,7 +22,10 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             shutil.copy(path, source)
     for folder in SETUPTOOLS["package-dir"].values():
         shutil.copytree(
-            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / folder,
+            source / folder,
+            ignore=shutil.ignore_patterns("__pycache__"),
+            dirs_exist_ok=True,  # klein_kv/cli came with klein_kv
         )
     out = tmp_path_factory.mktemp("dist")
     build = subprocess.run(

@@ -27,6 +27,7 @@ from klein_kv.export.fixture import make_fixture
 from klein_kv.manifest import MANIFEST, Manifest
 from klein_kv.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from tests.checkpoints import MODELS, save_checkpoint
+from tests.conftest import KleinExport
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -132,16 +133,14 @@ def test_little_is_written_when_the_type_stays(checkpoint: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_export_of_the_9b_shapes(tmp_path: Path) -> None:
+def test_export_of_the_9b_shapes(klein_export: KleinExport) -> None:
     """35 GB of weights, 18.2 of them the transformer's: linked, never read, never copied."""
-    make_fixture(tmp_path / "checkpoint", "9b-shapes")
-    result = export_checkpoint(tmp_path / "checkpoint", tmp_path / "artifacts")
-    assert result.dtype == "bfloat16"
-    assert result.bytes_written < 50e6
-    allocated = sum(512 * path.stat().st_blocks for path in result.artifacts.rglob("*"))
+    assert klein_export.dtype == "bfloat16"
+    assert klein_export.bytes_written < 50e6
+    allocated = sum(512 * path.stat().st_blocks for path in klein_export.artifacts.rglob("*"))
     assert allocated < 50e6
-    assert result.nodes["cached_step"] <= 80 * 32
-    assert Manifest.load(result.artifacts).config.transformer.num_blocks == 32
+    assert klein_export.nodes["cached_step"] <= 80 * 32
+    assert Manifest.load(klein_export.artifacts).config.transformer.num_blocks == 32
 
 
 @pytest.mark.usefixtures("quick")

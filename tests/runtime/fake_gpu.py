@@ -145,9 +145,9 @@ class FakeCudart:
         return (CudaError.cudaSuccess,)
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[CudaError, int]:
-        block = (ctypes.c_ubyte * nbytes)()
-        self.pinned[ctypes.addressof(block)] = block
-        return CudaError.cudaSuccess, ctypes.addressof(block)
+        block = np.empty(nbytes, np.uint8)  # ctypes would write zeros into every page
+        self.pinned[block.ctypes.data] = block
+        return CudaError.cudaSuccess, block.ctypes.data
 
     def cudaFreeHost(self, pointer: int) -> tuple[CudaError]:
         del self.pinned[pointer]
@@ -284,6 +284,8 @@ class FakeContext:
     def _load(self) -> Any:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.intra_op_num_threads = 1
+        options.enable_mem_reuse = False  # planning it is most of the time that loading takes
         self._kept = {
             name: ort_value(array_at(self.addresses[name], ref.shape, ref.dtype))
             for name, ref in self.engine.weights.items()

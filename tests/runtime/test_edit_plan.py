@@ -24,6 +24,7 @@ from klein_kv.runtime.edit_plan import EditPlan, PlanOptions, Plans, base_footpr
 from klein_kv.runtime.memory_plan import RESERVED
 from klein_kv.runtime.plan_text import text_from_plans
 from klein_kv.weights import WeightIndex, read_header
+from tests.conftest import KleinExport
 
 RECIPE = """
 [[profiles]]
@@ -143,14 +144,10 @@ def test_embedded_weights_are_there_twice(built: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_klein_9b_on_a_32_gb_card(tmp_path: Path) -> None:
+def test_klein_9b_on_a_32_gb_card(klein_export: KleinExport) -> None:
     """Weights to the byte; what fits is arithmetic on them, worked out beside each line."""
-    from klein_kv.export.exporter import export_checkpoint
-    from klein_kv.export.fixture import make_fixture
-
-    make_fixture(tmp_path / "checkpoint", "9b-shapes")
-    artifacts = export_checkpoint(tmp_path / "checkpoint", tmp_path / "artifacts").artifacts
-    weights = unique_bytes(tmp_path / "checkpoint", 27)
+    artifacts = klein_export.artifacts
+    weights = unique_bytes(klein_export.checkpoint, 27)
     assert base_footprint(artifacts, Manifest.load(artifacts)).weights == weights
     plans = plan_artifacts(artifacts, PlanOptions())
     found = {(e.first.footprint.precision, len(e.first.request.references)): e for e in plans.edits}

@@ -534,8 +534,10 @@ def narrow(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Narrow:
         for pair in NARROW
         for size in [(128, 160), (256, 192)]
         for references in [0, 1, 2]
-        # torch takes seconds for a float16 convolution of one image on a CPU.
-        if pair != ("torch", "float16") or (size, references) == ((128, 160), 1)
+        # The larger size with the most references only: it is other numbers of tokens, no other
+        # code. And torch takes seconds for a float16 convolution of one image on a CPU.
+        if (size == (128, 160) or references == 2)
+        and (pair != ("torch", "float16") or (size, references) == ((128, 160), 1))
     ],
     indirect=["narrow"],
 )
@@ -578,8 +580,8 @@ def test_sixteen_bits(
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
 def test_sixteen_bit_output_types(output_type: str, narrow: Narrow) -> None:
-    request = {"prompt": PROMPT, "height": 128, "width": 128, "output_type": output_type}
-    _, ours = run(narrow.ours, **request)
-    _, theirs = run(narrow.theirs, **request)
+    request = {"height": 128, "width": 128, "output_type": output_type, "num_inference_steps": 1}
+    _, ours = run(narrow.ours, prompt=PROMPT, **request)
+    _, theirs = run(narrow.theirs, prompt=PROMPT, **request)
     assert_images_close(output_type, narrow.precision, ours, theirs)
     assert str(theirs.dtype).removeprefix("torch.") == str(ours.dtype).removeprefix("torch.")

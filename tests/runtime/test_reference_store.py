@@ -168,7 +168,7 @@ def test_sequences_on_the_real_graphs(
         assert pipe.reference_store.stats.bytes <= budget
 
 
-def test_a_thousand_requests_leave_nothing_behind(
+def test_many_requests_leave_nothing_behind(
     stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
 ) -> None:
     """Neither arrays nor entries; and nothing waits for the garbage collector."""
@@ -186,7 +186,7 @@ def test_a_thousand_requests_leave_nothing_behind(
     pipe.backend.run = watch  # type: ignore[method-assign]
     gc.disable()
     try:
-        for _ in range(1000):
+        for _ in range(300):
             edit(pipe, sets[rng.integers(0, len(sets))], num_inference_steps=1)
             assert pipe.reference_store.stats.bytes <= 70 * TOKEN
         stats = pipe.reference_store.stats
@@ -195,7 +195,7 @@ def test_a_thousand_requests_leave_nothing_behind(
         assert all(array() is None for array in arrays)
     finally:
         gc.enable()
-    assert stats.hits + stats.misses == 1000
+    assert stats.hits + stats.misses == 300
     assert min(stats.hits, stats.misses, stats.evictions) > 20
 
 

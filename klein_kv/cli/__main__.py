@@ -1,0 +1,7 @@
+"""`python -m klein_kv.cli`."""
+
+import sys
+
+from klein_kv.cli.command import main
+
+sys.exit(main())

@@ -1,0 +1,50 @@
+"""What the verbs share: what one gives, and arguments that several take."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["AddVerb", "Result", "add_samples", "gigabytes", "layers", "size"]
+
+Result = tuple[dict[str, Any], str, int]
+"""What a verb gives: the JSON document, the text, the exit code."""
+
+AddVerb = Callable[[str, Callable[[argparse.Namespace], Result], str], argparse.ArgumentParser]
+"""Adds a verb to the command line by name, function and description; gives its parser."""
+
+
+def add_samples(sub: argparse.ArgumentParser, count: int) -> None:
+    """Adds the options of `klein_kv.export.samples`, with a default number of requests."""
+    sub.add_argument("--samples", type=int, default=count, help=f"requests to run ({count})")
+    sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
+    sub.add_argument("--size", type=size, metavar="WxH", help="their output (512x512)")
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Hidden states to read: I,J,..."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of layers, expected for example 9,18,27"
+        ) from None
+
+
+def size(text: str) -> tuple[int, int]:
+    """WxH in pixels."""
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected for example 1024x1024")
+    return int(width), int(height)
+
+
+def gigabytes(text: str) -> int:
+    """GB, as bytes."""
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of gigabytes, expected for example 24"
+        ) from None

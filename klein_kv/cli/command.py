@@ -1,0 +1,103 @@
+"""The command line: reads arguments, runs one verb, prints what it gives."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from klein_kv import __version__
+from klein_kv.cli.arguments import Result
+from klein_kv.cli.build import add_build
+from klein_kv.cli.export import add_export, add_fixture
+from klein_kv.cli.generate import add_generate
+from klein_kv.cli.inspection import add_doctor, add_inspect
+from klein_kv.cli.plan import add_plan
+from klein_kv.cli.quantize import add_quantize
+from klein_kv.cli.selftest import add_selftest
+from klein_kv.cli.verify import add_verify
+from klein_kv.errors import KleinKVError
+
+__all__ = ["main"]
+
+_EXTRA_OF = {
+    "export": "export",
+    "fixture": "export",
+    "quantize": "export,cpu",
+    "verify": "export,cpu",
+    "build": "rtx",
+}
+# In the order of `klein-kv --help`.
+_VERBS = (
+    add_fixture,
+    add_export,
+    add_quantize,
+    add_build,
+    add_plan,
+    add_generate,
+    add_verify,
+    add_inspect,
+    add_selftest,
+    add_doctor,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    level = logging.WARNING if args.quiet else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("klein_kv").setLevel(level)
+    try:
+        result = args.run(args)
+    except KleinKVError as error:
+        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get(args.verb, "cpu")
+        print(
+            f"klein-kv {args.verb}: error: {error.name} is not installed; install it with "
+            f"pip install 'klein-kv[{extra}]'",
+            file=sys.stderr,
+        )
+        return 1
+    except MemoryError:
+        print(
+            f"klein-kv {args.verb}: error: out of memory; use a smaller size or fewer references",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    value, text, code = result
+    print(json.dumps(value, indent=2) if args.json else text)
+    return int(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="klein-kv", description="Export, build and run FLUX.2 [klein] 9B-KV."
+    )
+    parser.add_argument("--version", action="version", version=f"klein-kv {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], Result], about: str
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.add_argument("-q", "--quiet", action="store_true", help="warnings only")
+        sub.set_defaults(run=run)
+        return sub
+
+    for add_verb in _VERBS:
+        add_verb(add)
+    return parser

@@ -1,0 +1,75 @@
+"""`klein-kv fixture` and `klein-kv export`: a checkpoint, and its graphs."""
+
+import argparse
+from pathlib import Path
+
+from klein_kv.cli.arguments import AddVerb, Result, layers
+from klein_kv.config import DTYPES
+
+__all__ = ["add_export", "add_fixture"]
+
+
+def add_fixture(add: AddVerb) -> None:
+    """Adds `klein-kv fixture`."""
+    sub = add("fixture", _fixture, "Make a random checkpoint in diffusers layout.")
+    sub.add_argument("out", type=Path, metavar="OUT")
+    sub.add_argument("--size", default="tiny", help="tiny, small or 9b-shapes (sparse files)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--dtype", choices=DTYPES, help="default fp32; 9b-shapes bf16")
+
+
+def _fixture(args: argparse.Namespace) -> Result:
+    from klein_kv.export.fixture import make_fixture
+
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    make_fixture(args.out, args.size, args.seed, dtype)
+    value = {"checkpoint": str(args.out), "size": args.size, "seed": args.seed}
+    return value, f"random checkpoint ({args.size}, seed {args.seed}): {args.out}", 0
+
+
+def add_export(add: AddVerb) -> None:
+    """Adds `klein-kv export`."""
+    sub = add("export", _export, "Turn a checkpoint into ONNX graphs.")
+    sub.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
+    )
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
+    sub.add_argument("--revision", help="Hugging Face: branch, tag or commit")
+    sub.add_argument("--dtype", choices=DTYPES, help="default: the transformer's own")
+    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
+    sub.add_argument(
+        "--text-layers",
+        type=layers,
+        metavar="I,J,...",
+        help="hidden states of the text encoder to read (default 9,18,27)",
+    )
+
+
+def _export(args: argparse.Namespace) -> Result:
+    from klein_kv.config import DEFAULT_TEXT_LAYERS
+    from klein_kv.export.exporter import export_checkpoint
+
+    done = export_checkpoint(
+        args.checkpoint,
+        args.artifacts,
+        base=args.base,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
+    )
+    value = {
+        "artifacts": str(done.artifacts),
+        "dtype": done.dtype,
+        "nodes": done.nodes,
+        "seconds": round(done.seconds, 3),
+        "bytes_written": done.bytes_written,
+    }
+    text = (
+        f"{len(done.nodes)} graphs in {done.dtype}, {done.seconds:.1f} s, "
+        f"{done.bytes_written / 1e6:.1f} MB written: {done.artifacts}"
+    )
+    return value, text, 0
