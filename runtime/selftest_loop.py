@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.selftest_graphs import Limit, check_finite, compare
+from klein_kv.runtime.selftest_graphs import check_finite, compare
+from klein_kv.runtime.selftest_limits import Limit
 from klein_kv.runtime.selftest_report import CheckError, Report
 from klein_kv.runtime.selftest_sizes import CaseSizes
 from klein_kv.runtime.timings import Timings

@@ -23,7 +23,7 @@ from klein_kv.runtime.references import KVOrigin
 from klein_kv.runtime.selftest_report import Report
 from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.selftest import run_selftest
-from klein_kv.signature import KV_FLOAT8
+from klein_kv.signature import KV_FLOAT8, GraphSet
 from tests.runtime.fake_engines import make_engines
 from tests.runtime.fake_gpu import FakeContext, FakeCudart, FakeTrt, array_at
 
@@ -57,19 +57,22 @@ class KeptBackend(OrtBackend):
 
 
 @pytest.fixture(autouse=True)
-def _kept_references(monkeypatch: pytest.MonkeyPatch, kept: dict[Path, OrtBackend]) -> None:
-    """One CPU backend per folder for all tests of this file: loading its graphs takes longest."""
+def _kept_references(
+    monkeypatch: pytest.MonkeyPatch, kept: dict[tuple[Path, GraphSet], OrtBackend]
+) -> None:
+    """One CPU backend per set of graphs for all tests of this file: loading them takes longest."""
 
-    def open_kept(artifacts: Path, manifest: Manifest) -> OrtBackend:
-        if artifacts not in kept:
-            kept[artifacts] = KeptBackend(artifacts, manifest, threads=1)
-        return kept[artifacts]
+    def open_kept(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> OrtBackend:
+        key = artifacts, graphs
+        if key not in kept:
+            kept[key] = KeptBackend(artifacts, manifest, threads=1, graphs=graphs)
+        return kept[key]
 
     monkeypatch.setattr(selftest_reference, "OrtBackend", open_kept)
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[Path, OrtBackend]:
+def kept() -> dict[tuple[Path, GraphSet], OrtBackend]:
     return {}
 
 
@@ -216,7 +219,8 @@ def test_every_folder_of_engines_is_tested(tiny_artifacts: Path, tmp_path: Path)
     reference = "onnxruntime on a CPU, float32"
     packed = "model sm120-fp32-fp8-kv"
     assert statuses[f"{packed}: text_encoder against {reference}"] == "passed"
-    assert statuses[f"{packed}: encode_references against {reference}"] == "skipped"
+    assert statuses[f"{packed}: encode_references against {reference}"] == "passed"
+    assert statuses[f"{packed}: cached_step against {reference}"] == "passed"
     assert (
         statuses[f"{packed}: cached_step on these keys and values repeats first_step"] == "passed"
     )
@@ -507,8 +511,8 @@ def test_the_tiny_model_is_built_for_the_same_gpu(
     monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references"])
     artifacts = shutil.copytree(tiny_bf16_artifacts, tmp_path / "bf16")
     change(engines, module="tensorrt_rtx", sm=89)
-    folder: list[Path] = []
-    built: list[EngineManifest] = []
-    selftest._build_tiny(artifacts, EngineManifest.load(engines), folder, built)
-    assert (built[0].sm, list(built[0].engines)) == (89, ["encode_references"])
-    assert EngineManifest.load(folder[0]) == built[0]
+    found: list[tuple[Path, EngineManifest]] = []
+    selftest._build_tiny(artifacts, EngineManifest.load(engines), found)
+    ((folder, built),) = found
+    assert (built.sm, list(built.engines)) == (89, ["encode_references"])
+    assert EngineManifest.load(folder) == built

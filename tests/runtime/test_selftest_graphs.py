@@ -7,7 +7,8 @@ import pytest
 
 from klein_kv.engines.manifest import EngineManifest, EngineRecord, ProfileRecord
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.selftest_graphs import LIMITS, Limit, compare
+from klein_kv.runtime.selftest_graphs import compare
+from klein_kv.runtime.selftest_limits import EXACT, Limit
 from klein_kv.runtime.selftest_report import CheckError
 from klein_kv.runtime.selftest_sizes import engine_sizes, random_inputs, small_sizes
 from klein_kv.signature import GRAPH_FILES
@@ -21,7 +22,7 @@ def values(seed: int = 0) -> np.ndarray:
 
 
 def test_equal_tensors_have_no_error() -> None:
-    measured = compare({"x": values()}, {"x": values()}, LIMITS["exact"])
+    measured = compare({"x": values()}, {"x": values()}, EXACT)
     assert (measured["norm"], measured["largest"], measured["bitwise"]) == (0, 0, True)
 
 
@@ -63,7 +64,7 @@ def test_shapes_and_not_finite_values() -> None:
 
 def test_empty_and_zero_tensors() -> None:
     empty, zero = np.zeros((0, 4), np.float32), np.zeros((2, 2), np.float32)
-    compare({"e": empty, "z": zero}, {"e": empty, "z": zero}, LIMITS["exact"])
+    compare({"e": empty, "z": zero}, {"e": empty, "z": zero}, EXACT)
     with pytest.raises(CheckError):
         compare({"z": zero + 1}, {"z": zero}, LIMIT)
 
