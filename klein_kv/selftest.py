@@ -44,8 +44,8 @@ _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxs
 
 Opener = Callable[..., Backend]
 Built = tuple[str, Path, EngineManifest]
-"""What names a folder of engines in the checks' names (nothing if there is one), the folder, and its
-manifest."""
+"""What names a folder of engines in the checks' names (nothing if there is one), the folder, and
+its manifest."""
 
 
 def run_selftest(
@@ -100,8 +100,8 @@ def run_selftest(
     if tiny:
         with tempfile.TemporaryDirectory(
             prefix="klein-kv-selftest-", ignore_cleanup_errors=True
-        ) as folder:
-            scratch = Path(folder).resolve()
+        ) as temporary:
+            scratch = Path(temporary).resolve()
             report.hide(scratch, "TMP")
             dtype = "float32" if manifest is None else manifest.dtype
             report.attempt(

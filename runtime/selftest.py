@@ -16,8 +16,13 @@ from klein_kv.errors import BuildError
 from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Backend, open_backend
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.selftest_graphs import GraphRunner, check_graphs, check_identities
-from klein_kv.runtime.selftest_limits import EXACT, Limit, graph_limit
+from klein_kv.runtime.selftest_graphs import (
+    GraphRunner,
+    Limits,
+    check_graphs,
+    check_identities,
+)
+from klein_kv.runtime.selftest_limits import EXACT, tensor_limit
 from klein_kv.runtime.selftest_loop import check_loop
 from klein_kv.runtime.selftest_reference import find_reference, static_kv_scales
 from klein_kv.runtime.selftest_report import CheckSkipped, Report
@@ -186,7 +191,7 @@ def _check_backend(report: Report, subject: Subject, backend: Backend) -> None:
     )
     check_graphs(report, case, ours, found[0] if found else "what should compute it broke", sizes)
     if manifest.variant == "kv":
-        check_identities(report, case, ours, sizes, _repeat_limit(subject, backend))
+        check_identities(report, case, ours, sizes, _repeat_limits(subject, backend))
     missing = [graph for graph in files if graph not in present]
     if missing:
         report.skip(f"{case}: loop", f"without {', '.join(missing)}")
@@ -202,10 +207,12 @@ def _check_backend(report: Report, subject: Subject, backend: Backend) -> None:
         _loop(report, name, subject, backend, at)
 
 
-def _repeat_limit(subject: Subject, backend: Backend) -> Limit:
+def _repeat_limits(subject: Subject, backend: Backend) -> Limits:
     """How near two ways to the same values are on a backend."""
-    step = "cached_step" if subject.manifest.variant == "kv" else "plain_step"
-    return EXACT if backend.name == "onnxruntime" else graph_limit(subject.graphs, step)
+    if backend.name == "onnxruntime":
+        return EXACT
+    step = "first_step" if subject.manifest.variant == "kv" else "plain_step"
+    return functools.partial(tensor_limit, subject.graphs, subject.manifest.config, step)
 
 
 def _open(subject: Subject, opened: list[Backend]) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def _loop(report: Report, name: str, subject: Subject, backend: Backend, sizes: 
         return {"sizes": sizes.to_dict()}
 
     if report.run(f"{name}: pipeline", make):
-        check_loop(report, name, made[0], sizes, _repeat_limit(subject, backend))
+        check_loop(report, name, made[0], sizes, _repeat_limits(subject, backend))
 
 
 def check_manifest(report: Report, artifacts: Path) -> Manifest | None:
