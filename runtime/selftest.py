@@ -152,11 +152,13 @@ def check_subject(report: Report, subject: Subject) -> bool:
     if not report.run(f"{case}: backend opens", lambda: _open(subject, opened)):
         return False
     (backend,) = opened
-    # Each check notes what it raises; this notes what breaks between them.
-    report.attempt(f"{case}: checks go on", lambda: _check_backend(report, subject, backend))
-    close = getattr(backend, "close", None)
-    if close is not None:
-        report.run(f"{case}: backend closes", close)
+    try:
+        # Each check notes what it raises; this notes what breaks between them.
+        report.attempt(f"{case}: checks go on", lambda: _check_backend(report, subject, backend))
+    finally:
+        close = getattr(backend, "close", None)
+        if close is not None:
+            report.run(f"{case}: backend closes", close)
     return True
 
 

@@ -38,14 +38,15 @@ up to 14 blocks: float16 in onnxruntime norm 0.0017 and largest 0.004, bfloat16 
 
 _FLOAT8_KV = Limit(0.05, 0.15)
 """Reference keys and values in float8 with a scale per head, nothing else of it. Measured as above,
-with float32 activations: what is computed from them 0.005 and 0.008 at most."""
+with float32 activations: what is computed from them 0.005 and 0.008 at most; see `_KV_NOISE` for
+the numbers themselves."""
 
 _NOISE = {
     ("transformer", "fp8"): 0.039,
     ("transformer", "nvfp4"): 0.138,
     ("transformer", "fp8-weight-only"): 0.027,
     ("text_encoder", "fp8"): 0.056,
-    ("text_encoder", "nvfp4"): 0.056,
+    ("text_encoder", "nvfp4"): 0.198,
     ("text_encoder", "fp8-weight-only"): 0.045,
 }
 """By network and what its quantized files are called: relative error (norm) per square root of the
@@ -53,11 +54,12 @@ number of blocks that it went through, of the simulation in `quantized_ops` agai
 inputs of these checks. The transformer's is that of the first block's keys and values, the rounding
 of one layer: 28.2, 17.2 and 31.4 dB, on the tiny and the small fixture alike. Nothing measured was
 above this times the root of the blocks by more than 4 %; the 14th of small had two thirds of it.
-The text encoder's is that of tiny (27 blocks); small had 0.033 and 0.025."""
+The text encoder's is that of tiny (27 blocks); small had 0.033 and 0.025. In nvfp4, which no recipe
+of the package makes of it, it was not measured: as much more as the transformer's."""
 
 _KV_NOISE = 0.027
-"""Rounding keys and values to e4m3, which adds to the transformer's: together 0.047 were measured
-with fp8, with attention in float8 as well as without."""
+"""Rounding keys and values to e4m3, which adds to the transformer's: in the first block 0.047 was
+measured with fp8, with attention in float8 as well as without."""
 
 _MARGIN = 2.0
 """What passes, over what was measured."""
