@@ -96,7 +96,7 @@ def build_engine(
     try:
         builder = trt.Builder(make_logger(trt, log))
     except (RuntimeError, TypeError) as error:
-        raise BackendError(f"{trt.__name__} cannot start: {_reason(log) or error}") from error
+        raise BackendError(f"{trt.__name__} cannot start: {log.reason} ({error})") from error
     network = _parse(trt, builder, name, graph, log)
     _allow_unfused(trt, network, name.startswith("vae_"))
     if graph.quantized.attentions:
@@ -112,7 +112,7 @@ def build_engine(
     if plan is None:
         raise BuildError(
             f"{name}: {trt.__name__} {trt.__version__} cannot build this graph for {target.name}: "
-            f"{_reason(log) or 'it gave no reason'}"
+            f"{log.reason}"
         )
     peak = peak_rss()
     return BuiltEngine(
@@ -150,7 +150,7 @@ def _parse(trt: Any, builder: Any, name: str, graph: Graph, log: BuildLog) -> An
         reasons = [_parser_reason(parser.get_error(i)) for i in range(parser.num_errors)]
         raise BuildError(
             f"{name}: {trt.__name__} {trt.__version__} cannot read {graph.path.name}: "
-            f"{'; '.join(reasons) or _reason(log)}"
+            f"{'; '.join(reasons) or log.reason}"
         )
     return network
 
@@ -257,7 +257,3 @@ def _interruptible() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _reason(log: BuildLog) -> str:
-    return " | ".join(message.strip() for message in log.errors[:2])[:600]

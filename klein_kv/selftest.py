@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from klein_kv.config import DTYPES
 from klein_kv.engines.manifest import EngineManifest, find_engines
 from klein_kv.errors import KleinKVError, RequestError
 from klein_kv.inspection import examine_machine
@@ -25,12 +26,26 @@ from klein_kv.runtime.selftest import (
     open_tested_backend,
 )
 from klein_kv.runtime.selftest_report import CheckError, Report
+from klein_kv.signature import KV_FLOAT8
 
 __all__ = ["run_selftest"]
+
+_ONE_SHAPE = """
+[[profiles]]
+name = "tiny"
+text_tokens = 64
+output = "256x192"
+references = 2
+reference_size = "128x128"
+"""
+"""Recipe of the tiny model's engines with attention in float8, which is for single shapes."""
 
 _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 
 Opener = Callable[..., Backend]
+Built = tuple[str, Path, EngineManifest]
+"""What names a folder of engines in the checks' names (nothing if there is one), the folder, and
+its manifest."""
 
 
 def run_selftest(
@@ -67,7 +82,9 @@ def run_selftest(
     artifacts = artifacts.resolve()
     report = Report(out)
     report.hide(artifacts, "ARTIFACTS")
-    report.facts["machine"] = examine_machine()[0]
+    report.attempt(
+        "the machine is examined", lambda: report.facts.update(machine=examine_machine()[0])
+    )
     report.save()
     manifest = check_manifest(report, artifacts)
     folders = [engines.resolve()] if engines else []
@@ -81,11 +98,15 @@ def run_selftest(
         report.hide(reference_artifacts, "REFERENCE")
     opener = functools.partial(open_backend, name=backend, device=device, threads=threads)
     if tiny:
-        with tempfile.TemporaryDirectory(prefix="klein-kv-selftest-") as scratch:
-            report.hide(Path(scratch).resolve(), "TMP")
+        with tempfile.TemporaryDirectory(
+            prefix="klein-kv-selftest-", ignore_cleanup_errors=True
+        ) as temporary:
+            scratch = Path(temporary).resolve()
+            report.hide(scratch, "TMP")
             dtype = "float32" if manifest is None else manifest.dtype
-            like = built[0][2] if built else None
-            _check_tiny(report, Path(scratch).resolve(), dtype, like, opener)
+            report.attempt(
+                "tiny: checks go on", lambda: _check_tiny(report, scratch, dtype, built, opener)
+            )
     if manifest is None or (backend == "tensorrt" and not built):
         report.skip("model", "the artifacts or their engines cannot be used")
         return report
@@ -118,13 +139,8 @@ def _no_engines() -> None:
     raise CheckError("no engines here run on this machine; build some with `klein-kv build`")
 
 
-def _check_folders(report: Report, folders: list[Path]) -> list[tuple[str, Path, EngineManifest]]:
-    """Checks all engines before any of them is opened.
-
-    Returns:
-        What names a folder in the checks' names (nothing if there is one), the folder and its
-        manifest, of those that can be read.
-    """
+def _check_folders(report: Report, folders: list[Path]) -> list[Built]:
+    """Checks all engines before any of them is opened; returns those that can be read."""
     found = []
     for folder in folders:
         report.hide(folder, "ENGINES")
@@ -136,13 +152,12 @@ def _check_folders(report: Report, folders: list[Path]) -> list[tuple[str, Path,
 
 
 def _check_tiny(
-    report: Report,
-    scratch: Path,
-    dtype: str,
-    engines: EngineManifest | None,
-    opener: Opener,
+    report: Report, scratch: Path, dtype: str, built: list[Built], opener: Opener
 ) -> None:
-    """Makes a random tiny model like the real one, and tests it in the same way."""
+    """Makes a random tiny model like the real one, and tests it in the same way.
+
+    Once for every kind of engines: precision, type of keys and values, attention.
+    """
     missing = [name for name in _EXPORT_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         report.skip("tiny", f"{missing[0]} is not installed; pip install 'klein-kv[export]'")
@@ -151,31 +166,42 @@ def _check_tiny(
     if not report.run("tiny: export", lambda: _export_tiny(scratch, dtype, made)):
         return
     artifacts, reference = made[dtype], made["float32"]
-    built: list[EngineManifest] = []
-    folder: list[Path] = []
-    if engines is not None and not report.run(
-        "tiny: build", lambda: _build_tiny(artifacts, engines, folder, built)
-    ):
-        return
-    manifest = Manifest.load(artifacts)
-    check_subject(
-        report,
-        Subject(
-            case="tiny",
-            artifacts=artifacts,
-            manifest=manifest,
-            graphs=manifest.graphs,
-            open=functools.partial(
-                opener,
-                artifacts,
-                manifest,
-                engines=folder[0] if folder else None,
-                graphs=manifest.graphs,
-            ),
-            engines=built[0] if built else None,
-            reference=None if reference == artifacts else reference,
-        ),
+    kinds: dict[object, tuple[str, EngineManifest]] = {}
+    for name, _, engines in built:
+        kind = (engines.precision, engines.kv_dtype, engines.attention)
+        kinds.setdefault(kind, (name, engines))
+    subject = functools.partial(
+        Subject, artifacts=artifacts, reference=None if reference == artifacts else reference
     )
+    if not kinds:
+        manifest = Manifest.load(artifacts)
+        graphs = manifest.graphs
+        opened = functools.partial(opener, artifacts, manifest, engines=None, graphs=graphs)
+        tested = subject(case="tiny", manifest=manifest, graphs=graphs, open=opened)
+        check_subject(report, tested)
+    for name, like in kinds.values():
+        case = f"tiny{name}" if len(kinds) > 1 else "tiny"
+        found: list[tuple[Path, EngineManifest]] = []
+        quantized = like.precision not in DTYPES
+        if quantized and not report.run(
+            f"{case}: quantize", functools.partial(_quantize_tiny, artifacts, like.precision)
+        ):
+            continue
+        if not report.run(f"{case}: build", functools.partial(_build_tiny, artifacts, like, found)):
+            continue
+        folder, engines = found[0]
+        manifest = Manifest.load(artifacts)
+        graphs = engine_graphs(manifest, engines)
+        opened = functools.partial(opener, artifacts, manifest, engines=folder, graphs=graphs)
+        tested = subject(
+            case=case,
+            manifest=manifest,
+            graphs=graphs,
+            open=opened,
+            engines=engines,
+            optional=len(built) > 1,
+        )
+        check_subject(report, tested)
 
 
 def _export_tiny(scratch: Path, dtype: str, made: dict[str, Path]) -> dict[str, Any]:
@@ -189,13 +215,35 @@ def _export_tiny(scratch: Path, dtype: str, made: dict[str, Path]) -> dict[str, 
     return {"dtypes": list(made)}
 
 
-def _build_tiny(
-    artifacts: Path, like: EngineManifest, folder: list[Path], built: list[EngineManifest]
-) -> dict[str, Any]:
-    """Engines of the tiny model for the same GPU, by the same TensorRT."""
-    from klein_kv.engines.build import build_artifacts
+def _quantize_tiny(artifacts: Path, precision: str) -> dict[str, Any]:
+    from klein_kv.export.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantize import quantize_artifacts
+    from klein_kv.export.samples import make_samples
 
-    build_artifacts(artifacts, target=f"sm{like.sm}", module=like.module, progress=False)
-    folder += find_engines(artifacts)
-    built.append(EngineManifest.load(folder[0]))
-    return {"graphs": list(built[0].engines)}
+    recipe = QuantizationRecipe.load(precision)
+    samples = make_samples(2, size=(128, 128))
+    done = quantize_artifacts(artifacts, recipe, samples, device="cpu", text_tokens=64)
+    return {"layers": {name: part.layers for name, part in done.parts.items()}}
+
+
+def _build_tiny(
+    artifacts: Path, like: EngineManifest, found: list[tuple[Path, EngineManifest]]
+) -> dict[str, Any]:
+    """Engines of the tiny model of the same kind, for the same GPU, by the same TensorRT."""
+    from klein_kv.engines.build import build_artifacts
+    from klein_kv.engines.recipe import Recipe
+
+    before = find_engines(artifacts)
+    build_artifacts(
+        artifacts,
+        target=f"sm{like.sm}",
+        recipe=None if like.attention is None else Recipe.from_toml(_ONE_SHAPE, "tiny"),
+        module=like.module,
+        kv_dtype=None if like.kv_dtype is None else KV_FLOAT8,
+        precision=None if like.precision in DTYPES else like.precision,
+        attention=like.attention,
+        progress=False,
+    )
+    (folder,) = (path for path in find_engines(artifacts) if path not in before)
+    found.append((folder, EngineManifest.load(folder)))
+    return {"graphs": list(found[0][1].engines)}

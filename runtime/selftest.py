@@ -4,6 +4,7 @@ Nothing here needs the exporter or the engine builder; `klein_kv.selftest` adds 
 does.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Backend, open_backend
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.selftest_graphs import (
-    LIMITS,
     GraphRunner,
+    Limits,
     check_graphs,
     check_identities,
 )
+from klein_kv.runtime.selftest_limits import EXACT, tensor_limit
 from klein_kv.runtime.selftest_loop import check_loop
-from klein_kv.runtime.selftest_reference import find_reference
+from klein_kv.runtime.selftest_reference import find_reference, static_kv_scales
 from klein_kv.runtime.selftest_report import CheckSkipped, Report
 from klein_kv.runtime.selftest_sizes import CaseSizes, engine_sizes, small_sizes
 from klein_kv.signature import GraphSet
@@ -146,42 +148,73 @@ def check_subject(report: Report, subject: Subject) -> bool:
         Whether the backend opened.
     """
     opened: list[Backend] = []
-    case, manifest, graphs = subject.case, subject.manifest, subject.graphs
+    case = subject.case
     if not report.run(f"{case}: backend opens", lambda: _open(subject, opened)):
         return False
     (backend,) = opened
     try:
-        files = graphs.files
-        present = tuple(files) if subject.engines is None else tuple(subject.engines.engines)
-        ours = GraphRunner(backend.name, backend, graphs, manifest.config, present)
-        sizes = _sizes(subject, typical=False)
-        reference: GraphRunner | str = (
-            f"precision {graphs.precision} is measured by klein-kv verify --precision"
-        )
-        if graphs.precision is None:
-            reference = find_reference(
-                report, case, backend.name, subject.artifacts, manifest, subject.reference, sizes
-            )
-        check_graphs(report, case, ours, reference, sizes)
-        exact = LIMITS["exact" if backend.name == "onnxruntime" else manifest.dtype]
-        if manifest.variant == "kv":
-            check_identities(report, case, ours, sizes, exact)
-        missing = [graph for graph in files if graph not in present]
-        if missing:
-            report.skip(f"{case}: loop", f"without {', '.join(missing)}")
-            return True
-        cases = {f"{case}, small": sizes}
-        if subject.engines is not None and _sizes(subject, typical=True) != sizes:
-            cases[f"{case}, typical"] = _sizes(subject, typical=True)
-        for name, at in cases.items():
-            for graph in files:  # the text encoder comes first, and alone where memory is short
-                backend.release(graph)
-            _loop(report, name, subject, backend, at)
+        # Each check notes what it raises; this notes what breaks between them.
+        report.attempt(f"{case}: checks go on", lambda: _check_backend(report, subject, backend))
     finally:
         close = getattr(backend, "close", None)
         if close is not None:
             report.run(f"{case}: backend closes", close)
     return True
+
+
+def _check_backend(report: Report, subject: Subject, backend: Backend) -> None:
+    case, manifest, graphs = subject.case, subject.manifest, subject.graphs
+    files = graphs.files
+    present = tuple(files) if subject.engines is None else tuple(subject.engines.engines)
+    ours = GraphRunner(
+        label=backend.name,
+        backend=backend,
+        graphs=graphs,
+        config=manifest.config,
+        present=present,
+        kv_scales=static_kv_scales(subject.artifacts, manifest, graphs),
+    )
+    sizes = _sizes(subject, typical=False)
+    found: list[GraphRunner | str] = []
+    report.attempt(
+        f"{case}: a reference is found",
+        lambda: found.append(
+            find_reference(
+                report,
+                case,
+                backend.name,
+                subject.artifacts,
+                manifest,
+                graphs,
+                subject.reference,
+                sizes,
+            )
+        ),
+    )
+    check_graphs(report, case, ours, found[0] if found else "what should compute it broke", sizes)
+    if manifest.variant == "kv":
+        check_identities(report, case, ours, sizes, _repeat_limits(subject, backend))
+    missing = [graph for graph in files if graph not in present]
+    if missing:
+        report.skip(f"{case}: loop", f"without {', '.join(missing)}")
+        return
+    cases = {f"{case}, small": sizes}
+    if subject.engines is not None and _sizes(subject, typical=True) != sizes:
+        cases[f"{case}, typical"] = _sizes(subject, typical=True)
+    for name, at in cases.items():
+        for graph in files:  # the text encoder comes first, and alone where memory is short
+            report.attempt(
+                f"{name}: {graph} is released", functools.partial(backend.release, graph)
+            )
+        _loop(report, name, subject, backend, at)
+
+
+def _repeat_limits(subject: Subject, backend: Backend) -> Limits:
+    """How near two ways to the same values are on a backend."""
+    if backend.name == "onnxruntime":
+        return EXACT
+    step = "first_step" if subject.manifest.variant == "kv" else "plain_step"
+    return functools.partial(tensor_limit, subject.graphs, subject.manifest.config, step)
 
 
 def _open(subject: Subject, opened: list[Backend]) -> dict[str, Any]:
@@ -223,8 +256,7 @@ def _loop(report: Report, name: str, subject: Subject, backend: Backend, sizes: 
         return {"sizes": sizes.to_dict()}
 
     if report.run(f"{name}: pipeline", make):
-        limit = LIMITS["exact" if backend.name == "onnxruntime" else subject.manifest.dtype]
-        check_loop(report, name, made[0], sizes, limit)
+        check_loop(report, name, made[0], sizes, _repeat_limits(subject, backend))
 
 
 def check_manifest(report: Report, artifacts: Path) -> Manifest | None:

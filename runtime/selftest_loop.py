@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.selftest_graphs import Limit, check_finite, compare
+from klein_kv.runtime.selftest_graphs import Limits, check_finite, compare
 from klein_kv.runtime.selftest_report import CheckError, Report
 from klein_kv.runtime.selftest_sizes import CaseSizes
 from klein_kv.runtime.timings import Timings
@@ -89,13 +89,13 @@ class _Loop:
             raise CheckError(f"expected {_STEPS} steps, timings tell of {timings.to_text()}")
         return {"timings": timings.to_dict()}
 
-    def repeated(self, limit: Limit) -> Mapping[str, Any]:
+    def repeated(self, limits: Limits) -> Mapping[str, Any]:
         timings = self.call("repeated", references=True)
         measured = {"timings": timings.to_dict()}
         if timings.first_step or timings.vae_encode or len(timings.cached_steps) != _STEPS:
             raise CheckError("the references were encoded again, expected a hit", measured)
         expected = {"image": self.images["first"]}
-        return measured | compare({"image": self.images["repeated"]}, expected, limit)
+        return measured | compare({"image": self.images["repeated"]}, expected, limits)
 
     def stage_times(self) -> Mapping[str, Any]:
         """First and repeated edits in turn, three times or as often as a minute allows."""
@@ -113,7 +113,7 @@ class _Loop:
 
 
 def check_loop(
-    report: Report, case: str, pipe: KleinKVPipeline, sizes: CaseSizes, limit: Limit
+    report: Report, case: str, pipe: KleinKVPipeline, sizes: CaseSizes, limits: Limits
 ) -> None:
     """Makes images: of text alone, of references, and of the same references again.
 
@@ -122,7 +122,7 @@ def check_loop(
         case: begins the checks' names.
         pipe: what is tested, with room in its reference store.
         sizes: of the requests.
-        limit: how near a repeated edit is to the first one on this backend.
+        limits: how near a repeated edit is to the first one on this backend.
     """
     pipe.set_progress_bar_config(disable=True)
     loop, kv = _Loop(pipe, sizes), pipe.manifest.variant == "kv"
@@ -138,7 +138,7 @@ def check_loop(
         report.skip(f"{case}: {names[0]}", "the engines were built for references only")
     first = report.run(f"{case}: {names[1]}", loop.first)
     if kv and first:
-        report.run(f"{case}: {names[2]}", functools.partial(loop.repeated, limit))
+        report.run(f"{case}: {names[2]}", functools.partial(loop.repeated, limits))
     elif kv:
         report.skip(f"{case}: {names[2]}", "there is no first edit")
     report.run(f"{case}: {names[-2]}", loop.latents)

@@ -128,6 +128,24 @@ class Report:
         self._told(check)
         return check.status == "passed"
 
+    def attempt(self, name: str, function: Callable[[], object]) -> bool:
+        """Does what belongs to no check; it is noted only if it fails.
+
+        Args:
+            name: what is done.
+            function: raises if it fails.
+
+        Returns:
+            Whether it succeeded.
+        """
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - as in `run`
+            self.checks.append(Check(name, "failed", message=_words(error)))
+            self._told(self.checks[-1])
+            return False
+        return True
+
     def skip(self, name: str, reason: str) -> None:
         """Notes a check that is left out."""
         self.checks.append(Check(name, "skipped", message=reason))

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from klein_kv.config import ModelConfig
 from klein_kv.engines.manifest import EngineManifest
 from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
-from klein_kv.signature import GraphSet
+from klein_kv.signature import KV_FLOAT8, GraphSet
 
 __all__ = ["CaseSizes", "engine_sizes", "random_inputs", "small_sizes"]
 
 _LEAST_SIDE, _LEAST_REFERENCE = 128, 64
 _TIMESTEP, _SIGMA_STEP = 743.5, -0.25
+_FLOAT8_SPREAD = 64
+"""Standard deviation of keys and values in float8, which reach 448."""
 Grid = tuple[int, int]
 
 
@@ -112,6 +114,8 @@ def random_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Inputs of one graph: normal numbers in float32, positions and masks as requests have them.
 
+    Keys and values in float8 are the numbers themselves, spread as their type has room.
+
     Args:
         graphs: gives the contract.
         config: the networks.
@@ -152,6 +156,8 @@ def random_inputs(
             inputs[spec.name] = rng.uniform(0.005, 0.02, shape).astype(np.float32)
         elif spec.dtype == "uint8":
             inputs[spec.name] = rng.integers(0, 256, shape, dtype=np.uint8)
+        elif spec.dtype == KV_FLOAT8:
+            inputs[spec.name] = _FLOAT8_SPREAD * rng.standard_normal(shape, np.float32)
         else:
             inputs[spec.name] = rng.standard_normal(shape, np.float32)
     return inputs

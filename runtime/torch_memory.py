@@ -129,10 +129,10 @@ class DeviceWeights:
             BackendError: a type that torch does not compute with.
         """
         for name, ref in refs.items():
-            if ref.dtype not in TORCH_DTYPES:
+            if ref.dtype not in TORCH_DTYPES or ref.dtype == "float8_e4m3fn":  # K/V alone are
                 raise BackendError(
-                    f"{name} is {ref.dtype}, the torch backend computes with "
-                    f"{', '.join(TORCH_DTYPES)}; export with --dtype bf16 (GPU) or fp32 (CPU)"
+                    f"{name} is {ref.dtype}, with which the torch backend does not compute; export "
+                    "with --dtype bf16 (GPU) or fp32 (CPU)"
                 )
         held = {ref: self._placed[ref] for ref in refs.values() if ref in self._placed}
         fresh = self._place(ref for ref in refs.values() if ref not in held)

@@ -79,7 +79,11 @@ class TrtBackend:
         self._artifacts = artifacts
         self._memory = CudaMemory(cudart or load_cudart(), device)
         self._engines = found.for_device(name, version, self._memory.compute_capability)
-        self._runtime = self._trt.Runtime(make_logger(self._trt, BuildLog()))
+        self._said = BuildLog()
+        try:
+            self._runtime = self._trt.Runtime(make_logger(self._trt, self._said))
+        except (RuntimeError, TypeError) as error:
+            raise BackendError(f"{name} cannot start: {self._said.reason} ({error})") from error
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, _Engine] = {}
         self._host_stores: list[PinnedStore] = []
@@ -171,13 +175,17 @@ class TrtBackend:
         try:
             if not refs:  # TensorRT takes memory for its weights where the pool cannot make room
                 self._memory.trim()
+            self._said.begin()
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
                 raise BuildError(
-                    f"{self._trt.__name__} refuses {graph} of {folder.path}; build the engines "
-                    "again with `klein-kv build`"
+                    f"{self._trt.__name__} refuses {graph} of {folder.path}: {self._said.reason}; "
+                    "unless it says that memory is short, build the engines again with "
+                    "`klein-kv build`"
                 )
-            self._loaded[graph] = _Engine(self._trt, engine, record, weights, self._memory, cache)
+            self._loaded[graph] = _Engine(
+                self._trt, engine, record, weights, self._memory, cache, self._said
+            )
         finally:
             del weights
             if graph not in self._loaded:
@@ -199,8 +207,10 @@ class _Engine:
         weights: dict[str, DeviceBuffer],
         memory: CudaMemory,
         cache_file: Path,
+        said: BuildLog,
     ) -> None:
         self.record = record
+        self._said = said
         self.weight_refs: dict[str, WeightRef] = {}
         self._engine = engine
         self._weights = weights
@@ -208,6 +218,8 @@ class _Engine:
         self._cache_file = cache_file
         self._cache: Any = None
         self._context = self._create_context(trt)
+        if self._context is None:
+            raise self._refusal("TensorRT gives no execution context")
         self._bind_all(weights)
 
     def _create_context(self, trt: Any) -> Any:
@@ -250,23 +262,28 @@ class _Engine:
             partial.unlink(missing_ok=True)
             _log.warning("cannot save %s: %s", self._cache_file, error.strerror)
 
+    def _refusal(self, what: str) -> BackendError:
+        """What TensorRT did not do, in its own words."""
+        return BackendError(f"{self.record.graph}: {what}: {self._said.reason}")
+
     def _bind_all(self, buffers: Mapping[str, DeviceBuffer]) -> None:
         for name, buffer in buffers.items():
             if not self._context.set_tensor_address(name, buffer.pointer):
-                raise BackendError(f"{self.record.graph}: TensorRT refuses an address for {name}")
+                raise self._refusal(f"TensorRT refuses an address for {name}")
 
     def run(self, inputs: Mapping[str, DeviceBuffer]) -> dict[str, DeviceBuffer]:
         """Enqueues one execution; outputs are valid in stream order."""
-        context, graph, stream = self._context, self.record.graph, self._memory.stream
+        context, stream = self._context, self._memory.stream
+        self._said.begin()
         profile = self.record.profile_for({name: buffer.shape for name, buffer in inputs.items()})
         if profile != context.active_optimization_profile:
             if not context.set_optimization_profile_async(profile, stream):
-                raise BackendError(f"{graph}: TensorRT refuses profile {profile}")
+                raise self._refusal(f"TensorRT refuses profile {profile}")
             self._bind_all(self._weights)
         for name, buffer in inputs.items():
             self._memory.settle(buffer)
             if not context.set_input_shape(name, buffer.shape):
-                raise BackendError(f"{graph}: TensorRT refuses shape {buffer.shape} for {name}")
+                raise self._refusal(f"TensorRT refuses shape {buffer.shape} for {name}")
         outputs = {
             output.name: self._memory.allocate(
                 tuple(context.get_tensor_shape(output.name)), output.dtype
@@ -279,5 +296,5 @@ class _Engine:
         scratch = self._memory.allocate((self._engine.device_memory_size_v2,), "uint8")
         context.set_device_memory(scratch.pointer, scratch.nbytes)
         if not context.execute_async_v3(stream):
-            raise BackendError(f"{graph}: TensorRT could not run the engine")
+            raise self._refusal("TensorRT could not run the engine")
         return outputs

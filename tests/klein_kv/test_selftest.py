@@ -17,8 +17,7 @@ from klein_kv.engines.manifest import EngineManifest
 from klein_kv.errors import BackendError, BuildError, RequestError
 from klein_kv.export import exporter
 from klein_kv.manifest import MANIFEST, Manifest
-from klein_kv.runtime import selftest_reference
-from klein_kv.runtime.ort_backend import OrtBackend
+from klein_kv.runtime import selftest as runtime_selftest
 from klein_kv.runtime.references import KVOrigin
 from klein_kv.runtime.selftest_report import Report
 from klein_kv.runtime.trt_backend import TrtBackend
@@ -26,6 +25,7 @@ from klein_kv.selftest import run_selftest
 from klein_kv.signature import KV_FLOAT8
 from tests.runtime.fake_engines import make_engines
 from tests.runtime.fake_gpu import FakeContext, FakeCudart, FakeTrt, array_at
+from tests.runtime.kept_backends import Kept, keep_references
 
 Tamper = Callable[[FakeContext], None]
 
@@ -51,25 +51,13 @@ DECODES = (
 STEPS = ("encode_references", "first_step", "cached_step")
 
 
-class KeptBackend(OrtBackend):
-    def release(self, graph: str) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True)
-def _kept_references(monkeypatch: pytest.MonkeyPatch, kept: dict[Path, OrtBackend]) -> None:
-    """One CPU backend per folder for all tests of this file: loading its graphs takes longest."""
-
-    def open_kept(artifacts: Path, manifest: Manifest) -> OrtBackend:
-        if artifacts not in kept:
-            kept[artifacts] = KeptBackend(artifacts, manifest, threads=1)
-        return kept[artifacts]
-
-    monkeypatch.setattr(selftest_reference, "OrtBackend", open_kept)
+def _kept_references(monkeypatch: pytest.MonkeyPatch, kept: Kept) -> None:
+    keep_references(monkeypatch, kept)
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[Path, OrtBackend]:
+def kept() -> Kept:
     return {}
 
 
@@ -216,7 +204,8 @@ def test_every_folder_of_engines_is_tested(tiny_artifacts: Path, tmp_path: Path)
     reference = "onnxruntime on a CPU, float32"
     packed = "model sm120-fp32-fp8-kv"
     assert statuses[f"{packed}: text_encoder against {reference}"] == "passed"
-    assert statuses[f"{packed}: encode_references against {reference}"] == "skipped"
+    assert statuses[f"{packed}: encode_references against {reference}"] == "passed"
+    assert statuses[f"{packed}: cached_step against {reference}"] == "passed"
     assert (
         statuses[f"{packed}: cached_step on these keys and values repeats first_step"] == "passed"
     )
@@ -397,6 +386,142 @@ def test_a_backend_that_does_not_open(
     assert str(error) in report.failed[0].message
 
 
+# --- a backend that breaks between the checks, with errors that are not ours ---
+
+
+def check_breaking(
+    artifacts: Path, engines: Path | None, break_it: Callable[[TrtBackend], None]
+) -> Report:
+    """The self-test on fake engines, of which `break_it` gets the backend once it is open."""
+
+    def open_fake(artifacts: Path, manifest: Manifest, **options: Any) -> TrtBackend:
+        cudart, graphs = FakeCudart(), options["graphs"]
+        backend = TrtBackend(
+            artifacts,
+            manifest,
+            engines=options["engines"],
+            cudart=cudart,
+            trt=FakeTrt(artifacts, graphs=graphs, cudart=cudart),
+            graphs=graphs,
+        )
+        break_it(backend)
+        return backend
+
+    return run_selftest(artifacts, engines=engines, tiny=False, open_backend=open_fake)
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("CUDA driver is gone")
+
+
+def statuses(report: Report) -> dict[str, str]:
+    return {check.name: check.status for check in report.checks}
+
+
+def test_a_backend_whose_release_breaks(tiny_artifacts: Path, engines: Path) -> None:
+    def break_it(backend: TrtBackend) -> None:
+        backend.release = broken  # type: ignore[method-assign]
+
+    report = check_breaking(tiny_artifacts, engines, break_it)
+    graphs = Manifest.load(tiny_artifacts).graphs.files
+    assert failures(report) == {
+        "model: text_encoder is released",
+        *(f"model, small: {graph} is released" for graph in graphs),
+        "model, small: prompt to embeddings",  # makes room by releasing other graphs
+        "model: backend closes",
+    }, report.to_text()
+    assert all("RuntimeError: CUDA driver is gone" in check.message for check in report.failed)
+
+
+def test_a_graph_whose_opening_breaks(tiny_artifacts: Path, engines: Path) -> None:
+    change(engines, engines={x: EngineManifest.load(engines).engines[x] for x in STEPS})
+
+    def break_it(backend: TrtBackend) -> None:
+        load = backend._runtime.deserialize_cuda_engine
+        backend._runtime.deserialize_cuda_engine = lambda blob: (
+            broken() if blob == b"first_step" else load(blob)
+        )
+
+    report = check_breaking(tiny_artifacts, engines, break_it)
+    found = statuses(report)
+    assert found["model: first_step runs"] == "failed"
+    assert found["model: cached_step against onnxruntime on a CPU, float32"] == "passed"
+    assert found["model: backend closes"] == "passed"
+    assert all("CUDA driver is gone" in check.message for check in report.failed)
+
+
+def test_a_gpu_that_is_gone_ends_neither_the_test_nor_that_of_other_engines(
+    tiny_artifacts: Path, tmp_path: Path
+) -> None:
+    """After the first graph every call fails, closing included, as a sticky CUDA error does."""
+    artifacts = shutil.copytree(tiny_artifacts, tmp_path / "artifacts")
+    for name in ("a", "b"):
+        folder = artifacts / "engines" / name
+        folder.mkdir(parents=True)
+        loaded = EngineManifest.load(make_engines(artifacts, folder))
+        change(folder, engines={x: loaded.engines[x] for x in STEPS})
+    opened: list[TrtBackend] = []
+
+    def break_it(backend: TrtBackend) -> None:
+        opened.append(backend)
+        if len(opened) > 1:
+            return
+        run = backend.run
+
+        def last_run(graph: str, inputs: Any) -> Any:
+            out = run(graph, inputs)
+            for name in ("run", "upload", "download", "release", "close"):
+                setattr(backend, name, broken)
+            return out
+
+        backend.run = last_run  # type: ignore[method-assign]
+
+    report = check_breaking(artifacts, None, break_it)
+    found = statuses(report)
+    assert {check.name for check in report.failed} == {
+        *(f"model a: {graph} runs" for graph in STEPS),
+        "model a: first_step and encode_references give the same keys and values",
+        "model a: cached_step on these keys and values repeats first_step",
+        "model a: cached_step leaves the keys and values as they were",
+        "model a: backend closes",
+    }, report.to_text()
+    assert found["model b: cached_step leaves the keys and values as they were"] == "passed"
+    assert found["model b: backend closes"] == "passed"
+
+
+@pytest.mark.parametrize("place", ["find_reference", "engine_sizes"])
+def test_what_breaks_around_the_checks_is_noted(
+    place: str, tiny_artifacts: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(engines, engines={x: EngineManifest.load(engines).engines[x] for x in STEPS})
+    monkeypatch.setattr(runtime_selftest, place, broken)
+    report = check_breaking(tiny_artifacts, engines, lambda backend: None)
+    assert "RuntimeError: CUDA driver is gone" in report.failed[0].message
+    assert statuses(report)["model: backend closes"] == "passed"
+    if place == "find_reference":
+        assert statuses(report)["model: first_step runs"] == "passed"
+
+
+def test_a_machine_that_cannot_be_examined_is_noted(
+    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "examine_machine", broken)
+    monkeypatch.setattr(selftest, "_check_tiny", broken)
+    opened: list[object] = []
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        opened.append(1)
+        raise BackendError("not here")
+
+    report = run_selftest(tiny_artifacts, backend="onnxruntime", open_backend=refuse)
+    assert [check.name for check in report.failed] == [
+        "the machine is examined",
+        "tiny: checks go on",
+        "model: backend opens",
+    ]
+    assert opened
+
+
 def test_a_changed_file_fails_and_tells_no_path(
     tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -507,8 +632,8 @@ def test_the_tiny_model_is_built_for_the_same_gpu(
     monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references"])
     artifacts = shutil.copytree(tiny_bf16_artifacts, tmp_path / "bf16")
     change(engines, module="tensorrt_rtx", sm=89)
-    folder: list[Path] = []
-    built: list[EngineManifest] = []
-    selftest._build_tiny(artifacts, EngineManifest.load(engines), folder, built)
-    assert (built[0].sm, list(built[0].engines)) == (89, ["encode_references"])
-    assert EngineManifest.load(folder[0]) == built[0]
+    found: list[tuple[Path, EngineManifest]] = []
+    selftest._build_tiny(artifacts, EngineManifest.load(engines), found)
+    ((folder, built),) = found
+    assert (built.sm, list(built.engines)) == (89, ["encode_references"])
+    assert EngineManifest.load(folder) == built

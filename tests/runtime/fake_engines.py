@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from klein_kv.config import DTYPES
 from klein_kv.engines.manifest import (
     EngineManifest,
     EngineRecord,
@@ -31,6 +32,7 @@ def make_engines(artifacts: Path, folder: Path, graphs: GraphSet | None = None) 
     manifest = Manifest.load(artifacts)
     graphs = graphs or manifest.graphs
     records = {graph: _record(artifacts, manifest, graphs, graph) for graph in graphs.files}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     for graph in records:
         write_atomic(folder / f"{graph}.engine", graph.encode())
     EngineManifest(
@@ -38,11 +40,12 @@ def make_engines(artifacts: Path, folder: Path, graphs: GraphSet | None = None) 
         version="0.0.1",
         target="sm120",
         sm=120,
-        precision="fp32",
+        precision=graphs.precision or names[graphs.dtype],
         weights="shared",
         recipe="default",
         engines=records,
         kv_dtype=graphs.kv_dtype,
+        attention=graphs.attention,
     ).save(folder)
     return folder
 

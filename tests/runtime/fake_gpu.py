@@ -214,6 +214,8 @@ class FakeContext:
         self._session: Any = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if self.engine.refuses("set_optimization_profile_async"):
+            return False
         self.active_optimization_profile = index
         return True
 
@@ -225,10 +227,14 @@ class FakeContext:
         self.scratch = memory, size
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
+        if self.engine.refuses("set_tensor_address"):
+            return False
         self.addresses[name] = pointer
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self.engine.refuses("set_input_shape"):
+            return False
         self.shapes[name] = tuple(shape)
         return True
 
@@ -248,6 +254,8 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine = self.engine
+        if engine.refuses("execute_async_v3"):
+            return False
         missing = [n for n in engine.names if n not in self.addresses]
         if missing:
             raise AssertionError(f"no address for {missing[:3]}")
@@ -311,9 +319,11 @@ class FakeEngine:
         graphs: GraphSet | None,
         cudart: FakeCudart | None,
         tamper: Callable[[FakeContext], None],
+        refuses: Callable[[str], bool],
     ) -> None:
         self.graph = graph
         self.tamper = tamper
+        self.refuses = refuses
         manifest = Manifest.load(artifacts, check_files=False)
         graphs = graphs or manifest.graphs
         self.signature = graphs.signature(graph, manifest.config)
@@ -343,7 +353,9 @@ class FakeEngine:
         else:
             self.cudart.enqueue(stream, work)
 
-    def create_execution_context(self, strategy: Any) -> FakeContext:
+    def create_execution_context(self, strategy: Any) -> FakeContext | None:
+        if self.refuses("create_execution_context"):
+            return None
         if strategy != FakeTrt.ExecutionContextAllocationStrategy.USER_MANAGED:
             raise AssertionError("a context with scratch of its own")
         context = FakeContext(self)
@@ -365,6 +377,7 @@ class FakeTrt:
     Attributes:
         engines: those that somebody still holds, by graph.
         loads: graphs in the order they were deserialised in.
+        refused: calls that TensorRT refuses, and what it logs then.
     """
 
     __name__ = "fake_trt"
@@ -386,6 +399,7 @@ class FakeTrt:
         self.shared = shared or {}
         self.engines: weakref.WeakValueDictionary[str, FakeEngine] = weakref.WeakValueDictionary()
         self.loads: list[str] = []
+        self.refused: dict[str, list[str]] = {}
         outer = self
 
         class Severity(enum.IntEnum):
@@ -400,18 +414,28 @@ class FakeTrt:
             def __init__(self) -> None:
                 pass
 
+            def log(self, level: Severity, message: str) -> None:
+                raise NotImplementedError
+
         class Runtime:
             def __init__(self, logger: ILogger) -> None:
                 self.logger = logger
                 self.engine_host_code_allowed = False
 
-            def deserialize_cuda_engine(self, blob: bytes) -> FakeEngine:
+            def refuses(self, call: str) -> bool:
+                for message in outer.refused.get(call, ()):
+                    self.logger.log(Severity.ERROR, message)
+                return call in outer.refused
+
+            def deserialize_cuda_engine(self, blob: bytes) -> FakeEngine | None:
                 if self.engine_host_code_allowed:
                     raise AssertionError("host code from engine files must stay off")
+                if self.refuses("deserialize_cuda_engine"):
+                    return None
                 graph = bytes(blob).decode()
                 shared = outer.shared.get(graph, not graph.startswith("vae"))
                 outer.loads.append(graph)
-                engine = FakeEngine(artifacts, graph, shared, graphs, cudart, tamper)
+                engine = FakeEngine(artifacts, graph, shared, graphs, cudart, tamper, self.refuses)
                 outer.engines[graph] = engine
                 return engine
 

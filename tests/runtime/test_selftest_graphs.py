@@ -1,5 +1,6 @@
 """Comparisons and sizes of the self-test."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 
 from klein_kv.engines.manifest import EngineManifest, EngineRecord, ProfileRecord
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.selftest_graphs import LIMITS, Limit, compare
+from klein_kv.runtime.selftest_graphs import compare
+from klein_kv.runtime.selftest_limits import EXACT, Limit, tensor_limit
 from klein_kv.runtime.selftest_report import CheckError
 from klein_kv.runtime.selftest_sizes import engine_sizes, random_inputs, small_sizes
-from klein_kv.signature import GRAPH_FILES
+from klein_kv.signature import GRAPH_FILES, KV_STATIC_FLOAT8, GraphSet
+from tests.klein_configs import KLEIN_9B
 from tests.runtime.fake_engines import make_engines
 
 LIMIT = Limit(norm=0.01, largest=0.1)
@@ -21,7 +24,7 @@ def values(seed: int = 0) -> np.ndarray:
 
 
 def test_equal_tensors_have_no_error() -> None:
-    measured = compare({"x": values()}, {"x": values()}, LIMITS["exact"])
+    measured = compare({"x": values()}, {"x": values()}, EXACT)
     assert (measured["norm"], measured["largest"], measured["bitwise"]) == (0, 0, True)
 
 
@@ -63,9 +66,50 @@ def test_shapes_and_not_finite_values() -> None:
 
 def test_empty_and_zero_tensors() -> None:
     empty, zero = np.zeros((0, 4), np.float32), np.zeros((2, 2), np.float32)
-    compare({"e": empty, "z": zero}, {"e": empty, "z": zero}, LIMITS["exact"])
+    compare({"e": empty, "z": zero}, {"e": empty, "z": zero}, EXACT)
     with pytest.raises(CheckError):
         compare({"z": zero + 1}, {"z": zero}, LIMIT)
+
+
+# --- limits ---
+
+
+def test_limits_of_quantized_graphs_grow_with_the_blocks_before() -> None:
+    config = KLEIN_9B
+    own = GraphSet("kv", "bfloat16")
+    both = (("text_encoder", "fp8"), ("transformer", "nvfp4"))
+    nvfp4 = GraphSet("kv", "bfloat16", None, both)
+    fp8 = GraphSet("kv", "bfloat16", None, (("text_encoder", "fp8"), ("transformer", "fp8")))
+    packed = replace(fp8, kv_dtype=KV_STATIC_FLOAT8, attention="fp8")
+
+    def norm(graphs: GraphSet, graph: str, name: str) -> float:
+        return tensor_limit(graphs, config, graph, name).norm
+
+    values = [norm(fp8, "first_step", f"v_ref.{i}") for i in range(32)]
+    assert values == sorted(values)
+    assert values[8] == pytest.approx(3 * 2 * 0.039)
+    assert norm(fp8, "cached_step", "noise_pred") == values[-1] < 0.5
+    assert norm(packed, "first_step", "v_ref.8") > values[8] < norm(nvfp4, "first_step", "v_ref.8")
+    # A tensor of zeros has the error 1, whatever the noise and the depth.
+    assert norm(nvfp4, "first_step", "noise_pred") == 0.7
+    assert norm(fp8, "text_encoder", "encoder_hidden_states") == norm(
+        nvfp4, "text_encoder", "encoder_hidden_states"
+    )
+    for graph, name in (("vae_decoder", "sample"), ("vae_encoder", "ref_hidden_states")):
+        assert tensor_limit(nvfp4, config, graph, name) == tensor_limit(own, config, graph, name)
+    # Never narrower than what the type of activations allows.
+    assert norm(fp8, "first_step", "v_ref.0") == norm(own, "first_step", "v_ref.0")
+
+
+def test_each_tensor_has_its_own_limit() -> None:
+    expected = {"x": values(), "y": values(1)}
+    got = {name: array * np.float32(1.05) for name, array in expected.items()}
+    limits = {"x": Limit(0.01, 0.1), "y": Limit(0.1, 0.2)}
+    with pytest.raises(
+        CheckError, match=r"of x \(norm 0\.05, .* at most 0\.01 and 0\.1\) are"
+    ) as e:
+        compare(got, expected, limits.__getitem__)
+    assert (e.value.measured["output"], e.value.measured["limit_norm"]) == ("x", 0.01)
 
 
 # --- sizes ---

@@ -40,6 +40,20 @@ def test_one_failure_hides_no_other(tmp_path: Path) -> None:
     assert report.to_text().splitlines()[-1] == "2 passed, 2 failed, 1 skipped"
 
 
+def test_what_is_no_check_is_noted_only_if_it_fails(tmp_path: Path) -> None:
+    report = Report(tmp_path / "report.json")
+    assert report.attempt("tidy up", lambda: None)
+    assert not report.checks
+
+    def crash() -> None:
+        raise RuntimeError("CUDA error 700")
+
+    assert not report.attempt("tidy up", crash)
+    value = json.loads((tmp_path / "report.json").read_text())
+    assert value["failed"] == ["tidy up"]
+    assert value["checks"][0]["message"].startswith("RuntimeError: CUDA error 700 (in ")
+
+
 def test_our_errors_are_their_message() -> None:
     def refuse() -> None:
         raise ArtifactError("export again")

@@ -29,7 +29,7 @@ from klein_kv.runtime.torch_backend import TorchBackend
 from klein_kv.runtime.torch_memory import DeviceWeights
 from klein_kv.runtime.torch_weights import whole_weights
 from klein_kv.signature import kv_names
-from klein_kv.weights import WeightRef
+from klein_kv.weights import NUMPY_DTYPES, WeightRef
 from tests.conftest import load_ours
 
 Picture = Callable[..., Image.Image]
@@ -95,10 +95,11 @@ def assert_near(ours: Arrays, theirs: Arrays, bound: float) -> None:
 # --- buffers ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "uint8"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "int64", "uint8", "float8_e4m3fn"]
+)
 def test_upload_copies_and_download_gives_it_back(dtype: str, backend: TorchBackend) -> None:
-    numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    array = np.arange(24).reshape(2, 3, 4).astype(numpy_dtype)
+    array = np.arange(24).reshape(2, 3, 4).astype(NUMPY_DTYPES[dtype])
     for given in (array, array.transpose(2, 0, 1), array[:, ::2], array[:0], array[0, 0, 0:1]):
         expected = given.copy()
         given = given.copy(order="K")
@@ -256,7 +257,9 @@ def test_weights_that_torch_cannot_use(tmp_path: Path) -> None:
     missing = WeightRef(tmp_path / "gone", 0, 4, "float32", (1,))
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
         DeviceWeights(CPU).load({"a": missing})
-    with pytest.raises(BackendError, match=r"a is float4_e2m1fn, .*export with --dtype bf16"):
+    with pytest.raises(BackendError, match=r"a is float8_e4m3fn, .*export with --dtype bf16"):
+        DeviceWeights(CPU).load({"a": replace(missing, dtype="float8_e4m3fn")})
+    with pytest.raises(BackendError, match=r"a is float4_e2m1fn, "):
         DeviceWeights(CPU).load({"a": replace(missing, dtype="float4_e2m1fn")})
 
 

@@ -4,6 +4,7 @@ What runs for real: allocation, uploads, bindings, shapes, the loop over engines
 values are handed on without a copy. What does not: TensorRT itself. No GPU is needed or used.
 """
 
+import gc
 import inspect
 import re
 from pathlib import Path
@@ -183,6 +184,75 @@ def test_shapes_outside_the_profile_are_refused(tiny_artifacts, backend):
     ids = backend.upload(np.ones((1, 8, 2), np.int64))
     with pytest.raises(RequestError, match="no profile of this engine"):
         backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
+
+
+REFUSALS = {
+    "deserialize_cuda_engine": (BuildError, "fake_trt refuses encode_references of .*: {}.*build"),
+    "create_execution_context": (BackendError, "encode_references: .* no execution context: {}"),
+    "set_tensor_address": (BackendError, "encode_references: .* refuses an address for .*: {}"),
+    "set_input_shape": (
+        BackendError,
+        r"encode_references: .* refuses shape \(1, 24, .*\) for .*: {}",
+    ),
+    "execute_async_v3": (BackendError, "encode_references: TensorRT could not run the engine: {}"),
+}
+
+
+@pytest.mark.parametrize("call", REFUSALS)
+def test_what_tensorrt_refuses_is_told_in_its_own_words(tiny_artifacts, backend, call):
+    kind, message = REFUSALS[call]
+    inputs = step_inputs(backend, Manifest.load(tiny_artifacts), 24)
+    feeds = {name: inputs[name] for name in inputs if name.startswith("ref_")}
+    used = backend._memory.cudart.used
+    # The first says why, the others only that something failed; nobody reads a page of it.
+    words = ["Error Code 2: the planted cause", "Error Code 4: it failed " + 1000 * "x"]
+    backend._trt.refused[call] = [*words, "the last of them"]
+    with pytest.raises(kind, match=message.format(re.escape(words[0]) + r" \| ")) as caught:
+        backend.run("encode_references", feeds)
+    assert len(str(caught.value)) < 1000
+    assert "the last" not in str(caught.value)
+
+    backend._trt.refused[call] = []
+    with pytest.raises(kind, match=message.format("it gave no reason")):
+        backend.run("encode_references", feeds)  # what it said the last time is no reason now
+
+    backend._trt.refused.clear()
+    assert np.isfinite(backend.download(backend.run("encode_references", feeds)["v_ref.2"])).all()
+    if call == "create_execution_context":  # after the weights were uploaded
+        backend.release("encode_references")
+        del caught
+        gc.collect()  # what the errors' frames hold
+        backend._memory.trim()
+        assert backend._memory.cudart.used == used, "a refused load kept weights"
+
+
+def test_a_refused_profile_is_told_in_tensorrts_words(tiny_artifacts, backend):
+    inputs = step_inputs(backend, Manifest.load(tiny_artifacts), 24)
+    feeds = {name: inputs[name] for name in inputs if name.startswith("ref_")}
+    backend.run("encode_references", feeds)
+    backend._trt.engines["encode_references"].contexts[0].active_optimization_profile = 1
+    backend._trt.refused["set_optimization_profile_async"] = ["profile 0 is in use"]
+    with pytest.raises(BackendError, match="refuses profile 0: profile 0 is in use"):
+        backend.run("encode_references", feeds)
+
+
+def test_a_runtime_that_does_not_start_is_one_clear_error(tiny_artifacts, engines, monkeypatch):
+    """What the bindings raise where the constructor gives nothing is a TypeError of pybind11."""
+    trt = FakeTrt(tiny_artifacts)
+
+    def refuse(logger):
+        logger.log(logger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(trt, "Runtime", refuse)
+    with pytest.raises(BackendError, match="fake_trt cannot start: CUDA initialization failure"):
+        TrtBackend(
+            tiny_artifacts,
+            Manifest.load(tiny_artifacts),
+            engines=engines,
+            cudart=FakeCudart(),
+            trt=trt,
+        )
 
 
 def test_a_tampered_engine_is_not_deserialised(tiny_artifacts, engines):
