@@ -94,7 +94,7 @@ def test_doctor_tells_versions_and_readiness(capsys):
     [
         (("-p", " "), "the prompt is empty"),
         (("-p", "x", "--height", "500"), "height is 500, expected a multiple of 16"),
-        (("-p", "x", "--width", "112"), "width is 112, expected a multiple of 16 from 128 to 2048"),
+        (("-p", "x", "--width", "120"), "width is 120, expected a multiple of 16 from 16 to 2048"),
         (("-p", "x", "--height", "2064"), "height is 2064"),
         (("-p", "x", "--steps", "0"), "num_inference_steps is 0, expected 1 to 50"),
         (("-p", "x", "--seed", "-1"), "seed is -1"),

@@ -29,9 +29,9 @@ EMBEDS = np.zeros((1, 7, 96), np.float32)
     ("request_", "message"),
     [
         # size
-        ({"height": 200}, "height is 200, expected a multiple of 16 from 128 to 2048"),
+        ({"height": 200}, "height is 200, expected a multiple of 16 from 16 to 2048"),
         ({"width": 136}, "width is 136, expected a multiple of 16"),
-        ({"height": 112}, "height is 112"),
+        ({"height": 8}, "height is 8"),
         ({"width": 2064}, "width is 2064"),
         ({"height": 0}, "height is 0"),
         ({"width": -128}, "width is -128"),
@@ -235,9 +235,24 @@ def test_without_a_seed_every_call_differs(any_ours: KleinKVPipeline) -> None:
 
 
 def test_small_references_make_small_images(any_ours: KleinKVPipeline, picture: Picture) -> None:
-    """As in diffusers: the range from 128 pixels is for sizes that the caller names."""
+    """As in diffusers; so do small sizes that the caller names."""
     (image,) = any_ours(PROMPT, image=picture(64, 80), num_inference_steps=1).images
     assert image.size == (64, 80)
+    (image,) = any_ours(PROMPT, height=np.int64(16), width=48, num_inference_steps=1).images
+    assert image.size == (48, 16)
+
+
+def test_no_tensors_for_the_callback(any_ours: KleinKVPipeline) -> None:
+    """diffusers takes None where nothing is wanted."""
+    request = {"height": 16, "width": 16, "num_inference_steps": 1}
+    seen: list[Any] = []
+    any_ours(
+        PROMPT,
+        callback_on_step_end=lambda *args: seen.append(args[3]),
+        callback_on_step_end_tensor_inputs=None,
+        **request,
+    )
+    assert seen == [{}]
 
 
 def test_reference_set(any_ours: KleinKVPipeline, picture: Picture) -> None:
