@@ -279,6 +279,8 @@ class KleinKVPipeline:
         Raises:
             RequestError: not a text, or hidden states that were not exported.
         """
+        if not isinstance(prompt, str | list | tuple):
+            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         at = self._prompts.layers_at(tuple(text_encoder_out_layers))
         tokens = self._prompts.tokenize(prompts, max_sequence_length)
@@ -309,7 +311,7 @@ class KleinKVPipeline:
                 f"{self.artifacts} holds plain weights, whose references take part in every step; "
                 "pass them as image=, or use KV weights"
             )
-        images = [image] if isinstance(image, Image.Image) else list(image)
+        images = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         return self._encoder.encode(self._encoder.prepare(images))
@@ -617,6 +619,10 @@ class KleinKVPipeline:
         held = {"latents": state.latents, "prompt_embeds": state.text}
         tensors = {name: backend.download(held[name]) for name in names}
         returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}
+        if not isinstance(returned, Mapping):
+            raise RequestError(
+                f"the callback returned a {type(returned).__name__}, expected a dict or None"
+            )
         for name, buffer in (("latents", state.latents), ("prompt_embeds", state.text)):
             new = returned.get(name)
             if new is None or new is tensors.get(name):

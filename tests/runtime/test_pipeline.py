@@ -139,6 +139,17 @@ def test_images_and_references(tiny_ours: KleinKVPipeline, picture: Picture) -> 
         tiny_ours(PROMPT, image=picture(64, 64), references=references)
 
 
+def test_references_that_are_no_set(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    with pytest.raises(RequestError, match="references is a list, expected a set"):
+        tiny_ours(PROMPT, references=[picture(64, 64)])
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_encode_prompt_of_no_text(prompt: Any, tiny_ours: KleinKVPipeline) -> None:
+    with pytest.raises(RequestError, match="expected a text or a list of texts"):
+        tiny_ours.encode_prompt(prompt)
+
+
 def test_references_of_other_weights(
     tiny_ours: KleinKVPipeline, models: Callable[[str], Any], picture: Picture
 ) -> None:
@@ -153,6 +164,7 @@ def test_references_of_other_weights(
         ([], "no reference image was given"),
         (Image.new("RGB", (32, 640)), "expected at least 64 pixels"),
         (["photo.png"], "reference image is a str"),
+        (None, "reference image is a NoneType"),
     ],
 )
 def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
@@ -167,10 +179,11 @@ def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) ->
         ({"prompt_embeds": np.zeros((1, 7, 96), np.float32)}, "returned prompt_embeds of shape"),
         ({"latents": np.zeros((1, 64, 128), np.int64)}, "latents has dtype int64"),
         ({"latents": np.full((1, 64, 128), np.nan, np.float32)}, "not finite"),
+        ([1], "the callback returned a list, expected a dict or None"),
     ],
 )
 def test_bad_answer_of_a_callback(
-    returned: dict[str, Any], message: str, tiny_ours: KleinKVPipeline
+    returned: Any, message: str, tiny_ours: KleinKVPipeline
 ) -> None:
     with pytest.raises(RequestError, match=message):
         tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=lambda *_: returned)
