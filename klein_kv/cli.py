@@ -8,6 +8,7 @@ standard error. Exit codes: 0 done, 1 failed with one line that says why, 2 wron
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
         return 130
     value, text, code = result
-    print(json.dumps(value, indent=2) if args.json else text)
+    try:
+        print(json.dumps(value, indent=2) if args.json else text, flush=True)
+    except BrokenPipeError:  # of `| head`; what is left must not go there at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
 
 
