@@ -45,7 +45,7 @@ def diffusers_pixels(image: Image.Image) -> Any:
 
 
 def test_pictures_that_pil_cannot_convert_or_finish_reading(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="mode La.*not supported"):
+    with pytest.raises(RequestError, match=r"mode La.*not supported"):
         prepare_reference(picture(64, 64, "LA").convert("La"), MULTIPLE)
     picture(100, 100).save(tmp_path / "whole.png")
     cut = tmp_path / "cut.png"
