@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except OSError as error:  # where nothing below knew better: folders that cannot be written
+        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
         return 130

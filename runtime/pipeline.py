@@ -311,7 +311,7 @@ class KleinKVPipeline:
                 f"{self.artifacts} holds plain weights, whose references take part in every step; "
                 "pass them as image=, or use KV weights"
             )
-        images = list(image) if isinstance(image, list | tuple) else [image]
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         return self._encoder.encode(self._encoder.prepare(images))

@@ -182,9 +182,7 @@ def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) ->
         ([1], "the callback returned a list, expected a dict or None"),
     ],
 )
-def test_bad_answer_of_a_callback(
-    returned: Any, message: str, tiny_ours: KleinKVPipeline
-) -> None:
+def test_bad_answer_of_a_callback(returned: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
     with pytest.raises(RequestError, match=message):
         tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=lambda *_: returned)
 
