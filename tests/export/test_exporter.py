@@ -380,7 +380,7 @@ def test_converted_artifacts_run(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 @pytest.mark.parametrize(
-    "where", ["vae_graph", "_write_tokenizer", "file_digest", "text_encoder_graph"]
+    "where", ["vae_graph", "copy_licences", "file_digest", "text_encoder_graph"]
 )
 def test_interrupted_export_leaves_nothing(
     where: str,
