@@ -27,7 +27,7 @@ from klein_kv.quantization import FP8_MAX
 __all__ = ["BuiltEngine", "build_engine", "peak_rss"]
 
 _log = logging.getLogger(__name__)
-
+_MIN_FUSED_HEAD_DIM = 12  # TensorRT-RTX 1.7.1 has no kernel for 8, and has one for 12
 
 _SOFTMAX_SCALE = np.array(1 / FP8_MAX, np.float32)
 """TensorRT reads it during the build: it must stay alive."""
@@ -164,7 +164,8 @@ def _allow_unfused(trt: Any, network: Any, everywhere: bool) -> None:
 
     A fused kernel is used wherever there is one. In the transformers there must be one, since
     unfused attention holds all scores in memory: there the build fails otherwise. The VAE has one
-    small attention, for which TensorRT-RTX lacks a kernel at some sizes.
+    small attention, for which TensorRT-RTX lacks a kernel at some sizes; and heads narrower than
+    those of any model in use have none at all.
     """
     if not hasattr(trt, "IAttentionInputLayer"):
         return
@@ -172,7 +173,8 @@ def _allow_unfused(trt: Any, network: Any, everywhere: bool) -> None:
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
-            if everywhere or layer.get_input(0).shape[-1] > MAX_FUSED_HEAD_DIM:
+            head_dim = layer.get_input(0).shape[-1]
+            if everywhere or not _MIN_FUSED_HEAD_DIM <= head_dim <= MAX_FUSED_HEAD_DIM:
                 layer.attention.decomposable = True
 
 

@@ -24,7 +24,7 @@ from klein_kv.config import (
     read_json,
 )
 from klein_kv.digest import file_digest
-from klein_kv.errors import CapacityError, CheckpointError, RequestError
+from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export.graph_files import save_graph
 from klein_kv.export.graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.quantized_files import Fp8Weight, Nvfp4Weight
@@ -38,6 +38,7 @@ from klein_kv.manifest import (
     Manifest,
 )
 from klein_kv.model import transformer_parameters
+from klein_kv.schedule import make_schedule
 from klein_kv.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.text_model import text_encoder_parameters
 from klein_kv.weights import WeightIndex, WeightRef
@@ -156,9 +157,9 @@ def export_checkpoint(
     if dtype == "float16":
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
     with _staging(artifacts) as folder:
+        _write_tokenizer(whole.folder, folder)  # first: what it finds wrong costs no conversion
         placed = _place_weights(whole, folder, dtype)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
-        _write_tokenizer(whole.folder, folder)
         # diffusers builds the VAE from it where the torch backend runs it.
         vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
         (folder / "vae/config.json").write_text(vae_config, encoding="utf-8")
@@ -191,6 +192,10 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
     vae_config = read_json(folder / "vae/config.json", "vae config")
     config = ModelConfig(transformer, text, VaeConfig.from_dict(vae_config))
     scheduler = read_json(folder / "scheduler/scheduler_config.json", "scheduler config")
+    try:
+        make_schedule(scheduler, num_inference_steps=4, image_seq_len=4096)
+    except ArtifactError as error:
+        raise CheckpointError(str(error)) from error
     parameters = {
         "transformer": transformer_parameters(transformer),
         "text_encoder": text_encoder_parameters(text),
@@ -303,7 +308,7 @@ def _write_tokenizer(checkpoint: Path, folder: Path) -> None:
             source, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"tokenizer: {source} cannot be loaded: {error}") from error
+        raise CheckpointError(f"tokenizer: {source} cannot be loaded: {error!r}") from error
     if not tokenizer.chat_template:
         raise CheckpointError(f"tokenizer: {source} has no chat template; klein prompts need one")
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -151,6 +151,12 @@ class TransformerConfig:
             raise CheckpointError(
                 f"transformer config: axes_dims_rope is {self.axes_dims_rope}, expected even sizes"
             )
+        if self.timestep_guidance_channels % 2:
+            raise CheckpointError(
+                f"transformer config: timestep_guidance_channels is "
+                f"{self.timestep_guidance_channels}, expected an even number: half of them are "
+                "sines, half cosines"
+            )
         if self.in_channels != self.out_channels:
             raise CheckpointError(
                 f"transformer config: out_channels is {self.out_channels}, expected in_channels "

@@ -181,6 +181,10 @@ def _ref_from_entry(
     return WeightRef(path, start + begin, end - begin, dtype, shape)
 
 
+_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""What diffusers and transformers save a component as."""
+
+
 class WeightIndex(Mapping[str, WeightRef]):
     """All tensors of one component folder, over one file or over shards with an index."""
 
@@ -212,13 +216,21 @@ class WeightIndex(Mapping[str, WeightRef]):
 
     @classmethod
     def from_folder(cls, folder: Path, component: str) -> "WeightIndex":
-        """Finds a component's safetensors: one file, or the shards that `*.index.json` names.
+        """Finds a component's safetensors: one file, or the shards that an index names.
+
+        Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
+        they leave no choice.
 
         Raises:
             CheckpointError: no safetensors, a missing shard, an index that does not match.
         """
-        indices = sorted(folder.glob("*.safetensors.index.json"))
-        if indices:
+        for name in _FILE_NAMES:
+            if (index := folder / f"{name}.index.json").exists():
+                return cls(_refs_from_index(index, component), component)
+            if (file := folder / name).exists():
+                return cls(read_header(file), component)
+        indices = sorted(folder.glob("*.safetensors.index*.json"))
+        if len(indices) == 1:
             return cls(_refs_from_index(indices[0], component), component)
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:

@@ -12,10 +12,17 @@ from klein_kv.errors import RequestError
 from klein_kv.signature import MAX_POSITION
 from klein_kv.weights import NUMPY_DTYPES
 
-__all__ = ["check_call", "check_embeds", "host_array", "output_size", "prompt_may_come_first"]
+__all__ = [
+    "check_call",
+    "check_embeds",
+    "host_array",
+    "is_integer",
+    "output_size",
+    "prompt_may_come_first",
+]
 
 _DEFAULT_LATENT_SIDE = 128
-_MIN_SIDE, _MAX_SIDE = 128, 2048
+_MAX_SIDE = 2048
 _CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
 P = ParamSpec("P")
@@ -46,7 +53,7 @@ def check_call(
     prompt: Any,
     prompt_embeds: Any,
     output_type: str,
-    tensors: Sequence[str],
+    tensors: Sequence[str] | None,
     steps: Any,
     per_prompt: Any,
     sigmas: Any,
@@ -66,7 +73,7 @@ def check_call(
         raise RequestError(
             f"output_type is {output_type!r}, expected 'pil', 'np', 'pt' or 'latent'"
         )
-    unknown = [name for name in tensors if name not in _CALLBACK_TENSORS]
+    unknown = [name for name in tensors or () if name not in _CALLBACK_TENSORS]
     if unknown:
         raise RequestError(
             f"callback_on_step_end_tensor_inputs names {unknown}, expected some of "
@@ -76,10 +83,14 @@ def check_call(
         ("num_inference_steps", steps, None if sigmas is not None else 50),
         ("num_images_per_prompt", per_prompt, None),
     ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < 1 or (most is not None and value > most):
+        if not is_integer(value) or value < 1 or (most is not None and value > most):
             limit = "1 or more" if most is None else f"1 to {most}"
             raise RequestError(f"{name} is {value!r}, expected {limit}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether a number is whole: Python's or numpy's integers, but no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def host_array(value: Any, name: str, dtype: str) -> NDArray[Any]:
@@ -132,17 +143,15 @@ def output_size(
         noise: latents of the caller's own, [B, C, h, w]: the default before all others.
 
     Raises:
-        RequestError: not a multiple of a token's side, or outside 128 to 2048.
+        RequestError: not a multiple of a token's side, or above 2048.
     """
     unit = config.vae.multiple_of
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not _MIN_SIDE <= value <= _MAX_SIDE or value % unit:
+        if not is_integer(value) or not unit <= value <= _MAX_SIDE or value % unit:
             raise RequestError(
-                f"{name} is {value!r}, expected a multiple of {unit} from {_MIN_SIDE} to "
-                f"{_MAX_SIDE}"
+                f"{name} is {value!r}, expected a multiple of {unit} from {unit} to {_MAX_SIDE}"
             )
     if noise is not None and noise.ndim == 4:
         if max(noise.shape[2:]) > MAX_POSITION:
@@ -153,4 +162,4 @@ def output_size(
     else:
         side = _DEFAULT_LATENT_SIDE * config.vae.scale_factor
         default = first or (side, side)
-    return height or default[0], width or default[1]
+    return int(height or default[0]), int(width or default[1])

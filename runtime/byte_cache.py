@@ -112,8 +112,8 @@ class ByteCache(Generic[V]):
     """
 
     def __init__(self, budget: int, second: SecondLevel[V] | None = None) -> None:
-        if budget < 0:
-            raise RequestError(f"the cache's budget is {budget} bytes, expected 0 or more")
+        if not isinstance(budget, int | float) or not budget >= 0:
+            raise RequestError(f"the cache's budget is {budget!r} bytes, expected 0 or more")
         self.budget = budget
         self.second = second
         self._state: _State[V] = _State()

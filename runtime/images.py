@@ -85,9 +85,21 @@ def prepare_reference(image: Image.Image, multiple_of: int) -> NDArray[np.uint8]
         uint8 [1, H, W, 3], RGB, H and W multiples of `multiple_of`. A new array.
 
     Raises:
-        RequestError: see `check_reference`.
+        RequestError: see `check_reference`; or PIL cannot read or convert it.
     """
     check_reference(image)
+    try:
+        return _resized_and_cropped(image, multiple_of)
+    except RequestError:
+        raise
+    except _DECODE_ERRORS as error:  # PIL reads files late
+        raise RequestError(
+            f"reference image (mode {image.mode}) cannot be read or turned into RGB: {error}; "
+            "load it anew, or convert it first"
+        ) from error
+
+
+def _resized_and_cropped(image: Image.Image, multiple_of: int) -> NDArray[np.uint8]:
     width, height = image.size
     if width * height > MAX_AREA:
         scale = math.sqrt(MAX_AREA / (width * height))

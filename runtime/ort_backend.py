@@ -9,6 +9,7 @@ are uploaded once.
 
 import logging
 import os
+import threading
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,9 +115,10 @@ class OrtBackend:
         self._sessions: dict[str, Any] = {}
         self._weights: dict[WeightRef, Any] = {}
         self._bound: dict[str, frozenset[WeightRef]] = {}
+        self._loading = threading.Lock()
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        session = self._sessions.get(graph) or self._load(graph)
+        session = self._sessions.get(graph) or self._load_once(graph)
         device, binding = self._device, session.io_binding()
         for name, buffer in inputs.items():
             if isinstance(buffer, _View):
@@ -200,6 +202,12 @@ class OrtBackend:
             refs = graph_weights(self._artifacts, self._graphs.files[graph])
             weights = {ref: allocated_bytes(ref.nbytes) for ref in refs.values()}
         return GraphMemory(weights, keeps_scratch=self._device.is_host)
+
+    def _load_once(self, graph: str) -> Any:
+        # Requests may come from several threads: a weight that the second of them placed anew
+        # would free the memory that the first one's session reads.
+        with self._loading:
+            return self._sessions.get(graph) or self._load(graph)
 
     def _load(self, graph: str) -> Any:
         device, file = self._device, self._graphs.files[graph]

@@ -24,6 +24,7 @@ from klein_kv.runtime.arguments import (
     check_call,
     check_embeds,
     host_array,
+    is_integer,
     output_size,
     prompt_may_come_first,
 )
@@ -278,6 +279,8 @@ class KleinKVPipeline:
         Raises:
             RequestError: not a text, or hidden states that were not exported.
         """
+        if not isinstance(prompt, str | list | tuple):
+            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         at = self._prompts.layers_at(tuple(text_encoder_out_layers))
         tokens = self._prompts.tokenize(prompts, max_sequence_length)
@@ -308,7 +311,7 @@ class KleinKVPipeline:
                 f"{self.artifacts} holds plain weights, whose references take part in every step; "
                 "pass them as image=, or use KV weights"
             )
-        images = [image] if isinstance(image, Image.Image) else list(image)
+        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         return self._encoder.encode(self._encoder.prepare(images))
@@ -360,7 +363,7 @@ class KleinKVPipeline:
         height, width = output_size(self.config, height, width, first, None)
         unit = self.config.vae.multiple_of
         sizes = Sizes((height // unit, width // unit), num_images_per_prompt)
-        if not isinstance(prompts, int) or prompts < 1:
+        if not is_integer(prompts) or prompts < 1:
             raise RequestError(f"prompts is {prompts!r}, expected 1 or more")
         texts = self._prompts.tokenize([""] * prompts, max_sequence_length)
         schedule = make_schedule(
@@ -409,7 +412,7 @@ class KleinKVPipeline:
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
         references: ReferenceSet | None = None,
@@ -423,8 +426,8 @@ class KleinKVPipeline:
         Args:
             image: reference image or images, at most 1024x1024 pixels of each are used.
             prompt: a text, or one per image; "" is allowed.
-            height: pixels, a multiple of 16 from 128 to 2048 (diffusers rounds down with a
-                warning; here another size is an error); default the first reference's, else 1024.
+            height: pixels, a multiple of 16 up to 2048 (diffusers rounds down with a warning; here
+                another size is an error); default the first reference's, else 1024.
             width: alike.
             num_inference_steps: steps, 1 to 50; klein is distilled for 4.
             sigmas: a schedule of one's own, before the resolution-dependent shift.
@@ -514,7 +517,7 @@ class KleinKVPipeline:
                     bar.update()
                     if callback_on_step_end is not None:
                         self._call_back(
-                            callback_on_step_end, i, state, callback_on_step_end_tensor_inputs
+                            callback_on_step_end, i, state, callback_on_step_end_tensor_inputs or ()
                         )
                     return self._interrupt
 
@@ -616,6 +619,10 @@ class KleinKVPipeline:
         held = {"latents": state.latents, "prompt_embeds": state.text}
         tensors = {name: backend.download(held[name]) for name in names}
         returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}
+        if not isinstance(returned, Mapping):
+            raise RequestError(
+                f"the callback returned a {type(returned).__name__}, expected a dict or None"
+            )
         for name, buffer in (("latents", state.latents), ("prompt_embeds", state.text)):
             new = returned.get(name)
             if new is None or new is tensors.get(name):

@@ -150,6 +150,11 @@ class ReferenceEncoder:
         Raises:
             RequestError: with the reason.
         """
+        if not isinstance(references, ReferenceSet):
+            raise RequestError(
+                f"references is a {type(references).__name__}, expected a set that "
+                "encode_references or load_references gave; pass images as image="
+            )
         reason = self.origin.difference(references.origin)
         if reason is not None:
             raise RequestError(

@@ -128,11 +128,12 @@ class ReferenceFolder:
     def _files(self) -> list[tuple[float, int, Path]]:
         """Time of last use, size and path of each file."""
         found = []
-        for path in self.folder.iterdir():
-            if _NAME.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # another process may remove it meanwhile
-                    stat = path.stat()
-                    found.append((stat.st_mtime, stat.st_size, path))
+        with contextlib.suppress(OSError):  # of a folder that was removed meanwhile
+            for path in self.folder.iterdir():
+                if _NAME.fullmatch(path.name):
+                    with contextlib.suppress(OSError):  # another process may remove it meanwhile
+                        stat = path.stat()
+                        found.append((stat.st_mtime, stat.st_size, path))
         return found
 
     def _path(self, key: str) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -74,11 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except OSError as error:  # where nothing below knew better: folders that cannot be written
+        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
         return 130
     value, text, code = result
-    print(json.dumps(value, indent=2) if args.json else text)
+    try:
+        print(json.dumps(value, indent=2) if args.json else text, flush=True)
+    except BrokenPipeError:  # of `| head`; what is left must not go there at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
 
 

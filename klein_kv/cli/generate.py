@@ -43,6 +43,8 @@ def _generate(args: argparse.Namespace) -> Result:
         raise RequestError("the prompt is empty, expected a text after -p")
     if args.out.suffix.lower() != ".png":
         raise RequestError(f"output is {args.out}, expected a name that ends in .png")
+    if args.out.is_dir():
+        raise RequestError(f"output {args.out} is a folder, expected the name of a file")
     if not args.out.absolute().parent.is_dir():
         raise RequestError(f"folder {args.out.absolute().parent} does not exist; make it first")
     images = [load_image(path) for path in args.reference]

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from klein_kv.engines import build, builder
 from klein_kv.engines.build import build_artifacts, engine_folder
@@ -18,7 +20,8 @@ from klein_kv.engines.kernel_plan import KernelPlan
 from klein_kv.engines.manifest import EngineManifest
 from klein_kv.engines.plan_cost import price_plan
 from klein_kv.engines.recipe import Recipe
-from klein_kv.engines.targets import GPUS
+from klein_kv.engines.targets import GPUS, compute_capability, find_target
+from klein_kv.engines.trt_module import BuildLog, load_module, make_logger
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.export import exporter
 from klein_kv.manifest import MANIFEST, Manifest
@@ -171,6 +174,26 @@ def test_every_attention_is_fused_and_no_weight_is_copied(built: Path) -> None:
         assert cost.weight_copies == (), graph
         assert cost.blended_modulations == (), graph
         assert cost.scratch_bytes > 0
+
+
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_heads_without_a_fused_kernel(head_dim: int) -> None:
+    """Too narrow for TensorRT-RTX, which refused the whole text encoder of a small model."""
+    trt = load_module()
+    trt_builder = trt.Builder(make_logger(trt, BuildLog()))
+    shape = [1, 2, 64, head_dim]
+    values = [helper.make_tensor_value_info(x, onnx.TensorProto.BFLOAT16, shape) for x in "qkvo"]
+    graph = helper.make_graph(
+        [helper.make_node("Attention", ["q", "k", "v"], ["o"])], "g", values[:3], values[3:]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    network = trt_builder.create_network(0)
+    assert trt.OnnxParser(network, trt_builder.logger).parse(model.SerializeToString())
+    builder._allow_unfused(trt, network, everywhere=False)
+    target = find_target("rtx5090")
+    capability = compute_capability(trt, target)
+    config = builder._configure(trt, trt_builder, (), capability, target)
+    assert trt_builder.build_serialized_network(network, config) is not None
 
 
 def test_unchanged_engines_are_kept(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,7 +379,7 @@ def test_converted_artifacts_run(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
 @pytest.mark.parametrize(
-    "where", ["vae_graph", "_write_tokenizer", "file_digest", "text_encoder_graph"]
+    "where", ["vae_graph", "copy_licences", "file_digest", "text_encoder_graph"]
 )
 def test_interrupted_export_leaves_nothing(
     where: str,
@@ -608,9 +608,18 @@ def test_tensors_that_nobody_reads_may_be_missing(checkpoint: Path, tmp_path: Pa
     export_checkpoint(checkpoint, tmp_path / "artifacts")
 
 
+def test_scheduler_that_the_loop_does_not_run(checkpoint: Path) -> None:
+    """It was found out by the first request only."""
+    path = checkpoint / "scheduler/scheduler_config.json"
+    edit_json(path, _class_name="EulerDiscreteScheduler")
+    assert_refused(checkpoint, CheckpointError, "scheduler config: _class_name is 'EulerDiscrete")
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
-def test_damaged_tokenizer(file: str, checkpoint: Path) -> None:
+def test_damaged_tokenizer(file: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any weight is converted, which takes minutes."""
+    monkeypatch.setattr("klein_kv.export.exporter.place_weights", None)
     (checkpoint / "tokenizer" / file).write_text("{")
     assert_refused(checkpoint, CheckpointError, "tokenizer: .* cannot be loaded")
 

@@ -1,6 +1,7 @@
 """The command line, in the process of the test: exit codes, one line per failure, JSON."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_doctor_tells_versions_and_readiness(capsys):
     [
         (("-p", " "), "the prompt is empty"),
         (("-p", "x", "--height", "500"), "height is 500, expected a multiple of 16"),
-        (("-p", "x", "--width", "112"), "width is 112, expected a multiple of 16 from 128 to 2048"),
+        (("-p", "x", "--width", "120"), "width is 120, expected a multiple of 16 from 16 to 2048"),
         (("-p", "x", "--height", "2064"), "height is 2064"),
         (("-p", "x", "--steps", "0"), "num_inference_steps is 0, expected 1 to 50"),
         (("-p", "x", "--seed", "-1"), "seed is -1"),
@@ -167,3 +168,20 @@ def test_console_script_is_installed():
         check=True,
     )
     assert done.stdout.startswith("klein-kv ")
+
+
+def test_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, errors = run(capsys, "fixture", tmp_path / "file/checkpoint")
+    assert code == 1
+    assert errors.startswith("klein-kv fixture: error: ")
+    assert len(errors.splitlines()) == 1
+
+
+def test_closed_pipe_is_no_error(monkeypatch):
+    """`klein-kv doctor | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["doctor"]) == 0

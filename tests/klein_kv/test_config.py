@@ -138,6 +138,7 @@ def test_saved_and_read_back(config: ModelConfig) -> None:
         ({"axes_dims_rope": [8, 8, 8, 4]}, "add up to attention_head_dim 32"),
         ({"axes_dims_rope": [16, 8, 8]}, "four axes"),
         ({"axes_dims_rope": [7, 9, 8, 8]}, "even sizes"),
+        ({"timestep_guidance_channels": 33}, "33, expected an even number"),
         ({"axes_dims_rope": 32}, "expected a list of integers"),
         ({"axes_dims_rope": ["8", 8, 8, 8]}, "expected a list of integers"),
         ({"mlp_ratio": "3"}, "mlp_ratio is '3', expected a number"),

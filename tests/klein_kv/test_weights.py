@@ -336,6 +336,19 @@ def test_two_files_without_an_index(shards: Path) -> None:
         WeightIndex.from_folder(shards, "transformer")
 
 
+def test_variants_beside_the_usual_file(tmp_path: Path) -> None:
+    """As diffusers: the file without a variant's name, unless there is none."""
+    variant = tmp_path / "model.fp16.safetensors"
+    save_file(TENSORS, variant)
+    assert WeightIndex.from_folder(tmp_path, "text_encoder").files == [variant]
+    usual = tmp_path / "model.safetensors"
+    save_file(TENSORS, usual)
+    assert WeightIndex.from_folder(tmp_path, "text_encoder").files == [usual]
+    usual.rename(tmp_path / "model.bf16.safetensors")
+    with pytest.raises(CheckpointError, match=r"found model\.bf16.*, model\.fp16"):
+        WeightIndex.from_folder(tmp_path, "text_encoder")
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_pickled_checkpoint(exists: bool, tmp_path: Path) -> None:
     if exists:

@@ -44,6 +44,16 @@ def diffusers_pixels(image: Image.Image) -> Any:
     return levels.round().astype(np.uint8)
 
 
+def test_pictures_that_pil_cannot_convert_or_finish_reading(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"mode La.*not supported"):
+        prepare_reference(picture(64, 64, "LA").convert("La"), MULTIPLE)
+    picture(100, 100).save(tmp_path / "whole.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
+    with Image.open(cut) as image, pytest.raises(RequestError, match="truncated"):
+        prepare_reference(image, MULTIPLE)
+
+
 @pytest.mark.parametrize(
     "size",
     [(64, 64), (65, 79), (80, 64), (64, 512), (1024, 1024), (1025, 1024), (1999, 700), (3200, 400)],

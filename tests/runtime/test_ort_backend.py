@@ -4,7 +4,9 @@ import gc
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,23 @@ def test_graphs_are_loaded_once_and_given_back(tiny_artifacts: Path) -> None:
     assert not backend._sessions
     again = backend.run("encode_references", feeds(backend))
     np.testing.assert_array_equal(first["k_ref.0"].numpy(), again["k_ref.0"].numpy())
+
+
+def test_threads_load_a_graph_once(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once placed the weights twice, and freed those that the first session read."""
+    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
+    load, loaded = backend._load, []
+
+    def slow(graph: str) -> Any:
+        loaded.append(graph)
+        time.sleep(0.1)
+        return load(graph)
+
+    monkeypatch.setattr(backend, "_load", slow)
+    inputs = feeds(backend)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: backend.run("encode_references", inputs), range(4)))
+    assert loaded == ["encode_references"]
 
 
 def test_graphs_share_one_copy_of_the_weights(tiny_artifacts: Path) -> None:

@@ -29,9 +29,9 @@ EMBEDS = np.zeros((1, 7, 96), np.float32)
     ("request_", "message"),
     [
         # size
-        ({"height": 200}, "height is 200, expected a multiple of 16 from 128 to 2048"),
+        ({"height": 200}, "height is 200, expected a multiple of 16 from 16 to 2048"),
         ({"width": 136}, "width is 136, expected a multiple of 16"),
-        ({"height": 112}, "height is 112"),
+        ({"height": 8}, "height is 8"),
         ({"width": 2064}, "width is 2064"),
         ({"height": 0}, "height is 0"),
         ({"width": -128}, "width is -128"),
@@ -139,6 +139,17 @@ def test_images_and_references(tiny_ours: KleinKVPipeline, picture: Picture) -> 
         tiny_ours(PROMPT, image=picture(64, 64), references=references)
 
 
+def test_references_that_are_no_set(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    with pytest.raises(RequestError, match="references is a list, expected a set"):
+        tiny_ours(PROMPT, references=[picture(64, 64)])
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_encode_prompt_of_no_text(prompt: Any, tiny_ours: KleinKVPipeline) -> None:
+    with pytest.raises(RequestError, match="expected a text or a list of texts"):
+        tiny_ours.encode_prompt(prompt)
+
+
 def test_references_of_other_weights(
     tiny_ours: KleinKVPipeline, models: Callable[[str], Any], picture: Picture
 ) -> None:
@@ -153,6 +164,7 @@ def test_references_of_other_weights(
         ([], "no reference image was given"),
         (Image.new("RGB", (32, 640)), "expected at least 64 pixels"),
         (["photo.png"], "reference image is a str"),
+        (None, "reference image is a NoneType"),
     ],
 )
 def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
@@ -167,11 +179,10 @@ def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) ->
         ({"prompt_embeds": np.zeros((1, 7, 96), np.float32)}, "returned prompt_embeds of shape"),
         ({"latents": np.zeros((1, 64, 128), np.int64)}, "latents has dtype int64"),
         ({"latents": np.full((1, 64, 128), np.nan, np.float32)}, "not finite"),
+        ([1], "the callback returned a list, expected a dict or None"),
     ],
 )
-def test_bad_answer_of_a_callback(
-    returned: dict[str, Any], message: str, tiny_ours: KleinKVPipeline
-) -> None:
+def test_bad_answer_of_a_callback(returned: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
     with pytest.raises(RequestError, match=message):
         tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=lambda *_: returned)
 
@@ -235,9 +246,24 @@ def test_without_a_seed_every_call_differs(any_ours: KleinKVPipeline) -> None:
 
 
 def test_small_references_make_small_images(any_ours: KleinKVPipeline, picture: Picture) -> None:
-    """As in diffusers: the range from 128 pixels is for sizes that the caller names."""
+    """As in diffusers; so do small sizes that the caller names."""
     (image,) = any_ours(PROMPT, image=picture(64, 80), num_inference_steps=1).images
     assert image.size == (64, 80)
+    (image,) = any_ours(PROMPT, height=np.int64(16), width=48, num_inference_steps=1).images
+    assert image.size == (48, 16)
+
+
+def test_no_tensors_for_the_callback(any_ours: KleinKVPipeline) -> None:
+    """diffusers takes None where nothing is wanted."""
+    request = {"height": 16, "width": 16, "num_inference_steps": 1}
+    seen: list[Any] = []
+    any_ours(
+        PROMPT,
+        callback_on_step_end=lambda *args: seen.append(args[3]),
+        callback_on_step_end_tensor_inputs=None,
+        **request,
+    )
+    assert seen == [{}]
 
 
 def test_reference_set(any_ours: KleinKVPipeline, picture: Picture) -> None:

@@ -282,6 +282,8 @@ def test_bad_budgets(stub: Callable[..., KleinKVPipeline], tmp_path: Path) -> No
         stub(reference_cache_bytes=0, reference_cache_dir=tmp_path)
     with pytest.raises(RequestError, match="-1 bytes"):
         stub(reference_cache_dir=tmp_path, reference_cache_dir_bytes=-1)
+    with pytest.raises(RequestError, match="'1 GB' bytes"):
+        stub(reference_cache_bytes="1 GB")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(RequestError, match="cannot be made"):
         stub(reference_cache_dir=tmp_path / "file")
@@ -452,6 +454,21 @@ def test_full_disk_leaves_the_store_usable(
     monkeypatch.undo()
     edit(pipe, pictures[:1])
     assert len(files_of(tmp_path)) == 1
+
+
+def test_removed_folder_is_a_warning(
+    stub: Callable[..., KleinKVPipeline],
+    pictures: list[Image.Image],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "sets"
+    pipe = stub(reference_cache_bytes=30 * TOKEN, reference_cache_dir=folder)
+    folder.rmdir()
+    with caplog.at_level(logging.WARNING, "klein_kv"):
+        for image in pictures:
+            edit(pipe, [image])
+    assert "reference set not kept" in caplog.text
 
 
 def test_sets_of_other_weights_are_never_returned(
