@@ -36,6 +36,10 @@ _TYPES = {
 up to 14 blocks: float16 in onnxruntime norm 0.0017 and largest 0.004, bfloat16 in torch 0.021 and
 0.027 at most. Real weights have more blocks, and no GPU has been measured: hence the room."""
 
+_PIXELS = Limit(0.002, 0.02)
+"""Images as bytes: a value between two levels may go to either. One level of 50 or more, in up to
+6 % of the values of a grey picture; what they were rounded from is an output of its own."""
+
 _FLOAT8_KV = Limit(0.05, 0.15)
 """Reference keys and values in float8 with a scale per head, nothing else of it. Measured as above,
 with float32 activations: what is computed from them 0.005 and 0.008 at most; see `_KV_NOISE` for
@@ -86,6 +90,8 @@ def tensor_limit(graphs: GraphSet, config: ModelConfig, graph: str, name: str) -
     """
     component = graphs.files[graph].partition("/")[0]
     limit = _TYPES[graphs.dtype]
+    if name == "image":
+        return limit.or_wider(_PIXELS)
     precision = dict(graphs.quantized).get(component)
     packed = graphs.kv_dtype is not None and component == "transformer"
     if precision is None:

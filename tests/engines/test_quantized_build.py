@@ -41,9 +41,9 @@ RECIPE = Recipe.from_toml(PROFILE, "tiny")
 DYNAMIC = Recipe.from_toml(PROFILE.replace("= 2", "= [0, 1, 4]"), "dynamic")
 GRAPHS = ["encode_references", "first_step", "cached_step"]
 
-# One double and two single blocks: 14 products, and 5 ranges of rows and to_out each. The last block
-# takes the text's keys and values by themselves. The reference stream has no text, and ends at the
-# last block's keys and values.
+# One double and two single blocks: 14 products, and 5 ranges of rows and to_out each. The last
+# block takes the text's keys and values by themselves. The reference stream has no text, and ends
+# at the last block's keys and values.
 CACHED, REFERENCES = 14 + 2 * 6 + 2, 7 + 6 + 2
 PRODUCTS = {
     "cached_step": CACHED,

@@ -101,6 +101,20 @@ def test_limits_of_quantized_graphs_grow_with_the_blocks_before() -> None:
     assert norm(fp8, "first_step", "v_ref.0") == norm(own, "first_step", "v_ref.0")
 
 
+def test_bytes_of_an_image_may_round_to_either_side() -> None:
+    def limit(name: str) -> Limit:
+        return tensor_limit(GraphSet("kv", "float32"), KLEIN_9B, "vae_decoder", name)
+
+    image = np.full((1, 40, 40, 3), 128, np.uint8)
+    other = image.copy()
+    other[0, :2] += 1  # a twentieth of them
+    compare({"image": other}, {"image": image}, limit)
+    with pytest.raises(CheckError):
+        compare({"image": image + 1}, {"image": image}, limit)
+    with pytest.raises(CheckError):
+        compare({"sample": other / 255}, {"sample": image / 255}, limit)
+
+
 def test_each_tensor_has_its_own_limit() -> None:
     expected = {"x": values(), "y": values(1)}
     got = {name: array * np.float32(1.05) for name, array in expected.items()}
