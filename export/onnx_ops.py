@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
+from klein_kv.kv_float8 import SMALLEST_SCALE
 from klein_kv.ops import Ops
+from klein_kv.quantization import FP8_MAX
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
@@ -326,8 +327,8 @@ class OnnxOps:
         largest = self._one(
             "ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1
         )  # minus infinity where R = 0
-        smallest = self._float(SMALLEST_SCALE * E4M3_MAX)
-        scale = self._one("Div", self._one("Max", largest, smallest), self._float(E4M3_MAX), rank=4)
+        smallest = self._float(SMALLEST_SCALE * FP8_MAX)
+        scale = self._one("Div", self._one("Max", largest, smallest), self._float(FP8_MAX), rank=4)
         values = self._one(
             "QuantizeLinear",
             self._one("Div", wide, scale),

@@ -15,12 +15,9 @@ from typing import TypeVar
 
 from klein_kv.ops import Ops
 
-__all__ = ["E4M3_MAX", "SMALLEST_SCALE", "dequantize_references", "quantize_references"]
+__all__ = ["SMALLEST_SCALE", "dequantize_references", "quantize_references"]
 
 T = TypeVar("T")
-
-E4M3_MAX = 448.0
-"""Largest finite e4m3 value (OCP 8-bit floating point specification, table 1)."""
 
 SMALLEST_SCALE = 2.0**-126
 """Scale of heads that hold zeros alone, or nothing (R = 0): the smallest normal float32."""

@@ -51,7 +51,7 @@ BLOCK = 16
 """Numbers that share one block scale in nvfp4."""
 
 FP8_MAX = 448.0
-"""Largest e4m3 number."""
+"""Largest finite e4m3 number (OCP 8-bit floating point specification, table 1)."""
 
 FP4_MAX = 6.0
 """Largest e2m1 number."""

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from klein_kv.kv_float8 import E4M3_MAX, SMALLEST_SCALE
+from klein_kv.kv_float8 import SMALLEST_SCALE
 from klein_kv.ops import Ops
+from klein_kv.quantization import FP8_MAX
 from klein_kv.split_attention import attend_apart
 
 __all__ = ["TorchOps"]
@@ -176,9 +177,9 @@ class TorchOps:
     def quantize_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float()
         largest = wide.abs().amax((1, 3), keepdim=True) if x.shape[1] else wide.new_zeros(1)
-        scale = largest.clip(min=SMALLEST_SCALE * E4M3_MAX) / E4M3_MAX
+        scale = largest.clip(min=SMALLEST_SCALE * FP8_MAX) / FP8_MAX
         scale = scale.expand(1, 1, x.shape[2], 1)
-        return (wide / scale).clip(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+        return (wide / scale).clip(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
     def dequantize_kv(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (values.float() * scale).to(self.dtype)
