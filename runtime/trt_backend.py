@@ -171,10 +171,9 @@ class TrtBackend:
         )
         cache = folder.path / f"{graph}.runtime.cache"
         weights = {name: self._weights[ref] for name, ref in refs.items()}
-        self._memory.trim()  # TensorRT takes memory of its own, and cannot use what lies idle here
+        # TensorRT takes memory of its own, for embedded weights too: it cannot use what lies idle.
+        self._memory.trim()
         try:
-            if not refs:  # TensorRT takes memory for its weights where the pool cannot make room
-                self._memory.trim()
             self._said.begin()
             engine = self._runtime.deserialize_cuda_engine(blob)
             if engine is None:
