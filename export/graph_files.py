@@ -8,6 +8,7 @@ import onnx_ir as ir
 from klein_kv.attention_scales import attention_scales
 from klein_kv.config import ModelConfig
 from klein_kv.export.graphs import quantized_transformer_graph, text_encoder_graph
+from klein_kv.export.onnx_ops import IR_DTYPES
 from klein_kv.manifest import save_graph_weights, weights_file
 from klein_kv.quantized_weights import QuantizedComponent
 from klein_kv.signature import GraphSet, distinct_graphs, quantized_graph_sets
@@ -15,15 +16,7 @@ from klein_kv.weights import WeightRef
 
 __all__ = ["save_graph", "save_quantized_graphs"]
 
-_NAMES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
-    ir.DataType.FLOAT4E2M1: "float4_e2m1fn",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-}
+_NAMES = {number: name for name, number in IR_DTYPES.items()}
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

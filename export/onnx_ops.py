@@ -19,14 +19,14 @@ from klein_kv.quantization import FP8_MAX
 from klein_kv.signature import Signature, TensorSpec
 from klein_kv.weights import WeightRef
 
-__all__ = ["OPSET", "OnnxOps", "external_tensor", "part_name"]
+__all__ = ["IR_DTYPES", "OPSET", "OnnxOps", "external_tensor", "part_name"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 OPSET = 23
 _MICROSOFT = "com.microsoft"
-_IR_DTYPES = {
+IR_DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
@@ -35,6 +35,8 @@ _IR_DTYPES = {
     "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
     "float4_e2m1fn": ir.DataType.FLOAT4E2M1,
 }
+"""Tensor types of ONNX by the names that signatures and weights give them."""
+
 _LOWEST = {
     "float32": -3.4028234663852886e38,
     "bfloat16": -3.3895313892515355e38,
@@ -49,7 +51,7 @@ def external_tensor(name: str, ref: WeightRef) -> ir.ExternalTensor:
         ref.path.name,
         ref.offset,
         ref.nbytes,
-        _IR_DTYPES[ref.dtype],
+        IR_DTYPES[ref.dtype],
         shape=ir.Shape(ref.shape),
         name=name,
         base_dir=str(ref.path.parent),
@@ -80,12 +82,12 @@ class OnnxOps:
     @property
     def onnx_dtype(self) -> ir.DataType:
         """ONNX's constant for `dtype`."""
-        return _IR_DTYPES[self.dtype]
+        return IR_DTYPES[self.dtype]
 
     def _value_from_spec(self, spec: TensorSpec) -> ir.Value:
         value = ir.Value(
             name=spec.name,
-            type=ir.TensorType(_IR_DTYPES[spec.dtype]),
+            type=ir.TensorType(IR_DTYPES[spec.dtype]),
             shape=ir.Shape(spec.shape),
         )
         value.meta["rank"] = len(spec.shape)
@@ -410,7 +412,7 @@ class OnnxOps:
         for value, spec in zip(outputs, self.signature.outputs, strict=True):
             final = self._one("Identity", value) if value.is_graph_input() else value
             final.name = spec.name
-            final.type = ir.TensorType(_IR_DTYPES[spec.dtype])
+            final.type = ir.TensorType(IR_DTYPES[spec.dtype])
             final.shape = ir.Shape(spec.shape)
             named.append(final)
         graph = ir.Graph(
