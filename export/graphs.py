@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from klein_kv.attention_scales import AttentionScales, block_names
+from klein_kv.attention_scales import AttentionScales, kv_scales
 from klein_kv.config import ModelConfig, TransformerConfig
 from klein_kv.export.onnx_ops import OnnxOps
 from klein_kv.export.quantized_onnx_ops import QuantizedOnnxOps
@@ -113,7 +113,7 @@ class _StaticFloat8(_AsComputed):
         self, ops: QuantizedOnnxOps, net: TransformerConfig, scales: Mapping[str, AttentionScales]
     ) -> None:
         self._ops = ops
-        self._scales = [x for name in block_names(net) for x in (scales[name].k, scales[name].v)]
+        self._scales = kv_scales(net, scales)
 
     def pack(self, kv: Sequence[ir.Value]) -> list[ir.Value]:
         pairs = zip(kv, self._scales, strict=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from klein_kv.attention_scales import AttentionScales, attention_scales
+from klein_kv.attention_scales import AttentionScales, attention_scales, kv_scales
 from klein_kv.export.artifact_weights import MappedWeights, component_parameters, component_weights
 from klein_kv.export.block_ops import BlockTrace, ComparingOps, ErrorSum, ForcedOps, TracingOps
 from klein_kv.export.float_vae import FloatVae
@@ -299,7 +299,7 @@ def _run(
     if manifest.variant == "kv":
         keys = [reference_kv(ops, manifest, request) for ops in _free(networks)]
         if scales is not None:
-            keys[2] = _round_kv(keys[2], scales)
+            keys[2] = _round_kv(keys[2], kv_scales(manifest.config.transformer, scales))
         if request.references is not None:
             for three in zip(*keys, strict=True):
                 measured.end("reference keys and values").add(*three)
@@ -333,12 +333,9 @@ def _free(networks: _Networks) -> tuple[TorchOps, TorchOps, TorchOps]:
     )
 
 
-def _round_kv(
-    kv: Sequence[torch.Tensor], scales: Mapping[str, AttentionScales]
-) -> list[torch.Tensor]:
+def _round_kv(kv: Sequence[torch.Tensor], scales: Sequence[float]) -> list[torch.Tensor]:
     """Keys and values as graphs hand them on in float8 with constant scales."""
-    pairs = zip(kv, (x for block in scales.values() for x in (block.k, block.v)), strict=True)
-    return [round_to_fp8(x, scale).to(x.dtype) for x, scale in pairs]
+    return [round_to_fp8(x, scale).to(x.dtype) for x, scale in zip(kv, scales, strict=True)]
 
 
 def _blocks(networks: _Networks, measured: _Measured, run: Any) -> None:

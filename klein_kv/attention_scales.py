@@ -20,7 +20,7 @@ from klein_kv.errors import ArtifactError
 from klein_kv.quantization import FP8_MAX
 from klein_kv.weights import WeightRef, map_weight
 
-__all__ = ["HEADROOM", "AttentionScales", "attention_scales", "block_names"]
+__all__ = ["HEADROOM", "AttentionScales", "attention_scales", "block_names", "kv_scales"]
 
 HEADROOM = 2.0
 """Largest magnitude that a scale covers, in units of the largest that calibration saw."""
@@ -82,6 +82,16 @@ def attention_scales(
             q, k, v = (HEADROOM * found[name] / FP8_MAX or 1.0 for name in ("q", "k", "v"))
             scales[block] = AttentionScales(q, k, v)
     return scales
+
+
+def kv_scales(net: TransformerConfig, scales: Mapping[str, AttentionScales]) -> list[float]:
+    """Scales of keys and values, k and v of every block, in the order of `signature.kv_names`.
+
+    Args:
+        net: the transformer's configuration.
+        scales: of every block.
+    """
+    return [scale for name in block_names(net) for scale in (scales[name].k, scales[name].v)]
 
 
 def _norm_bound(net: TransformerConfig, block: str, weights: Mapping[str, WeightRef]) -> float:

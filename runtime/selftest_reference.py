@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from klein_kv.attention_scales import attention_scales, block_names
+from klein_kv.attention_scales import attention_scales, kv_scales
 from klein_kv.errors import KleinKVError
 from klein_kv.flops import reference_flops, step_flops
 from klein_kv.manifest import Manifest, graph_weights
@@ -76,8 +76,7 @@ def static_kv_scales(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> d
     layers = load_quantized(artifacts, "transformer", dict(graphs.quantized)["transformer"])
     weights = graph_weights(artifacts, graphs.files["first_step"])
     scales = attention_scales(net, layers.attention, weights)
-    flat = [scale for x in block_names(net) for scale in (scales[x].k, scales[x].v)]
-    return dict(zip(kv_names(net.num_blocks), flat, strict=True))
+    return dict(zip(kv_names(net.num_blocks), kv_scales(net, scales), strict=True))
 
 
 def _other_backend(
