@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_kv.config import DTYPES
+from klein_kv.config import dtype_name
 from klein_kv.digest import file_digest
 from klein_kv.engines.graph_rewrite import Graph, read_graph
 from klein_kv.engines.manifest import EngineManifest
@@ -57,7 +57,7 @@ def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
         BuildError: the artifacts are fp32, or the recipe is for another precision; or it wants
             attention in fp8 without a quantized precision.
     """
-    held = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
+    held = dtype_name(manifest.dtype)
     if held == "fp32":
         raise BuildError(
             "the artifacts are fp32, expected bf16 or fp16: TensorRT has no fused attention in "

@@ -21,12 +21,15 @@ __all__ = [
     "TextEncoderConfig",
     "TransformerConfig",
     "VaeConfig",
+    "dtype_name",
     "read_json",
     "tensor_bytes",
 ]
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Command-line names of the floating point types that a graph can compute in."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ITEM_SIZE = {
     "float32": 4,
@@ -37,6 +40,11 @@ ITEM_SIZE = {
     "uint8": 1,
 }
 """Bytes per element."""
+
+
+def dtype_name(dtype: str) -> str:
+    """Command-line name of a type of `DTYPES`: "bf16" of "bfloat16"."""
+    return _DTYPE_NAMES[dtype]
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from klein_kv.config import DTYPES, ITEM_SIZE
+from klein_kv.config import ITEM_SIZE, dtype_name
 from klein_kv.engines.targets import Gpu, find_target
 from klein_kv.errors import RequestError
 from klein_kv.manifest import Manifest, graph_weights
@@ -193,7 +193,7 @@ def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
         manifest: its manifest.
     """
     dtype = "bfloat16" if manifest.dtype == "float32" else manifest.dtype
-    precision = next(name for name, wide in DTYPES.items() if wide == dtype)
+    precision = dtype_name(dtype)
     files, shapes = manifest.graphs.files, {}
     for graph, file in files.items():
         if graph.startswith("vae_"):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from klein_kv.config import DTYPES
+from klein_kv.config import dtype_name
 from klein_kv.engines.targets import Gpu
 from klein_kv.flops import (
     Operations,
@@ -107,7 +107,7 @@ def _runs(graph: str, request: Request, steps: int) -> int:
 
 
 def _seconds(graph: str, footprint: Footprint, sizes: Mapping[str, int], gpu: Gpu) -> float | None:
-    own = next(name for name, dtype in DTYPES.items() if dtype == footprint.dtype)
+    own = dtype_name(footprint.dtype)
     text = graph == "text_encoder"
     precision = footprint.text_precision if text else footprint.precision
     attention = footprint.attention if component_of(graph) == "transformer" else None

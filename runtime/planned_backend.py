@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.config import DTYPES
+from klein_kv.config import dtype_name
 from klein_kv.errors import ArtifactError, CapacityError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime.backend import Backend, Buffer, GraphMemory
@@ -198,7 +198,7 @@ class PlannedBackend:
                 for graph, file in self._graphs.files.items()
                 if graph.startswith("vae_")
             }
-        precision = next(name for name, dtype in DTYPES.items() if dtype == manifest.dtype)
+        precision = dtype_name(manifest.dtype)
         return Footprint(
             config=manifest.config,
             dtype=manifest.dtype,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.config import DTYPES
+from klein_kv.config import DTYPES, dtype_name
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backend import Backend, Buffer
 from klein_kv.signature import KV_FLOAT8, TensorSpec
@@ -92,7 +92,7 @@ def check_kv_dtype(name: str | None, dtype: str) -> str:
     if name == "fp8":
         return KV_FLOAT8
     if name is not None and DTYPES.get(name) != dtype:
-        own = next(short for short, long in DTYPES.items() if long == dtype)
+        own = dtype_name(dtype)
         raise RequestError(
             f"kv_dtype is {name!r}, the graphs compute in {dtype}; expected {own!r} or 'fp8'"
         )
