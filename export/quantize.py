@@ -195,7 +195,7 @@ def _plan_jobs(
 
 
 def _weights_digest(manifest: Manifest, component: str) -> str:
-    quantized = {file for name in manifest.precisions for file in manifest.precision_files(name)}
+    quantized = manifest.quantized_files
     lines = [
         f"{name} {record.digest}"
         for name, record in sorted(manifest.files.items())
@@ -239,7 +239,7 @@ def _is_there(artifacts: Path, manifest: Manifest, job: _Job) -> bool:
 
 def _check_names(artifacts: Path, manifest: Manifest, networks: Mapping[str, str]) -> None:
     """Refuses to write over a file of the artifacts' own that happens to have the name."""
-    held = {file for name in manifest.precisions for file in manifest.precision_files(name)}
+    held = manifest.quantized_files
     for component, precision in networks.items():
         for name in quantized_files(component, precision):
             if name in manifest.files and name not in held:

@@ -92,7 +92,7 @@ class Manifest:
 
         Quantized files do not count: what was made without them stays valid.
         """
-        quantized = {file for name in self.precisions for file in self.precision_files(name)}
+        quantized = self.quantized_files
         return combine_digests(
             {
                 name: record.digest
@@ -100,6 +100,11 @@ class Manifest:
                 if name.endswith((".onnx", ".safetensors")) and name not in quantized
             }
         )
+
+    @property
+    def quantized_files(self) -> set[str]:
+        """Files of all precisions that the folder holds beside its own."""
+        return {file for name in self.precisions for file in self.precision_files(name)}
 
     def precision_digest(self, precision: str) -> str:
         """The same for a precision of the folder, which is another model.

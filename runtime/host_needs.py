@@ -63,8 +63,7 @@ def host_needs(
         engines: one of each folder that would run, if any is built.
         plans: of requests: what they load again comes from the host.
     """
-    quantized = {x: manifest.precision_files(x) for x in manifest.precisions}
-    made_later = {name for names in quantized.values() for name in names}
+    made_later = manifest.quantized_files
     files = [artifacts / name for name in (*manifest.files, MANIFEST) if name not in made_later]
     linked = sum(path.stat().st_size for path in files if path.stat().st_nlink > 1)
     own = sum(path.stat().st_size for path in files) - linked
@@ -99,8 +98,9 @@ def host_needs(
             )
         )
     for name, footprint in {plan.footprint.precision: plan.footprint for plan in plans}.items():
-        if name in quantized:
-            disk = sum((artifacts / file).stat().st_size for file in quantized[name])
+        if name in manifest.precisions:
+            made = manifest.precision_files(name)
+            disk = sum((artifacts / file).stat().st_size for file in made)
             needs.append(HostNeed(f"{name} weights and graphs", None, disk, "exact"))
         elif name in PRECISION_FORMATS:
             disk = _quantized_bytes(footprint)
