@@ -27,6 +27,7 @@ from klein_kv.runtime.memory_plan import (
     make_plan,
 )
 from klein_kv.runtime.plan_choices import Choice, what_fits
+from klein_kv.runtime.scratch import load_vae_shapes
 from klein_kv.signature import KV_FLOAT8, KV_STATIC_FLOAT8, GraphSet
 from klein_kv.weights import WeightRef
 
@@ -194,11 +195,7 @@ def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
     """
     dtype = "bfloat16" if manifest.dtype == "float32" else manifest.dtype
     precision = dtype_name(dtype)
-    files, shapes = manifest.graphs.files, {}
-    for graph, file in files.items():
-        if graph.startswith("vae_"):
-            weights = graph_weights(artifacts, file)
-            shapes[graph] = {name: ref.shape for name, ref in weights.items()}
+    files = manifest.graphs.files
     return Footprint(
         config=manifest.config,
         dtype=dtype,
@@ -206,7 +203,7 @@ def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
             component: _component_bytes(artifacts, manifest, component, files, dtype)
             for component in COMPONENTS
         },
-        vae_shapes=shapes,
+        vae_shapes=load_vae_shapes(artifacts, files),
         precision=precision,
         text_precision=precision,
         kv_dtype=dtype,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from klein_kv.config import dtype_name
 from klein_kv.errors import ArtifactError, CapacityError
-from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Backend, Buffer, GraphMemory
 from klein_kv.runtime.memory_plan import (
     COMPONENTS,
@@ -29,6 +29,7 @@ from klein_kv.runtime.memory_plan import (
     size_text,
 )
 from klein_kv.runtime.plan_choices import what_fits
+from klein_kv.runtime.scratch import load_vae_shapes
 from klein_kv.signature import GraphSet
 
 __all__ = ["PlannedBackend"]
@@ -191,13 +192,7 @@ class PlannedBackend:
             for component in COMPONENTS
         }
         if not self._vae_shapes:
-            self._vae_shapes = {
-                graph: {
-                    name: ref.shape for name, ref in graph_weights(self._artifacts, file).items()
-                }
-                for graph, file in self._graphs.files.items()
-                if graph.startswith("vae_")
-            }
+            self._vae_shapes = load_vae_shapes(self._artifacts, self._graphs.files)
         precision = dtype_name(manifest.dtype)
         return Footprint(
             config=manifest.config,

@@ -1,11 +1,32 @@
 """How much memory a graph takes while it runs, where no engine has reported it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from klein_kv.config import ITEM_SIZE, ModelConfig
+from klein_kv.manifest import graph_weights
 from klein_kv.vae_layers import vae_scratch
 
-__all__ = ["estimate_scratch"]
+__all__ = ["estimate_scratch", "load_vae_shapes"]
+
+
+def load_vae_shapes(
+    artifacts: Path, files: Mapping[str, str]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the weights of "vae_encoder" and "vae_decoder", as `estimate_scratch` wants them.
+
+    Args:
+        artifacts: the artifact folder.
+        files: ONNX files by graph.
+
+    Raises:
+        ArtifactError: a table of weights is missing or damaged.
+    """
+    return {
+        graph: {name: ref.shape for name, ref in graph_weights(artifacts, file).items()}
+        for graph, file in files.items()
+        if graph.startswith("vae_")
+    }
 
 
 def estimate_scratch(
