@@ -30,16 +30,6 @@ from klein_kv.signature import KV_FLOAT8
 
 __all__ = ["run_selftest"]
 
-_ONE_SHAPE = """
-[[profiles]]
-name = "tiny"
-text_tokens = 64
-output = "256x192"
-references = 2
-reference_size = "128x128"
-"""
-"""Recipe of the tiny model's engines with attention in float8, which is for single shapes."""
-
 _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
 
 Opener = Callable[..., Backend]
@@ -231,13 +221,16 @@ def _build_tiny(
 ) -> dict[str, Any]:
     """Engines of the tiny model of the same kind, for the same GPU, by the same TensorRT."""
     from klein_kv.engines.build import build_artifacts
-    from klein_kv.engines.recipe import Recipe
+    from klein_kv.engines.recipe import Size
+    from klein_kv.engines.shape_engines import shape_recipe
 
+    # Attention in float8 is for single shapes only.
+    one_shape = shape_recipe(Size(256, 192), 2, Size(128, 128), 64)
     before = find_engines(artifacts)
     build_artifacts(
         artifacts,
         target=f"sm{like.sm}",
-        recipe=None if like.attention is None else Recipe.from_toml(_ONE_SHAPE, "tiny"),
+        recipe=None if like.attention is None else one_shape,
         module=like.module,
         kv_dtype=None if like.kv_dtype is None else KV_FLOAT8,
         precision=None if like.precision in DTYPES else like.precision,
