@@ -222,7 +222,7 @@ def _build_one(
         task.graph,
         built.seconds,
         record.bytes / 1e6,
-        built.scratch_bytes / 1e9,
+        max(built.scratch_bytes) / 1e9,
         built.peak_rss / 1e9,
     )
     return done
@@ -243,7 +243,7 @@ def _kernel_plans(engines: EngineManifest, task: BuildTask, built: BuiltEngine) 
     """One per optimization profile, at least one."""
     weights = tuple(task.source.weights if task.source.shared else {})
     return [
-        KernelPlan.from_lines(task.graph, engines.title, lines, built.scratch_bytes, weights)
+        KernelPlan.from_lines(task.graph, engines.title, lines, max(built.scratch_bytes), weights)
         for lines in built.layers or [[]]
     ]
 
@@ -284,10 +284,11 @@ def _write(
                     for symbol, (low, typical, high) in profile.symbols.items()
                 },
                 profile.shapes,
+                scratch,
             )
-            for profile in task.profiles
+            for profile, scratch in zip(task.profiles, built.scratch_bytes, strict=True)
         ),
-        scratch_bytes=built.scratch_bytes,
+        scratch_bytes=max(built.scratch_bytes),
         seconds=built.seconds,
         peak_rss=built.peak_rss,
     )

@@ -29,7 +29,7 @@ __all__ = [
 _ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
 _NEEDS_REFERENCES = ("vae_encoder", "encode_references", "first_step")
 
-_BUILDER_VERSION = 1
+_BUILDER_VERSION = 2
 """Raise it when the same inputs are to be built differently: engines are then built again."""
 
 

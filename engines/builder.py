@@ -42,7 +42,7 @@ class BuiltEngine:
         inputs: inputs that a caller feeds, without the weights.
         outputs: outputs.
         layers: kernel plan lines per optimization profile.
-        scratch_bytes: activation memory, the largest of all profiles.
+        scratch_bytes: activation memory per optimization profile.
         seconds: wall time of parsing and building.
         peak_rss: peak resident memory of this process so far, bytes.
         peak_rss_delta: by how much this build raised it.
@@ -52,7 +52,7 @@ class BuiltEngine:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     layers: list[list[str]]
-    scratch_bytes: int
+    scratch_bytes: tuple[int, ...]
     seconds: float
     peak_rss: int
     peak_rss_delta: int
@@ -114,13 +114,18 @@ def build_engine(
             f"{name}: {trt.__name__} {trt.__version__} cannot build this graph for {target.name}: "
             f"{log.reason}"
         )
+    if len(log.scratch_bytes) != len(profiles):
+        raise BuildError(
+            f"{name}: TensorRT told the memory of {len(log.scratch_bytes)} profiles, expected "
+            f"{len(profiles)}; it has one logger per process: build in a process of its own"
+        )
     peak = peak_rss()
     return BuiltEngine(
         plan=plan,
         inputs=inputs,
         outputs=outputs,
         layers=log.layers,
-        scratch_bytes=max(log.scratch_bytes, default=0),
+        scratch_bytes=tuple(log.scratch_bytes),
         seconds=time.perf_counter() - start,
         peak_rss=peak,
         peak_rss_delta=peak - before,
@@ -225,6 +230,9 @@ def _configure(
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # Else wide profiles allocate while they run, and cannot be captured as CUDA graphs.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if capability is not None:
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(capability, 0):

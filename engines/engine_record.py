@@ -41,11 +41,18 @@ class ProfileRecord:
         name: from the recipe.
         symbols: symbolic axis -> (min, opt, max).
         shapes: input -> (min, opt, max) shapes; inputs of fixed shape are absent.
+        scratch_bytes: activation memory at its largest shapes.
     """
 
     name: str
     symbols: dict[str, tuple[int, int, int]]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    scratch_bytes: int = 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one single shape."""
+        return all(low == high for low, _, high in self.shapes.values())
 
     def holds(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether inputs of these shapes fit; inputs that are not named here are not asked."""
@@ -75,7 +82,7 @@ class EngineRecord:
         outputs: outputs.
         weights: weight inputs by name; empty where weights are embedded.
         profiles: in TensorRT's order.
-        scratch_bytes: activation memory at the largest shapes.
+        scratch_bytes: activation memory at the largest shapes of all profiles.
         seconds: time of the build.
         peak_rss: peak resident memory of the building process until then, bytes.
     """
@@ -113,6 +120,19 @@ class EngineRecord:
             f"{self.graph}: no profile of this engine holds {got}; it was built for {limits}. "
             "Build engines with a recipe that covers these sizes"
         )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the engine serves one single shape."""
+        return len(self.profiles) == 1 and self.profiles[0].fixed
+
+    def scratch_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Activation memory that inputs of these shapes need at most.
+
+        Raises:
+            RequestError: no profile holds them.
+        """
+        return self.profiles[self.profile_for(shapes)].scratch_bytes
 
     def weight_refs(self, artifacts: Path) -> dict[str, WeightRef]:
         """Where the weight inputs lie in an artifact folder.
@@ -159,7 +179,9 @@ def record_from_json(value: Mapping[str, Any]) -> EngineRecord:
             name: WeightInput(file, int(offset), int(nbytes), dtype, tuple(shape))
             for name, (file, offset, nbytes, dtype, shape) in value["weights"].items()
         },
-        profiles=tuple(_profile(profile) for profile in value["profiles"]),
+        profiles=tuple(
+            _profile(profile, int(value["scratch_bytes"])) for profile in value["profiles"]
+        ),
         scratch_bytes=int(value["scratch_bytes"]),
         seconds=float(value["seconds"]),
         peak_rss=int(value["peak_rss"]),
@@ -171,7 +193,7 @@ def _tensor(value: Any) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape))
 
 
-def _profile(value: Mapping[str, Any]) -> ProfileRecord:
+def _profile(value: Mapping[str, Any], largest_scratch: int) -> ProfileRecord:
     symbols: dict[str, tuple[int, int, int]] = {
         symbol: (low, typical, high) for symbol, (low, typical, high) in value["symbols"].items()
     }
@@ -179,4 +201,6 @@ def _profile(value: Mapping[str, Any]) -> ProfileRecord:
         name: (tuple(low), tuple(typical), tuple(high))
         for name, (low, typical, high) in value["shapes"].items()
     }
-    return ProfileRecord(value["name"], symbols, shapes)
+    # Engines of an earlier klein-kv say it of all profiles together.
+    scratch = int(value.get("scratch_bytes", largest_scratch))
+    return ProfileRecord(value["name"], symbols, shapes, scratch)

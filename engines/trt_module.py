@@ -58,16 +58,16 @@ def module_version(trt: Any) -> str:
     return str(trt.__version__)
 
 
-_MOST_ERRORS, _TOLD_ERRORS, _TOLD_LENGTH = 16, 2, 600
-"""Messages that are kept, and how many of them, and characters, an error of ours carries."""
+_TOLD_ERRORS, _TOLD_LENGTH = 2, 600
+"""Messages, and characters of them, that an error of ours carries."""
 
 
 @dataclass(slots=True)
 class BuildLog:
-    """What TensorRT said: during one build, or while engines are loaded and run.
+    """What TensorRT said during one build.
 
     Attributes:
-        errors: messages of severity ERROR and worse since `begin`, in order; the first few.
+        errors: messages of severity ERROR and worse, in order.
         layers: one kernel plan per optimization profile: the lines of "Engine Layer Information".
         scratch_bytes: activation memory per optimization profile.
     """
@@ -76,18 +76,9 @@ class BuildLog:
     layers: list[list[str]] = field(default_factory=list)
     scratch_bytes: list[int] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Forgets errors of what was done before, so that `reason` tells of what comes now."""
-        self.errors.clear()
-
-    def add_error(self, message: str) -> None:
-        """Keeps an error; a process that runs for long must not collect them."""
-        if len(self.errors) < _MOST_ERRORS:
-            self.errors.append(message)
-
     @property
     def reason(self) -> str:
-        """TensorRT's own words since `begin`: the first errors, of which later ones follow."""
+        """TensorRT's own words: the first errors, of which later ones follow."""
         words = " | ".join(message.strip() for message in self.errors[:_TOLD_ERRORS])
         return words[:_TOLD_LENGTH] or "it gave no reason"
 
@@ -103,7 +94,7 @@ class BuildLog:
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
-    """A TensorRT logger at VERBOSE that fills `log` and passes warnings on to `logging`.
+    """A logger for builds: at VERBOSE, fills `log` and passes warnings on to `logging`.
 
     Errors are passed on for debugging alone: the caller raises them.
     """
@@ -120,6 +111,6 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
                 _log.debug("%s", message)
             else:
                 _log.debug("%s", message)
-                log.add_error(message)
+                log.errors.append(message)
 
     return Logger()

@@ -213,6 +213,35 @@ class Signature:
             found.update(dict.fromkeys(axis for axis in spec.shape if isinstance(axis, str)))
         return tuple(found)
 
+    def output_shapes(
+        self, inputs: Mapping[str, tuple[int, ...]], unit: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs that inputs of these shapes give.
+
+        Args:
+            inputs: shape of every input.
+            unit: pixels of a token's side.
+
+        Raises:
+            RequestError: the inputs do not fit the signature, or each other.
+        """
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            shape = inputs.get(spec.name, ())
+            for axis, size in zip(spec.shape, shape, strict=False):
+                wanted = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+                if size != wanted or len(shape) != len(spec.shape):
+                    raise RequestError(
+                        f"{self.graph}: {spec.name} has shape {shape}, expected "
+                        f"{tuple(sizes.get(str(a), a) for a in spec.shape)}"
+                    )
+        for side in ("height", "width"):
+            if side in sizes:
+                sizes[f"grid_{side}"] = sizes[side] // unit
+            elif f"grid_{side}" in sizes:
+                sizes[side] = sizes[f"grid_{side}"] * unit
+        return {spec.name: spec.concrete(sizes) for spec in self.outputs}
+
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""
         return next(spec for spec in self.inputs if spec.name == name)

@@ -5,7 +5,7 @@ Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA
 """
 
 import importlib.util
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -33,20 +33,40 @@ class GraphMemory:
     Attributes:
         weights: bytes by tensor while the graph is loaded; graphs that name the same tensor share
             it. Empty where weights are mapped files, which the system drops by itself.
-        scratch: bytes while it runs; None where that is not known.
-        keeps_scratch: the backend keeps that memory for its next run, and `available_memory`
-            cannot tell it from memory in use.
+        keeps_scratch: the backend keeps the memory of a run for its next run, and
+            `available_memory` cannot tell it from memory in use.
+        fixed_buffers: inputs and outputs of every graph have memory of their own while it is
+            loaded, and all graphs share scratch that stays as large as the largest.
+        kv_copies: further places that the backend keeps for keys and values of a request.
     """
 
     weights: Mapping[Hashable, int] = field(default_factory=dict)
-    scratch: int | None = None
     keeps_scratch: bool = False
+    fixed_buffers: bool = False
+    kv_copies: int = 0
 
 
 class Backend(Protocol):
-    """Graphs of one artifact folder on one device."""
+    """Graphs of one artifact folder on one device. One thread at a time runs graphs."""
 
     name: str
+
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        """Does ahead what the next run of a graph would have to: loads it, takes memory.
+
+        Args:
+            graph: its name.
+            shapes: of all its inputs.
+            kv: the keys and values that the run will be given, where there are some already.
+            eager: compile whatever is to be compiled for these shapes at the first run.
+        """
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Runs a graph.
@@ -56,17 +76,29 @@ class Backend(Protocol):
             inputs: every input of the graph's signature. Buffers stay the caller's.
 
         Returns:
-            All outputs by name, newly allocated on the device.
+            All outputs by name, on the device. Keys and values belong to the caller; the others may
+            be written to when the graph runs again: `assemble` keeps what must outlast that.
         """
 
     def upload(self, array: NDArray[Any]) -> Buffer:
-        """A buffer with the array's content. The array must not change while the buffer lives."""
+        """A buffer with the array's content."""
+
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        """Keys and values of one set, by the names of `signature.kv_names`."""
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """The buffer's content on the host; without a copy where the device is the host."""
 
-    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        """The same memory under another shape."""
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        """The same memory from element `start` on, under another shape."""
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        """A new buffer that holds the elements of its parts, one after the other.
+
+        Args:
+            shape: of the new buffer.
+            parts: of one type; each is copied before the next one is asked for.
+        """
 
     def release(self, graph: str) -> None:
         """Frees what a loaded graph holds; the next run loads it again."""
@@ -80,6 +112,16 @@ class Backend(Protocol):
         Raises:
             ArtifactError: there is no such graph here.
         """
+
+    def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Bytes that a graph takes while it runs at these shapes; None where that is not known.
+
+        Raises:
+            RequestError: it does not run at these shapes.
+        """
+
+    def close(self) -> None:
+        """Frees everything. Nothing may be called afterwards; buffers are gone."""
 
 
 @runtime_checkable
@@ -144,7 +186,7 @@ def open_backend(
     if name == "tensorrt":
         if kind == "cpu":
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
-        from klein_kv.runtime.trt_backend import TrtBackend
+        from klein_kv.runtime.backends.trt.backend import TrtBackend
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
     if name == "torch":

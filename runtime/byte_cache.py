@@ -7,6 +7,7 @@ made a second time.
 
 import contextlib
 import functools
+import logging
 import threading
 import weakref
 from collections import OrderedDict
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from klein_kv.errors import CapacityError, RequestError
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["ByteCache", "CacheStats", "Claim", "SecondLevel"]
 
@@ -109,13 +112,17 @@ class ByteCache(Generic[V]):
     Args:
         budget: bytes; 0 turns the cache off: every claim is then a computation.
         second: a larger, slower level below this one.
+        what: a value, for the log: "a reference set".
     """
 
-    def __init__(self, budget: int, second: SecondLevel[V] | None = None) -> None:
+    def __init__(
+        self, budget: int, second: SecondLevel[V] | None = None, what: str = "a value"
+    ) -> None:
         if not isinstance(budget, int | float) or not budget >= 0:
             raise RequestError(f"the cache's budget is {budget!r} bytes, expected 0 or more")
         self.budget = budget
         self.second = second
+        self.what = what
         self._state: _State[V] = _State()
         self._changed = threading.Condition()
 
@@ -277,7 +284,15 @@ class ByteCache(Generic[V]):
         if key in state.entries:
             state.entries.move_to_end(key)
             return []
-        if self._pinned_bytes() + value.nbytes > self.budget:
+        room = self.budget - self._pinned_bytes()
+        if value.nbytes > room:
+            _log.info(
+                "%s of %.2f GB is not kept: the budget is %.2f GB%s",
+                self.what,
+                value.nbytes / 1e9,
+                self.budget / 1e9,
+                "" if room == self.budget else f", of which {room / 1e9:.2f} are not pinned",
+            )
             return [(key, value)]
         evicted = self._evict(self.budget - value.nbytes)
         state.entries[key] = value

@@ -3,19 +3,23 @@
 Only headers and manifests are read, and no GPU is asked: the plan is that of its vendor's figures.
 """
 
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from klein_kv.config import ITEM_SIZE, dtype_name
+from klein_kv.engines.manifest import ENGINE_MANIFEST
 from klein_kv.engines.targets import Gpu, find_target
-from klein_kv.errors import RequestError
+from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.quantization import PRECISION_FORMATS
-from klein_kv.runtime.engine_choice import BuiltEngine, choose_engine, load_engines
+from klein_kv.runtime.engine_set import EngineFolder, EngineSet, open_engines
 from klein_kv.runtime.host_needs import HostNeed, host_needs
 from klein_kv.runtime.latency import Latency, estimate_latency
+from klein_kv.runtime.memory import reference_budget
 from klein_kv.runtime.memory_plan import (
     COMPONENTS,
     RESERVED,
@@ -24,6 +28,7 @@ from klein_kv.runtime.memory_plan import (
     Request,
     component_of,
     edit_stages,
+    flagship_request,
     make_plan,
 )
 from klein_kv.runtime.plan_choices import Choice, what_fits
@@ -92,6 +97,7 @@ class EditPlan:
         first_time: how long the first takes.
         again_time: how long the second takes.
         choices: what would fit instead, where the first does not.
+        kept_sets: sets of four 1024x1024 references whose keys and values stay on the device.
     """
 
     first: MemoryPlan
@@ -99,6 +105,7 @@ class EditPlan:
     first_time: Latency
     again_time: Latency | None
     choices: tuple[Choice, ...]
+    kept_sets: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -115,6 +122,7 @@ class EditPlan:
             "kv_bytes": self.first.kv_bytes,
             "peak": self.first.peak,
             "fits": self.first.fits,
+            "kept_sets": self.kept_sets,
             "first_edit": self.first.to_dict() | {"latency": self.first_time.to_dict()},
             "repeated_edit": None
             if self.again is None or self.again_time is None
@@ -168,8 +176,7 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
     if options.attention is not None:
         precisions = options.precisions or ("fp8", "nvfp4")
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
-    engines = load_engines(artifacts, target.sm, options.engines)
-    planner = _Planner(manifest, capacity, engines)
+    planner = _Planner(artifacts, manifest, capacity, target.sm, options.engines)
     edits = []
     for precision in precisions:
         footprint = _footprint(artifacts, manifest, base, precision, options)
@@ -178,7 +185,7 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
             edits.append(_edit(planner, footprint, requests, options.steps, target.gpu))
     plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
     used = {
-        built.folder: built
+        built.path: built
         for plan in plans
         for built in planner.engines_of(plan.footprint, plan.request).values()
     }
@@ -263,17 +270,23 @@ def _footprint(
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    """Plans requests for one device."""
+    """Plans requests for one device, on the engines that would run them."""
 
+    artifacts: Path
     manifest: Manifest
     capacity: int
-    engines: Sequence[BuiltEngine]
+    sm: int
+    folder: Path | None
 
-    def __call__(self, footprint: Footprint, request: Request) -> MemoryPlan:
-        """The plan on the engines that would run it."""
+    def __call__(
+        self, footprint: Footprint, request: Request, after: MemoryPlan | None = None
+    ) -> MemoryPlan:
+        """The plan of a request; of one that follows another."""
         engines = self.engines_of(footprint, request)
         scratch = {
-            graph: (built.record.scratch_bytes, built.name) for graph, built in engines.items()
+            graph: (built.manifest.record(graph).scratch_for(shapes), built.path.name)
+            for graph, built in engines.items()
+            for shapes in self._shapes(graph, footprint, request)[:1]
         }
         copies = sum(
             built.manifest.weights == "embedded" and component_of(graph) == "transformer"
@@ -282,36 +295,75 @@ class _Planner:
         if copies > 1:
             held = footprint.weights["transformer"] * copies
             footprint = replace(footprint, weights={**footprint.weights, "transformer": held})
-        return make_plan(footprint, request, self.capacity, scratch=scratch)
+        left = max((stage.parts["scratch"] for stage in after.stages), default=0) if after else 0
+        return make_plan(
+            footprint,
+            request,
+            self.capacity,
+            scratch=scratch,
+            fixed_buffers=True,
+            held_scratch=left,
+        )
 
-    def engines_of(self, footprint: Footprint, request: Request) -> dict[str, BuiltEngine]:
+    def kept_sets(self, footprint: Footprint) -> int:
+        """How many sets of four 1024x1024 references stay by default beside everything else."""
+        request = flagship_request(self.manifest.variant, footprint.config)
+        flagship = footprint.kv_bytes(request) if self.manifest.variant == "kv" else 0
+        if not flagship:
+            return 0
+        plan = self(footprint, request)
+        passing = ("reserved", "scratch", "activations", "images")
+        besides = max(sum(stage.parts.get(part, 0) for part in passing) for stage in plan.stages)
+        budget = reference_budget(self.capacity, plan.footprint.weights, besides, flagship)
+        return budget // flagship
+
+    def engines_of(self, footprint: Footprint, request: Request) -> dict[str, EngineFolder]:
         """Engines by graph, where there are such."""
+        engines = self._engines(footprint)
         found = {}
-        for graph in request.stages:
-            sizes = request.sizes(graph, footprint.config)
-            digests = self._digests(graph, footprint)
-            if (built := choose_engine(self.engines, graph, digests, sizes)) is not None:
-                found[graph] = built
+        for graph in request.stages if engines is not None else ():
+            for shapes in self._shapes(graph, footprint, request)[:1]:
+                with contextlib.suppress(ArtifactError, RequestError):
+                    assert engines is not None  # noqa: S101 - or there is no graph
+                    found[graph] = engines.choose(graph, shapes)
         return found
 
-    def _digests(self, graph: str, footprint: Footprint) -> list[str]:
-        """Of the files that an engine may have been built from, the best first."""
-        component = component_of(graph)
-        names = {"transformer": footprint.precision, "text_encoder": footprint.text_precision}
-        name = names.get(component, "")
-        quantized = ((component, name),) if name in PRECISION_FORMATS else ()
-        kv = None
-        if component == "transformer" and footprint.kv_dtype == KV_FLOAT8:
-            kv = KV_STATIC_FLOAT8 if quantized else KV_FLOAT8
-        attentions: list[str | None] = [None]
-        if component == "transformer" and footprint.attention is not None:
-            attentions = [footprint.attention, None]
-        sets = [
-            GraphSet(self.manifest.variant, self.manifest.dtype, kv, quantized, attention)
-            for attention in attentions
+    def _engines(self, footprint: Footprint) -> EngineSet | None:
+        graphs = self._graphs(footprint)
+        try:
+            return open_engines(self.artifacts, self.manifest, graphs, self.folder).for_sm(self.sm)
+        except (ArtifactError, BuildError, KeyError):
+            if self.folder is not None and not (self.folder / ENGINE_MANIFEST).exists():
+                raise
+            return None
+
+    def _shapes(
+        self, graph: str, footprint: Footprint, request: Request
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """Inputs of each run; the largest first."""
+        inputs = self._graphs(footprint).signature(graph, footprint.config).inputs
+        shapes = [
+            {spec.name: spec.concrete(sizes) for spec in inputs}
+            for sizes in request.runs(graph, footprint.config)
         ]
-        files = [graphs.files[graph] for graphs in sets]
-        return [self.manifest.files[file].digest for file in files if file in self.manifest.files]
+        return sorted(shapes, key=lambda x: -sum(math.prod(shape) for shape in x.values()))
+
+    def _graphs(self, footprint: Footprint) -> GraphSet:
+        """The graphs that compute like that."""
+        quantized = tuple(
+            (component, name)
+            for component, name in (
+                ("text_encoder", footprint.text_precision),
+                ("transformer", footprint.precision),
+            )
+            if name in PRECISION_FORMATS
+        )
+        kv = None
+        if footprint.kv_dtype == KV_FLOAT8:
+            kv = KV_STATIC_FLOAT8 if footprint.precision in PRECISION_FORMATS else KV_FLOAT8
+        return GraphSet(
+            self.manifest.variant, self.manifest.dtype, kv, quantized, footprint.attention
+        )
 
 
 def _request(manifest: Manifest, options: PlanOptions, count: int, known: bool) -> Request:
@@ -343,11 +395,12 @@ def _edit(
         return estimate_latency(plan, steps, gpu, planner.engines_of(footprint, plan.request))
 
     first = planner(footprint, requests[0])
-    again = planner(footprint, requests[1]) if first.kv_bytes else None
+    again = planner(footprint, requests[1], first) if first.kv_bytes else None
     return EditPlan(
         first=first,
         again=again,
         first_time=latency(first),
         again_time=None if again is None else latency(again),
         choices=() if first.fits else tuple(what_fits(first, planner)),
+        kept_sets=planner.kept_sets(footprint),
     )

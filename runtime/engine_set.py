@@ -1,9 +1,9 @@
-"""Which engines serve a set of graphs: those of one shape where there are such, else the general.
+"""Which engine runs a graph at a shape. `klein-kv plan` and the runtime ask this one place.
 
-An artifact folder may hold, beside engines for ranges of sizes, any number of engines of one single
-shape each (`klein-kv build --size`): faster, and with attention in float8 the only ones. Which of
-them runs is decided graph by graph, by the shapes at hand. All of them hand keys and values on in
-the same form and bind the same weights.
+An artifact folder may hold any number of engines: for ranges of sizes, and of one single shape each
+(`klein-kv build --size`), which are faster, and with attention in float8 the only ones. All that
+were built from one set of graphs hand keys and values on in the same form and bind the same
+weights, so any of them can run any step of a request.
 """
 
 import os
@@ -40,32 +40,47 @@ class EngineFolder:
 
 @dataclass(frozen=True, slots=True)
 class EngineSet:
-    """Engines that serve one set of graphs, in the order in which they are asked.
+    """Engines that serve one set of graphs.
 
     Attributes:
-        folders: those of one single shape first; at most one is for ranges of sizes. Never empty.
+        folders: in no particular order; never empty.
+        attention: of the graphs; engines that have it come before those that do not.
     """
 
     folders: tuple[EngineFolder, ...]
+    attention: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the TensorRT that built them; of the first, where they differ."""
+        return self.folders[0].manifest.module
 
     def choose(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> EngineFolder:
-        """The first engine that takes inputs of these shapes.
+        """The engine for these shapes of inputs: for them alone, else the one with least scratch.
 
         Raises:
             ArtifactError: there is no engine of that graph.
             RequestError: none takes these shapes.
         """
+        fitting: list[tuple[tuple[bool, bool, int, str], EngineFolder]] = []
         refused: RequestError | None = None
-        for folder in self._with(graph):
+        for folder in self.folders:
+            record = folder.manifest.engines.get(graph)
+            if record is None:
+                continue
             try:
-                folder.manifest.record(graph).profile_for(shapes)
+                profile = record.profiles[record.profile_for(shapes)]
             except RequestError as error:
-                refused = error  # the last one's limits are the widest
-            else:
-                return folder
-        if refused is None:
-            raise ArtifactError(str(_missing(self, graph)))
-        raise refused
+                if refused is None or not record.fixed:  # tell the widest limits
+                    refused = error
+                continue
+            other = folder.manifest.attention != self.attention
+            fitting.append(
+                ((other, not record.fixed, profile.scratch_bytes, folder.path.name), folder)
+            )
+        if fitting:
+            return min(fitting, key=lambda item: item[0])[1]
+        raise refused or _missing(self, graph)
 
     def records(self, graph: str) -> list[EngineRecord]:
         """Records of every engine of a graph.
@@ -73,38 +88,52 @@ class EngineSet:
         Raises:
             ArtifactError: there is none.
         """
-        found = [folder.manifest.record(graph) for folder in self._with(graph)]
-        if not found:
+        records = [x.manifest.engines[graph] for x in self.folders if graph in x.manifest.engines]
+        if not records:
             raise _missing(self, graph)
-        return found
+        return records
 
-    def _with(self, graph: str) -> list[EngineFolder]:
-        return [folder for folder in self.folders if graph in folder.manifest.engines]
-
-    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Without those of one shape that were built for another library or GPU.
+    def check_module(self, module: str, version: str) -> None:
+        """Refuses a TensorRT that loads none of them.
 
         Raises:
-            BuildError: so were the others.
+            BuildError: they were built with another library or version.
         """
-        kept = tuple(
+        for folder in self.folders:
+            if (folder.manifest.module, folder.manifest.version) == (module, version):
+                return
+        self.folders[0].manifest.check_module(module, version)
+
+    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
+        """Those that this TensorRT and a GPU of this compute capability run.
+
+        Raises:
+            BuildError: there are none.
+        """
+        self.check_module(module, version)
+        own = [
             folder
             for folder in self.folders
-            if (folder.manifest.module, folder.manifest.version, folder.manifest.sm)
-            == (module, version, sm)
-            or not _one_shape(folder.manifest)
-        )
-        checked = EngineSet(kept or self.folders)
-        for folder in checked.folders:
-            folder.manifest.check_module(module, version)
-            folder.manifest.check_device(sm)
-        return checked
+            if (folder.manifest.module, folder.manifest.version) == (module, version)
+        ]
+        return EngineSet(tuple(own), self.attention).for_sm(sm)
+
+    def for_sm(self, sm: int) -> "EngineSet":
+        """Those for one compute capability.
+
+        Raises:
+            BuildError: there are none.
+        """
+        own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
+        if not own:
+            self.folders[0].manifest.check_device(sm)
+        return replace(self, folders=own)
 
 
 def open_engines(
     artifacts: Path, manifest: Manifest, graphs: GraphSet, folder: Path | None = None
 ) -> EngineSet:
-    """Finds the engines of a set of graphs.
+    """Finds the engines of a set of graphs, for whatever GPU.
 
     Args:
         artifacts: the artifact folder.
@@ -114,34 +143,25 @@ def open_engines(
         folder: these engines alone.
 
     Raises:
-        ArtifactError: there are none, several folders for ranges of sizes, or engines of another
-            export.
+        ArtifactError: there are none, or only engines of another export.
     """
     general = replace(graphs, attention=None)
     if folder is not None:
-        engines = EngineManifest.load(folder)
-        if not _is_of(engines, graphs):
+        found = [EngineFolder(folder, EngineManifest.load(folder))]
+        if not (_is_of(found[0].manifest, graphs) or _is_of(found[0].manifest, general)):
             raise ArtifactError(
-                f"{folder}: these are engines of {engines.title}, keys and values in "
-                f"{engines.kv_dtype or manifest.dtype}; expected precision "
+                f"{folder}: these are engines of {found[0].manifest.title}, keys and values in "
+                f"{found[0].manifest.kv_dtype or manifest.dtype}; expected precision "
                 f"{graphs.precision or manifest.dtype}, keys and values in "
                 f"{graphs.kv_dtype or manifest.dtype}, attention in "
                 f"{graphs.attention or manifest.dtype}; choose other engines, or another "
                 "precision, kv_dtype or attention"
             )
-        found = [EngineFolder(folder, engines)]
     else:
         there = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
-        own = [x for x in there if _is_of(x.manifest, graphs)]
-        ranges = [x for x in own if not _one_shape(x.manifest)]
-        if graphs.attention is not None:
-            ranges += [
-                x for x in there if _is_of(x.manifest, general) and not _one_shape(x.manifest)
-            ]
-        shapes = [x for x in own if _one_shape(x.manifest)]
-        if len(ranges) > 1 or not ranges + shapes:
-            raise _ambiguous(artifacts, graphs, [x.path.name for x in ranges])
-        found = shapes + ranges
+        found = [x for x in there if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
+        if not any(_is_of(x.manifest, graphs) for x in found):
+            raise _none(artifacts, graphs)
     for one in found:
         files = (graphs if one.manifest.attention == graphs.attention else general).files
         for graph, record in one.manifest.engines.items():
@@ -150,10 +170,10 @@ def open_engines(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"
                 )
-    return EngineSet(tuple(found))
+    return EngineSet(tuple(found), graphs.attention)
 
 
-def _ambiguous(artifacts: Path, graphs: GraphSet, names: list[str]) -> ArtifactError:
+def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
     option = "" if graphs.precision is None else f" --precision {graphs.precision}"
     kind = "" if graphs.precision is None else f" of precision {graphs.precision}"
     if graphs.attention is not None:
@@ -161,8 +181,8 @@ def _ambiguous(artifacts: Path, graphs: GraphSet, names: list[str]) -> ArtifactE
     elif graphs.kv_dtype is not None:
         option, kind = f"{option} --kv-dtype fp8", f"{kind} with float8 K/V"
     return ArtifactError(
-        f"expected one folder of engines{kind} in {artifacts / 'engines'}, found "
-        f"{', '.join(names) or 'none'}; name one, or build with `klein-kv build{option}`"
+        f"there are no engines{kind} in {artifacts / 'engines'}; build them with "
+        f"`klein-kv build{option}`"
     )
 
 
@@ -181,13 +201,4 @@ def _is_of(engines: EngineManifest, graphs: GraphSet) -> bool:
         graphs.precision,
         graphs.kv_dtype,
         graphs.attention,
-    )
-
-
-def _one_shape(engines: EngineManifest) -> bool:
-    """Whether all engines of a folder take one single shape."""
-    return bool(engines.engines) and all(
-        len(record.profiles) == 1
-        and all(low == high for low, _, high in record.profiles[0].shapes.values())
-        for record in engines.engines.values()
     )

@@ -17,8 +17,8 @@ from klein_kv.engines.build_needs import (
 from klein_kv.flops import block_weights, text_block_weights
 from klein_kv.manifest import MANIFEST, Manifest, graph_weights
 from klein_kv.quantization import PRECISION_FORMATS
-from klein_kv.runtime.cuda_memory import STAGING_BYTES
-from klein_kv.runtime.engine_choice import BuiltEngine
+from klein_kv.runtime.backends.trt.memory import STAGING_BYTES
+from klein_kv.runtime.engine_set import EngineFolder
 from klein_kv.runtime.memory_plan import PRECISIONS, Footprint, MemoryPlan
 
 __all__ = ["EXPORT_MEMORY", "HostNeed", "host_needs"]
@@ -52,7 +52,7 @@ class HostNeed:
 def host_needs(
     artifacts: Path,
     manifest: Manifest,
-    engines: Sequence[BuiltEngine],
+    engines: Sequence[EngineFolder],
     plans: Sequence[MemoryPlan],
 ) -> list[HostNeed]:
     """What the host needs for these artifacts.
@@ -60,7 +60,7 @@ def host_needs(
     Args:
         artifacts: the folder.
         manifest: its manifest.
-        engines: one of each folder that would run, if any is built.
+        engines: those that would run, if any are built.
         plans: of requests: what they load again comes from the host.
     """
     made_later = manifest.quantized_files
@@ -86,8 +86,9 @@ def host_needs(
         )
     for built in engines:
         memory = max(record.peak_rss for record in built.manifest.engines.values())
-        disk = sum(path.stat().st_size for path in built.folder.iterdir())
-        needs.append(HostNeed(f"build, {built.manifest.weights} weights", memory, disk, built.name))
+        disk = sum(path.stat().st_size for path in built.path.iterdir())
+        what = f"build, {built.manifest.weights} weights"
+        needs.append(HostNeed(what, memory, disk, built.path.name))
     if all(built.manifest.weights != "embedded" for built in engines):
         needs.append(
             HostNeed(
@@ -105,7 +106,7 @@ def host_needs(
         elif name in PRECISION_FORMATS:
             disk = _quantized_bytes(footprint)
             needs.append(HostNeed(f"{name} weights, not made yet", None, disk, "from their shapes"))
-    needs.append(HostNeed("run: pinned buffers for uploads", 2 * STAGING_BYTES, None, "exact"))
+    needs.append(HostNeed("run: pinned buffers for uploads", STAGING_BYTES, None, "exact"))
     again = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
     if again:
         needs.append(

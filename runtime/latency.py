@@ -11,14 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from klein_kv.config import dtype_name
+from klein_kv.engines.kernel_plan import KernelPlan
+from klein_kv.engines.plan_cost import price_plan
 from klein_kv.engines.targets import Gpu
+from klein_kv.errors import ArtifactError, BuildError
 from klein_kv.flops import (
     Operations,
     reference_operations,
     step_operations,
     text_operations,
 )
-from klein_kv.runtime.engine_choice import BuiltEngine
+from klein_kv.runtime.engine_set import EngineFolder
 from klein_kv.runtime.memory_plan import Footprint, MemoryPlan, Request, component_of
 from klein_kv.vae_layers import vae_operations
 
@@ -72,7 +75,7 @@ class Latency:
 
 
 def estimate_latency(
-    plan: MemoryPlan, steps: int, gpu: Gpu, engines: Mapping[str, BuiltEngine]
+    plan: MemoryPlan, steps: int, gpu: Gpu, engines: Mapping[str, EngineFolder]
 ) -> Latency:
     """Times of a planned request.
 
@@ -89,13 +92,24 @@ def estimate_latency(
     ]
     for graph in request.stages:
         runs, engine = _runs(graph, request, steps), engines.get(graph)
-        priced = None if engine is None else engine.seconds(gpu)
+        priced = None if engine is None else _price(engine, graph, gpu)
         if engine is not None and priced is not None:
-            stages.append(StageTime(graph, runs, priced, "kernel plan", engine.name))
+            stages.append(StageTime(graph, runs, priced, "kernel plan", engine.path.name))
         else:
             seconds = _seconds(graph, footprint, request.sizes(graph, footprint.config), gpu)
             stages.append(StageTime(graph, runs, seconds, "FLOP model"))
     return Latency(tuple(stages))
+
+
+def _price(engines: EngineFolder, graph: str, gpu: Gpu) -> float | None:
+    """Price of the kernel plan; None where it has none, as for a range of sizes."""
+    record = engines.manifest.record(graph)
+    if not record.fixed:
+        return None
+    try:
+        return price_plan(KernelPlan.load(engines.path / record.layers), gpu).seconds
+    except (ArtifactError, BuildError):
+        return None
 
 
 def _runs(graph: str, request: Request, steps: int) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.config import TransformerConfig
-from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.references import grid_ids, text_ids
+from klein_kv.runtime.session import Session
 from klein_kv.schedule import Schedule
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
@@ -45,32 +46,35 @@ class LoopInputs:
 
 
 def loop_inputs(
-    backend: Backend, noise: NDArray[Any], text: NDArray[Any], grid: tuple[int, int]
+    backend: Session, noise: NDArray[Any], text: Buffer, length: int, grid: tuple[int, int]
 ) -> LoopInputs:
     """Uploads what a request starts from; its references are still to be filled in.
 
     Args:
         backend: where the loop runs.
         noise: [B, C, h, w].
-        text: embeddings [B, T, 3 * hidden].
+        text: embeddings [B, T, 3 * hidden], on the device.
+        length: T.
         grid: (h, w).
     """
     batch, channels = noise.shape[:2]
     tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
     return LoopInputs(
         latents=backend.upload(tokens),
-        text=backend.upload(text),
+        text=text,
         img_ids=backend.upload(grid_ids(*grid)),
-        txt_ids=backend.upload(text_ids(text.shape[1])),
+        txt_ids=backend.upload(text_ids(length)),
     )
 
 
-def no_references(backend: Backend, net: TransformerConfig, graphs: GraphSet) -> dict[str, Buffer]:
+def no_references(backend: Session, net: TransformerConfig, graphs: GraphSet) -> dict[str, Buffer]:
     """Keys and values of R = 0 tokens; their scales, where they have some, are 1."""
-    return {
-        spec.name: backend.upload(np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype]))
-        for spec in graphs.kv_tensors(net, ref_tokens=0)
-    }
+    return backend.upload_kv(
+        {
+            spec.name: np.ones(spec.concrete({}), NUMPY_DTYPES[spec.dtype])
+            for spec in graphs.kv_tensors(net, ref_tokens=0)
+        }
+    )
 
 
 AfterStep = Callable[[int, LoopInputs], bool]
@@ -78,7 +82,7 @@ AfterStep = Callable[[int, LoopInputs], bool]
 
 
 def denoise_loop(
-    backend: Backend,
+    backend: Session,
     schedule: Schedule,
     inputs: LoopInputs,
     graphs: GraphSet,

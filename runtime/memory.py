@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory", "default_cache_bytes", "default_prompt_bytes"]
+__all__ = ["available_memory", "default_prompt_bytes", "reference_budget"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 _FILE_PAGES = ("active_file", "inactive_file")
@@ -27,19 +27,27 @@ def available_memory() -> int:
         return available
 
 
-def default_cache_bytes(available: int, weights: Mapping[str, int]) -> int:
-    """Budget of the reference store: a quarter of the memory that weights leave free.
+def reference_budget(
+    available: int, weights: Mapping[str, int], besides: int, flagship: int
+) -> int:
+    """Default budget of the reference store: on a device, all that nothing else needs.
 
-    Where they do not all fit beside each other, the text encoder is not there at the same time as
-    the others.
+    Where four 1024x1024 references do not fit beside all weights, the text encoder and the others
+    take turns: weights come back from files sooner than keys and values are computed again.
 
     Args:
         available: bytes that the backend can take when it is opened, before anything is loaded.
         weights: bytes of each component's weights in that memory; mapped files take none.
+        besides: bytes of scratch, inputs and outputs of the largest request.
+        flagship: bytes of keys and values of four 1024x1024 references.
     """
     together, text = sum(weights.values()), weights.get("text_encoder", 0)
-    held = together if together <= available else max(text, together - text)
-    return max(0, available - held) // 4
+    if not together:  # a host, where mapped weights and other programs want memory too
+        return available // 4
+    room = available - besides - together
+    if room < flagship:
+        room = available - besides - max(text, together - text)
+    return max(0, room)
 
 
 def default_prompt_bytes() -> int:

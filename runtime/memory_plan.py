@@ -30,6 +30,7 @@ __all__ = [
     "Stage",
     "component_of",
     "edit_stages",
+    "flagship_request",
     "make_plan",
     "size_text",
 ]
@@ -82,6 +83,18 @@ def edit_stages(variant: str, references: int, *, known: bool = False) -> tuple[
     return ("text_encoder", *encode, *first, "cached_step", "vae_decoder")
 
 
+FLAGSHIP_SIDE, FLAGSHIP_REFERENCES = 1024, 4
+"""The edit that a GPU should keep the references of: as large as klein takes them."""
+
+
+def flagship_request(variant: str, config: ModelConfig) -> "Request":
+    """A first edit of 1024x1024 pixels with four references of that size."""
+    unit = config.vae.multiple_of
+    side = -(-FLAGSHIP_SIDE // unit) * unit
+    references = ((side, side),) * FLAGSHIP_REFERENCES
+    return Request(side, side, references, edit_stages(variant, len(references)))
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is to be made.
@@ -92,6 +105,7 @@ class Request:
         references: (height, width) of each reference image, in pixels.
         stages: graphs that run, in order.
         batch: images at once.
+        prompts: of them, whose texts are encoded at once.
         text_tokens: prompt tokens.
         kv_held: keys and values are on the device from the start; else `first_step` or
             `encode_references` makes them.
@@ -103,12 +117,13 @@ class Request:
     references: tuple[tuple[int, int], ...]
     stages: tuple[str, ...]
     batch: int = 1
+    prompts: int = 1
     text_tokens: int = 512
     kv_held: bool = False
     kv_kept: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "batch", "text_tokens"):
+        for name in ("height", "width", "batch", "prompts", "text_tokens"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
@@ -128,7 +143,7 @@ class Request:
             height, width = max(self.references, key=math.prod, default=(0, 0))
         grid = height // unit, width // unit
         return {
-            "batch": self.batch,
+            "batch": self.prompts if graph == "text_encoder" else self.batch,
             "text_tokens": self.text_tokens,
             "image_tokens": grid[0] * grid[1],
             "ref_tokens": self.ref_tokens(config),
@@ -137,6 +152,13 @@ class Request:
             "height": height,
             "width": width,
         }
+
+    def runs(self, graph: str, config: ModelConfig) -> list[dict[str, int]]:
+        """Sizes of each different run of one graph: the VAE encoder has one per reference size."""
+        if graph != "vae_encoder":
+            return [self.sizes(graph, config)]
+        sizes = dict.fromkeys(self.references)
+        return [replace(self, references=(size,)).sizes(graph, config) for size in sizes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +237,21 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a request runs on a device of `capacity` bytes."""
+    """How a request runs on a device of `capacity` bytes.
+
+    Attributes:
+        request: what is made.
+        footprint: of the model.
+        capacity: bytes.
+        stages: in order.
+        together: bytes at the peak if all that takes part stays through all stages.
+    """
 
     request: Request
     footprint: Footprint
     capacity: int
     stages: tuple[Stage, ...]
+    together: int
 
     @property
     def peak(self) -> int:
@@ -231,6 +262,11 @@ class MemoryPlan:
     def fits(self) -> bool:
         """Whether every stage fits."""
         return self.peak <= self.capacity
+
+    @property
+    def all_fits(self) -> bool:
+        """Whether every component that takes part can stay through all stages."""
+        return self.together <= self.capacity
 
     @property
     def kv_bytes(self) -> int:
@@ -274,6 +310,9 @@ def make_plan(
     scratch: Mapping[str, tuple[int, str]] | None = None,
     loaded: Collection[str] | None = None,
     reserved: int = RESERVED,
+    fixed_buffers: bool = False,
+    kv_copies: int = 0,
+    held_scratch: int = 0,
 ) -> MemoryPlan:
     """Adds everything up and decides which weights stay.
 
@@ -284,19 +323,41 @@ def make_plan(
         scratch: bytes and their source by graph, where known; the rest is estimated.
         loaded: components on the device now; None plans a request that follows one like it.
         reserved: bytes that are not to be had.
+        fixed_buffers: see `GraphMemory`.
+        kv_copies: see `GraphMemory`.
+        held_scratch: bytes of shared scratch that an earlier request left.
     """
-    rows = []
-    for name in request.stages:
-        nbytes, source = (scratch or {}).get(name) or (_estimate(name, footprint, request), "")
+    needs = {
+        name: (scratch or {}).get(name) or (_estimate(name, footprint, request), "estimated")
+        for name in request.stages
+    }
+    fixed = _fixed_buffers(footprint, request) if fixed_buffers else {}
+    held = {
+        name: footprint.weights[name] + sum(fixed.get(name, {}).values()) for name in COMPONENTS
+    }
+    rows: list[tuple[str, dict[str, int], str]] = []
+    for name, (nbytes, source) in needs.items():
         parts = {"reserved": reserved} if reserved else {}
-        if kv := _kv_bytes(name, footprint, request):
+        kv = _kv_bytes(name, footprint, request)
+        if "cached_step" in request.stages:  # the copies stay where they are
+            kv += kv_copies * footprint.kv_bytes(request)
+        if kv:
             parts["kv"] = kv
-        parts |= {"scratch": nbytes, **_buffers(name, footprint, request)}
+        parts["scratch"] = nbytes
+        parts |= _sources(footprint, request) if fixed else _buffers(name, footprint, request)
         if name == "vae_decoder" and request.kv_kept and not request.kv_held:
             stays = footprint.kv_bytes(request)
-            if sum(parts.values()) + footprint.weights["vae"] + stays <= capacity:
-                parts["kv"] = stays
-        rows.append((name, parts, source or "estimated"))
+            if sum(parts.values()) + held["vae"] + stays <= capacity:
+                parts["kv"] = parts.get("kv", 0) + stays
+        rows.append((name, parts, source))
+    together = sum(held[name] for name in {component_of(name) for name in request.stages})
+    if fixed:
+        largest = max(held_scratch, *(nbytes for nbytes, _ in needs.values()))
+        together += max(sum(parts.values()) - parts["scratch"] for _, parts, _ in rows) + largest
+        if together <= capacity:  # else what one graph leaves is given back for the next
+            rows = [(name, parts | {"scratch": largest}, source) for name, parts, source in rows]
+    else:
+        together += max(sum(parts.values()) for _, parts, _ in rows)
     resident = set(loaded or ())
     stages: list[Stage] = []
     for _ in range(1 if loaded is not None else 2):
@@ -304,15 +365,20 @@ def make_plan(
         for name, parts, source in rows:
             own = component_of(name)
             loads = 0 if own in resident else footprint.weights[own]
-            room = capacity - sum(parts.values()) - footprint.weights[own]
-            kept = {own: footprint.weights[own]}
+            room = capacity - sum(parts.values()) - held[own]
+            kept = {own}
             for other in COMPONENTS:
-                if other in resident and other != own and footprint.weights[other] <= room:
-                    room -= footprint.weights[other]
-                    kept[other] = footprint.weights[other]
-            resident = set(kept)
-            stages.append(Stage(name, kept | parts, loads, source))
-    return MemoryPlan(request, footprint, capacity, tuple(stages))
+                if other in resident and other != own and held[other] <= room:
+                    room -= held[other]
+                    kept.add(other)
+            resident = kept
+            whole = {other: footprint.weights[other] for other in (own, *sorted(kept - {own}))}
+            buffers = dict(parts)
+            for component in kept:
+                for part, size in fixed.get(component, {}).items():
+                    buffers[part] += size
+            stages.append(Stage(name, whole | buffers, loads, source))
+    return MemoryPlan(request, footprint, capacity, tuple(stages), together)
 
 
 def _kv_bytes(graph: str, footprint: Footprint, request: Request) -> int:
@@ -334,6 +400,31 @@ def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, in
         signature = make_signature(name, footprint.config, footprint.dtype)
         outputs = signature.outputs if name == graph else ()
         for spec in (*signature.inputs, *outputs):
+            if not is_kv(spec.name):
+                parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
+    return parts
+
+
+def _fixed_buffers(footprint: Footprint, request: Request) -> dict[str, dict[str, int]]:
+    """By component, inputs and outputs of its graphs, but for keys and values."""
+    found = {component: {"activations": 0, "images": 0} for component in COMPONENTS}
+    for name in request.stages:
+        signature = make_signature(name, footprint.config, footprint.dtype)
+        for sizes in request.runs(name, footprint.config):
+            for spec in (*signature.inputs, *signature.outputs):
+                if not is_kv(spec.name):
+                    part = "images" if spec.name in _IMAGES else "activations"
+                    found[component_of(name)][part] += spec.nbytes(sizes)
+    return found
+
+
+def _sources(footprint: Footprint, request: Request) -> dict[str, int]:
+    """What is copied to the graphs' inputs and exists besides: uploads, text, reference tokens."""
+    steps = [name for name in request.stages if name.endswith("_step")]
+    parts = {"activations": 0, "images": 0}
+    for name in {*steps[:1], *({"text_encoder", "vae_encoder"} & set(request.stages))}:
+        sizes = request.sizes(name, footprint.config)
+        for spec in make_signature(name, footprint.config, footprint.dtype).inputs:
             if not is_kv(spec.name):
                 parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
     return parts

@@ -8,9 +8,10 @@ are uploaded once.
 """
 
 import logging
+import math
 import os
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.runtime import memory
 from klein_kv.runtime.backend import Buffer, GraphMemory
-from klein_kv.runtime.cuda_memory import allocated_bytes
+from klein_kv.runtime.backends.trt.cuda import Cuda, aligned
 from klein_kv.runtime.ort_device import (
     CPU,
     OrtDevice,
@@ -59,10 +60,11 @@ _DTYPES = {element.onnx: dtype for dtype, element in _ELEMENTS.items()}
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A buffer under another shape."""
+    """Part of a buffer, from element `start` on, under another shape."""
 
     buffer: Any
     shape: tuple[int, ...]
+    start: int = 0
 
 
 class OrtBackend:
@@ -78,7 +80,7 @@ class OrtBackend:
         graphs: which graphs of the folder; None takes the manifest's.
         device: where to compute.
         onnxruntime: the module; None imports it.
-        cudart: CUDA runtime bindings, asked for a GPU's free memory; None loads cuda-python.
+        cuda: CUDA's bindings, asked for a GPU's free memory; None loads cuda-python.
 
     Raises:
         BackendError: onnxruntime is not installed, has no provider for the device, or the device
@@ -93,7 +95,7 @@ class OrtBackend:
         graphs: GraphSet | None = None,
         device: OrtDevice = CPU,
         onnxruntime: Any = None,
-        cudart: Any = None,
+        cuda: Cuda | None = None,
     ) -> None:
         self._ort = onnxruntime or _import_onnxruntime(device)
         if manifest.dtype not in device.dtypes:
@@ -106,7 +108,7 @@ class OrtBackend:
             raise BackendError(f"threads is {threads!r}, expected a whole number of 1 or more")
         self.name = device.backend
         self._device = device
-        self._cudart = cudart
+        self._cuda = cuda
         open_device(self._ort, device)
         self._artifacts = artifacts
         self._graphs = graphs or manifest.graphs
@@ -117,19 +119,31 @@ class OrtBackend:
         self._bound: dict[str, frozenset[WeightRef]] = {}
         self._loading = threading.Lock()
 
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        if graph not in self._sessions:
+            self._load_once(graph)
+
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         session = self._sessions.get(graph) or self._load_once(graph)
         device, binding = self._device, session.io_binding()
         for name, buffer in inputs.items():
             if isinstance(buffer, _View):
                 value = buffer.buffer
+                element = value.element_type()
                 binding.bind_input(
                     name,
                     device.kind,
                     device.index,
-                    value.element_type(),
+                    element,
                     buffer.shape,
-                    value.data_ptr(),
+                    value.data_ptr() + buffer.start * _DTYPES[element].itemsize,
                 )
             else:
                 binding.bind_ortvalue_input(name, buffer)
@@ -157,7 +171,8 @@ class OrtBackend:
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         if isinstance(buffer, _View):
-            return self.download(buffer.buffer).reshape(buffer.shape)
+            whole = self.download(buffer.buffer).reshape(-1)
+            return whole[buffer.start :][: math.prod(buffer.shape)].reshape(buffer.shape)
         dtype = _DTYPES[buffer.element_type()]
         if dtype == NUMPY_DTYPES["bfloat16"]:  # `OrtValue.numpy()` does not know it
             bits = np.empty(buffer.shape(), np.uint16)
@@ -169,13 +184,20 @@ class OrtBackend:
         array: NDArray[Any] = buffer.numpy()
         return array.view(dtype)  # float8 comes as bytes
 
-    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        value = buffer.buffer if isinstance(buffer, _View) else buffer
-        if np.prod(shape) != np.prod(value.shape()):
-            raise BackendError(
-                f"cannot view {tuple(value.shape())} as {shape}: other number of elements"
-            )
-        return _View(value, shape)
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        return {name: self.upload(array) for name, array in arrays.items()}
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        value, at = (buffer.buffer, buffer.start) if isinstance(buffer, _View) else (buffer, 0)
+        held = math.prod(buffer.shape if isinstance(buffer, _View) else value.shape())
+        if start < 0 or start + math.prod(shape) > held:
+            raise BackendError(f"cannot view {held} elements from {start} as {shape}")
+        return _View(value, shape, at + start)
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        # ONNX Runtime copies whole tensors alone: on a GPU they pass through the host.
+        flat = np.concatenate([self.download(part).reshape(-1) for part in parts])
+        return self.upload(flat.reshape(shape))
 
     def release(self, graph: str) -> None:
         self._sessions.pop(graph, None)
@@ -190,7 +212,7 @@ class OrtBackend:
         if self._device.is_host:
             return memory.available_memory()
         give_back_memory(self._ort, self._device)  # else what is kept to reuse would not count
-        return free_memory(self._device, self._cudart)
+        return free_memory(self._device, self._cuda)
 
     def graph_memory(self, graph: str) -> GraphMemory:
         if graph not in self._graphs.files:
@@ -200,8 +222,15 @@ class OrtBackend:
         weights: dict[Hashable, int] = {}
         if not self._device.is_host:  # there they are mapped files
             refs = graph_weights(self._artifacts, self._graphs.files[graph])
-            weights = {ref: allocated_bytes(ref.nbytes) for ref in refs.values()}
+            weights = {ref: aligned(ref.nbytes) for ref in refs.values()}
         return GraphMemory(weights, keeps_scratch=self._device.is_host)
+
+    def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return None
+
+    def close(self) -> None:
+        for graph in list(self._sessions):
+            self.release(graph)
 
     def _load_once(self, graph: str) -> Any:
         # Requests may come from several threads: a weight that the second of them placed anew

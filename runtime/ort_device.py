@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klein_kv.errors import ArtifactError, BackendError
-from klein_kv.runtime.cuda_memory import call_cuda, load_cudart
+from klein_kv.runtime.backends.trt.cuda import Cuda, load_cuda
 
 __all__ = [
     "CPU",
@@ -157,23 +157,23 @@ def _share_arena(onnxruntime: Any, device: OrtDevice) -> None:
     )
 
 
-def free_memory(device: OrtDevice, cudart: Any = None) -> int:
+def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     """Bytes that a GPU has free; ONNX Runtime tells neither that nor what its arena holds.
 
     Args:
         device: the GPU.
-        cudart: CUDA runtime bindings; None loads cuda-python.
+        cuda: CUDA's bindings; None loads cuda-python.
 
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.
     """
-    cudart = cudart or load_cudart(device.extra)
-    before = call_cuda(cudart, "cudaGetDevice")  # of this thread, whose it stays
-    call_cuda(cudart, "cudaSetDevice", device.index)
+    cuda = cuda or load_cuda(device.extra)
+    before = cuda.call("cudaGetDevice")  # of this thread, whose it stays
+    cuda.call("cudaSetDevice", device.index)
     try:
-        free, _total = call_cuda(cudart, "cudaMemGetInfo")
+        free, _total = cuda.call("cudaMemGetInfo")
     finally:
-        call_cuda(cudart, "cudaSetDevice", before)
+        cuda.call("cudaSetDevice", before)
     return int(free)
 
 

@@ -6,12 +6,14 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 """
 
 import contextlib
+import functools
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +30,14 @@ from klein_kv.runtime.arguments import (
     output_size,
     prompt_may_come_first,
 )
-from klein_kv.runtime.backend import Backend, open_backend
+from klein_kv.runtime.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.host_level import open_host_level
 from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
-from klein_kv.runtime.memory import default_cache_bytes, default_prompt_bytes
+from klein_kv.runtime.memory import default_prompt_bytes
 from klein_kv.runtime.memory_plan import MemoryPlan, Request, edit_stages
 from klein_kv.runtime.noise import initial_noise
-from klein_kv.runtime.planned_backend import PlannedBackend
-from klein_kv.runtime.prompt_encoder import PromptEncoder
+from klein_kv.runtime.prompt_encoder import EncodedPrompt, PromptEncoder
 from klein_kv.runtime.prompts import PromptTokenizer
 from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
 from klein_kv.runtime.reference_store import ReferenceFolder, ReferenceStore
@@ -46,7 +47,8 @@ from klein_kv.runtime.references import (
     check_kv_dtype,
 )
 from klein_kv.runtime.results import decode_latents, vae_latents
-from klein_kv.runtime.timings import TimedBackend, Timings, record_timings
+from klein_kv.runtime.session import Session
+from klein_kv.runtime.timings import Timings
 from klein_kv.runtime.warm_up import Sizes, blank_references, run_sizes, with_encode_references
 from klein_kv.schedule import make_schedule
 from klein_kv.weights import NUMPY_DTYPES
@@ -54,6 +56,24 @@ from klein_kv.weights import NUMPY_DTYPES
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(call: Callable[P, R]) -> Callable[P, R]:
+    """Has threads wait for each other, and leaves in `timings` what a call took that succeeded."""
+
+    @functools.wraps(call)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        pipeline: Any = args[0]
+        with pipeline._alone(), pipeline.session.record() as timings:
+            result = call(*args, **kwargs)
+            pipeline.timings = timings()
+        return result
+
+    return alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +130,13 @@ class KleinKVPipeline:
         self.backend = backend
         kv_dtype = check_kv_dtype(kv_dtype, manifest.dtype)
         self.graphs = manifest.choose_graphs(kv_dtype, precision, attention)
-        self.timed_backend = TimedBackend(backend, nvtx=nvtx)
-        self._planned = PlannedBackend(self.timed_backend, artifacts, manifest, self.graphs)
+        self.session = Session(backend, artifacts, manifest, self.graphs, nvtx=nvtx)
         self.config = manifest.config
         self.timings = Timings()
+        self._no_references: dict[str, Buffer] = {}
+        if manifest.variant == "kv":
+            net = manifest.config.transformer
+            self._no_references = no_references(self.session, net, self.graphs)
         origin = KVOrigin(
             model_digest=manifest.graphs_digest(self.graphs),
             lora_digest="",
@@ -122,8 +145,7 @@ class KleinKVPipeline:
             backend=backend.name,
         )
         if reference_cache_bytes is None:
-            weights = self._planned.component_weights()
-            reference_cache_bytes = default_cache_bytes(backend.available_memory(), weights)
+            reference_cache_bytes = self.session.default_reference_budget()
         levels = (
             (reference_cache_dir, "reference_cache_dir"),
             (host_cache_bytes, "host_cache_bytes"),
@@ -137,23 +159,25 @@ class KleinKVPipeline:
         folder = self._reference_folder(reference_cache_dir, reference_cache_dir_bytes, origin)
         self.host_level = open_host_level(host_cache_bytes, backend, folder)
         self.reference_store: ReferenceStore = ByteCache(
-            reference_cache_bytes, self.host_level or folder
+            reference_cache_bytes, self.host_level or folder, "a reference set"
         )
         if prompt_cache_bytes is None:
             prompt_cache_bytes = default_prompt_bytes()
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
         self._prompts = PromptEncoder(
-            self._planned,
+            self.session,
             PromptTokenizer(artifacts / "tokenizer"),
             manifest.config.text_encoder,
             manifest.graphs_digest(self.graphs),
             self.prompt_cache,
         )
-        self._encoder = ReferenceEncoder(self._planned, manifest, origin, self.reference_store)
+        self._encoder = ReferenceEncoder(self.session, manifest, origin, self.reference_store)
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep: float | None = None
+        self._lock = threading.RLock()
+        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -183,8 +207,9 @@ class KleinKVPipeline:
             threads: CPU threads of the backend; None leaves it to the library.
             backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
                 `{"compile_blocks": True}`.
-            reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes a
-                quarter of the memory that is free now, on a GPU of what weights leave free.
+            reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes all
+                that weights and the largest request leave free of a GPU's memory, on a CPU a
+                quarter of the memory that is free now.
             host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
             reference_cache_dir: folder for sets that memory gives up; None drops them.
             reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
@@ -235,10 +260,39 @@ class KleinKVPipeline:
         if folder is None:
             return None
         net = self.config.transformer
-        level = ReferenceFolder(Path(folder), budget or 0, self._planned, origin, net)
+        level = ReferenceFolder(Path(folder), budget or 0, self.session, origin, net)
         if budget is None:
             level.budget = (shutil.disk_usage(level.folder).free + level.bytes) // 4
         return level
+
+    def close(self) -> None:
+        """Frees everything that the pipeline holds; it cannot be used afterwards.
+
+        On engines it also keeps the kernels that TensorRT compiled, for the next process.
+        """
+        with self._lock:
+            self._closed = True
+            self.reference_store.clear()
+            self._no_references.clear()
+            self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time; others wait.
+
+        Raises:
+            RequestError: the pipeline is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RequestError("this pipeline is closed; open the artifacts again")
+            yield
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments for tqdm's progress bar, e.g. `disable=True`."""
@@ -286,11 +340,16 @@ class KleinKVPipeline:
         tokens = self._prompts.tokenize(prompts, max_sequence_length)
         batch, length = tokens["input_ids"].shape
         unit = self.config.vae.multiple_of
-        stages = ("text_encoder",)
-        request = Request(unit, unit, (), stages, batch=batch, text_tokens=length)
-        if not self._prompts.knows(tokens):
-            self._planned.admit(request, self.reference_store.free)
-        return self._prompts.encode(tokens, at)
+        request = Request(
+            unit, unit, (), ("text_encoder",), batch=batch, prompts=batch, text_tokens=length
+        )
+        with self._alone():
+            if not self._prompts.knows(tokens):
+                self.session.admit(request, self.reference_store.free)
+                self.session.prepare()
+            encoded = self._prompts.encode(tokens, at)
+            self._prompts.keep(encoded)
+            return self.session.download(encoded.buffer).copy()
 
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
         """Keys and values of reference images, before any prompt is known.
@@ -314,7 +373,9 @@ class KleinKVPipeline:
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
-        return self._encoder.encode(self._encoder.prepare(images))
+        prepared = self._encoder.prepare(images)
+        with self._alone():
+            return self._encoder.encode(prepared)
 
     def load_references(self, path: str | Path) -> ReferenceSet:
         """A set that `ReferenceSet.save` wrote, ready to pass as `references=`.
@@ -323,7 +384,8 @@ class KleinKVPipeline:
             ArtifactError: the file is missing, damaged, or no saved reference set.
             RequestError: a set of other weights, LoRA set, types, backend or layout.
         """
-        return self._encoder.load(Path(path))
+        with self._alone():
+            return self._encoder.load(Path(path))
 
     def warm_up(
         self,
@@ -375,15 +437,18 @@ class KleinKVPipeline:
             (),
             edit_stages(self.manifest.variant, 0),
             batch=prompts * num_images_per_prompt,
+            prompts=prompts,
             text_tokens=max_sequence_length,
         )
         if prepared is not None:
             request = self._encoder.with_references(request, prepared, known=False)
             request = replace(request, stages=with_encode_references(request.stages))
-        self._planned.admit(request, lambda _missing, _keep: 0)  # not worth what the store keeps
-        with self.timed_backend.record() as timings:
+        with self._alone(), self.session.record() as timings:
+            # What the store keeps is worth more than warming up.
+            self.session.admit(request, lambda _missing, _keep: 0)
+            self.session.prepare(eager=True)
             run_sizes(
-                self._planned,
+                self.session,
                 self._encoder,
                 self.manifest,
                 self.graphs,
@@ -395,7 +460,7 @@ class KleinKVPipeline:
             return timings()
 
     @prompt_may_come_first
-    @record_timings
+    @one_at_a_time
     def __call__(
         self,
         image: list[Image.Image] | Image.Image | None = None,
@@ -489,7 +554,9 @@ class KleinKVPipeline:
         left_out = {"text_encoder"} if given is not None or self._prompts.knows(tokens) else set()
         left_out |= {"vae_decoder"} if output_type == "latent" else set()
         stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
-        request = Request(height, width, (), tuple(stages), batch=batch, text_tokens=text_tokens)
+        request = Request(
+            height, width, (), tuple(stages), batch=batch, prompts=count, text_tokens=text_tokens
+        )
         plan = self._admit(wanted, request)
         schedule = make_schedule(
             self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
@@ -499,12 +566,15 @@ class KleinKVPipeline:
         )
 
         if prepared is not None:
-            references = self._restored(prepared, plan)
+            references = self._found(prepared, plan)
             prepared = None if references is not None else prepared
-        if given is None:
-            given = self._prompts.encode(tokens, layers_at)
-        text = np.repeat(given, num_images_per_prompt, axis=0)
-        inputs = loop_inputs(self._planned, noise, text, grid)
+        kv = references.kv if references is not None else None
+        if wanted is None and self.manifest.variant == "kv":
+            kv = self._no_references
+        self.session.prepare(kv)
+        encoded = self._encoded(given, tokens, layers_at)
+        text = self._repeated(encoded, num_images_per_prompt)
+        inputs = loop_inputs(self.session, noise, text, text_tokens, grid)
         with self._references_ready(inputs, references, prepared) as after_first_step:
             self._interrupt = False
             self._num_timesteps = schedule.num_steps
@@ -516,21 +586,48 @@ class KleinKVPipeline:
                     self._current_timestep = float(schedule.timesteps[i])
                     bar.update()
                     if callback_on_step_end is not None:
+                        # Memory of its own: the callback may ask this pipeline for another image.
+                        shape = (batch, grid[0] * grid[1], self.config.transformer.in_channels)
+                        state.latents = self.session.assemble(shape, [state.latents])
                         self._call_back(
                             callback_on_step_end, i, state, callback_on_step_end_tensor_inputs or ()
                         )
                     return self._interrupt
 
-                denoise_loop(self._planned, schedule, inputs, self.graphs, after_step)
+                denoise_loop(self.session, schedule, inputs, self.graphs, after_step)
         self._current_timestep = None
         inputs.kv, inputs.references, references = {}, None, None  # gigabytes for decoding
         shape = (batch, *grid, self.config.transformer.in_channels)
         if output_type == "latent":
-            final = self._planned.download(inputs.latents).reshape(shape)
+            final = self.session.download(inputs.latents).reshape(shape)
             result: Any = vae_latents(self.artifacts, self.config.vae, final)
         else:
-            result = decode_latents(self._planned, inputs.latents, shape, output_type)
+            result = decode_latents(self.session, inputs.latents, shape, output_type)
+        self._prompts.keep(encoded)
         return KleinKVOutput(result) if return_dict else (result,)
+
+    def _encoded(
+        self,
+        given: NDArray[Any] | None,
+        tokens: dict[str, NDArray[np.int64]],
+        layers_at: list[int],
+    ) -> EncodedPrompt:
+        """Text embeddings on the device: those that were given, or of the prompts."""
+        if given is None:
+            return self._prompts.encode(tokens, layers_at)
+        return EncodedPrompt(self.session.upload(given), given.shape)
+
+    def _repeated(self, prompt: EncodedPrompt, times: int) -> Buffer:
+        """Every prompt's embeddings so many times, one after the other."""
+        if times == 1:
+            return prompt.buffer
+        batch, length, width = prompt.shape
+        rows = [
+            self.session.view(prompt.buffer, (1, length, width), i * length * width)
+            for i in range(batch)
+        ]
+        shape = (batch * times, length, width)
+        return self.session.assemble(shape, [row for row in rows for _ in range(times)])
 
     def _noise(
         self,
@@ -562,16 +659,15 @@ class KleinKVPipeline:
         if references is not None:
             known = isinstance(references, ReferenceSet) or digest in self.reference_store
             request = self._encoder.with_references(request, references, known=known)
-        return self._planned.admit(request, self.reference_store.free, digest)
+        return self.session.admit(request, self.reference_store.free, digest)
 
-    def _restored(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
-        """Keys and values that lie in host memory, on their way while the text is encoded."""
-        if self.host_level is None:
-            return None
+    def _found(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
+        """Keys and values at hand; those in host memory are on their way while text is encoded."""
         stage = plan.stage("text_encoder")
-        if stage is not None and stage.total + plan.kv_bytes > plan.capacity:
-            return None  # they follow when the text encoder has made room
-        return self.reference_store.find(prepared.digest)
+        tight = stage is not None and stage.total + plan.kv_bytes > plan.capacity
+        if prepared.digest in self.reference_store or (self.host_level and not tight):
+            return self.reference_store.find(prepared.digest)
+        return None  # they follow when the text encoder has made room, or are computed
 
     @contextlib.contextmanager
     def _references_ready(
@@ -593,7 +689,7 @@ class KleinKVPipeline:
             if references is not None:
                 inputs.kv = dict(references.kv)
             else:
-                inputs.kv = no_references(self._planned, self.config.transformer, self.graphs)
+                inputs.kv = dict(self._no_references)
             yield lambda: None
             return
         with self.reference_store.claim(prepared.digest) as claim:
@@ -615,7 +711,7 @@ class KleinKVPipeline:
         state: LoopInputs,
         names: Sequence[str],
     ) -> None:
-        backend = self._planned
+        backend = self.session
         held = {"latents": state.latents, "prompt_embeds": state.text}
         tensors = {name: backend.download(held[name]) for name in names}
         returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}

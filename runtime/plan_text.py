@@ -30,11 +30,12 @@ def text_from_plans(plans: Plans) -> str:
         f"K/V {_kv(plans.edits[0])}; GB and seconds; precision: transformer/text encoder",
         "",
         f"{'precision':10} {'refs':>4} {'weights':>7} {'K/V':>5} {'peak':>6} {'first':>6} "
-        f"{'again':>6}  loaded for each new prompt (again)",
+        f"{'again':>6} {'kept':>4}  loaded for each new prompt (again)",
     ]
     for edit in plans.edits:
         lines += _row(edit)
     lines.append("first: a new prompt and new references; again: a new prompt, references known")
+    lines.append("kept: sets of four 1024x1024 references whose K/V stay by default")
     shown = _shown(plans)
     lines += ["", f"{_title(shown)}, GB and ms by stage:"]
     lines += _stages("first edit", shown.first, shown.first_time)
@@ -67,8 +68,8 @@ def _row(edit: EditPlan) -> Iterator[str]:
     yield (
         f"{_precision(edit):10} {len(first.request.references):>4} "
         f"{_gb(sum(first.footprint.weights.values())):>7} {_gb(first.kv_bytes):>5} "
-        f"{_gb(first.peak):>6} {_seconds(edit.first_time):>6} {_seconds(edit.again_time):>6}  "
-        f"{_verdict(edit)}"
+        f"{_gb(first.peak):>6} {_seconds(edit.first_time):>6} {_seconds(edit.again_time):>6} "
+        f"{edit.kept_sets:>4}  {_verdict(edit)}"
     )
 
 

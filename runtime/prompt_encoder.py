@@ -1,6 +1,7 @@
 """Prompts to text embeddings, kept for prompts that come again."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,19 +9,37 @@ from numpy.typing import NDArray
 
 from klein_kv.config import DEFAULT_TEXT_LAYERS, TextEncoderConfig
 from klein_kv.errors import RequestError
-from klein_kv.runtime.backend import Backend
+from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.prompts import PromptTokenizer
+from klein_kv.runtime.session import Session
 from klein_kv.signature import MAX_POSITION
 
-__all__ = ["PromptEncoder"]
+__all__ = ["EncodedPrompt", "PromptEncoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Embeddings of prompts.
+
+    Attributes:
+        buffer: on the device.
+        shape: [B, T, D].
+        key: of the cache.
+        new: embeddings of all exported hidden states that the cache does not hold yet, if any.
+    """
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    key: str = ""
+    new: Buffer | None = None
 
 
 class PromptEncoder:
     """Tokenizer, text encoder and cache of one pipeline.
 
     Args:
-        backend: where the text encoder runs.
+        session: where the text encoder runs.
         tokenizer: the artifacts' own.
         config: the text encoder's configuration.
         model_digest: the weights that embeddings belong to.
@@ -29,13 +48,13 @@ class PromptEncoder:
 
     def __init__(
         self,
-        backend: Backend,
+        session: Session,
         tokenizer: PromptTokenizer,
         config: TextEncoderConfig,
         model_digest: str,
         cache: ByteCache[NDArray[Any]],
     ) -> None:
-        self.backend = backend
+        self.session = session
         self.tokenizer = tokenizer
         self.config = config
         self.model_digest = model_digest
@@ -80,15 +99,28 @@ class PromptEncoder:
             state.update(np.ascontiguousarray(array).data)
         return state.hexdigest()
 
-    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> NDArray[Any]:
-        """Embeddings [B, T, D]: an array of the caller's own."""
-        with self.cache.claim(self._key(tokens)) as claim:
-            embeds = claim.value
-            if embeds is None:
-                buffers = {name: self.backend.upload(array) for name, array in tokens.items()}
-                outputs = self.backend.run("text_encoder", buffers)
-                embeds = claim.publish(self.backend.download(outputs["encoder_hidden_states"]))
-        if at == list(range(len(at))):
-            return embeds.copy()
-        width = self.config.hidden_size
-        return np.concatenate([embeds[..., i * width : (i + 1) * width] for i in at], axis=-1)
+    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> "EncodedPrompt":
+        """Embeddings [B, T, D] on the device."""
+        batch, length = tokens["input_ids"].shape
+        width, exported = self.config.hidden_size, len(self.config.layers)
+        shape = (batch, length, exported * width)
+        with self.cache.claim(key := self._key(tokens)) as claim:
+            known = claim.value
+        in_order = at == list(range(exported))
+        if known is None:
+            buffers = {name: self.session.upload(array) for name, array in tokens.items()}
+            embeds = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
+            # Memory of its own: a callback may encode another prompt meanwhile.
+            whole = self.session.assemble(shape, [embeds])
+            if in_order:
+                return EncodedPrompt(whole, shape, key, whole)
+            known = self.session.download(whole)
+            self.cache.put(key, known)
+        if not in_order:
+            known = np.concatenate([known[..., i * width : (i + 1) * width] for i in at], axis=-1)
+        return EncodedPrompt(self.session.upload(known), known.shape)
+
+    def keep(self, prompt: "EncodedPrompt") -> None:
+        """Puts embeddings that were computed into the cache: waits for the device."""
+        if prompt.new is not None:
+            self.cache.put(prompt.key, self.session.download(prompt.new))

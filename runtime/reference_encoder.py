@@ -13,10 +13,10 @@ from klein_kv.manifest import Manifest
 from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.images import prepare_reference
 from klein_kv.runtime.memory_plan import Request
-from klein_kv.runtime.planned_backend import PlannedBackend
 from klein_kv.runtime.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.reference_store import ReferenceStore
 from klein_kv.runtime.references import KVOrigin, ReferenceSet, images_digest, reference_ids
+from klein_kv.runtime.session import Session
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
 
@@ -46,7 +46,7 @@ class ReferenceEncoder:
     """Makes and finds the reference sets of one pipeline.
 
     Args:
-        backend: what runs the graphs, under a plan.
+        session: what runs the graphs, under a plan.
         manifest: the artifacts' manifest.
         origin: what the keys and values depend on besides the images.
         store: where they are kept.
@@ -54,14 +54,14 @@ class ReferenceEncoder:
 
     def __init__(
         self,
-        backend: PlannedBackend,
+        session: Session,
         manifest: Manifest,
         origin: KVOrigin,
         store: ReferenceStore,
     ) -> None:
         self.origin = origin
         self.store = store
-        self._backend = backend
+        self._session = session
         self._manifest = manifest
         self._graphs = GraphSet(manifest.variant, origin.dtype, origin.kv_dtype)
 
@@ -84,23 +84,23 @@ class ReferenceEncoder:
 
     def tokens(self, prepared: PreparedReferences | None) -> dict[str, Buffer]:
         """Inputs `ref_hidden_states` and `ref_ids` of the graphs that take references."""
-        backend, manifest = self._backend, self._manifest
+        session, manifest = self._session, self._manifest
+        channels, unit = manifest.config.transformer.in_channels, manifest.config.vae.multiple_of
         if prepared is None:
-            none = np.zeros((1, 0, manifest.config.transformer.in_channels))
+            none = np.zeros((1, 0, channels), NUMPY_DTYPES[manifest.dtype])
             return {
-                "ref_hidden_states": backend.upload(none.astype(NUMPY_DTYPES[manifest.dtype])),
-                "ref_ids": backend.upload(np.zeros((0, 4), np.int64)),
+                "ref_hidden_states": session.upload(none),
+                "ref_ids": session.upload(np.zeros((0, 4), np.int64)),
             }
-        tokens, grids = [], []
-        for image in prepared.pixels:
-            out = backend.run("vae_encoder", {"image": backend.upload(image)})
-            grid = backend.download(out.pop("ref_hidden_states"))  # [1, h, w, C]
-            grids.append((grid.shape[1], grid.shape[2]))
-            tokens.append(grid.reshape(1, -1, grid.shape[3]))
-        return {
-            "ref_hidden_states": backend.upload(np.concatenate(tokens, axis=1)),
-            "ref_ids": backend.upload(reference_ids(grids)),
-        }
+        grids = [(x.shape[1] // unit, x.shape[2] // unit) for x in prepared.pixels]
+        tokens = session.assemble(
+            (1, prepared.num_tokens, channels),
+            (
+                session.run("vae_encoder", {"image": session.upload(image)})["ref_hidden_states"]
+                for image in prepared.pixels
+            ),
+        )
+        return {"ref_hidden_states": tokens, "ref_ids": session.upload(reference_ids(grids))}
 
     def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
@@ -112,12 +112,12 @@ class ReferenceEncoder:
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
-            backend=self._backend,
+            session=self._session,
         )
 
     def compute(self, prepared: PreparedReferences) -> ReferenceSet:
         """Encodes, without looking anything up."""
-        return self.keep(prepared, self._backend.run("encode_references", self.tokens(prepared)))
+        return self.keep(prepared, self._session.run("encode_references", self.tokens(prepared)))
 
     def encode(self, prepared: PreparedReferences) -> ReferenceSet:
         """The set from the store, or computed and kept there.
@@ -128,7 +128,11 @@ class ReferenceEncoder:
         if prepared.digest not in self.store:
             self.check_memory(prepared)
         with self.store.claim(prepared.digest) as claim:
-            return claim.value or claim.publish(self.compute(prepared))
+            if claim.value is None:
+                self._session.prepare()
+                claim.publish(self.compute(prepared))
+            assert claim.value is not None  # noqa: S101 - published
+            return claim.value
 
     def load(self, path: Path) -> ReferenceSet:
         """The set of a file; from the store, where it is already there.
@@ -140,7 +144,7 @@ class ReferenceEncoder:
         with self.store.claim(read_reference_digest(path)) as claim:
             if claim.value is None:
                 net = self._manifest.config.transformer
-                claim.publish(load_references(path, self._backend, self.origin, net))
+                claim.publish(load_references(path, self._session, self.origin, net))
             assert claim.value is not None  # noqa: S101 - published
             return claim.value
 
@@ -197,4 +201,4 @@ class ReferenceEncoder:
             references=tuple((x.shape[1], x.shape[2]) for x in prepared.pixels),
             stages=("vae_encoder", "encode_references"),
         )
-        self._backend.admit(request, self.store.free)
+        self._session.admit(request, self.store.free)

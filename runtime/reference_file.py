@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from klein_kv.config import TransformerConfig
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
-from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.references import KVOrigin, ReferenceSet
+from klein_kv.runtime.session import Session
 from klein_kv.signature import KV_FLOAT8, GraphSet, TensorSpec
 from klein_kv.weights import WeightRef, map_weight, read_header, read_metadata, safetensors_header
 
@@ -129,13 +129,13 @@ def read_reference_digest(path: Path) -> str:
 
 
 def load_references(
-    path: Path, backend: Backend, origin: KVOrigin, net: TransformerConfig
+    path: Path, session: Session, origin: KVOrigin, net: TransformerConfig
 ) -> ReferenceSet:
-    """Maps a file and uploads its keys and values tensor by tensor.
+    """Maps a file, checks all of it, and uploads its keys and values.
 
     Args:
         path: what `save_references` wrote.
-        backend: where to.
+        session: where to.
         origin: what they must have been made with.
         net: the network, whose blocks and heads they must fit.
 
@@ -157,24 +157,23 @@ def load_references(
     count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
     tensors = graphs.kv_tensors(net, count)
     _check_layout(path, refs, tensors)
-    kv, seen = {}, 0
+    arrays, seen = {}, 0
     for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
         try:
-            array = map_weight(ref)
+            arrays[name] = map_weight(ref)
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
-        seen = zlib.crc32(array.reshape(-1).view(np.uint8).data, seen)
-        kv[name] = backend.upload(array)
+        seen = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, seen)
     if f"{seen:08x}" != checksum:
         raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
     return ReferenceSet(
-        kv=kv,
+        kv=session.upload_kv({spec.name: arrays[spec.name] for spec in tensors}),
         tensors=tensors,
         num_tokens=count,
         first_size=first_size,
         images=images,
         origin=origin,
-        backend=backend,
+        session=session,
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from klein_kv.config import TransformerConfig
 from klein_kv.errors import KleinKVError, RequestError
-from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.byte_cache import ByteCache
 from klein_kv.runtime.reference_file import (
     Saveable,
@@ -24,6 +23,7 @@ from klein_kv.runtime.reference_file import (
     save_references,
 )
 from klein_kv.runtime.references import KVOrigin, ReferenceSet
+from klein_kv.runtime.session import Session
 
 __all__ = ["ReferenceFolder", "ReferenceStore"]
 
@@ -44,7 +44,7 @@ class ReferenceFolder:
     Args:
         folder: made if need be. Nothing but this cache's own files is touched in it.
         budget: bytes of all files together.
-        backend: where loaded sets go.
+        session: where loaded sets go.
         origin: what sets must have been made with.
         net: the network they must fit.
 
@@ -56,7 +56,7 @@ class ReferenceFolder:
         self,
         folder: Path,
         budget: int,
-        backend: Backend,
+        session: Session,
         origin: KVOrigin,
         net: TransformerConfig,
     ) -> None:
@@ -70,7 +70,7 @@ class ReferenceFolder:
             ) from error
         self.folder = folder
         self.budget = budget
-        self._backend, self._origin, self._net = backend, origin, net
+        self._session, self._origin, self._net = session, origin, net
         self._lock = threading.Lock()
         for partial in folder.glob(".*.part"):  # of a process that was killed
             with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ class ReferenceFolder:
         if not path.exists():
             return None
         try:
-            found = load_references(path, self._backend, self._origin, self._net)
+            found = load_references(path, self._session, self._origin, self._net)
         except KleinKVError as error:
             _log.warning("dropping a cached reference set: %s", error)
             self._remove(path)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from klein_kv.config import DTYPES, dtype_name
 from klein_kv.errors import RequestError
-from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.session import Session
 from klein_kv.signature import KV_FLOAT8, TensorSpec
 
 __all__ = [
@@ -115,7 +116,7 @@ class ReferenceSet:
         first_size: (height, width) of the first image after cropping: the default output size.
         images: `images_digest` of the prepared images.
         origin: what else they depend on.
-        backend: where the buffers live.
+        session: where the buffers live.
     """
 
     kv: dict[str, Buffer] = field(repr=False)
@@ -124,7 +125,7 @@ class ReferenceSet:
     first_size: tuple[int, int]
     images: str
     origin: KVOrigin
-    backend: Backend = field(repr=False)
+    session: Session = field(repr=False)
 
     @property
     def digest(self) -> str:
@@ -138,7 +139,7 @@ class ReferenceSet:
 
     def array(self, name: str) -> NDArray[Any]:
         """One of `kv` on the host."""
-        return self.backend.download(self.kv[name])
+        return self.session.download(self.kv[name])
 
     @property
     def model_digest(self) -> str:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from klein_kv.config import VaeConfig
 from klein_kv.errors import BackendError
 from klein_kv.manifest import graph_weights
-from klein_kv.runtime.backend import Backend, Buffer
+from klein_kv.runtime.backend import Buffer
 from klein_kv.runtime.images import images_from_uint8
+from klein_kv.runtime.session import Session
 from klein_kv.signature import GRAPH_FILES
 from klein_kv.weights import map_weight
 
@@ -18,7 +19,7 @@ __all__ = ["decode_latents", "vae_latents"]
 
 
 def decode_latents(
-    backend: Backend, latents: Buffer, shape: tuple[int, int, int, int], output_type: str
+    backend: Session, latents: Buffer, shape: tuple[int, int, int, int], output_type: str
 ) -> Any:
     """Runs the VAE decoder.
 

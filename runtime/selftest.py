@@ -77,7 +77,7 @@ def open_tested_backend(
     """`open_backend`, with the folder of engines named."""
     if engines is None:
         return open_backend(name, artifacts, manifest, device, threads, graphs)
-    from klein_kv.runtime.trt_backend import TrtBackend
+    from klein_kv.runtime.backends.trt.backend import TrtBackend
 
     ordinal = (device or "").partition(":")[2]
     return TrtBackend(artifacts, manifest, engines=engines, device=int(ordinal or 0), graphs=graphs)

@@ -46,7 +46,7 @@ class _Loop:
     images: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def text(self) -> Mapping[str, Any]:
-        with self.pipe.timed_backend.record() as timings:
+        with self.pipe.session.record() as timings:
             self.embeds = self.pipe.encode_prompt(
                 _PROMPT, self.sizes.text_tokens, self.pipe.config.text_encoder.layers
             )

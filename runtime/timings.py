@@ -2,34 +2,27 @@
 
 On a GPU the marks are events on the backend's stream, so taking them waits for nothing; what lies
 between two of them is what the device needed, whenever the host queued it. Elsewhere they are the
-host's clock. A graph's first run includes loading it: `KleinKVPipeline.warm_up` does that before.
+host's clock. What is loaded when its graph first runs counts for that graph.
 """
 
-import contextlib
-import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
-from numpy.typing import NDArray
-
-from klein_kv.errors import BackendError
-from klein_kv.runtime.backend import Backend, Buffer, DeviceClock, GraphMemory
-
-__all__ = ["HostClock", "Span", "TimedBackend", "Timings", "record_timings", "timings_from_spans"]
+__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "timings_from_spans"]
 
 COPIES = "copies"
+LOADING = "load"
 _STEPS = ("first_step", "cached_step", "plain_step")
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Span(NamedTuple):
-    """One run of a graph, or one copy, between two marks; `stage` is the graph or "copies"."""
+    """One run of a graph, one copy or one loading, between two marks.
+
+    `stage` is the graph, `COPIES` or `LOADING`.
+    """
 
     stage: str
     start: object
@@ -41,6 +34,7 @@ class Timings:
     """Seconds of one call by stage; 0, or empty, where the call had no such stage.
 
     Attributes:
+        load: weights and engines, and memory taken, before the first graph ran.
         text: the text encoder; 0 for a prompt seen before.
         vae_encode: the VAE encoder, all references together.
         encode_references: keys and values made without a step.
@@ -54,6 +48,7 @@ class Timings:
         total: the whole call by the host's clock.
     """
 
+    load: float = 0.0
     text: float = 0.0
     vae_encode: float = 0.0
     encode_references: float = 0.0
@@ -74,8 +69,8 @@ class Timings:
     @property
     def stages(self) -> float:
         """All stages together; the rest of `total` is the host's own work."""
-        once = (self.text, self.vae_encode, self.encode_references, self.vae_decode, self.copies)
-        return sum(once) + sum(self.steps)
+        once = (self.load, self.text, self.vae_encode, self.encode_references)
+        return sum(once) + sum(self.steps) + self.vae_decode + self.copies
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, and `stages`, as JSON takes them."""
@@ -115,6 +110,7 @@ def timings_from_spans(
                 gaps.append(elapsed(last_step.end, span.start))
             last_step = span
     return Timings(
+        load=sum(seconds[LOADING]),
         text=sum(seconds["text_encoder"]),
         vae_encode=sum(seconds["vae_encoder"]),
         encode_references=sum(seconds["encode_references"]),
@@ -138,115 +134,3 @@ class HostClock:
     def elapsed(self, start: Any, end: Any) -> float:
         """Seconds between two marks."""
         return float(end - start)
-
-
-_SPANS: ContextVar[list[Span] | None] = ContextVar("spans", default=None)
-"""What the call under way has recorded; of this thread alone."""
-
-
-class TimedBackend:
-    """A backend that passes everything on, and records graphs and copies while a call asks for it.
-
-    Args:
-        backend: does the work; its own clock is used where it has one (`DeviceClock`).
-        nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
-
-    Raises:
-        BackendError: nvtx is not installed.
-    """
-
-    def __init__(self, backend: Backend, *, nvtx: bool = False) -> None:
-        self.name = backend.name
-        self._backend = backend
-        self._clock = backend if isinstance(backend, DeviceClock) else HostClock()
-        self._range: Callable[[str], contextlib.AbstractContextManager[object]] = (
-            _nvtx_ranges() if nvtx else contextlib.nullcontext
-        )
-
-    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        """See `Backend.run`."""
-        with self._span(graph):
-            return self._backend.run(graph, inputs)
-
-    def upload(self, array: NDArray[Any]) -> Buffer:
-        """See `Backend.upload`."""
-        with self._span(COPIES):
-            return self._backend.upload(array)
-
-    def download(self, buffer: Buffer) -> NDArray[Any]:
-        """See `Backend.download`."""
-        with self._span(COPIES):
-            return self._backend.download(buffer)
-
-    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        """See `Backend.view`."""
-        return self._backend.view(buffer, shape)
-
-    def release(self, graph: str) -> None:
-        """See `Backend.release`."""
-        self._backend.release(graph)
-
-    def available_memory(self) -> int:
-        """See `Backend.available_memory`."""
-        return self._backend.available_memory()
-
-    def graph_memory(self, graph: str) -> GraphMemory:
-        """See `Backend.graph_memory`."""
-        return self._backend.graph_memory(graph)
-
-    @contextlib.contextmanager
-    def record(self) -> Iterator[Callable[[], Timings]]:
-        """Records until the block ends.
-
-        Yields:
-            What gives the timings so far; to be called after the last download, so that there is
-            nothing left to wait for.
-        """
-        spans: list[Span] = []
-        token = _SPANS.set(spans)
-        start = time.perf_counter()
-        try:
-            yield lambda: timings_from_spans(
-                spans, self._clock.elapsed, time.perf_counter() - start
-            )
-        finally:
-            _SPANS.reset(token)
-
-    def _span(self, stage: str) -> contextlib.AbstractContextManager[object]:
-        spans = _SPANS.get()
-        return self._range(stage) if spans is None else self._recorded(stage, spans)
-
-    @contextlib.contextmanager
-    def _recorded(self, stage: str, spans: list[Span]) -> Iterator[None]:
-        with self._range(stage):
-            start = self._clock.mark()
-            yield
-            spans.append(Span(stage, start, self._clock.mark()))
-
-
-def record_timings(call: Callable[P, R]) -> Callable[P, R]:
-    """Makes a pipeline's call leave what it took in `timings`; one that fails leaves the old."""
-
-    @functools.wraps(call)
-    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
-        pipeline: Any = args[0]
-        with pipeline.timed_backend.record() as timings:
-            result = call(*args, **kwargs)
-            pipeline.timings = timings()
-        return result
-
-    return timed
-
-
-def _nvtx_ranges() -> Callable[[str], Any]:
-    try:
-        import nvtx
-    except ImportError as error:
-        raise BackendError(
-            "NVTX ranges need the nvtx package; install it with pip install 'klein-kv[nvtx]'"
-        ) from error
-
-    def mark(stage: str) -> Any:
-        return nvtx.annotate(stage, domain="klein_kv")
-
-    return mark

@@ -7,8 +7,9 @@ waits for the device but a download (and a weight's upload, for its staging buff
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -199,6 +200,18 @@ class TorchBackend:
         self._capture = CudaCapture(device) if cuda_graphs else None
         self._loaded: dict[str, Graph] = {}
 
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        with self._here(), _errors(graph):
+            if graph not in self._loaded:
+                self._load(graph)
+
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         with self._here(), _errors(graph):
             function = self._loaded.get(graph) or self._load(graph)
@@ -212,9 +225,16 @@ class TorchBackend:
         with _errors("download"):
             return array_from_tensor(buffer)
 
-    def view(self, buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
-        view: torch.Tensor = buffer.view(shape)
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        return {name: self.upload(array) for name, array in arrays.items()}
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        view: torch.Tensor = buffer.reshape(-1)[start : start + math.prod(shape)].view(shape)
         return view
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        with self._here(), _errors("copy"):
+            return torch.cat([part.reshape(-1) for part in parts]).view(shape)
 
     def release(self, graph: str) -> None:
         if self._loaded.pop(graph, None) is not None and self.device.type == "cuda":
@@ -225,7 +245,15 @@ class TorchBackend:
 
     def graph_memory(self, graph: str) -> GraphMemory:
         weights: dict[Hashable, int] = dict(self._weights.nbytes(graph).items())
-        return GraphMemory(weights)
+        copies = int(self._capture is not None and graph == "cached_step")
+        return GraphMemory(weights, kv_copies=copies)
+
+    def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return None
+
+    def close(self) -> None:
+        for graph in list(self._loaded):
+            self.release(graph)
 
     def mark(self) -> object:
         if self.device.type == "cpu":

@@ -13,10 +13,10 @@ from PIL import Image
 
 from klein_kv.errors import RequestError
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.backend import Backend
 from klein_kv.runtime.loop import denoise_loop, loop_inputs, no_references
 from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
 from klein_kv.runtime.results import decode_latents
+from klein_kv.runtime.session import Session
 from klein_kv.schedule import Schedule
 from klein_kv.signature import GraphSet
 from klein_kv.weights import NUMPY_DTYPES
@@ -68,7 +68,7 @@ def with_encode_references(stages: Sequence[str]) -> tuple[str, ...]:
 
 
 def run_sizes(
-    backend: Backend,
+    session: Session,
     encoder: ReferenceEncoder,
     manifest: Manifest,
     graphs: GraphSet,
@@ -79,22 +79,27 @@ def run_sizes(
 ) -> None:
     """Runs every graph that a call of these sizes can need; keeps nothing.
 
-    As many steps as the call takes: what is captured belongs to the buffers' addresses, which come
-    back after a few steps. `encode_references` runs besides `first_step`, for references that are
-    sent before the prompt.
+    At least two steps make all that later ones replay. `encode_references` runs besides
+    `first_step`, for references that are sent before the prompt.
     """
-    tokens = {name: backend.upload(array) for name, array in prompts.items()}
-    text = backend.download(backend.run("text_encoder", tokens)["encoder_hidden_states"])
-    text = np.repeat(text, sizes.images_per_prompt, axis=0)
+    tokens = {name: session.upload(array) for name, array in prompts.items()}
+    embeds = session.run("text_encoder", tokens)["encoder_hidden_states"]
+    batch, length = prompts["input_ids"].shape
+    count = batch * sizes.images_per_prompt
+    width = manifest.config.transformer.joint_attention_dim
+    rows = [session.view(embeds, (length, width), i * length * width) for i in range(batch)]
+    text = session.assemble(
+        (count, length, width), [row for row in rows for _ in range(sizes.images_per_prompt)]
+    )
     channels = manifest.config.transformer.in_channels
-    shape = (len(text), channels, *sizes.grid)
-    inputs = loop_inputs(backend, np.zeros(shape, NUMPY_DTYPES[manifest.dtype]), text, sizes.grid)
+    noise = np.zeros((count, channels, *sizes.grid), NUMPY_DTYPES[manifest.dtype])
+    inputs = loop_inputs(session, noise, text, length, sizes.grid)
     if references is None and manifest.variant == "kv":
-        inputs.kv = no_references(backend, manifest.config.transformer, graphs)
+        inputs.kv = no_references(session, manifest.config.transformer, graphs)
     else:
         inputs.references = encoder.tokens(references)
         if manifest.variant == "kv":
-            backend.run("encode_references", inputs.references)
-    denoise_loop(backend, schedule, inputs, graphs)
+            session.run("encode_references", inputs.references)
+    denoise_loop(session, schedule, inputs, graphs)
     inputs.kv, inputs.references = {}, None  # as a call does before it decodes
-    decode_latents(backend, inputs.latents, (len(text), *sizes.grid, channels), "pil")
+    decode_latents(session, inputs.latents, (count, *sizes.grid, channels), "pil")

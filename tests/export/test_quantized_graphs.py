@@ -46,9 +46,9 @@ from klein_kv.weights import WeightRef, map_weight
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 Arrays = dict[str, NDArray[Any]]
-TOLERANCE = 1e-3
-"""Relative error of a tensor by its norm. Measured: 3e-5; a value that rounds the other way in the
-graph than in the simulation is all the difference there is."""
+TOLERANCE = 4e-3
+"""Relative error of a tensor by its norm. Measured: 3e-5 on one CPU, 1.2e-3 on another; numbers
+that round otherwise in the graph than in the simulation are all the difference there is."""
 
 SETS = {
     "float32": (None, None),

@@ -26,6 +26,7 @@ from klein_kv.manifest import Manifest
 from klein_kv.quantization import QuantizedLinear
 from klein_kv.quantized_ops import QuantizedOps
 from klein_kv.quantized_weights import load_quantized
+from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.selftest_report import Report
 from klein_kv.runtime.torch_backend import TorchBackend
 from klein_kv.runtime.torch_graphs import (
@@ -34,11 +35,11 @@ from klein_kv.runtime.torch_graphs import (
     text_encoder_graph,
     transformer_graph,
 )
-from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.selftest import run_selftest
 from klein_kv.signature import KV_STATIC_FLOAT8, GraphSet
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_gpu import FakeCudart, FakeTrt
+from tests.runtime.fake_trt import FakeTrt
 from tests.runtime.kept_backends import Kept, keep_references
 
 STEPS = ("encode_references", "first_step", "cached_step")
@@ -88,10 +89,10 @@ def check_fp8(
     source = computed or artifacts
 
     def open_fake(artifacts: Path, manifest: Manifest, **options: Any) -> TrtBackend:
-        cudart, graphs = FakeCudart(), options["graphs"]
-        trt = FakeTrt(source, graphs=graphs, cudart=cudart)
+        cuda, graphs = FakeCuda(), options["graphs"]
+        trt = FakeTrt(source, cuda, graphs=graphs)
         return TrtBackend(
-            artifacts, manifest, engines=options["engines"], cudart=cudart, trt=trt, graphs=graphs
+            artifacts, manifest, engines=options["engines"], cuda=cuda.cuda, trt=trt, graphs=graphs
         )
 
     return run_selftest(

@@ -1,6 +1,7 @@
-"""A folder of "engines" for the stand-ins of `fake_gpu`: each file holds just a graph's name."""
+"""A folder of "engines" for the stand-ins of `fake_trt`."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from klein_kv.config import DTYPES
@@ -14,27 +15,37 @@ from klein_kv.engines.manifest import (
 )
 from klein_kv.manifest import Manifest, graph_weights
 from klein_kv.signature import GraphSet, TensorSpec
-from tests.runtime.fake_gpu import SCRATCH
+from tests.runtime.fake_trt import SCRATCH, engine_blob
 
 __all__ = ["make_engines"]
 
 LOW, HIGH = 0, 1 << 20
 
 
-def make_engines(artifacts: Path, folder: Path, graphs: GraphSet | None = None) -> Path:
+def make_engines(
+    artifacts: Path,
+    folder: Path,
+    graphs: GraphSet | None = None,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+    scratch: Mapping[str, int] | None = None,
+) -> Path:
     """Writes what a build would, of every graph of the artifacts.
 
     Args:
         artifacts: where the graphs lie.
         folder: for the engines.
         graphs: which graphs of the artifacts; None takes the manifest's.
+        sizes: sizes of the symbols by graph, for engines of one shape; None for any shape.
+        scratch: bytes that each engine says it needs; else `SCRATCH`.
     """
-    manifest = Manifest.load(artifacts)
+    manifest = Manifest.load(artifacts, check_files=False)
     graphs = graphs or manifest.graphs
-    records = {graph: _record(artifacts, manifest, graphs, graph) for graph in graphs.files}
+    records = {}
+    for graph in graphs.files:
+        needs = (scratch or {}).get(graph, SCRATCH)
+        own = None if sizes is None else sizes[graph]
+        records[graph] = _write(artifacts, folder, manifest, graphs, graph, own, needs)
     names = {dtype: name for name, dtype in DTYPES.items()}
-    for graph in records:
-        write_atomic(folder / f"{graph}.engine", graph.encode())
     EngineManifest(
         module="fake_trt",
         version="0.0.1",
@@ -50,7 +61,15 @@ def make_engines(artifacts: Path, folder: Path, graphs: GraphSet | None = None) 
     return folder
 
 
-def _record(artifacts: Path, manifest: Manifest, graphs: GraphSet, graph: str) -> EngineRecord:
+def _write(
+    artifacts: Path,
+    folder: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    sizes: Mapping[str, int] | None,
+    scratch: int,
+) -> EngineRecord:
     signature = graphs.signature(graph, manifest.config)
     weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.files[graph])
 
@@ -59,14 +78,17 @@ def _record(artifacts: Path, manifest: Manifest, graphs: GraphSet, graph: str) -
             spec.name, spec.dtype, tuple(a if isinstance(a, int) else -1 for a in spec.shape)
         )
 
-    shapes = {
-        spec.name: tuple(
+    def limits(spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        if sizes is not None:
+            return (spec.concrete(sizes),) * 3
+        return tuple(
             tuple(axis if isinstance(axis, int) else end for axis in spec.shape)
             for end in (LOW, 64, HIGH)
         )
-        for spec in signature.inputs
-    }
-    data = graph.encode()
+
+    shapes = {spec.name: limits(spec) for spec in signature.inputs}
+    data = engine_blob(graph, [shapes])
+    write_atomic(folder / f"{graph}.engine", data)
     return EngineRecord(
         graph=graph,
         file=f"{graph}.engine",
@@ -87,8 +109,8 @@ def _record(artifacts: Path, manifest: Manifest, graphs: GraphSet, graph: str) -
             )
             for name, ref in weights.items()
         },
-        profiles=(ProfileRecord("any", {}, shapes),),
-        scratch_bytes=SCRATCH,
+        profiles=(ProfileRecord("any", {}, shapes, scratch),),  # type: ignore[arg-type]
+        scratch_bytes=scratch,
         seconds=0.0,
         peak_rss=0,
     )

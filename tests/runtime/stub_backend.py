@@ -1,7 +1,8 @@
 """Stand-ins for a backend, for long sequences of requests: quick, and sensitive to every input."""
 
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,31 @@ class Stub:
         wide = mixed[..., : head[0] * head[1]].reshape(1, -1, *head).astype(np.float32)
         return {name: wide * np.float32(i + 1) for i, name in enumerate(kv_names(3))}
 
+    def prepare(self, graph: str, shapes: Any, kv: Any = None, *, eager: bool = False) -> None:
+        pass
+
     def upload(self, array: Array) -> Array:
         return np.array(array)
+
+    def upload_kv(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: self.upload(array) for name, array in arrays.items()}
 
     def download(self, buffer: Array) -> Array:
         return buffer
 
-    def view(self, buffer: Array, shape: tuple[int, ...]) -> Array:
-        return buffer.reshape(shape)
+    def view(self, buffer: Array, shape: tuple[int, ...], start: int = 0) -> Array:
+        return buffer.reshape(-1)[start : start + math.prod(shape)].reshape(shape)
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Array]) -> Array:
+        return np.concatenate([part.reshape(-1) for part in parts]).reshape(shape)
 
     def release(self, graph: str) -> None:
+        pass
+
+    def scratch_bytes(self, graph: str, shapes: Any) -> int | None:
+        return None
+
+    def close(self) -> None:
         pass
 
     def available_memory(self) -> int:
@@ -86,10 +102,8 @@ class DeviceStub(Stub):
     def _encode(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return self.note(super()._encode(inputs))
 
-    def upload(self, array: Array) -> Array:
-        # Keys and values of a file, one tensor at a time.
-        buffer = super().upload(array)
-        return self.note({"k_ref.0": buffer})["k_ref.0"] if array.ndim == 4 else buffer
+    def upload_kv(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return self.note(super().upload_kv(arrays))
 
     def note(self, kv: dict[str, Array]) -> dict[str, Array]:
         self.resident = [array for array in self.resident if array() is not None]

@@ -23,6 +23,7 @@ from klein_kv.quantized_weights import BLOCK_SCALES
 from klein_kv.runtime.edit_plan import EditPlan, PlanOptions, Plans, base_footprint, plan_artifacts
 from klein_kv.runtime.memory_plan import RESERVED
 from klein_kv.runtime.plan_text import text_from_plans
+from klein_kv.signature import KV_STATIC_FLOAT8
 from klein_kv.weights import WeightIndex, read_header
 from tests.conftest import KleinExport
 
@@ -91,14 +92,18 @@ def test_weights_are_the_tensors_of_the_files_each_once(
 
 def test_scratch_is_what_the_engines_report(built: Path) -> None:
     records = engines_of(built).engines
-    for plan in (one(built).first, one(built).again):
+    for plan in (one(built).first, one(built).again, one(built, memory=680_000_000).first):
         assert plan is not None
         for stage in plan.stages:
             if stage.name in BUILT:
-                assert stage.parts["scratch"] == records[stage.name].scratch_bytes
                 assert stage.scratch_source == "rtx5090-bf16-tiny"
+                assert stage.parts["scratch"] >= records[stage.name].scratch_bytes
+                if not plan.all_fits:
+                    assert stage.parts["scratch"] == records[stage.name].scratch_bytes
             else:
                 assert stage.scratch_source == "estimated"
+        if plan.all_fits:  # all engines share what the largest needs
+            assert len({stage.parts["scratch"] for stage in plan.stages}) == 1
 
 
 @pytest.mark.parametrize(
@@ -131,8 +136,7 @@ def test_engines_of_another_export_do_not_count(built: Path, tmp_path: Path) -> 
     files = manifest.files | {name: replace(manifest.files[name], digest="other")}
     replace(manifest, files=files).save(folder)
     stages = {stage.name: stage.scratch_source for stage in one(folder).first.stages}
-    assert stages["cached_step"] == "estimated"
-    assert stages["first_step"] == "rtx5090-bf16-tiny"
+    assert set(stages.values()) == {"estimated"}  # the runtime refuses the whole folder
 
 
 def test_embedded_weights_are_there_twice(built: Path, tmp_path: Path) -> None:
@@ -225,33 +229,45 @@ def test_quantized_weights_are_those_of_the_files(
     assert needs["fp8 weights, not made yet"].disk is not None
 
 
+NVFP4: dict[str, Any] = {"precision": "nvfp4"}
+STATIC = NVFP4 | {"kv_dtype": KV_STATIC_FLOAT8}
+ATTENTION = STATIC | {"attention": "fp8"}
+
+
 @pytest.mark.parametrize(
-    ("engine", "asked", "found"),
+    ("engine", "kind", "asked", "found"),
     [
-        ("nvfp4.cached_step", {}, True),
-        ("nvfp4.cached_step", {"kv_dtype": "fp8"}, False),
-        ("nvfp4.cached_step_static_fp8_kv", {"kv_dtype": "fp8"}, True),
-        ("nvfp4.cached_step_static_fp8_kv", {"attention": "fp8"}, True),
-        ("nvfp4.cached_step_fp8_attention", {"attention": "fp8"}, True),
-        ("nvfp4.cached_step_fp8_attention", {"kv_dtype": "fp8"}, False),
-        ("cached_step", {}, False),
+        ("nvfp4.cached_step", NVFP4, {}, True),
+        ("nvfp4.cached_step", NVFP4, {"kv_dtype": "fp8"}, False),
+        ("nvfp4.cached_step_static_fp8_kv", STATIC, {"kv_dtype": "fp8"}, True),
+        ("nvfp4.cached_step_static_fp8_kv", STATIC, {"attention": "fp8"}, True),
+        ("nvfp4.cached_step_fp8_attention", ATTENTION, {"attention": "fp8"}, True),
+        ("nvfp4.cached_step_fp8_attention", ATTENTION, {"kv_dtype": "fp8"}, False),
+        ("cached_step", {}, {}, False),
     ],
 )
 def test_engines_count_for_what_they_were_built_from(
-    built: Path, quantized: Path, tmp_path: Path, engine: str, asked: dict[str, Any], found: bool
+    built: Path,
+    quantized: Path,
+    tmp_path: Path,
+    engine: str,
+    kind: dict[str, Any],
+    asked: dict[str, Any],
+    found: bool,
 ) -> None:
     """Attention in float8 falls back to engines that share its keys and values."""
     folder = tmp_path / "engines"
     folder.mkdir()
     digest = Manifest.load(quantized).files[f"transformer/{engine}.onnx"].digest
     engines = engines_of(built)
-    record = replace(engines.engines["cached_step"], onnx_digest=digest, scratch_bytes=12345)
-    replace(engines, engines={"cached_step": record}).save(folder)
+    record = engines.engines["cached_step"]
+    profiles = tuple(replace(profile, scratch_bytes=12345) for profile in record.profiles)
+    record = replace(record, onnx_digest=digest, profiles=profiles)
+    replace(engines, engines={"cached_step": record}, **kind).save(folder)
     stage = one(quantized, precisions=("nvfp4",), engines=folder, **asked).first.stage(
         "cached_step"
     )
     assert stage is not None
-    assert (stage.parts["scratch"] == 12345) == found
     assert stage.scratch_source == ("engines" if found else "estimated")
 
 
@@ -425,7 +441,7 @@ def test_command_says_what_would_fit(tiny_artifacts: Path, capsys: Any) -> None:
     assert main(["plan", str(tiny_artifacts), *request]) == 1
     out = capsys.readouterr().out
     assert "does NOT fit" in out
-    assert "bf16/bf16, 4 references: no references (0.63); references up to 896x896 (0.68)" in out
+    assert "bf16/bf16, 4 references: no references (0.63); references up to 896x896 (0.70)" in out
     assert main(["plan", str(tiny_artifacts), *request, "--kv-dtype", "fp8", "--json"]) == 1
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert not plan["fits"]

@@ -12,11 +12,12 @@ from klein_kv.engines.engine_record import ProfileRecord
 from klein_kv.engines.manifest import ENGINE_MANIFEST, EngineManifest
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.manifest import Manifest
+from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.engine_set import open_engines
-from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.signature import make_signature
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_gpu import FakeCudart, FakeTrt
+from tests.runtime.fake_trt import SCRATCH, FakeTrt
 
 TOKENS = 20
 
@@ -31,7 +32,7 @@ def make_shape(artifacts: Path, folder: Path, tokens: int, **changes: Any) -> Pa
             name: ((one := tuple(tokens if axis == 64 else axis for axis in typical)), one, one)
             for name, (_, typical, _) in record.profiles[0].shapes.items()
         }
-        return replace(record, profiles=(ProfileRecord("one", {}, shapes),))
+        return replace(record, profiles=(ProfileRecord("one", {}, shapes, SCRATCH),))
 
     records = {graph: fixed(record) for graph, record in engines.engines.items()}
     replace(engines, engines=records, recipe=f"{tokens}", **changes).save(folder)
@@ -68,16 +69,11 @@ def test_the_executor_changes_engines_and_keeps_weights(
     tiny_artifacts: Path, artifacts: Path
 ) -> None:
     manifest = Manifest.load(tiny_artifacts)
-    cudart = FakeCudart()
-    set_of = open_engines(artifacts, manifest, manifest.graphs)
-    backend = TrtBackend(
-        tiny_artifacts,
-        manifest,
-        cudart=cudart,
-        trt=FakeTrt(tiny_artifacts),
-        engines=artifacts / "engines" / "general",
-    )
-    backend._engines = set_of
+    cuda = FakeCuda()
+    trt = FakeTrt(tiny_artifacts, cuda)
+    general = artifacts / "engines" / "general"
+    backend = TrtBackend(tiny_artifacts, manifest, engines=general, cuda=cuda.cuda, trt=trt)
+    backend._engines = open_engines(artifacts, manifest, manifest.graphs)
     signature = make_signature("encode_references", manifest.config, manifest.dtype)
 
     def run(tokens: int) -> dict[str, Any]:
@@ -92,13 +88,16 @@ def test_the_executor_changes_engines_and_keeps_weights(
         path = artifacts / "engines" / folder / ENGINE_MANIFEST
         os.utime(path, (1, 1))
     run(TOKENS + 1)
-    assert backend._loaded["encode_references"].folder.name == "general"
+    assert [path.name for path in backend._loaded["encode_references"]] == ["general"]
     weights = {ref: buffer.pointer for ref, buffer in backend._weights.items()}
     run(TOKENS)
-    assert backend._loaded["encode_references"].folder.name == "shape"
+    assert [x.name for x in backend._loaded["encode_references"]] == ["general", "shape"]
     assert {ref: buffer.pointer for ref, buffer in backend._weights.items()} == weights
     assert (artifacts / "engines" / "shape" / ENGINE_MANIFEST).stat().st_mtime > 1
-    assert len(backend._loaded) == 1
+    for _ in range(3):
+        run(TOKENS + 1)
+        run(TOKENS)
+    assert len(trt.loads) == 2, "both stay loaded"
 
 
 def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> None:
@@ -113,26 +112,34 @@ def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> No
         only.choose("encode_references", {"ref_ids": (TOKENS + 1, 4)})
 
 
-def test_two_general_folders_are_refused(tiny_artifacts: Path, artifacts: Path) -> None:
-    (artifacts / "engines" / "other").mkdir()
-    make_engines(tiny_artifacts, artifacts / "engines" / "other")
-    manifest = Manifest.load(tiny_artifacts)
-    with pytest.raises(ArtifactError, match=r"one folder of engines.*general, other"):
-        open_engines(artifacts, manifest, manifest.graphs)
+def test_of_several_that_fit_the_one_with_least_scratch_runs(
+    tiny_artifacts: Path, artifacts: Path
+) -> None:
+    """Regression: two recipes for ranges were an error, with no way to name one of them."""
+    for name, scratch in (("larger", SCRATCH + 1), ("smaller", SCRATCH - 1)):
+        (artifacts / "engines" / name).mkdir()
+        needs = {"encode_references": scratch}
+        make_engines(tiny_artifacts, artifacts / "engines" / name, scratch=needs)
+    assert names(artifacts, ref_ids=(TOKENS, 4)) == "shape"
+    assert names(artifacts, ref_ids=(TOKENS + 1, 4)) == "smaller"
 
 
-def test_shapes_of_another_gpu_or_library_are_left_out(
+def test_engines_of_another_gpu_or_library_are_left_out(
     tiny_artifacts: Path, artifacts: Path
 ) -> None:
     folder = artifacts / "engines" / "old"
     folder.mkdir()
     make_shape(tiny_artifacts, folder, 24, version="0.0.0")
+    other = artifacts / "engines" / "other"
+    other.mkdir()
+    make_shape(tiny_artifacts, other, 24, sm=89)
     manifest = Manifest.load(tiny_artifacts)
     found = open_engines(artifacts, manifest, manifest.graphs)
-    assert {x.path.name for x in found.folders} == {"general", "shape", "old"}
+    assert {x.path.name for x in found.folders} == {"general", "shape", "old", "other"}
     kept = found.for_device("fake_trt", "0.0.1", 120)
-    assert [x.path.name for x in kept.folders] == ["shape", "general"]
+    assert {x.path.name for x in kept.folders} == {"shape", "general"}
+    assert [x.path.name for x in found.for_device("fake_trt", "0.0.1", 89).folders] == ["other"]
     with pytest.raises(BuildError, match="cannot load them"):
         found.for_device("fake_trt", "9", 120)
     with pytest.raises(BuildError, match="compute capability"):
-        found.for_device("fake_trt", "0.0.1", 89)
+        found.for_device("fake_trt", "0.0.1", 86)

@@ -1,6 +1,6 @@
 """The pipeline on a stand-in GPU with reference sets in pinned host memory below its store.
 
-The stand-in's streams lag behind each other (`fake_gpu`), so a copy that is not put in order with
+The stand-in's streams lag behind each other (`fake_cuda`), so a copy that is not put in order with
 the engines' work gives wrong images.
 """
 
@@ -16,12 +16,13 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.manifest import Manifest
-from klein_kv.runtime import pinned_store
-from klein_kv.runtime.pinned_store import PinnedStore
-from klein_kv.runtime.trt_backend import TrtBackend
+from klein_kv.runtime.backends.trt import pinned
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from klein_kv.runtime.backends.trt.pinned import PinnedStore
 from klein_kv.signature import KV_FLOAT8
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_gpu import FakeCudart, FakeTrt
+from tests.runtime.fake_trt import FakeTrt
 
 LAGS = [(), (0,), (1,), (0, 1)]
 PAGE = 4096
@@ -59,10 +60,10 @@ def machine(tiny_artifacts: Path, engines: Path) -> Callable[..., KleinKVPipelin
     def make(
         lagging: tuple[int, ...] = (), capacity: int = 1 << 34, **options: Any
     ) -> KleinKVPipeline:
-        cudart = FakeCudart(capacity, lagging)
-        trt = FakeTrt(tiny_artifacts, graphs=graphs, cudart=cudart)
+        cuda = FakeCuda(capacity, lagging)
+        trt = FakeTrt(tiny_artifacts, cuda, graphs=graphs)
         backend = TrtBackend(
-            tiny_artifacts, manifest, engines=engines, cudart=cudart, trt=trt, graphs=graphs
+            tiny_artifacts, manifest, engines=engines, cuda=cuda.cuda, trt=trt, graphs=graphs
         )
         name = None if kv_dtype is None else "fp8"
         pipe = KleinKVPipeline(tiny_artifacts, manifest, backend, kv_dtype=name, **options)
@@ -87,9 +88,9 @@ def sets(picture: Callable[..., Image.Image]) -> list[list[Image.Image]]:
     ]
 
 
-def cudart_of(pipe: KleinKVPipeline) -> FakeCudart:
-    cudart: FakeCudart = pipe.backend._memory.cudart  # type: ignore[attr-defined]
-    return cudart
+def cuda_of(pipe: KleinKVPipeline) -> FakeCuda:
+    cuda: FakeCuda = pipe.backend._trt.cuda  # type: ignore[attr-defined]
+    return cuda
 
 
 def set_bytes(pipe: KleinKVPipeline, images: list[Image.Image]) -> int:
@@ -109,22 +110,22 @@ def test_images_do_not_depend_on_where_the_references_were(
     one = max(set_bytes(plain, images) for images in sets)
     host = 20 * PAGE if plain.graphs.kv_dtype else 40 * PAGE
     pipe = machine(lagging, reference_cache_bytes=one, host_cache_bytes=host)
-    cudart, level = cudart_of(pipe), pipe.host_level
+    cuda, level = cuda_of(pipe), pipe.host_level
     assert level is not None
     for i in (0, 1, 2, 3, 1, 0, 0, 2, 3, 1, 2, 0):
         latents = pipe(image=sets[i], **REQUEST).images
         np.testing.assert_array_equal(latents, expected[i])
         assert pipe.reference_store.stats.bytes <= one
         assert level.stats.bytes <= host
-        assert PAGE * len(cudart.pinned) <= host
+        assert PAGE * len(cuda.pinned) <= host
     stats = pipe.reference_store.stats
     assert (stats.misses, stats.misses + stats.restored + stats.hits) == (4, 12)
     assert stats.restored >= 6
     pipe.reference_store.clear()
     pipe.backend.close()  # type: ignore[attr-defined]
     gc.collect()
-    assert not cudart.pinned
-    assert not cudart.used
+    assert not cuda.pinned
+    assert not cuda.used
 
 
 def test_references_come_back_while_the_text_is_encoded(
@@ -135,7 +136,7 @@ def test_references_come_back_while_the_text_is_encoded(
     pipe = machine((0, 1), reference_cache_bytes=1, host_cache_bytes=1 << 20)
     pipe(image=sets[0], **REQUEST)  # too large for the store: handed down at once
     log: list[str] = []
-    run, restore = pipe.backend.run, pinned_store.PinnedStore.restore
+    run, restore = pipe.backend.run, pinned.PinnedStore.restore
     monkeypatch.setattr(pipe.backend, "run", lambda g, x: log.append(g) or run(g, x))
     monkeypatch.setattr(
         PinnedStore, "restore", lambda self, copy: log.append("restore") or restore(self, copy)
@@ -148,24 +149,13 @@ def test_a_copy_that_is_there_is_not_made_again(
     machine: Callable[..., KleinKVPipeline], sets: list[list[Image.Image]]
 ) -> None:
     pipe = machine(reference_cache_bytes=1, host_cache_bytes=1 << 20)
-    cudart = cudart_of(pipe)
+    cuda = cuda_of(pipe)
     pipe(image=sets[0], **REQUEST)
-    downloads = sum(kind == 2 for kind, _ in cudart.copies)
+    downloads = sum(kind == 2 for kind, _ in cuda.copies)
     for _ in range(3):
         pipe(image=sets[0], **REQUEST)
     # The latents, once per request; no keys and values.
-    assert sum(kind == 2 for kind, _ in cudart.copies) == downloads + 3
-
-
-def test_default_budget_leaves_room_for_weights(
-    machine: Callable[..., KleinKVPipeline],
-) -> None:
-    roomy = machine()
-    weights = sum(roomy._planned.component_weights().values())
-    assert weights > 1_000_000
-    free = roomy.backend.available_memory()
-    assert roomy.reference_store.budget == (free - weights) // 4
-    assert machine(capacity=weights // 2).reference_store.budget == 0
+    assert sum(kind == 2 for kind, _ in cuda.copies) == downloads + 3
 
 
 def test_budget_must_hold_a_page(machine: Callable[..., KleinKVPipeline]) -> None:
@@ -183,7 +173,7 @@ def test_engines_and_graphs_must_agree_on_keys_and_values(
             tiny_artifacts,
             manifest,
             engines=engines,
-            cudart=FakeCudart(),
-            trt=FakeTrt(tiny_artifacts),
+            cuda=(cuda := FakeCuda()).cuda,
+            trt=FakeTrt(tiny_artifacts, cuda),
             graphs=other,
         )

@@ -18,7 +18,7 @@ from klein_kv.runtime.ort_backend import OrtBackend
 from klein_kv.runtime.ort_device import CPU, OrtDevice, _identity_model, cuda_device
 from klein_kv.signature import GRAPH_FILES, kv_names
 from klein_kv.weights import NUMPY_DTYPES
-from tests.runtime.fake_gpu import FakeCudart
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
 
 Picture = Callable[..., Image.Image]
@@ -27,8 +27,8 @@ CUDA_1 = cuda_device(1)
 
 def open_cuda(artifacts: Path, fake: FakeOnnxruntime | None = None) -> OrtBackend:
     manifest = Manifest.load(artifacts)
-    fake, cudart = fake or FakeOnnxruntime(), FakeCudart()
-    return OrtBackend(artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cudart=cudart)
+    fake, cuda = fake or FakeOnnxruntime(), FakeCuda(devices=2).cuda
+    return OrtBackend(artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda)
 
 
 # --- buffers ---
@@ -80,8 +80,17 @@ def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) ->
     results = [backend.run("vae_decoder", {"latents": x})["image"] for x in (view, grid)]
     np.testing.assert_array_equal(*map(backend.download, results))
     assert backend.download(backend.view(view, (6, channels))).shape == (6, channels)
-    with pytest.raises(BackendError, match="other number of elements"):
-        backend.view(view, (5, channels))
+    part = backend.view(view, (2, channels), start=3 * channels)
+    np.testing.assert_array_equal(backend.download(part), tokens[0, 3:5])
+    with pytest.raises(BackendError, match="cannot view"):
+        backend.view(view, (7, channels))
+
+
+def test_parts_are_put_together(backend: OrtBackend) -> None:
+    whole = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
+    parts = [backend.upload(whole[:, :2]), backend.view(backend.upload(whole), (4, 2), start=4)]
+    joined = backend.assemble((1, 6, 2), parts)
+    np.testing.assert_array_equal(backend.download(joined), whole)
 
 
 # --- sessions ---
@@ -180,21 +189,21 @@ def test_reference_sets_of_the_two_devices_are_told_apart(
 
 
 def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -> None:
-    cudart, fake = FakeCudart(capacity=12_345), FakeOnnxruntime()
+    cuda, fake = FakeCuda(capacity=12_345, devices=2), FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
     backend = OrtBackend(
-        tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cudart=cudart
+        tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda.cuda
     )
-    asked, get_info = [], cudart.cudaMemGetInfo
+    asked, get_info = [], cuda.cudaMemGetInfo
 
     def watch() -> Any:
-        asked.append(cudart.device)
+        asked.append(cuda.device)
         return get_info()
 
-    cudart.cudaMemGetInfo = watch  # type: ignore[method-assign]
+    cuda.cudaMemGetInfo = watch  # type: ignore[method-assign]
     given_back = FakeOnnxruntime.given_back
     assert backend.available_memory() == 12_345
-    assert (asked, cudart.device) == ([1], 0), "the thread's device stays what it was"
+    assert (asked, cuda.device) == ([1], 0), "the thread's device stays what it was"
     assert FakeOnnxruntime.given_back == given_back + 1, "memory kept for reuse counts as free"
     held = backend.graph_memory("cached_step")
     assert held.weights == backend.graph_memory("first_step").weights, "they share one copy"

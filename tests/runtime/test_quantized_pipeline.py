@@ -16,7 +16,7 @@ from klein_kv.export.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantize import quantize_artifacts
 from klein_kv.export.samples import make_samples
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.trt_backend import TrtBackend
+from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.signature import KV_STATIC_FLOAT8
 
 KINDS: dict[str, dict[str, str]] = {
@@ -122,7 +122,9 @@ def test_engines_are_those_of_the_graphs(artifacts: Path) -> None:
         TrtBackend(artifacts, manifest, engines=engines, graphs=graphs, trt=_WrongModule())
 
     save_engines(artifacts, "a", precision="bf16")
-    with pytest.raises(ArtifactError, match=r"of precision fp8 in .* found none; .*precision fp8"):
+    with pytest.raises(
+        ArtifactError, match=r"no engines of precision fp8 in .*; build .*precision fp8"
+    ):
         opened()
     with pytest.raises(ArtifactError, match=r"with float8 attention in .*--attention fp8"):
         opened(graphs=attention)

@@ -247,13 +247,13 @@ def test_default_budget_is_a_quarter_of_what_is_free(
     assert (pipe.reference_store.budget, pipe.prompt_cache.budget) == (1000, 250)
 
 
-def test_default_budget_of_a_device_leaves_room_for_weights() -> None:
+def test_default_budget_is_all_that_nothing_else_needs() -> None:
     weights = {"text_encoder": 16, "transformer": 18, "vae": 1}
-    assert memory.default_cache_bytes(135, weights) == 25
-    # Not all at once: the text encoder goes before the transformer comes.
-    assert memory.default_cache_bytes(31, weights) == 3
-    assert memory.default_cache_bytes(18, weights) == 0
-    assert memory.default_cache_bytes(100, dict.fromkeys(weights, 0)) == 25
+    assert memory.reference_budget(135, weights, besides=10, flagship=8) == 90
+    # The flagship edit does not fit beside all: the text encoder goes before the transformer comes.
+    assert memory.reference_budget(51, weights, besides=10, flagship=8) == 51 - 10 - 19
+    assert memory.reference_budget(18, weights, besides=10, flagship=8) == 0
+    assert memory.reference_budget(100, dict.fromkeys(weights, 0), besides=0, flagship=8) == 25
 
 
 def test_store_gives_way_to_a_request(
@@ -267,7 +267,7 @@ def test_store_gives_way_to_a_request(
     held = pipe.reference_store.stats
     assert held.entries == 4
     edit(pipe, pictures[:1])
-    needed = pipe._planned.plan.peak - pipe._planned.plan.kv_bytes  # its own set is held
+    needed = pipe.session.plan.peak - pipe.session.plan.kv_bytes  # its own set is held
     monkeypatch.setattr(memory, "available_memory", lambda: needed - held.bytes // 2)
     edit(pipe, pictures[:1])
     assert 1 <= pipe.reference_store.stats.entries < 4

@@ -16,7 +16,7 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.timings import Span, TimedBackend, Timings, timings_from_spans
+from klein_kv.runtime.timings import Span, Timings, timings_from_spans
 from tests.conftest import load_ours
 
 Picture = Callable[..., Image.Image]
@@ -90,16 +90,28 @@ class SlowBackend:
         self.now += self.seconds[graph]
         return self.inner.run(graph, inputs)
 
+    def prepare(self, graph: str, shapes: Any, kv: Any = None, *, eager: bool = False) -> None:
+        self.inner.prepare(graph, shapes, kv, eager=eager)
+
     def upload(self, array: Any) -> Any:
         self.now += 2**-10
         return self.inner.upload(array)
+
+    def upload_kv(self, arrays: Any) -> Any:
+        return self.inner.upload_kv(arrays)
+
+    def assemble(self, shape: Any, parts: Any) -> Any:
+        return self.inner.assemble(shape, parts)
+
+    def scratch_bytes(self, graph: str, shapes: Any) -> int | None:
+        return self.inner.scratch_bytes(graph, shapes)
 
     def download(self, buffer: Any) -> Any:
         self.now += 2**-10
         return self.inner.download(buffer)
 
-    def view(self, buffer: Any, shape: Any) -> Any:
-        return self.inner.view(buffer, shape)
+    def view(self, buffer: Any, shape: Any, start: int = 0) -> Any:
+        return self.inner.view(buffer, shape, start)
 
     def release(self, graph: str) -> None:
         self.inner.release(graph)
@@ -187,7 +199,7 @@ def test_what_callbacks_do_is_a_gap_and_inner_calls_count_for_themselves(
 
 
 def test_other_threads_are_not_recorded(slow: KleinKVPipeline) -> None:
-    backend = slow.timed_backend
+    backend = slow.session
     with backend.record() as timings:
         thread = threading.Thread(target=backend.upload, args=(np.zeros(4, np.float32),))
         thread.start()
@@ -257,4 +269,4 @@ def test_missing_nvtx_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with pytest.raises(BackendError, match=r"pip install 'klein-kv\[nvtx\]'"):
-        TimedBackend(tiny_ours.backend, nvtx=True)
+        KleinKVPipeline(tiny_ours.artifacts, tiny_ours.manifest, tiny_ours.backend, nvtx=True)

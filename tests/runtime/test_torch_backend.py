@@ -367,6 +367,14 @@ def test_devices_that_are_not_there(tiny_artifacts: Path) -> None:
     assert pipeline.backend.device == CPU
 
 
+def test_steps_that_replay_tell_of_their_second_place(tiny_artifacts: Path) -> None:
+    backend = TorchBackend(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu")
+    assert backend.graph_memory("cached_step").kv_copies == 0
+    backend._capture = object()  # type: ignore[assignment]  # as on a GPU
+    assert backend.graph_memory("cached_step").kv_copies == 1
+    assert backend.graph_memory("first_step").kv_copies == 0
+
+
 def test_options_that_a_cpu_does_not_have(tiny_artifacts: Path) -> None:
     with pytest.raises(BackendError, match="cuda_graphs is set, but the device is cpu"):
         TorchBackend(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu", cuda_graphs=True)

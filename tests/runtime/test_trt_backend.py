@@ -16,15 +16,19 @@ from PIL import Image
 from klein_kv.engines.manifest import EngineManifest, EngineRecord
 from klein_kv.errors import ArtifactError, BackendError, BuildError, CapacityError, RequestError
 from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.runtime import cuda_memory, ort_device, trt_backend
+from klein_kv.runtime import ort_device
 from klein_kv.runtime.backend import open_backend
-from klein_kv.runtime.cuda_memory import CudaMemory
+from klein_kv.runtime.backends.trt import backend as trt_backend
+from klein_kv.runtime.backends.trt import cuda as trt_cuda
+from klein_kv.runtime.backends.trt import engine, memory, pinned, staging, virtual
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from klein_kv.runtime.backends.trt.memory import CudaMemory
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.trt_backend import TrtBackend
 from klein_kv.signature import GRAPH_FILES, kv_names, make_signature
-from klein_kv.weights import map_weight
+from tests.runtime import fake_trt
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_gpu import FakeCudart, FakeTrt, array_at
+from tests.runtime.fake_trt import FakeTrt
 
 
 @pytest.fixture
@@ -35,14 +39,18 @@ def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def backend(tiny_artifacts: Path, engines: Path) -> TrtBackend:
-    manifest = Manifest.load(tiny_artifacts)
-    return TrtBackend(
-        tiny_artifacts,
-        manifest,
-        engines=engines,
-        cudart=FakeCudart(),
-        trt=FakeTrt(tiny_artifacts),
-    )
+    return open_on(FakeCuda(), tiny_artifacts, engines)
+
+
+def open_on(cuda: FakeCuda, artifacts: Path, engines: Path, **options) -> TrtBackend:
+    """A backend on the stand-ins; `backend._trt` and `cuda_of(backend)` are they."""
+    trt = FakeTrt(artifacts, cuda, **options)
+    manifest = Manifest.load(artifacts)
+    return TrtBackend(artifacts, manifest, engines=engines, cuda=cuda.cuda, trt=trt)
+
+
+def cuda_of(backend: TrtBackend) -> FakeCuda:
+    return backend._trt.cuda
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -87,34 +95,33 @@ def step_inputs(backend: TrtBackend, manifest: Manifest, refs: int) -> dict:
     return inputs
 
 
-def test_keys_and_values_are_handed_on_by_address(tiny_artifacts, backend):
+def test_keys_and_values_are_handed_on_without_a_copy(tiny_artifacts, backend):
     manifest = Manifest.load(tiny_artifacts)
-    cudart, trt = backend._memory.cudart, backend._trt
+    cuda, trt = cuda_of(backend), backend._trt
     inputs = step_inputs(backend, manifest, 24)
     first = backend.run("first_step", inputs)
     names = kv_names(manifest.config.transformer.num_blocks)
     feeds = {name: inputs[name] for name in inputs if not name.startswith("ref_")}
     feeds |= {name: first[name] for name in names}
-    backend.run("cached_step", feeds)
-    context = trt.engines["cached_step"].contexts[0]
-    assert [context.addresses[n] for n in names] == [first[n].pointer for n in names]
+    out = backend.run("cached_step", feeds)
+    contexts = [trt.engines[graph].contexts[0] for graph in ("first_step", "cached_step")]
+    addresses = [[context.addresses[n] for n in names] for context in contexts]
+    assert addresses[0] == addresses[1], "both find them at the same place"
 
-    copies, memory, addresses = len(cudart.copies), cudart.used, []
+    feeds["hidden_states"] = out["latents"]
+    copies, used = len(cuda.copies), cuda.used
     for _ in range(4):
-        out = backend.run("cached_step", feeds)
-        feeds["hidden_states"] = out["latents"]
-        addresses.append((out["latents"].pointer, out["noise_pred"].pointer))
-        del out
-    assert len(cudart.copies) == copies, "a step copied something"
-    assert cudart.used <= memory + 2 * first["latents"].nbytes + 1024
-    assert addresses[0] == addresses[2], "captured graphs need addresses that come back"
+        backend.run("cached_step", feeds)
+    # The latents of the step before, every time, and nothing else.
+    assert cuda.copies[copies:] == [(3, out["latents"].nbytes)] * 4
+    assert cuda.used == used
 
 
 def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend):
     manifest = Manifest.load(tiny_artifacts)
     inputs = step_inputs(backend, manifest, 24)
     backend.run("first_step", inputs)
-    used, uploads = backend._memory.cudart.used, len(backend._weights)
+    used, uploads = cuda_of(backend).used, len(backend._weights)
     references = {name: inputs[name] for name in inputs if name.startswith("ref_")}
     backend.run("encode_references", references)
     assert len(backend._weights) == uploads
@@ -124,57 +131,47 @@ def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend):
     for name in shared:
         assert contexts[0].addresses[name] == contexts[1].addresses[name]
     kv = manifest.config.transformer.kv_bytes(24, "float32")
-    assert backend._memory.cudart.used <= used + kv + 4096
+    assert cuda_of(backend).used <= used + kv + 3 * cuda_of(backend).granularity
 
 
 def test_release_and_close_free_device_memory(tiny_artifacts, backend):
-    cudart = backend._memory.cudart
+    cuda = cuda_of(backend)
     ids = np.ones((1, 8), np.int64)
     feeds = {name: backend.upload(ids) for name in ("input_ids", "attention_mask")}
     out = backend.run("text_encoder", feeds)
     weights = sum(
         r.nbytes for r in graph_weights(tiny_artifacts, GRAPH_FILES["text_encoder"]).values()
     )
-    assert cudart.used >= weights
-    del out, feeds
+    before = cuda.used
+    assert before >= weights
     backend.release("text_encoder")
-    assert cudart.used == 0
+    assert cuda.used <= before - weights
+    backend.close()  # even what somebody still holds
+    assert (cuda.used, cuda.events, len(cuda.pinned), len(cuda.reserved)) == (0, 0, 0, 0)
+    assert not cuda.streams
+    del out, feeds
     backend.close()
-    assert (cudart.streams, cudart.events, len(cudart.pinned)) == (0, 0, 0)
+    with pytest.raises(BackendError, match="the tensorrt backend is closed"):
+        backend.upload(ids)
+    with pytest.raises(BackendError, match="the tensorrt backend is closed"):
+        backend.run("text_encoder", {})
 
 
-def test_available_memory_counts_blocks_that_nobody_uses():
-    memory = CudaMemory(FakeCudart(capacity=10_000))
-    assert memory.available == 10_000
+def test_idle_blocks_wait_in_the_pool():
+    memory = CudaMemory(FakeCuda(capacity=10_000).cuda, staging_bytes=1024)
     held = memory.allocate((1000,), "uint8")  # 1,024 bytes
     gone = memory.allocate((2000,), "uint8")  # 2,048 bytes
-    assert memory.available == 10_000 - 1024 - 2048
+    assert (memory.free, memory.idle) == (10_000 - 1024 - 2048, 0)
+    pointer = gone.pointer
     del gone
-    assert memory.available == 10_000 - 1024
-    assert memory.cudart.used == 1024 + 2048, "the block waits in the pool"
-    memory.allocate((9 * 1024 - 1000,), "uint8")
+    assert (memory.free, memory.idle) == (10_000 - 1024 - 2048, 2048)
+    assert memory.allocate((2000,), "uint8").pointer == pointer
+    memory.allocate((8 * 1024,), "uint8")  # does not fit beside what is idle
     assert held.nbytes == 1000
 
 
-def test_weights_larger_than_the_staging_buffer(tiny_artifacts, monkeypatch):
-    monkeypatch.setattr(cuda_memory, "STAGING_BYTES", 1000)
-    memory = CudaMemory(FakeCudart())
-    refs = graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"])
-    placed = memory.upload_weights(list(refs.values()))
-    for ref in refs.values():
-        got = array_at(placed[ref].pointer, ref.shape, ref.dtype)
-        np.testing.assert_array_equal(got, map_weight(ref))
-
-
 def test_out_of_device_memory_is_one_clear_error(tiny_artifacts, engines):
-    manifest = Manifest.load(tiny_artifacts)
-    backend = TrtBackend(
-        tiny_artifacts,
-        manifest,
-        engines=engines,
-        cudart=FakeCudart(capacity=200_000),
-        trt=FakeTrt(tiny_artifacts),
-    )
+    backend = open_on(FakeCuda(capacity=200_000), tiny_artifacts, engines)
     ids = backend.upload(np.ones((1, 8), np.int64))
     with pytest.raises(CapacityError, match="out of GPU memory"):
         backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
@@ -203,7 +200,7 @@ def test_what_tensorrt_refuses_is_told_in_its_own_words(tiny_artifacts, backend,
     kind, message = REFUSALS[call]
     inputs = step_inputs(backend, Manifest.load(tiny_artifacts), 24)
     feeds = {name: inputs[name] for name in inputs if name.startswith("ref_")}
-    used = backend._memory.cudart.used
+    used = cuda_of(backend).used
     # The first says why, the others only that something failed; nobody reads a page of it.
     words = ["Error Code 2: the planted cause", "Error Code 4: it failed " + 1000 * "x"]
     backend._trt.refused[call] = [*words, "the last of them"]
@@ -223,68 +220,52 @@ def test_what_tensorrt_refuses_is_told_in_its_own_words(tiny_artifacts, backend,
         del caught
         gc.collect()  # what the errors' frames hold
         backend._memory.trim()
-        assert backend._memory.cudart.used == used, "a refused load kept weights"
+        backend._kv.trim()
+        backend._scratch.shrink()
+        assert cuda_of(backend).used <= used, "a refused load kept weights"
 
 
 def test_a_refused_profile_is_told_in_tensorrts_words(tiny_artifacts, backend):
-    inputs = step_inputs(backend, Manifest.load(tiny_artifacts), 24)
-    feeds = {name: inputs[name] for name in inputs if name.startswith("ref_")}
-    backend.run("encode_references", feeds)
-    backend._trt.engines["encode_references"].contexts[0].active_optimization_profile = 1
+    def feeds(tokens):
+        inputs = step_inputs(backend, Manifest.load(tiny_artifacts), tokens)
+        return {name: inputs[name] for name in inputs if name.startswith("ref_")}
+
+    backend.run("encode_references", feeds(24))
     backend._trt.refused["set_optimization_profile_async"] = ["profile 0 is in use"]
     with pytest.raises(BackendError, match="refuses profile 0: profile 0 is in use"):
-        backend.run("encode_references", feeds)
+        backend.run("encode_references", feeds(25))  # a context beside the first has none yet
 
 
 def test_a_runtime_that_does_not_start_is_one_clear_error(tiny_artifacts, engines, monkeypatch):
     """What the bindings raise where the constructor gives nothing is a TypeError of pybind11."""
-    trt = FakeTrt(tiny_artifacts)
+    cuda = FakeCuda()
+    monkeypatch.setattr(FakeTrt, "Runtime", refuse_to_start)
+    with pytest.raises(BackendError, match=r"fake_trt cannot start \(pybind11::init"):
+        open_on(cuda, tiny_artifacts, engines)
+    assert (cuda.used, len(cuda.pinned), len(cuda.streams)) == (0, 0, 0)
 
-    def refuse(logger):
-        logger.log(logger.ERROR, "CUDA initialization failure with error: 35")
-        raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    monkeypatch.setattr(trt, "Runtime", refuse)
-    with pytest.raises(BackendError, match="fake_trt cannot start: CUDA initialization failure"):
-        TrtBackend(
-            tiny_artifacts,
-            Manifest.load(tiny_artifacts),
-            engines=engines,
-            cudart=FakeCudart(),
-            trt=trt,
-        )
+def refuse_to_start(*_):
+    raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
 def test_a_tampered_engine_is_not_deserialised(tiny_artifacts, engines):
-    trt = FakeTrt(tiny_artifacts)
     (engines / "text_encoder.engine").write_bytes(b"vae_encoder!")
-    backend = TrtBackend(
-        tiny_artifacts,
-        Manifest.load(tiny_artifacts),
-        engines=engines,
-        cudart=FakeCudart(),
-        trt=trt,
-    )
+    backend = open_on(FakeCuda(), tiny_artifacts, engines)
     ids = backend.upload(np.ones((1, 8), np.int64))
     with pytest.raises(ArtifactError, match="not the engine"):
         backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
-    assert not trt.engines
+    assert not backend._trt.engines
     assert not backend._weights
 
 
 def test_engines_of_another_version_gpu_or_export_are_refused(tiny_artifacts, engines):
-    manifest, loaded = Manifest.load(tiny_artifacts), EngineManifest.load(engines)
+    loaded = EngineManifest.load(engines)
 
     def open_with(**changes: object) -> None:
         values = {name: getattr(loaded, name) for name in EngineManifest.__slots__} | changes
         EngineManifest(**values).save(engines)
-        TrtBackend(
-            tiny_artifacts,
-            manifest,
-            engines=engines,
-            cudart=FakeCudart(),
-            trt=FakeTrt(tiny_artifacts),
-        )
+        open_on(FakeCuda(), tiny_artifacts, engines)
 
     with pytest.raises(BuildError, match=r"9\.9"):
         open_with(version="9.9")
@@ -313,41 +294,71 @@ def test_no_gpu_is_told_in_one_line():
     if int(runtime.cudaGetDeviceCount()[0]) == 0:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match="no usable NVIDIA GPU"):
-        cuda_memory.load_cudart()
+        trt_cuda.load_cuda()
 
 
 def test_every_cuda_name_exists_with_these_arguments():
+    """In the installed bindings, with as many arguments as the stand-in takes."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    source = inspect.getsource(cuda_memory) + inspect.getsource(ort_device)
-    pattern = r'(?:self\.call\(|call_cuda\(cudart,)\s*"(\w+)"'
-    calls = set(re.findall(pattern, source)) | {"cudaGetDeviceCount"}
-    assert "cudaGetDevice" in calls
-    assert len(calls) > 12
+    from cuda.bindings import driver
+
+    modules = (trt_backend, trt_cuda, engine, memory, pinned, staging, virtual, ort_device)
+    source = "".join(inspect.getsource(module) for module in modules)
+    calls = set(re.findall(r'call(?:_for_memory)?\(\s*"(\w+)"', source)) | {"cudaGetDeviceCount"}
+    assert {"cudaGetDevice", "cuMemMap", "cuMemCreate", "cudaStreamWaitEvent"} <= calls
+    assert len(calls) > 20
     for name in calls:
-        documented = (getattr(runtime, name).__doc__ or "").split("(", 1)[1].split(")")[0]
-        ours = getattr(FakeCudart, name, None)
+        library = runtime if name.startswith("cuda") else driver
+        documented = (getattr(library, name).__doc__ or "").split("(", 1)[1].split(")")[0]
+        ours = getattr(FakeCuda, name, None)
         if ours is not None:
             taken = len(inspect.signature(ours).parameters) - 1
-            assert taken == len([p for p in documented.split(",") if p.strip()]), name
+            assert taken == len([p for p in documented.split(",") if ":" in p or p.strip()]), name
     for name in ("cudaStreamNonBlocking", "cudaError_t", "cudaMemcpyKind", "cudaDeviceAttr"):
         assert hasattr(runtime, name)
-    assert hasattr(runtime.cudaError_t, "cudaErrorMemoryAllocation")
-    for kind in ("HostToDevice", "DeviceToHost"):
+    assert int(runtime.cudaError_t.cudaErrorMemoryAllocation) == trt_cuda._OUT_OF_MEMORY
+    assert int(driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == trt_cuda._OUT_OF_MEMORY
+    assert int(runtime.cudaEventDisableTiming) == memory._NO_TIMING == staging._NO_TIMING
+    for kind in ("HostToDevice", "DeviceToHost", "DeviceToDevice"):
         assert hasattr(runtime.cudaMemcpyKind, f"cudaMemcpy{kind}")
     for part in ("Major", "Minor"):
         assert hasattr(runtime.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}")
 
 
+def test_virtual_memory_is_asked_for_as_the_bindings_want_it(monkeypatch):
+    """The structures and enumerations are the bindings' own; only the calls are the stand-in's."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    cuda = FakeCuda()
+    for name in (
+        "CUdevice_attribute",
+        "CUmemLocationType",
+        "CUmemAllocationType",
+        "CUmemAccess_flags",
+        "CUmemAllocationGranularity_flags",
+        "CUmemLocation",
+        "CUmemAllocationProp",
+        "CUmemAccessDesc",
+    ):
+        monkeypatch.setattr(cuda, name, getattr(driver, name))
+    monkeypatch.setattr(cuda, "cuDeviceGetAttribute", lambda attribute, device: (0, int(attribute)))
+    own = virtual.VirtualMemory(CudaMemory(cuda.cuda, 0))
+    pointer, handle = own.reserve(8192), own.create(8192)
+    own.map(pointer, 8192, handle)
+    own.unmap(pointer, 8192)
+    own.release(handle)
+
+
 def test_every_tensorrt_name_exists():
     trt = pytest.importorskip("tensorrt_rtx")
-    source = inspect.getsource(trt_backend)
+    source = inspect.getsource(trt_backend) + inspect.getsource(engine)
+    source = source.replace("self._config.", "")  # the model's
     for owner, pattern in (
         (trt.IExecutionContext, r"context\.(\w+)"),
-        (trt.ICudaEngine, r"self\._engine\.(\w+)\("),
-        (trt.IRuntimeConfig, r"config\.(\w+)"),
+        (trt.ICudaEngine, r"(?:self\._)?engine\.(create_\w+|get_device_memory\w+)\("),
+        (trt.IRuntimeConfig, r"\bconfig\.(\w+)"),
         (trt.IRuntimeCache, r"self\._cache\.(\w+)\("),
-        (trt.Runtime, r"self\._runtime\.(\w+)\("),
-        (trt, r"\btrt\.(\w+)"),
+        (trt.Runtime, r"(?:self\._)?runtime\.(\w+)(?:\(| =)"),
+        (trt, r"\btrt\.([A-Z]\w+)"),
     ):
         names = set(re.findall(pattern, source)) - {"__name__"}
         assert names, owner
@@ -355,6 +366,20 @@ def test_every_tensorrt_name_exists():
         assert not missing, f"{owner} has no {missing}"
     assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
     assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.Logger, "WARNING")
+    assert hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+
+
+def test_tensorrt_takes_our_error_recorder():
+    """The real one: what it says goes to the recorder, in its own words."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    errors = engine.Errors()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    runtime.error_recorder = engine.make_errors(trt, errors)
+    assert runtime.deserialize_cuda_engine(300 * b"x") is None
+    assert "Serialization" in errors.reason
+    errors.begin()
+    assert errors.reason == "it gave no reason"
 
 
 def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts, backend):
@@ -362,11 +387,11 @@ def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts
     pipe = KleinKVPipeline(
         tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=1 << 30
     )
-    cudart = backend._memory.cudart
+    cuda = cuda_of(backend)
     kept = pipe.encode_references(pictures(2))
-    to_host = [nbytes for kind, nbytes in cudart.copies if kind == 2]
+    to_host = [nbytes for kind, nbytes in cuda.copies if kind == 2]
     assert kept.nbytes == sum(buffer.nbytes for buffer in kept.kv.values())
-    assert len(to_host) == 2, "only the VAE's tokens of the two images come to the host"
+    assert not to_host
 
 
 def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend):
@@ -374,12 +399,12 @@ def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend):
         tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=0
     )
     pipe.set_progress_bar_config(disable=True)
-    cudart, waits = backend._memory.cudart, []
+    cuda, waits = cuda_of(backend), []
     request = {"height": 128, "width": 128, "seed": 0, "num_inference_steps": 4}
     pipe("a kite", image=pictures(1), **request)
 
     def count(*_: object) -> dict:
-        waits.append(cudart.waits)
+        waits.append(cuda.waits)
         return {}
 
     # No tensors for the callback: it would have to download them.
@@ -390,4 +415,88 @@ def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend):
     assert len(timings.cached_steps) == 3
     assert timings.first_step > 0
     assert 0 < timings.stages + sum(timings.step_gaps) <= timings.total
-    assert cudart.events == 0, "events are freed"
+    assert cuda.events == 0, "events are freed"
+
+
+# --- shapes, scratch and addresses, as TensorRT wants them ---
+
+
+def reference_feeds(backend: TrtBackend, artifacts: Path, tokens: int) -> dict:
+    inputs = step_inputs(backend, Manifest.load(artifacts), tokens)
+    return {name: inputs[name] for name in inputs if name.startswith("ref_")}
+
+
+def test_shapes_that_tensorrt_cannot_tell_are_refused(tiny_artifacts, backend, monkeypatch):
+    """Regression: an axis of -1 went into the size of a buffer."""
+    monkeypatch.setattr(fake_trt.FakeContext, "infer_shapes", lambda self: ["ref_ids"])
+    with pytest.raises(BackendError, match="cannot tell the shapes of ref_ids"):
+        backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+
+
+def test_outputs_of_another_shape_than_the_signatures_are_refused(
+    tiny_artifacts, backend, monkeypatch
+):
+    monkeypatch.setattr(fake_trt.FakeContext, "get_tensor_shape", lambda self, name: (1, 2))
+    with pytest.raises(BackendError, match=r"gives k_ref.0 the shape \(1, 2\), expected \(1, 24"):
+        backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused(tiny_artifacts, backend):
+    feeds = reference_feeds(backend, tiny_artifacts, 24)
+    feeds["ref_ids"] = reference_feeds(backend, tiny_artifacts, 25)["ref_ids"]
+    with pytest.raises(RequestError, match=r"ref_ids has shape \(25, 4\), expected \(24, 4\)"):
+        backend.run("encode_references", feeds)
+
+
+def test_scratch_is_what_the_shape_needs(tiny_artifacts, engines):
+    """Regression: every run was lent what the largest shape of the engine needs."""
+    backend = open_on(
+        FakeCuda(),
+        tiny_artifacts,
+        make_engines(tiny_artifacts, engines, scratch={"encode_references": 1 << 30}),
+        scratch=lambda graph, shapes: 1000 * shapes["ref_ids"][0],
+    )
+    shapes = {"ref_hidden_states": (1, 24, 128), "ref_ids": (24, 4)}
+    assert backend.scratch_bytes("encode_references", shapes) == 1 << 30  # it has not run yet
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+    assert backend.scratch_bytes("encode_references", shapes) == 24_000
+    assert backend._scratch.nbytes == 24_576
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 96))
+    assert backend._scratch.nbytes == 98_304
+
+
+def test_the_stand_in_refuses_what_tensorrt_refuses(tiny_artifacts, backend):
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+    trt, engine_ = backend._trt, backend._trt.engines["encode_references"]
+    config = engine_.create_runtime_config()
+    config.set_execution_context_allocation_strategy(
+        trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    )
+    fresh = engine_.create_execution_context(config)
+    stream = backend._memory.stream
+    assert not fresh.set_input_shape("ref_ids", (24, 4)), "it has no profile yet"
+    assert fresh.set_optimization_profile_async(0, stream)
+    assert not fresh.set_input_shape("ref_ids", (1 << 21, 4)), "outside of the profile"
+    assert fresh.get_tensor_shape("k_ref.0") == (1, -1, 2, 32)
+    assert not fresh.set_tensor_address("ref_ids", 257), "not aligned"
+    with pytest.raises(AssertionError, match="aligned"):
+        fresh.set_device_memory(257, 1000)
+    with pytest.raises(AssertionError, match="no address or shape"):
+        fresh.execute_async_v3(stream)
+    (loaded,) = backend._loaded["encode_references"].values()
+    used = next(iter(loaded._executions.values())).context
+    used.set_device_memory(backend._scratch.pointer, 256)
+    with pytest.raises(AssertionError, match="too little device memory"):
+        used.execute_async_v3(stream)
+    backend._scratch.shrink()
+    used.set_device_memory(backend._scratch.pointer, 1 << 20)
+    with pytest.raises(AssertionError, match="not device memory"):
+        used.execute_async_v3(stream)
+    trt.cuda.devices = 2
+    trt.cuda.cudaSetDevice(1)
+    with pytest.raises(AssertionError, match="run on device 1, loaded on 0"):
+        used.execute_async_v3(stream)
+    trt.cuda.cudaSetDevice(0)
+    backend.close()
+    with pytest.raises((AssertionError, KeyError)):
+        used.execute_async_v3(stream)

@@ -1,5 +1,7 @@
 """The runtime follows the plan: on stand-ins for a GPU that is as small as the test wants it."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ from PIL import Image
 
 from klein_kv.errors import CapacityError
 from klein_kv.manifest import Manifest
-from klein_kv.runtime.memory_plan import component_of, size_text
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from klein_kv.runtime.backends.trt.cuda import aligned
+from klein_kv.runtime.memory_plan import MemoryPlan, component_of, size_text
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.trt_backend import TrtBackend
+from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_gpu import SCRATCH, FakeCudart, FakeTrt
+from tests.runtime.fake_trt import SCRATCH, FakeTrt
 
 ROOMY = 1 << 34
 REQUEST = {"prompt": "a kite", "height": 128, "width": 160, "seed": 3, "output_type": "np"}
@@ -23,16 +27,16 @@ class Machine:
     """A pipeline on a stand-in GPU of some size, and what happened there."""
 
     def __init__(self, artifacts: Path, engines: Path, capacity: int, **options: Any) -> None:
-        self.cudart = FakeCudart(capacity)
-        self.trt = FakeTrt(artifacts, cudart=self.cudart)
+        self.cuda = FakeCuda(capacity)
+        self.trt = FakeTrt(artifacts, self.cuda)
         manifest = Manifest.load(artifacts)
         self.backend = TrtBackend(
-            artifacts, manifest, engines=engines, cudart=self.cudart, trt=self.trt
+            artifacts, manifest, engines=engines, cuda=self.cuda.cuda, trt=self.trt
         )
-        options = {"reference_cache_bytes": 0} | options
         options = {"reference_cache_bytes": 0} | options
         self.pipe = KleinKVPipeline(artifacts, manifest, self.backend, **options)
         self.pipe.set_progress_bar_config(disable=True)
+        self.base = self.cuda.used  # before any request
         self.runs: list[str] = []
         run = self.backend.run
 
@@ -72,14 +76,42 @@ def pictures() -> list[Image.Image]:
 
 def least_capacity(roomy: Machine) -> int:
     """The smallest device for what a roomy one did last: one component at a time."""
-    plan = roomy.pipe._planned.plan
+    plan = roomy.pipe.session.plan
     assert plan is not None
-    bare = 0
-    for stage in plan.stages:
-        others = stage.resident - {component_of(stage.name)}
-        ours = {name: value for name, value in stage.parts.items() if name not in others}
-        bare = max(bare, sum(ours.values()) - ours["reserved"])
-    return bare * 100 // 99 + 1
+    low, high = 0, ROOMY
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = roomy.pipe.session._make(plan.request, middle).fits
+        low, high = (low, middle) if fits else (middle, high)
+    return high + roomy.base
+
+
+def capacity_where(roomy: Machine, holds: Callable[[MemoryPlan], bool]) -> int:
+    """The smallest device on which a plan of what a roomy one did last looks like that."""
+    plan = roomy.pipe.session.plan
+    assert plan is not None
+    request = plan.request
+    loaded, roomy.pipe.session._loaded = roomy.pipe.session._loaded, set()
+    try:
+        for capacity in range(1_000_000, 10_000_000, 20_000):
+            plan = roomy.pipe.session._make(request, capacity)
+            if plan.fits and holds(plan):
+                return capacity + roomy.base
+    finally:
+        roomy.pipe.session._loaded = loaded
+    raise AssertionError("on no device")
+
+
+def replace_request(machine: Machine, **changes: Any) -> MemoryPlan:
+    plan = machine.pipe.session.plan
+    assert plan is not None
+    return replace(plan, request=replace(plan.request, **changes))
+
+
+def residents(plan: MemoryPlan, graph: str) -> set[str]:
+    stage = plan.stage(graph)
+    assert stage is not None
+    return set(stage.resident)
 
 
 def test_all_stays_where_it_fits(tiny_artifacts: Path, engines: Path, pictures: list[Any]) -> None:
@@ -96,8 +128,7 @@ def test_scratch_is_lent_and_not_held(
     machine = Machine(tiny_artifacts, engines, ROOMY)
     machine(pictures)
     assert len(machine.backend._loaded) == 5
-    blocks = [len(block) for block in machine.cudart.blocks.values()]
-    assert blocks.count(-(-SCRATCH // 256) * 256) == 1
+    assert machine.backend._scratch.nbytes == aligned(SCRATCH, machine.cuda.granularity)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -110,9 +141,10 @@ def test_components_take_turns_on_the_smallest_device_that_is_accepted(
     capacity = least_capacity(roomy)
     machine = Machine(tiny_artifacts, engines, capacity)
     steps = ["first_step", "cached_step"] if count else ["cached_step"]
-    text, transformer = machine.weights("text_encoder"), machine.weights(*steps)
-    assert max(text, transformer) < capacity < text + transformer
     np.testing.assert_array_equal(machine(image), expected[0])
+    plan = machine.pipe.session.plan
+    assert plan is not None
+    assert not plan.all_fits
     np.testing.assert_array_equal(machine(image, prompt="b"), expected[1])
     order = [graph for graph in machine.trt.loads if not graph.startswith("vae_")]
     assert order == ["text_encoder", *steps] * 2
@@ -149,7 +181,16 @@ def test_a_known_prompt_leaves_the_transformer_alone(
     tiny_artifacts: Path, engines: Path, pictures: list[Any]
 ) -> None:
     """Regression: the plan made room for a text encoder that was not needed."""
-    machine = Machine(tiny_artifacts, engines, 3_380_000)
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy(pictures)
+    capacity = capacity_where(
+        roomy,
+        lambda plan: (
+            residents(plan, "vae_decoder") >= {"transformer", "vae"}
+            and "text_encoder" not in residents(plan, "cached_step")
+        ),
+    )
+    machine = Machine(tiny_artifacts, engines, capacity)
     machine(pictures)
     assert machine.components == {"transformer", "vae"}
     before = len(machine.trt.loads)
@@ -171,14 +212,14 @@ def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
         machine(pictures)
     assert not machine.runs
     assert not machine.trt.loads
-    assert machine.cudart.used == 0
+    assert machine.cuda.used == machine.base
     message = str(caught.value)
-    plan = roomy.pipe._planned.plan
+    plan = roomy.pipe.session.plan
     assert plan is not None
     for part in (
         " in first_step (transformer 1.3",
         f"reference K/V {size_text(plan.kv_bytes)}",
-        f"{size_text(capacity - 50_000)} of device memory can be had",
+        f"{size_text(capacity - 50_000 - machine.base)} of device memory can be had",
         "what would fit: 1 reference; fp8 K/V; fp8 transformer",
     ):
         assert part in message
@@ -205,8 +246,14 @@ def test_kept_references_outstay_the_transformer(
     """Weights come back from files sooner than keys and values are computed again."""
     roomy = Machine(tiny_artifacts, engines, ROOMY)
     expected = roomy(pictures, prompt="b")
-    roomy(references=roomy.pipe.encode_references(pictures), prompt="c")
-    capacity = least_capacity(roomy)  # of a new prompt beside known references
+
+    def outstay(plan: MemoryPlan) -> bool:
+        decoding = plan.stage("vae_decoder")
+        assert decoding is not None
+        return "kv" in decoding.parts and "transformer" not in decoding.resident
+
+    roomy.pipe.session.plan = replace_request(roomy, kv_kept=True)
+    capacity = capacity_where(roomy, outstay)
     machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
     machine(pictures)
     assert machine.components == {"vae"}
@@ -221,17 +268,17 @@ def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
 ) -> None:
     """Regression: a closure held them until the request was done."""
     machine = Machine(tiny_artifacts, engines, ROOMY)
-    memory, held = machine.backend._memory, []
+    held: list[tuple[str, int]] = []
     run = machine.backend.run
 
     def watch(graph: str, inputs: Any) -> Any:
-        held.append((graph, machine.cudart.capacity - memory.available))
+        held.append((graph, machine.cuda.capacity - machine.backend.available_memory()))
         return run(graph, inputs)
 
     monkeypatch.setattr(machine.backend, "run", watch)
     machine(pictures)
     used = dict(held)  # the last run of each graph
-    plan = machine.pipe._planned.plan
+    plan = machine.pipe.session.plan
     assert plan is not None
     assert used["cached_step"] - used["vae_decoder"] > 0.9 * plan.kv_bytes
 
@@ -247,7 +294,7 @@ def test_known_references_count_once(
     machine = Machine(tiny_artifacts, engines, capacity)
     references = machine.pipe.encode_references(pictures)
     np.testing.assert_array_equal(machine(references=references), expected)
-    plan = machine.pipe._planned.plan
+    plan = machine.pipe.session.plan
     assert plan is not None
     assert all(stage.parts["kv"] == references.nbytes for stage in plan.stages)
     assert "first_step" not in machine.runs

@@ -1,0 +1,1 @@
+"""What runs the graphs: a folder per library."""

@@ -1,0 +1,1 @@
+"""TensorRT engines on one CUDA GPU, without torch."""

@@ -1,0 +1,345 @@
+"""Backend "tensorrt": engines of `tensorrt_rtx` or `tensorrt`, driven through cuda-python.
+
+Weights are uploaded once and bound to every engine by address; outputs of one engine are inputs of
+the next without leaving the device. Nothing waits for the device but a download, the loading of an
+engine, and a change of the reference set.
+
+Not run on a GPU by this project's tests: they drive it with stand-ins for CUDA and TensorRT, and
+check that every name used exists in the installed bindings.
+"""
+
+import atexit
+import contextlib
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from klein_kv.engines.trt_module import load_module, module_version
+from klein_kv.errors import BackendError, BuildError
+from klein_kv.manifest import Manifest, graph_weights
+from klein_kv.runtime.backend import Buffer, GraphMemory
+from klein_kv.runtime.backends.trt.cuda import Cuda, aligned, load_cuda
+from klein_kv.runtime.backends.trt.engine import (
+    Engine,
+    Errors,
+    ShapeKey,
+    key_inputs,
+    make_errors,
+    place_kv,
+)
+from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer, Event
+from klein_kv.runtime.backends.trt.pinned import PinnedStore
+from klein_kv.runtime.backends.trt.virtual import KvBlock, KvMemory, Scratch, VirtualMemory
+from klein_kv.runtime.engine_set import EngineFolder, open_engines
+from klein_kv.signature import GraphSet, TensorSpec
+from klein_kv.weights import NUMPY_DTYPES, WeightRef
+
+__all__ = ["TrtBackend"]
+
+_MOST_ENGINES = 4
+"""Of one graph, for different shapes, that stay loaded: code alone where weights are shared."""
+
+_OPEN: "weakref.WeakSet[TrtBackend]" = weakref.WeakSet()
+_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+
+
+class TrtBackend:
+    """Runs the engines of one artifact folder on one GPU.
+
+    Args:
+        artifacts: the artifact folder.
+        manifest: its manifest, checked.
+        engines: folder of the engines; None takes those below `artifacts/engines` that were built
+            from `graphs` for this GPU and this TensorRT.
+        device: ordinal of the GPU.
+        cuda: CUDA's bindings; None loads cuda-python.
+        trt: TensorRT module; None loads the one that the engines were built with.
+        graphs: which graphs of the folder; None takes the manifest's.
+
+    Raises:
+        ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
+        BuildError: they were built by another TensorRT, or for another GPU.
+        BackendError: no GPU, or a library is missing.
+        CapacityError: not enough memory to open it.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        artifacts: Path,
+        manifest: Manifest,
+        *,
+        engines: Path | None = None,
+        device: int = 0,
+        cuda: Cuda | None = None,
+        trt: Any = None,
+        graphs: GraphSet | None = None,
+    ) -> None:
+        self._closed = True  # until it is open
+        self._artifacts = artifacts
+        self._config = manifest.config
+        self._graphs = graphs or manifest.graphs
+        found = open_engines(artifacts, manifest, self._graphs, engines)
+        self._trt = trt or load_module(found.module)
+        name, version = self._trt.__name__, module_version(self._trt)
+        found.check_module(name, version)  # before a GPU is asked for
+        self._errors = Errors()
+        self._weights: dict[WeightRef, DeviceBuffer] = {}
+        self._loaded: dict[str, OrderedDict[Path, Engine]] = {}
+        self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
+        self._key_inputs = {
+            graph: key_inputs(self._graphs.signature(graph, self._config))
+            for graph in self._graphs.files
+        }
+        self._host_stores: list[PinnedStore] = []
+        self._memory = CudaMemory(cuda or load_cuda(), device)
+        try:
+            with self._memory.entered():
+                self._engines = found.for_device(name, version, self._memory.compute_capability)
+                virtual = VirtualMemory(self._memory)
+                self._kv = KvMemory(self._memory, virtual)
+                self._scratch = Scratch(self._memory, virtual)
+                self._runtime = self._start()
+        except BaseException:
+            self._memory.close()
+            raise
+        self._memory.reclaim.append(self._drop_old_shapes)
+        self._closed = False
+        _OPEN.add(self)
+        _close_at_exit()
+
+    def _start(self) -> Any:
+        trt = self._trt
+        try:
+            # A logger in C++: one in Python would be called for each message.
+            runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        except (RuntimeError, TypeError) as error:
+            raise BackendError(
+                f"{trt.__name__} cannot start ({error}); its own words are on standard error"
+            ) from error
+        runtime.error_recorder = make_errors(trt, self._errors)
+        return runtime
+
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        with self._memory.entered():
+            self._find_engine(graph, shapes).prepare(shapes, eager=eager)
+            if kv:
+                self._kv.hold(next(iter(kv.values())).block)
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        with self._memory.entered():
+            key = tuple([inputs[name].shape for name in self._key_inputs[graph]])
+            engine = self._chosen.get((graph, key))  # found without a search if it ran such before
+            if engine is None:
+                engine = self._find_engine(graph, {name: x.shape for name, x in inputs.items()})
+                self._chosen[graph, key] = engine
+            return engine.run(inputs, key)
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        with self._memory.entered():
+            return self._memory.upload(array)
+
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        tensors = [TensorSpec(name, _NAMES[x.dtype], x.shape) for name, x in arrays.items()]
+        with self._memory.entered():
+            buffers = self._take_kv(tensors)
+            for name, array in arrays.items():
+                self._memory.write(buffers[name], array)
+            return dict(buffers)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        with self._memory.entered():
+            if isinstance(buffer.block, KvBlock):
+                self._kv.settle(buffer.block)
+            return self._memory.download(buffer)
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        view: Buffer = buffer.view(shape, start)
+        return view
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        with self._memory.entered():
+            return self._memory.assemble(shape, parts)
+
+    def release(self, graph: str) -> None:
+        engines = self._loaded.pop(graph, None)
+        self._chosen.clear()
+        if not engines:
+            return
+        with self._memory.entered():
+            self._memory.synchronize()  # they may still be running
+            while engines:
+                engines.popitem()[1].save_kernels()
+            self._drop_unbound()
+            self._scratch.shrink()
+            self._memory.trim()
+
+    def host_store(self, budget: int) -> PinnedStore:
+        """Pinned host memory for copies of keys and values, at most `budget` bytes."""
+        with self._memory.entered():
+            store = PinnedStore(self._memory, self._kv, budget)
+        self._host_stores.append(store)
+        return store
+
+    def available_memory(self) -> int:
+        with self._memory.entered():
+            memory = self._memory
+            buffers = sum(engine.buffer_bytes for engine in self._all_loaded())
+            return memory.free + memory.idle + self._kv.idle + self._scratch.nbytes + buffers
+
+    def graph_memory(self, graph: str) -> GraphMemory:
+        record = self._engines.records(graph)[0]
+        weights: dict[Hashable, int] = {
+            ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
+        }
+        if not weights:  # inside the engine
+            held = graph_weights(self._artifacts, self._graphs.files[graph])
+            weights = {(graph, name): ref.nbytes for name, ref in held.items()}
+        return GraphMemory(weights, fixed_buffers=True)
+
+    def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        folder = self._engines.choose(graph, shapes)
+        engine = self._loaded.get(graph, OrderedDict()).get(folder.path)
+        exact = None if engine is None else engine.scratch_bytes(shapes)
+        return folder.manifest.record(graph).scratch_for(shapes) if exact is None else exact
+
+    def mark(self) -> Event:
+        with self._memory.entered():
+            return self._memory.mark()
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        return self._memory.elapsed(start, end)
+
+    def close(self) -> None:
+        """Saves the kernels compiled so far and frees all device memory and pinned memory."""
+        if self._closed:
+            return
+        self._closed = True
+        _OPEN.discard(self)
+        with self._memory.entered():
+            self._memory.synchronize()
+            for store in self._host_stores:
+                store.close()
+            for graph in list(self._loaded):
+                self.release(graph)
+            self._kv.close()
+            self._scratch.close()
+            self._memory.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # nobody is there to be told
+            self.close()
+
+    def _all_loaded(self) -> Sequence[Engine]:
+        return [engine for engines in self._loaded.values() for engine in engines.values()]
+
+    def _drop_old_shapes(self) -> None:
+        for engine in self._all_loaded():
+            engine.drop_old_shapes()
+        self._memory.trim()
+
+    def _take_kv(self, tensors: Sequence[TensorSpec]) -> dict[str, DeviceBuffer]:
+        places, nbytes = place_kv(tuple(tensors))
+        block = self._kv.take(nbytes)
+        return {
+            name: DeviceBuffer(block.pointer + place.start, place.shape, place.dtype, block)
+            for name, place in places.items()
+        }
+
+    def _drop_unbound(self) -> None:
+        """Gives up weights that no loaded engine binds."""
+        bound = frozenset[WeightRef]().union(*(engine.refs for engine in self._all_loaded()))
+        self._weights = {ref: buffer for ref, buffer in self._weights.items() if ref in bound}
+
+    def _find_engine(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> Engine:
+        """The engine for a shape, loaded if need be."""
+        folder = self._engines.choose(graph, shapes)
+        loaded = self._loaded.setdefault(graph, OrderedDict())
+        engine = loaded.get(folder.path)
+        if engine is None:
+            embedded = not folder.manifest.record(graph).weights
+            while loaded and (embedded or len(loaded) >= _MOST_ENGINES):
+                self._memory.synchronize()  # it may still be running
+                loaded.popitem(last=False)[1].save_kernels()
+                self._chosen.clear()
+            engine = loaded[folder.path] = self._load(graph, folder)
+        loaded.move_to_end(folder.path)
+        return engine
+
+    def _load(self, graph: str, folder: EngineFolder) -> Engine:
+        record = folder.manifest.record(graph)
+        blob = folder.manifest.read_engine(folder.path, graph)
+        refs = record.weight_refs(self._artifacts)
+        self._upload_weights([ref for ref in refs.values() if ref not in self._weights])
+        try:
+            loaded = Engine(
+                self._trt,
+                self._deserialized(graph, folder, blob),
+                record,
+                self._graphs.signature(graph, self._config),
+                self._config.vae.multiple_of,
+                {name: self._weights[ref] for name, ref in refs.items()},
+                refs,
+                self._memory,
+                self._scratch,
+                self._kv,
+                folder.path / f"{graph}.runtime.cache",
+                self._errors,
+            )
+        except BaseException:
+            self._drop_unbound()
+            raise
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            folder.mark_used()
+        return loaded
+
+    def _deserialized(self, graph: str, folder: EngineFolder, blob: bytes) -> Any:
+        # TensorRT takes memory of its own: it cannot use what is idle here.
+        embedded = not folder.manifest.record(graph).weights
+        held = graph_weights(self._artifacts, self._graphs.files[graph]) if embedded else {}
+        self._memory.make_free(len(blob) + sum(ref.nbytes for ref in held.values()))
+        self._errors.begin()
+        engine = self._runtime.deserialize_cuda_engine(blob)
+        if engine is None:
+            raise BuildError(
+                f"{self._trt.__name__} refuses {graph} of {folder.path}: {self._errors.reason}; "
+                "unless it says that memory is short, build the engines again with "
+                "`klein-kv build`"
+            )
+        return engine
+
+    def _upload_weights(self, refs: Sequence[WeightRef]) -> None:
+        """Uploads weights into one piece of memory."""
+        if not refs:
+            return
+        slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in set(refs)),), "uint8")
+        placed, start = {}, 0
+        for ref in sorted(set(refs), key=lambda ref: (ref.path, ref.offset)):
+            placed[ref] = DeviceBuffer(slab.pointer + start, ref.shape, ref.dtype, slab.block)
+            start += aligned(ref.nbytes)
+        self._memory.staging.upload_weights({ref: x.pointer for ref, x in placed.items()})
+        self._weights |= placed
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Has what is still open when the program ends closed, and its kernels kept."""
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for backend in list(_OPEN):
+        backend.close()

@@ -1,0 +1,431 @@
+"""A backend under a plan: refuses what cannot fit, makes room in order, takes the times.
+
+`klein-kv plan` and this ask the same `make_plan`: there with a GPU's figures, here with what the
+device has free. Where everything fits, it is loaded before the first graph runs, and stays. Else a
+component that cannot stay beside the next one is released before that is loaded: the text encoder
+before the transformer, and the other way round for the next prompt.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from klein_kv.config import dtype_name
+from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.manifest import Manifest
+from klein_kv.runtime.backend import Backend, Buffer, DeviceClock, GraphMemory
+from klein_kv.runtime.memory import reference_budget
+from klein_kv.runtime.memory_plan import (
+    COMPONENTS,
+    Footprint,
+    MemoryPlan,
+    Request,
+    Stage,
+    component_of,
+    flagship_request,
+    make_plan,
+    size_text,
+)
+from klein_kv.runtime.plan_choices import what_fits
+from klein_kv.runtime.scratch import load_vae_shapes
+from klein_kv.runtime.timings import COPIES, LOADING, HostClock, Span, Timings, timings_from_spans
+from klein_kv.signature import GraphSet
+
+__all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
+
+_MARGIN = 100
+"""One part in so many of a device is left alone: what alignment and the driver take is not known
+exactly."""
+
+_PARTS = {
+    "text_encoder": "text encoder",
+    "transformer": "transformer",
+    "vae": "VAE",
+    "kv": "reference K/V",
+    "scratch": "scratch",
+    "activations": "inputs and outputs",
+    "images": "images",
+    "reserved": "reserve",
+}
+
+FreeSets = Callable[[int, str | None], int]
+"""Asked for bytes of kept reference sets, and which set to keep; returns how many it gave up."""
+
+
+class Session:
+    """Runs the graphs of one artifact folder, a request at a time.
+
+    Args:
+        backend: what runs them.
+        artifacts: the artifact folder.
+        manifest: its manifest.
+        graphs: which of its graphs the backend runs.
+        nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
+
+    Attributes:
+        backend: see above.
+        plan: of the request under way or the last one.
+
+    Raises:
+        BackendError: nvtx is not installed.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        artifacts: Path,
+        manifest: Manifest,
+        graphs: GraphSet,
+        *,
+        nvtx: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.plan: MemoryPlan | None = None
+        self._artifacts = artifacts
+        self._manifest = manifest
+        self._graphs = graphs
+        self._memory: dict[str, GraphMemory] = {}
+        self._vae_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._sums: dict[frozenset[str], int] = {}
+        self._loaded: set[str] = set()
+        self._last = ""  # the graph that ran last, or "" where room must be made before the next
+        self._prepared = False
+        self._kept_scratch = 0
+        self._kept_kv = 0
+        self._free: FreeSets = lambda _missing, _keep: 0
+        self._keep: str | None = None
+        self._clock = backend if isinstance(backend, DeviceClock) else HostClock()
+        self._spans: list[Span] | None = None
+        self._thread = 0  # whose spans are recorded
+        self._range: Callable[[str], contextlib.AbstractContextManager[object]] = (
+            _nvtx_ranges() if nvtx else contextlib.nullcontext
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return self.backend.name
+
+    # The graphs -------------------------------------------------------------------------------
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """See `Backend.run`."""
+        stage = None if self.plan is None else self.plan.stage(graph)
+        memory = self.graph_memory(graph)
+        if stage is not None and graph != self._last and memory.weights and not self._prepared:
+            self._make_room(stage)
+        self._last = graph
+        with self._span(graph):
+            outputs = self.backend.run(graph, inputs)
+        if memory.weights:
+            self._loaded.add(graph)
+        if stage is not None and memory.keeps_scratch:
+            self._kept_scratch = max(self._kept_scratch, _passing(stage))
+        if self.plan is not None and memory.kv_copies:
+            self._kept_kv = max(self._kept_kv, memory.kv_copies * self.plan.kv_bytes)
+        return outputs
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        """See `Backend.upload`."""
+        with self._span(COPIES):
+            return self.backend.upload(array)
+
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        """See `Backend.upload_kv`."""
+        with self._span(COPIES):
+            return self.backend.upload_kv(arrays)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """See `Backend.download`."""
+        with self._span(COPIES):
+            return self.backend.download(buffer)
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        """See `Backend.view`."""
+        return self.backend.view(buffer, shape, start)
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        """See `Backend.assemble`."""
+        return self.backend.assemble(shape, parts)
+
+    def release(self, graph: str) -> None:
+        """See `Backend.release`."""
+        self._loaded.discard(graph)
+        self._last, self._prepared = "", False
+        if self.graph_memory(graph).kv_copies:
+            self._kept_kv = 0
+        self.backend.release(graph)
+
+    def graph_memory(self, graph: str) -> GraphMemory:
+        """See `Backend.graph_memory`."""
+        if graph not in self._memory:
+            self._memory[graph] = self.backend.graph_memory(graph)
+        return self._memory[graph]
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._loaded.clear()
+        self.backend.close()
+
+    # The plan ---------------------------------------------------------------------------------
+
+    def admit(self, request: Request, free: FreeSets, keep: str | None = None) -> MemoryPlan:
+        """Plans a request, or refuses it before any of it is run.
+
+        Args:
+            request: what is to be made.
+            free: see `FreeSets`.
+            keep: digest of the references that the steps need.
+
+        Returns:
+            The plan that the graphs run under from now on.
+
+        Raises:
+            CapacityError: it cannot fit, with the numbers and what would.
+        """
+        plan = self._make(request, self._capacity(request))
+        if not plan.fits:
+            freed = free(plan.peak - plan.capacity, keep)
+            # What the store gives up may still be in use elsewhere: a device can tell.
+            more = 0 if self._on_device(request) else freed
+            plan = self._make(request, self._capacity(request) + more)
+        if not plan.fits:
+            raise CapacityError(self._refusal(plan))
+        self.plan, self._free, self._keep = plan, free, keep
+        self._last, self._prepared = "", False
+        return plan
+
+    def prepare(self, kv: Mapping[str, Buffer] | None = None, *, eager: bool = False) -> None:
+        """Loads what the admitted request needs and takes its memory, where all of it fits at once.
+
+        Args:
+            kv: keys and values that the steps start with, where they are known.
+            eager: see `Backend.prepare`.
+        """
+        plan = self.plan
+        if plan is None or not plan.all_fits or not self._on_device(plan.request):
+            return
+        request, config = plan.request, self._manifest.config
+        self._make_room_for_all(plan)
+        with self._span(LOADING):
+            for graph in request.stages:
+                signature = self._graphs.signature(graph, config)
+                known = (
+                    kv if graph == "cached_step" and "first_step" not in request.stages else None
+                )
+                for sizes in request.runs(graph, config):
+                    shapes = {spec.name: spec.concrete(sizes) for spec in signature.inputs}
+                    self.backend.prepare(graph, shapes, known, eager=eager)
+                self._loaded.add(graph)
+        self._prepared = True
+
+    def default_reference_budget(self) -> int:
+        """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""
+        weights = self._component_weights()
+        available = self.backend.available_memory()
+        request = flagship_request(self._manifest.variant, self._manifest.config)
+        footprint = self._footprint(request)
+        besides = 0
+        if any(weights.values()):
+            stages = self._make(request, available).stages
+            besides = max(_passing(stage) for stage in stages) + available // _MARGIN
+        return reference_budget(available, weights, besides, footprint.kv_bytes(request))
+
+    def _component_weights(self) -> dict[str, int]:
+        """Bytes of each component's weights on the device, loaded or not; 0 for mapped files."""
+        graphs: dict[str, set[str]] = {component: set() for component in COMPONENTS}
+        for graph in self._graphs.files:
+            with contextlib.suppress(ArtifactError):  # an engine that was not built
+                self.graph_memory(graph)
+                graphs[component_of(graph)].add(graph)
+        return {component: self._weights(names) for component, names in graphs.items()}
+
+    def _on_device(self, request: Request) -> bool:
+        return any(self.graph_memory(graph).weights for graph in request.stages)
+
+    def _weights(self, graphs: Iterable[str]) -> int:
+        """Bytes of the tensors of these graphs, each once."""
+        chosen = frozenset(graphs)
+        if chosen not in self._sums:
+            held: dict[Hashable, int] = {}
+            for graph in chosen:
+                held |= self.graph_memory(graph).weights
+            self._sums[chosen] = sum(held.values())
+        return self._sums[chosen]
+
+    def _capacity(self, request: Request) -> int:
+        """What can be had, and what this pipeline holds already and the plan counts."""
+        held = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
+        if request.kv_held:
+            held += self._footprint(request).kv_bytes(request)
+        return self.backend.available_memory() + held
+
+    def _footprint(self, request: Request) -> Footprint:
+        manifest, graphs = self._manifest, {*request.stages, *self._loaded}
+        weights = {
+            component: self._weights(g for g in graphs if component_of(g) == component)
+            for component in COMPONENTS
+        }
+        if not self._vae_shapes:
+            self._vae_shapes = load_vae_shapes(self._artifacts, self._graphs.files)
+        precision = dtype_name(manifest.dtype)
+        return Footprint(
+            config=manifest.config,
+            dtype=manifest.dtype,
+            weights=weights,
+            vae_shapes=self._vae_shapes,
+            precision=self._graphs.precision or precision,
+            text_precision=dict(self._graphs.quantized).get("text_encoder", precision),
+            kv_dtype=self._graphs.kv_numbers,
+        )
+
+    def _make(
+        self, request: Request, capacity: int, footprint: Footprint | None = None
+    ) -> MemoryPlan:
+        memory = [self.graph_memory(graph) for graph in request.stages]
+        return make_plan(
+            footprint or self._footprint(request),
+            request,
+            capacity,
+            scratch={g: (n, "engine") for g in request.stages if (n := self._scratch(g, request))},
+            loaded={component_of(graph) for graph in self._loaded},
+            reserved=capacity // _MARGIN if self._on_device(request) else 0,
+            fixed_buffers=any(x.fixed_buffers for x in memory),
+            kv_copies=max((x.kv_copies for x in memory), default=0),
+        )
+
+    def _scratch(self, graph: str, request: Request) -> int | None:
+        """What the backend knows of a graph's scratch; what it refuses it will refuse itself."""
+        config, needs = self._manifest.config, []
+        inputs = self._graphs.signature(graph, config).inputs
+        for sizes in request.runs(graph, config):
+            shapes = {spec.name: spec.concrete(sizes) for spec in inputs}
+            try:
+                needs.append(self.backend.scratch_bytes(graph, shapes))
+            except RequestError:
+                return None
+        return max((need for need in needs if need is not None), default=None)
+
+    def _make_room(self, stage: Stage) -> None:
+        for graph in self._graphs.files:
+            if component_of(graph) not in stage.resident and graph in self._loaded:
+                _log.info("%s makes room for %s", graph, stage.name)
+                self.release(graph)
+        needed = self._weights(self._loaded | {stage.name}) - self._weights(self._loaded)
+        needed += _passing(stage)
+        if stage.name in ("first_step", "encode_references"):
+            needed += stage.parts.get("kv", 0)
+        missing = needed - self.backend.available_memory()
+        if missing > 0:
+            self._free(missing, None if stage.name == "vae_decoder" else self._keep)
+
+    def _make_room_for_all(self, plan: MemoryPlan) -> None:
+        """Releases what the request does not need, then reference sets, if it lacks memory."""
+        stages = plan.request.stages
+        needed = self._weights(self._loaded | set(stages)) - self._weights(self._loaded)
+        needed += max(_passing(stage) for stage in plan.stages)
+        needed += 0 if plan.request.kv_held else plan.kv_bytes
+        own = {component_of(graph) for graph in stages}
+        for graph in sorted(self._loaded):
+            if needed > self.backend.available_memory() and component_of(graph) not in own:
+                _log.info("%s makes room for %s", graph, ", ".join(stages))
+                self.release(graph)
+        missing = needed - self.backend.available_memory()
+        if missing > 0:
+            self._free(missing, self._keep)
+
+    def _refusal(self, plan: MemoryPlan) -> str:
+        worst = max(plan.stages, key=lambda stage: stage.total)
+        parts = ", ".join(
+            f"{_PARTS[part]} {size_text(nbytes)}" for part, nbytes in worst.parts.items() if nbytes
+        )
+        device = self._on_device(plan.request)
+
+        def other(footprint: Footprint, request: Request) -> MemoryPlan:
+            return self._make(request, plan.capacity, footprint)
+
+        choices = what_fits(plan, other, device=device)
+        fitting = "; ".join(choice.text for choice in choices) or "nothing that was tried"
+        return (
+            f"the request needs {size_text(worst.total)} in {worst.name} ({parts}), "
+            f"{size_text(plan.capacity)} of {'device ' if device else ''}memory can be had; "
+            f"what would fit: {fitting}"
+        )
+
+    # The times --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[Callable[[], Timings]]:
+        """Records until the block ends; a call inside another one counts for itself.
+
+        Yields:
+            What gives the timings so far; to be called after the last download, so that there is
+            nothing left to wait for.
+        """
+        outer, spans = self._spans, list[Span]()
+        self._spans, self._thread = spans, threading.get_ident()
+        start = time.perf_counter()
+        try:
+            yield lambda: timings_from_spans(
+                spans, self._clock.elapsed, time.perf_counter() - start
+            )
+        finally:
+            self._spans = outer
+
+    def _span(self, stage: str) -> "contextlib.AbstractContextManager[object]":
+        spans = self._spans
+        if spans is None or threading.get_ident() != self._thread:
+            return self._range(stage)
+        return _Recorded(spans, stage, self._clock, self._range(stage))
+
+
+class _Recorded:
+    """Adds a span: what the device does in a `with` block."""
+
+    __slots__ = ("_clock", "_range", "_spans", "_stage", "_start")
+
+    def __init__(
+        self,
+        spans: list[Span],
+        stage: str,
+        clock: DeviceClock | HostClock,
+        nvtx: contextlib.AbstractContextManager[object],
+    ) -> None:
+        self._spans, self._stage, self._clock, self._range = spans, stage, clock, nvtx
+        self._start: object = None
+
+    def __enter__(self) -> None:
+        self._range.__enter__()
+        self._start = self._clock.mark()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._spans.append(Span(self._stage, self._start, self._clock.mark()))
+        self._range.__exit__(kind, error, trace)
+
+
+def _passing(stage: Stage) -> int:
+    """Bytes of a stage that are neither weights nor keys and values."""
+    return sum(stage.parts.get(part, 0) for part in ("scratch", "activations", "images"))
+
+
+def _nvtx_ranges() -> Callable[[str], Any]:
+    try:
+        import nvtx
+    except ImportError as error:
+        raise BackendError(
+            "NVTX ranges need the nvtx package; install it with pip install 'klein-kv[nvtx]'"
+        ) from error
+
+    def mark(stage: str) -> Any:
+        return nvtx.annotate(stage, domain="klein_kv")
+
+    return mark
