@@ -30,9 +30,9 @@ from checkout import use_checkout
 
 use_checkout()
 
+from klein_kv.artifacts.weights import WeightRef, map_weight  # noqa: E402
 from klein_kv.runtime.backends.trt.memory import CudaMemory  # noqa: E402
-from klein_kv.weights import WeightRef, map_weight  # noqa: E402
-from tests.runtime.fake_cuda import FakeCuda  # noqa: E402
+from tests.runtime.backends.fake_cuda import FakeCuda  # noqa: E402
 
 PIECE = 64 << 20
 
@@ -64,10 +64,10 @@ def steps(edits: int) -> dict[str, Any]:
     """Seconds of Python per cached step, and per gap between steps."""
     from PIL import Image
 
+    from klein_kv.export.checkpoints.fixture import make_fixture
     from klein_kv.export.exporter import export_checkpoint
-    from klein_kv.export.fixture import make_fixture
-    from tests.runtime.fake_engines import make_engines
-    from tests.runtime.test_trt_loop import Machine, sizes_of
+    from tests.runtime.backends.fake_engines import make_engines
+    from tests.runtime.backends.test_trt_loop import Machine, sizes_of
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

@@ -34,7 +34,7 @@ from PIL import Image
 from skimage import data
 
 from klein_kv import KleinKVPipeline
-from klein_kv.weights import NUMPY_DTYPES
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 
 SIDE = 256
 COUNTS = (2, 4)

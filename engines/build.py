@@ -15,17 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from klein_kv.engines.build_needs import ENGINE_BYTES
-from klein_kv.engines.build_task import (
-    BuildTask,
-    artifact_precision,
-    chosen_graphs,
-    make_task,
-)
-from klein_kv.engines.builder import BuiltEngine, build_engine
-from klein_kv.engines.graph_quantization import check_applied
-from klein_kv.engines.kernel_plan import KernelPlan
-from klein_kv.engines.manifest import (
+from klein_kv.artifacts.engine_manifest import (
     ENGINE_MANIFEST,
     PACKED_SUFFIX,
     EngineManifest,
@@ -34,12 +24,22 @@ from klein_kv.engines.manifest import (
     WeightInput,
     write_atomic,
 )
-from klein_kv.engines.recipe import WEIGHTS_MODES, Recipe
-from klein_kv.engines.targets import Target, compute_capability, find_target
-from klein_kv.engines.trt_module import load_module, module_version
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.numbers import PRECISION_FORMATS
+from klein_kv.artifacts.targets import Target, compute_capability, find_target
+from klein_kv.artifacts.trt_module import load_module, module_version
+from klein_kv.engines.build_needs import ENGINE_BYTES
+from klein_kv.engines.build_task import (
+    BuildTask,
+    artifact_precision,
+    chosen_graphs,
+    make_task,
+)
+from klein_kv.engines.builder import BuiltEngine, build_engine
+from klein_kv.engines.plan.kernel_plan import KernelPlan
+from klein_kv.engines.rewrite.graph_quantization import check_applied
+from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
-from klein_kv.manifest import Manifest
-from klein_kv.quantization import PRECISION_FORMATS
 
 __all__ = ["build_artifacts", "engine_folder"]
 

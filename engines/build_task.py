@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_kv.config import dtype_name
-from klein_kv.digest import file_digest
-from klein_kv.engines.graph_rewrite import Graph, read_graph
-from klein_kv.engines.manifest import EngineManifest
-from klein_kv.engines.profiles import EngineProfile, engine_profiles
-from klein_kv.engines.recipe import Recipe
+from klein_kv.artifacts.config import dtype_name
+from klein_kv.artifacts.digest import file_digest
+from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.numbers import PRECISION_FORMATS
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.engines.rewrite.graph_rewrite import Graph, read_graph
+from klein_kv.engines.sizes.profiles import EngineProfile, engine_profiles
+from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.manifest import Manifest
-from klein_kv.quantization import PRECISION_FORMATS
-from klein_kv.signature import GraphSet
 
 __all__ = [
     "BuildTask",

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import psutil
 
+from klein_kv.artifacts.engine_manifest import TensorInfo
+from klein_kv.artifacts.numbers import FP8_MAX
+from klein_kv.artifacts.targets import Target, compute_capability
+from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.build_needs import EMBEDDED_FACTOR, embedded_build_memory
-from klein_kv.engines.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
-from klein_kv.engines.manifest import TensorInfo
-from klein_kv.engines.profiles import EngineProfile
 from klein_kv.engines.progress import make_monitor
-from klein_kv.engines.targets import Target, compute_capability
-from klein_kv.engines.trt_module import BuildLog, make_logger
+from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
+from klein_kv.engines.sizes.profiles import EngineProfile
 from klein_kv.errors import BackendError, BuildError, CapacityError
-from klein_kv.quantization import FP8_MAX
 
 __all__ = ["BuiltEngine", "build_engine", "peak_rss"]
 

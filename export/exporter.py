@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_kv.config import (
+from klein_kv.artifacts.config import (
     DEFAULT_TEXT_LAYERS,
     ModelConfig,
     TextEncoderConfig,
@@ -23,25 +23,25 @@ from klein_kv.config import (
     VaeConfig,
     read_json,
 )
-from klein_kv.digest import file_digest
-from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
-from klein_kv.export.graph_files import save_graph
-from klein_kv.export.graphs import text_encoder_graph, transformer_graph
-from klein_kv.export.quantized_files import Fp8Weight, Nvfp4Weight
-from klein_kv.export.single_file import JoinedRows, StoredWeight, read_single_file
-from klein_kv.export.sources import Source, copy_licences, find_source, known_sha256
-from klein_kv.export.vae import vae_graph, vae_parameters
-from klein_kv.export.weight_files import Placement, place_weights
-from klein_kv.manifest import (
+from klein_kv.artifacts.digest import file_digest
+from klein_kv.artifacts.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
 )
-from klein_kv.model import transformer_parameters
+from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
+from klein_kv.artifacts.weights import WeightIndex, WeightRef
+from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
+from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight
+from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight, read_single_file
+from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
+from klein_kv.export.checkpoints.weight_files import Placement, place_weights
+from klein_kv.export.graphs.graph_files import save_graph
+from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
+from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
+from klein_kv.networks.text_encoder import text_encoder_parameters
+from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import VARIANTS, distinct_graphs, graph_sets
-from klein_kv.text_model import text_encoder_parameters
-from klein_kv.weights import WeightIndex, WeightRef
 
 __all__ = ["ExportResult", "export_checkpoint"]
 

@@ -1,13 +1,13 @@
 """How much arithmetic each graph is: what a speed-up can be at most.
 
 Counted are matrix products, attention and convolutions, two operations per multiply-add, as
-`klein_kv.model` and `klein_kv.text_model` write them; norms, RoPE and activations are left out.
-The VAE's count is in `klein_kv.vae_layers`.
+`klein_kv.networks` writes them; norms, RoPE and activations are left out.
+The VAE's count is in `klein_kv.networks.vae_layers`.
 """
 
 from dataclasses import dataclass
 
-from klein_kv.config import TextEncoderConfig, TransformerConfig
+from klein_kv.artifacts.config import TextEncoderConfig, TransformerConfig
 
 __all__ = [
     "Operations",

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from klein_kv import __version__
-from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.quantized_weights import load_quantized
-from klein_kv.signature import TensorSpec, distinct_graphs, is_kv
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.quantized_weights import load_quantized
+from klein_kv.artifacts.signature import TensorSpec, distinct_graphs, is_kv
 
 __all__ = ["examine_machine", "inspect_artifacts", "polygraphy_commands"]
 

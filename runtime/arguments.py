@@ -7,10 +7,10 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.config import ModelConfig
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.signature import MAX_POSITION
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
-from klein_kv.signature import MAX_POSITION
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = [
     "check_call",

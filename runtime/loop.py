@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.config import TransformerConfig
-from klein_kv.runtime.backend import Buffer
-from klein_kv.runtime.references import grid_ids, text_ids
+from klein_kv.artifacts.config import TransformerConfig
+from klein_kv.artifacts.positions import grid_ids, text_ids
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session
 from klein_kv.schedule import Schedule
-from klein_kv.signature import GraphSet
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["LoopInputs", "denoise_loop", "loop_inputs", "no_references"]
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
-from klein_kv.manifest import Manifest
 from klein_kv.runtime.arguments import (
     check_call,
     check_embeds,
@@ -30,28 +31,23 @@ from klein_kv.runtime.arguments import (
     output_size,
     prompt_may_come_first,
 )
-from klein_kv.runtime.backend import Backend, Buffer, open_backend
-from klein_kv.runtime.byte_cache import ByteCache
-from klein_kv.runtime.host_level import open_host_level
+from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
+from klein_kv.runtime.inputs.noise import initial_noise
+from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt, PromptEncoder
+from klein_kv.runtime.inputs.prompts import PromptTokenizer
 from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
-from klein_kv.runtime.memory import default_prompt_bytes
-from klein_kv.runtime.memory_plan import MemoryPlan, Request, edit_stages
-from klein_kv.runtime.noise import initial_noise
-from klein_kv.runtime.prompt_encoder import EncodedPrompt, PromptEncoder
-from klein_kv.runtime.prompts import PromptTokenizer
-from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
-from klein_kv.runtime.reference_store import ReferenceFolder, ReferenceStore
-from klein_kv.runtime.references import (
-    KVOrigin,
-    ReferenceSet,
-    check_kv_dtype,
-)
-from klein_kv.runtime.results import decode_latents, vae_latents
+from klein_kv.runtime.outputs.results import decode_latents, vae_latents
+from klein_kv.runtime.planning.memory import default_prompt_bytes
+from klein_kv.runtime.planning.memory_plan import MemoryPlan, Request, edit_stages
+from klein_kv.runtime.references.byte_cache import ByteCache
+from klein_kv.runtime.references.host_level import open_host_level
+from klein_kv.runtime.references.reference_encoder import PreparedReferences, ReferenceEncoder
+from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, check_kv_dtype
+from klein_kv.runtime.references.reference_store import ReferenceFolder, ReferenceStore
 from klein_kv.runtime.session import Session
 from klein_kv.runtime.timings import Timings
 from klein_kv.runtime.warm_up import Sizes, blank_references, run_sizes, with_encode_references
 from klein_kv.schedule import make_schedule
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.config import dtype_name
+from klein_kv.artifacts.config import dtype_name
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
-from klein_kv.manifest import Manifest
-from klein_kv.runtime.backend import Backend, Buffer, DeviceClock, GraphMemory
-from klein_kv.runtime.memory import reference_budget
-from klein_kv.runtime.memory_plan import (
+from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
+from klein_kv.runtime.planning.memory import reference_budget
+from klein_kv.runtime.planning.memory_plan import (
     COMPONENTS,
     Footprint,
     MemoryPlan,
@@ -32,10 +33,9 @@ from klein_kv.runtime.memory_plan import (
     make_plan,
     size_text,
 )
-from klein_kv.runtime.plan_choices import what_fits
-from klein_kv.runtime.scratch import load_vae_shapes
+from klein_kv.runtime.planning.plan_choices import what_fits
+from klein_kv.runtime.planning.scratch import load_vae_shapes
 from klein_kv.runtime.timings import COPIES, LOADING, HostClock, Span, Timings, timings_from_spans
-from klein_kv.signature import GraphSet
 
 __all__ = ["Session"]
 

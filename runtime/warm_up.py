@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
-from klein_kv.manifest import Manifest
 from klein_kv.runtime.loop import denoise_loop, loop_inputs, no_references
-from klein_kv.runtime.reference_encoder import PreparedReferences, ReferenceEncoder
-from klein_kv.runtime.results import decode_latents
+from klein_kv.runtime.outputs.results import decode_latents
+from klein_kv.runtime.references.reference_encoder import PreparedReferences, ReferenceEncoder
 from klein_kv.runtime.session import Session
 from klein_kv.schedule import Schedule
-from klein_kv.signature import GraphSet
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["Sizes", "blank_references", "run_sizes", "with_encode_references"]
 

@@ -83,7 +83,7 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 @pytest.fixture(scope="session")
 def tiny_checkpoint(made_once: MadeOnce) -> Path:
     """A random checkpoint of size `tiny`, seed 0, float32."""
-    from klein_kv.export.fixture import make_fixture
+    from klein_kv.export.checkpoints.fixture import make_fixture
 
     return made_once("tiny", lambda folder: make_fixture(folder / "tiny", "tiny", seed=0)) / "tiny"
 
@@ -119,8 +119,8 @@ def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def klein_export(made_once: MadeOnce) -> "KleinExport":
     """klein's real shapes in files with holes, exported in bfloat16."""
+    from klein_kv.export.checkpoints.fixture import make_fixture
     from klein_kv.export.exporter import export_checkpoint
-    from klein_kv.export.fixture import make_fixture
 
     def make(folder: Path) -> None:
         make_fixture(folder / "checkpoint", "9b-shapes")
@@ -154,7 +154,7 @@ def tiny_vae_graph(tiny_artifacts: Path) -> Callable[..., "ir.Model"]:
     """
     import onnx_ir as ir
 
-    from klein_kv.signature import GRAPH_FILES
+    from klein_kv.artifacts.signature import GRAPH_FILES
 
     def load(graph: str, *_: object) -> "ir.Model":
         return ir.load(tiny_artifacts / GRAPH_FILES[graph])

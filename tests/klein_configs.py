@@ -1,6 +1,6 @@
 """Configurations of the released models, for tests that need shapes and no weights."""
 
-from klein_kv.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from klein_kv.artifacts.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 __all__ = ["KLEIN_4B", "KLEIN_9B"]
 

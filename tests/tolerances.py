@@ -1,6 +1,6 @@
 """How far a result may be from diffusers' and transformers' own, and how far it was measured to be.
 
-One table for the whole suite, by (graph, precision). Graphs are those of `klein_kv.signature`;
+One table for the whole suite, by (graph, precision). Graphs are those of `artifacts.signature`;
 "latents", "sample" and "pixels" are what a whole run gives. `pytest --measured` prints the largest
 error of a run beside each entry.
 """

@@ -15,7 +15,7 @@ AddVerb = Callable[[str, Callable[[argparse.Namespace], Result], str], argparse.
 
 
 def add_samples(sub: argparse.ArgumentParser, count: int) -> None:
-    """Adds the options of `klein_kv.export.samples`, with a default number of requests."""
+    """Adds the options of `klein_kv.export.checks.samples`, with a default number of requests."""
     sub.add_argument("--samples", type=int, default=count, help=f"requests to run ({count})")
     sub.add_argument("--images", type=Path, metavar="DIR", help="their references")
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")

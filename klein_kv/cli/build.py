@@ -35,10 +35,10 @@ def add_build(add: AddVerb) -> None:
 
 
 def _build(args: argparse.Namespace) -> Result:
+    from klein_kv.artifacts.signature import KV_FLOAT8
     from klein_kv.engines.build import build_artifacts
-    from klein_kv.engines.recipe import Size
-    from klein_kv.engines.shape_engines import DEFAULT_LIMIT, build_shape, shape_recipe
-    from klein_kv.signature import KV_FLOAT8
+    from klein_kv.engines.sizes.recipe import Size
+    from klein_kv.engines.sizes.shape_engines import DEFAULT_LIMIT, build_shape, shape_recipe
 
     options = {
         "target": args.target,

@@ -15,7 +15,6 @@ from klein_kv.cli.generate import add_generate
 from klein_kv.cli.inspection import add_doctor, add_inspect
 from klein_kv.cli.plan import add_plan
 from klein_kv.cli.quantize import add_quantize
-from klein_kv.cli.selftest import add_selftest
 from klein_kv.cli.verify import add_verify
 from klein_kv.errors import KleinKVError
 
@@ -38,7 +37,6 @@ _VERBS = (
     add_generate,
     add_verify,
     add_inspect,
-    add_selftest,
     add_doctor,
 )
 

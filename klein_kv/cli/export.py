@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from klein_kv.artifacts.config import DTYPES
 from klein_kv.cli.arguments import AddVerb, Result, layers
-from klein_kv.config import DTYPES
 
 __all__ = ["add_export", "add_fixture"]
 
@@ -19,7 +19,7 @@ def add_fixture(add: AddVerb) -> None:
 
 
 def _fixture(args: argparse.Namespace) -> Result:
-    from klein_kv.export.fixture import make_fixture
+    from klein_kv.export.checkpoints.fixture import make_fixture
 
     dtype = DTYPES[args.dtype] if args.dtype else None
     make_fixture(args.out, args.size, args.seed, dtype)
@@ -49,7 +49,7 @@ def add_export(add: AddVerb) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    from klein_kv.config import DEFAULT_TEXT_LAYERS
+    from klein_kv.artifacts.config import DEFAULT_TEXT_LAYERS
     from klein_kv.export.exporter import export_checkpoint
 
     done = export_checkpoint(

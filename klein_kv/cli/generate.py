@@ -34,9 +34,9 @@ def add_generate(add: AddVerb) -> None:
 
 
 def _generate(args: argparse.Namespace) -> Result:
-    from klein_kv.runtime.images import load_image
-    from klein_kv.runtime.metadata import ImageParameters, save_png
-    from klein_kv.runtime.noise import random_seed
+    from klein_kv.artifacts.pixels import load_image
+    from klein_kv.runtime.inputs.noise import random_seed
+    from klein_kv.runtime.outputs.metadata import ImageParameters, save_png
     from klein_kv.runtime.pipeline import KleinKVPipeline
 
     if not args.prompt.strip():

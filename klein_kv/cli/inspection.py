@@ -25,7 +25,7 @@ def _inspect(args: argparse.Namespace) -> Result:
     from klein_kv.inspection import inspect_artifacts, polygraphy_commands
 
     if (args.folder / "engine.json").exists():
-        from klein_kv.engines.inspection import inspect_engines
+        from klein_kv.engines.plan.inspection import inspect_engines
 
         value, text = inspect_engines(args.folder, args.gpu, args.html, args.compare)
         return value, text, 0

@@ -27,8 +27,8 @@ def add_plan(add: AddVerb) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Result:
-    from klein_kv.runtime.edit_plan import PlanOptions, plan_artifacts
-    from klein_kv.runtime.plan_text import text_from_plans
+    from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
+    from klein_kv.runtime.planning.plan_text import text_from_plans
 
     options = PlanOptions(
         gpu=args.gpu,

@@ -22,9 +22,9 @@ def add_quantize(add: AddVerb) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> Result:
-    from klein_kv.export.quantization_recipe import QuantizationRecipe
-    from klein_kv.export.quantize import quantize_artifacts
-    from klein_kv.export.samples import make_samples
+    from klein_kv.export.checks.samples import make_samples
+    from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantization.quantize import quantize_artifacts
 
     if args.recipe is None and args.source is None:
         raise RequestError("say what to make: --recipe fp8, nvfp4 or fp8-weight-only, or --from")

@@ -26,7 +26,7 @@ def add_verify(add: AddVerb) -> None:
 def _verify(args: argparse.Namespace) -> Result:
     if args.precision is not None:
         return _verify_precision(args)
-    from klein_kv.export.verify import verify_artifacts
+    from klein_kv.export.checks.verify import verify_artifacts
 
     if args.checkpoint is None:
         raise RequestError("say what to compare with: a CHECKPOINT, or --precision fp8 or nvfp4")
@@ -67,9 +67,9 @@ def _verify(args: argparse.Namespace) -> Result:
 
 
 def _verify_precision(args: argparse.Namespace) -> Result:
-    from klein_kv.export.quality import measure_quality
-    from klein_kv.export.quality_text import dict_from_report, text_from_report
-    from klein_kv.export.samples import make_samples
+    from klein_kv.export.checks.quality import measure_quality
+    from klein_kv.export.checks.quality_text import dict_from_report, text_from_report
+    from klein_kv.export.checks.samples import make_samples
 
     report = measure_quality(
         args.artifacts,

@@ -14,18 +14,19 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
+from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.manifest import MANIFEST, Manifest
+from klein_kv.artifacts.signature import GRAPH_FILES
+from klein_kv.artifacts.targets import GPUS, compute_capability, find_target
+from klein_kv.artifacts.trt_module import load_module
 from klein_kv.engines import build, builder
 from klein_kv.engines.build import build_artifacts, engine_folder
-from klein_kv.engines.kernel_plan import KernelPlan
-from klein_kv.engines.manifest import EngineManifest
-from klein_kv.engines.plan_cost import price_plan
-from klein_kv.engines.recipe import Recipe
-from klein_kv.engines.targets import GPUS, compute_capability, find_target
-from klein_kv.engines.trt_module import BuildLog, load_module, make_logger
+from klein_kv.engines.build_log import BuildLog, make_logger
+from klein_kv.engines.plan.kernel_plan import KernelPlan
+from klein_kv.engines.plan.plan_cost import price_plan
+from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.export import exporter
-from klein_kv.manifest import MANIFEST, Manifest
-from klein_kv.signature import GRAPH_FILES
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 

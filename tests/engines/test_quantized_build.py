@@ -9,23 +9,27 @@ from pathlib import Path
 import onnx
 import pytest
 
-from klein_kv.digest import file_digest
+from klein_kv.artifacts.digest import file_digest
+from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.manifest import FileRecord, Manifest
+from klein_kv.artifacts.signature import KV_FLOAT8, KV_STATIC_FLOAT8
+from klein_kv.artifacts.targets import GPUS
 from klein_kv.engines import build
 from klein_kv.engines.build import build_artifacts, engine_folder
-from klein_kv.engines.engine_record import EngineRecord
-from klein_kv.engines.graph_quantization import QuantizedNodes, check_applied, find_quantized
-from klein_kv.engines.kernel_plan import KernelPlan
-from klein_kv.engines.manifest import EngineManifest
-from klein_kv.engines.plan_cost import PlanCost, price_plan
-from klein_kv.engines.plan_report import text_from_cost
-from klein_kv.engines.recipe import Recipe
-from klein_kv.engines.targets import GPUS
+from klein_kv.engines.plan.kernel_plan import KernelPlan
+from klein_kv.engines.plan.plan_cost import PlanCost, price_plan
+from klein_kv.engines.plan.plan_report import text_from_cost
+from klein_kv.engines.rewrite.graph_quantization import (
+    QuantizedNodes,
+    check_applied,
+    find_quantized,
+)
+from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.export.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantize import quantize_artifacts
-from klein_kv.export.samples import make_samples
-from klein_kv.manifest import FileRecord, Manifest
-from klein_kv.signature import KV_FLOAT8, KV_STATIC_FLOAT8
+from klein_kv.export.checks.samples import make_samples
+from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+from klein_kv.export.quantization.quantize import quantize_artifacts
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import MANIFEST, Manifest
+from klein_kv.artifacts.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export import exporter
+from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.exporter import ExportResult, export_checkpoint
-from klein_kv.export.fixture import make_fixture
-from klein_kv.manifest import MANIFEST, Manifest
-from klein_kv.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from tests.checkpoints import MODELS, save_checkpoint
 from tests.conftest import KleinExport
 

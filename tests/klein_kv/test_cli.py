@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from klein_kv.cli import main
-from klein_kv.runtime.metadata import read_metadata
+from klein_kv.runtime.outputs.metadata import read_metadata
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:

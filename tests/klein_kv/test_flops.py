@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3Model
 
-from klein_kv.config import ModelConfig, TextEncoderConfig
+from klein_kv.artifacts.config import ModelConfig, TextEncoderConfig
 from klein_kv.flops import (
     block_weights,
     diffusers_kv_edit_flops,
@@ -18,8 +18,8 @@ from klein_kv.flops import (
     text_block_weights,
     text_operations,
 )
-from klein_kv.model import transformer_parameters
-from klein_kv.text_model import text_encoder_parameters
+from klein_kv.networks.text_encoder import text_encoder_parameters
+from klein_kv.networks.transformer import transformer_parameters
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 NET = KLEIN_9B.transformer

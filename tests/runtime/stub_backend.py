@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import CapacityError
-from klein_kv.manifest import Manifest
-from klein_kv.runtime import memory
-from klein_kv.runtime.backend import GraphMemory
-from klein_kv.signature import kv_names
+from klein_kv.runtime.backends.backend import GraphMemory
+from klein_kv.runtime.planning import memory
 
 __all__ = ["TOKEN", "DeviceStub", "Stub"]
 

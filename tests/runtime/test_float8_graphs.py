@@ -11,11 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from klein_kv.manifest import Manifest
-from klein_kv.runtime.ort_backend import OrtBackend
-from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
-from klein_kv.signature import KV_FLOAT8, kv_names
-from klein_kv.torch_ops import TorchOps
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
+from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.runtime.backends.ort.backend import OrtBackend
 
 Array = NDArray[Any]
 BLOCKS = 3

@@ -16,9 +16,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
-from klein_kv.signature import kv_names
-from klein_kv.weights import NUMPY_DTYPES
+from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
+from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from tests.conftest import load_ours
 from tests.tolerances import assert_close
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.runtime.backend import Buffer
+from klein_kv.artifacts.positions import grid_ids, text_ids
+from klein_kv.artifacts.signature import GraphSet, kv_names
+from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.loop import LoopInputs, denoise_loop
-from klein_kv.runtime.references import grid_ids, text_ids
 from klein_kv.schedule import make_schedule
-from klein_kv.signature import GraphSet, kv_names
 
 GRAPHS = GraphSet("kv", "float32")
 Call = tuple[str, dict[str, Buffer], dict[str, Buffer]]

@@ -271,7 +271,7 @@ def test_latents_of_ones_own(kind: str, references: int, models: Models, picture
 
 
 def test_seed_is_the_generators_noise(models: Models) -> None:
-    """To a bit of each value, without torch; see `klein_kv.runtime.noise`."""
+    """To a bit of each value, without torch; see `klein_kv.runtime.inputs.noise`."""
     ours = models("plain").ours
     request = {"prompt": PROMPT, "height": 128, "width": 128, "output_type": "latent"}
     _, expected = run(ours, seeds=(2**63 - 1,), **request)

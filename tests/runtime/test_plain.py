@@ -13,8 +13,8 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.cli import main
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.runtime import memory
-from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.backends.backend import Buffer
+from klein_kv.runtime.planning import memory
 from tests.checkpoints import load_plain_diffusers
 from tests.conftest import load_ours
 from tests.tolerances import assert_close

@@ -9,20 +9,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
+from klein_kv.artifacts.quantized_weights import load_quantized
+from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import ArtifactError
-from klein_kv.export.artifact_weights import MappedWeights, component_weights
-from klein_kv.export.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantize import quantize_artifacts
-from klein_kv.export.samples import make_samples
-from klein_kv.manifest import Manifest
-from klein_kv.model import StepInputs, denoise, encode_references
-from klein_kv.quantized_ops import QuantizedOps
-from klein_kv.quantized_weights import load_quantized
-from klein_kv.runtime.ort_backend import OrtBackend
-from klein_kv.runtime.references import grid_ids, reference_ids, text_ids
-from klein_kv.signature import kv_names
-from klein_kv.text_model import encode_text
-from klein_kv.torch_ops import TorchOps
+from klein_kv.export.checks.artifact_weights import MappedWeights, component_weights
+from klein_kv.export.checks.samples import make_samples
+from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+from klein_kv.export.quantization.quantize import quantize_artifacts
+from klein_kv.networks.quantized_torch_ops import QuantizedOps
+from klein_kv.networks.text_encoder import encode_text
+from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.networks.transformer import StepInputs, denoise, encode_references
+from klein_kv.runtime.backends.ort.backend import OrtBackend
 
 BOUND = 1e-3
 """Relative error (root of the mean square). Measured: up to 2e-6. It may be more where sums differ

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.engines.manifest import EngineManifest
+from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import KV_STATIC_FLOAT8
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.export.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantize import quantize_artifacts
-from klein_kv.export.samples import make_samples
-from klein_kv.manifest import Manifest
+from klein_kv.export.checks.samples import make_samples
+from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.backends.trt.backend import TrtBackend
-from klein_kv.signature import KV_STATIC_FLOAT8
 
 KINDS: dict[str, dict[str, str]] = {
     "fp8": {"precision": "fp8"},

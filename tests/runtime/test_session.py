@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import CapacityError
-from klein_kv.manifest import Manifest
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.backends.trt.cuda import aligned
-from klein_kv.runtime.memory_plan import MemoryPlan, component_of, size_text
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from tests.runtime.fake_cuda import FakeCuda
-from tests.runtime.fake_engines import make_engines
-from tests.runtime.fake_trt import SCRATCH, FakeTrt
+from klein_kv.runtime.planning.memory_plan import MemoryPlan, component_of, size_text
+from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_engines import make_engines
+from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt
 
 ROOMY = 1 << 34
 REQUEST = {"prompt": "a kite", "height": 128, "width": 160, "seed": 3, "output_type": "np"}

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import BackendError, RequestError
-from klein_kv.manifest import Manifest
 from klein_kv.runtime.timings import Span, Timings, timings_from_spans
 from tests.conftest import load_ours
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.manifest import Manifest
-from klein_kv.runtime import memory
-from klein_kv.runtime.backend import Buffer
+from klein_kv.runtime.backends.backend import Buffer
+from klein_kv.runtime.planning import memory
 from klein_kv.runtime.timings import Timings
 
 Picture = Callable[..., Image.Image]

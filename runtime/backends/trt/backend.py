@@ -19,10 +19,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.engines.trt_module import load_module, module_version
+from klein_kv.artifacts.engine_set import EngineFolder, open_engines
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.signature import GraphSet, TensorSpec
+from klein_kv.artifacts.trt_module import load_module, module_version
+from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.errors import BackendError, BuildError
-from klein_kv.manifest import Manifest, graph_weights
-from klein_kv.runtime.backend import Buffer, GraphMemory
+from klein_kv.runtime.backends.backend import Buffer, GraphMemory
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned, load_cuda
 from klein_kv.runtime.backends.trt.engine import (
     Engine,
@@ -35,9 +38,6 @@ from klein_kv.runtime.backends.trt.engine import (
 from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer, Event
 from klein_kv.runtime.backends.trt.pinned import PinnedStore
 from klein_kv.runtime.backends.trt.virtual import KvBlock, KvMemory, Scratch, VirtualMemory
-from klein_kv.runtime.engine_set import EngineFolder, open_engines
-from klein_kv.signature import GraphSet, TensorSpec
-from klein_kv.weights import NUMPY_DTYPES, WeightRef
 
 __all__ = ["TrtBackend"]
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_kv.engines.engine_record import EngineRecord
+from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.signature import Signature, TensorSpec, is_kv
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import BackendError
 from klein_kv.runtime.backends.trt.cuda import aligned
 from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer
 from klein_kv.runtime.backends.trt.virtual import KvBlock, KvMemory, Scratch
-from klein_kv.signature import Signature, TensorSpec, is_kv
-from klein_kv.weights import WeightRef
 
 __all__ = ["Engine", "Errors", "ShapeKey", "key_inputs", "make_errors", "place_kv"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.config import ITEM_SIZE
+from klein_kv.artifacts.config import ITEM_SIZE
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import BackendError, CapacityError
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned
 from klein_kv.runtime.backends.trt.staging import Staging
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["STAGING_BYTES", "CudaMemory", "DeviceBuffer", "Event"]
 

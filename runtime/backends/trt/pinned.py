@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer, Event
 from klein_kv.runtime.backends.trt.staging import host_bytes
 from klein_kv.runtime.backends.trt.virtual import KvBlock, KvMemory
-from klein_kv.weights import NUMPY_DTYPES
 
 __all__ = ["PinnedCopy", "PinnedStore"]
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned
-from klein_kv.weights import WeightRef
 
 __all__ = ["Staging", "host_bytes"]
 

@@ -1,0 +1,1 @@
+"""The kernel plan of an engine: was quantization applied, and what it costs."""

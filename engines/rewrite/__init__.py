@@ -1,0 +1,1 @@
+"""What is changed in a graph before TensorRT reads it."""

@@ -1,0 +1,1 @@
+"""Which sizes engines are built for."""

@@ -1,0 +1,149 @@
+"""Optimization profiles: a recipe's sizes as the shapes of one graph's inputs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.signature import Signature
+from klein_kv.engines.sizes.recipe import Range, Recipe, ShapeProfile
+from klein_kv.errors import BuildError
+
+__all__ = ["EngineProfile", "engine_profiles", "symbol_ranges"]
+
+MAX_ASPECT = 8
+"""Longer over shorter side of a reference image (diffusers: `Flux2KleinKVPipeline.check_inputs`
+and its image processor)."""
+
+_NEED_REFERENCES = ("first_step", "encode_references")
+"""Graphs that do not run on 0 reference tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """Shapes of one optimization profile: input -> (min, opt, max)."""
+
+    name: str
+    symbols: dict[str, Range]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+def engine_profiles(
+    signature: Signature, recipe: Recipe, config: ModelConfig
+) -> list[EngineProfile]:
+    """The profiles of one engine; equal ones are kept once.
+
+    Args:
+        signature: the graph's contract.
+        recipe: ranges in users' terms.
+        config: gives the pixels of a token.
+
+    Raises:
+        BuildError: a size that is no multiple of a token's pixels, or no profile at all.
+    """
+    profiles: list[EngineProfile] = []
+    for profile in recipe.profiles:
+        for part, symbols in _boxes(signature.graph, profile, config.vae.multiple_of):
+            used = {symbol: symbols[symbol] for symbol in signature.symbols}
+            if any(profile.symbols == used for profile in profiles):
+                continue
+            profiles.append(EngineProfile(part, used, _shapes(signature, used)))
+    if not profiles:
+        raise BuildError(
+            f"{signature.graph}: no profile of recipe {recipe.name} has reference images; build "
+            "without this graph, or add a profile with references"
+        )
+    return profiles
+
+
+def symbol_ranges(profile: ShapeProfile, unit: int) -> dict[str, Range]:
+    """Sizes of the symbolic axes of `klein_kv.artifacts.signature`, but for height and width.
+
+    Args:
+        profile: ranges in users' terms.
+        unit: pixels of a token and side.
+
+    Raises:
+        BuildError: a size that is no multiple of `unit`.
+    """
+    for field in ("output", "reference_size"):
+        for size in getattr(profile, field):
+            if size.width % unit or size.height % unit:
+                raise BuildError(
+                    f"profile {profile.name}: {field} is {size.width}x{size.height}, expected "
+                    f"sides that are multiples of {unit} pixels"
+                )
+    grid = [(size.width // unit, size.height // unit) for size in profile.output]
+    reference = [(size.width // unit) * (size.height // unit) for size in profile.reference_size]
+    counts = profile.references
+    return {
+        "batch": profile.batch,
+        "text_tokens": profile.text_tokens,
+        "image_tokens": Range(*(width * height for width, height in grid)),
+        "ref_tokens": Range(*(count * each for count, each in zip(counts, reference, strict=True))),
+        "grid_width": Range(*(width for width, _ in grid)),
+        "grid_height": Range(*(height for _, height in grid)),
+    }
+
+
+def _boxes(graph: str, profile: ShapeProfile, unit: int) -> list[tuple[str, dict[str, Range]]]:
+    """Symbol ranges of one recipe profile for one graph; several for the VAE encoder."""
+    symbols = symbol_ranges(profile, unit)
+    tokens = symbols["ref_tokens"]
+    if graph == "vae_encoder":
+        return _reference_boxes(profile, unit) if tokens.max else []
+    if graph in _NEED_REFERENCES:
+        if not tokens.max:
+            return []
+        least = _tokens(profile.reference_size.min, unit)
+        symbols["ref_tokens"] = Range(*(max(value, least) for value in tokens))
+    return [(profile.name, symbols)]
+
+
+def _tokens(size: tuple[int, int], unit: int) -> int:
+    return (size[0] // unit) * (size[1] // unit)
+
+
+def _reference_boxes(profile: ShapeProfile, unit: int) -> list[tuple[str, dict[str, Range]]]:
+    """Ranges of height and width that cover references of every proportion.
+
+    A profile bounds each side, not the area, and scratch memory follows the bounds: one box up to
+    the longest side would pay for an image of that side squared. Sides are bounded per proportion
+    instead: up to 3:2 (of the square of equal area) and beyond.
+    """
+    low, typical, high = profile.reference_size
+    if low == high:
+        exact = {"width": Range(*[low.width] * 3), "height": Range(*[low.height] * 3)}
+        return [(profile.name, exact)]
+    side = math.sqrt(high.width * high.height)
+    bounds = [
+        (_up(side * 1.5, unit), _up(side, unit)),
+        (_up(side * math.sqrt(MAX_ASPECT), unit), _up(side / 1.5, unit)),
+    ]
+    boxes = []
+    for long, short in bounds:
+        for width, height in ((long, short), (short, long)):
+            ranges = {
+                "width": Range(low.width, min(typical.width, width), width),
+                "height": Range(low.height, min(typical.height, height), height),
+            }
+            boxes.append((f"{profile.name}, up to {width}x{height}", ranges))
+    return boxes
+
+
+def _up(pixels: float, unit: int) -> int:
+    return math.ceil(pixels / unit) * unit
+
+
+def _shapes(
+    signature: Signature, symbols: Mapping[str, Range]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    shapes = {}
+    for spec in signature.inputs:
+        if any(isinstance(axis, str) for axis in spec.shape):
+            low, typical, high = (
+                spec.concrete({symbol: values[i] for symbol, values in symbols.items()})
+                for i in range(3)
+            )
+            shapes[spec.name] = (low, typical, high)
+    return shapes

@@ -1,0 +1,1 @@
+"""Where weights come from: repositories, single files, quantized files, fixtures."""

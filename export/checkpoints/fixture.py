@@ -1,0 +1,287 @@
+"""Random klein checkpoints in the layout that diffusers loads.
+
+Every test, benchmark and demo needs a checkpoint, and the real one is gated and 35 GB. The ones
+made here hold random weights in the same files, under the same tensor names, with the same
+configuration keys; only the sizes differ. `diffusers.Flux2KleinKVPipeline.from_pretrained` loads
+them, which makes them a judge of this project's own graphs.
+
+    tiny         4 MB; made, loaded and run in well under a second each
+    small        0.3 GB; an edit of 512x512 with four references takes about 20 s on two CPU cores
+    9b-shapes    the shapes of the real 9B model in sparse files: 35 GB to read, 1 MB on the disk
+
+The networks and their weights come from `klein_kv.export.checkpoints.random_model`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from diffusers import Flux2KleinKVPipeline
+from huggingface_hub import split_torch_state_dict_into_shards
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from klein_kv.errors import CheckpointError, RequestError
+from klein_kv.export.checkpoints.random_model import (
+    SIZES,
+    FixtureSize,
+    fill_random,
+    make_scheduler,
+    transformer_on_meta,
+    vae_on_meta,
+)
+
+__all__ = ["SIZES", "FixtureSize", "make_fixture"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = MappingProxyType(
+    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+)
+_SAFETENSORS_DTYPES = MappingProxyType(
+    {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+)
+
+
+def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None = None) -> None:
+    """Write a random checkpoint that `Flux2KleinKVPipeline.from_pretrained(out)` loads.
+
+    The same arguments give the same bytes. The folder appears whole or not at all: it is written
+    beside `out` and renamed.
+
+    Args:
+        out: Folder to make. It may exist if it is empty.
+        size: A key of `SIZES`.
+        seed: Seed of the weights, 0 to 2**63 - 1. Sparse sizes have none, and ignore it.
+        dtype: "float32", "float16" or "bfloat16"; None takes the size's own.
+
+    Raises:
+        RequestError: An unknown size or dtype, or a seed out of range.
+        CheckpointError: `out` is a file, or a folder that holds something.
+    """
+    if size not in SIZES:
+        raise RequestError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
+    shapes = SIZES[size]
+    dtype = shapes.dtype if dtype is None else dtype
+    if dtype not in _DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed is {seed}; expected a number from 0 to 2**63 - 1")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} is already there; expected a new or an empty folder. "
+            "Choose another folder or remove this one"
+        )
+
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_checkpoint(partial, shapes, seed, _DTYPES[dtype])
+        if out.exists():  # Windows renames onto no folder, not even an empty one
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("wrote %s (size %s, seed %d, %s)", out, size, seed, dtype)
+
+
+def _write_checkpoint(folder: Path, shapes: FixtureSize, seed: int, dtype: torch.dtype) -> None:
+    """Build every component and save it, with its values or with holes."""
+    tokenizer = _tokenizer()
+    if len(tokenizer) > shapes.text_vocabulary:
+        raise RequestError(
+            f"text_vocabulary is {shapes.text_vocabulary}; expected at least the tokenizer's "
+            f"{len(tokenizer)}"
+        )
+    modules = _modules_on_meta(shapes, dtype)
+    if not shapes.sparse:
+        generator = torch.Generator().manual_seed(seed)
+        for module in modules.values():
+            fill_random(module.to_empty(device="cpu"), generator)
+    pipeline = Flux2KleinKVPipeline(
+        scheduler=make_scheduler(),
+        tokenizer=tokenizer,
+        **modules,
+    )
+    if shapes.sparse:
+        _save_sparse(folder, pipeline)
+    else:
+        pipeline.save_pretrained(folder)
+    (folder / "LICENSE.md").write_text(_LICENSE, encoding="utf-8")
+
+
+def _modules_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The three networks without storage, under the pipeline's names for them."""
+    with torch.device("meta"):
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=shapes.text_vocabulary,
+                hidden_size=shapes.text_hidden,
+                intermediate_size=shapes.text_intermediate,
+                num_hidden_layers=shapes.text_layers,
+                num_attention_heads=shapes.text_heads,
+                num_key_value_heads=shapes.text_kv_heads,
+                head_dim=shapes.text_head_dim,
+                max_position_embeddings=40960,
+                rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+                tie_word_embeddings=False,
+            )
+        )
+    # nn.Module's own `to`: see `random_model`.
+    text_encoder = nn.Module.to(text_encoder, dtype=dtype).eval()
+    return {
+        "transformer": transformer_on_meta(shapes, dtype),
+        "text_encoder": text_encoder,
+        "vae": vae_on_meta(shapes, dtype),
+    }
+
+
+def _save_sparse(folder: Path, pipeline: Flux2KleinKVPipeline) -> None:
+    """Save a pipeline of meta modules: configurations as they are, weights as holes.
+
+    Shards are cut as the published repositories cut them: the transformer at 10 GB (diffusers'
+    default), the text encoder at 5 GB (transformers' default at the time).
+    """
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    for name, stem, limit in (
+        ("transformer", "diffusion_pytorch_model", "10GB"),
+        ("text_encoder", "model", "5GB"),
+        ("vae", "diffusion_pytorch_model", "10GB"),
+    ):
+        module = getattr(pipeline, name)
+        target = folder / name
+        target.mkdir()
+        if name == "text_encoder":
+            module.config.architectures = [type(module).__name__]
+            module.config.dtype = module.dtype
+            module.config.save_pretrained(target)
+            module.generation_config.save_pretrained(target)
+        else:
+            module.save_config(target)
+        _write_shards(target, stem, module.state_dict(), limit)
+
+
+def _write_shards(folder: Path, stem: str, state: dict[str, Tensor], limit: str) -> None:
+    """Write a state as sparse safetensors files, with an index when there is more than one."""
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=limit
+    )
+    for filename, names in split.filename_to_tensors.items():
+        _write_sparse_safetensors(folder / filename, {name: state[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_sparse_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors header, then extend the file to its full length without data.
+
+    The format (huggingface/safetensors, README): 8 bytes of header length, little endian; a JSON
+    header padded with spaces; the tensors back to back. Wider types go first, as the library's
+    own writer puts them, so that every tensor starts on a multiple of its item size.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+# --- tokenizer -------------------------------------------------------------------------------
+
+# Qwen2's split into words (transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX).
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MERGED_TOKENS = 256  # tokens made of more than one byte
+
+# Text to learn merges from: enough that ordinary prompts shorten to about a third of their bytes.
+_CORPUS = (
+    "A photograph of a red kite over the sea at night, seen from the harbour in the evening light.",
+    "Change the colour of the coat to green and keep everything else in the picture as it was.",
+    "Put the cat from the first image on the chair in the second image, facing the window.",
+    "Replace the background with a street in the rain; the person stays where she is standing.",
+    "Make it look like a watercolour painting with soft shadows and a warm, golden morning sky.",
+    "Remove the text from the sign above the door, then add a small wooden boat to the foreground.",
+    "The same scene in winter: snow on the roofs, bare trees, and people walking with lanterns.",
+    "user assistant system think 0 1 2 3 4 5 6 7 8 9 in the style of the other reference images",
+)
+
+# Qwen3's form of a conversation, as far as one message needs it: an empty block of thoughts tells
+# the model that the caller wants none.
+_CHAT_TEMPLATE = r"""{%- for message in messages %}
+    {{- "<|im_start|>" ~ message["role"] ~ "\n" ~ message["content"] ~ "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" }}
+    {%- if not enable_thinking | default(true) %}
+        {{- "<think>\n\n</think>\n\n" }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+def _tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of Qwen2's class with Qwen3's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=len(alphabet) + _MERGED_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    learner.train_from_iterator(_CORPUS, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=40960,
+        chat_template=_CHAT_TEMPLATE,
+    )
+    # Part of the text for a decoder that skips special tokens, as in Qwen3.
+    tokenizer.add_tokens(
+        [AddedToken(text, normalized=False, special=False) for text in ("<think>", "</think>")]
+    )
+    return tokenizer
+
+
+_LICENSE = """\
+# Licence of this checkpoint
+
+The weights in this folder are random numbers, drawn from a seed by klein-kv. Nothing was learned
+from any data and nothing was taken from another model. They are licensed under the Apache License,
+Version 2.0 (https://www.apache.org/licenses/LICENSE-2.0), like klein-kv itself.
+"""

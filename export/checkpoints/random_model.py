@@ -1,0 +1,263 @@
+"""The networks of klein with random weights, at any size and on any device.
+
+What a checkpoint of random weights holds, without the files: `fixture` writes it to a disk, a
+benchmark draws it where it computes.
+
+Weights are scaled so that activations stay of order one through all blocks, and the modulations,
+norms and BatchNorm statistics differ from their identity: a graph that drops one gives another
+image.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from torch import Tensor, nn
+
+from klein_kv.errors import RequestError
+
+__all__ = [
+    "SIZES",
+    "FixtureSize",
+    "fill_random",
+    "make_scheduler",
+    "transformer_on_meta",
+    "vae_on_meta",
+]
+
+_LATENT_CHANNELS = 32  # FLUX.2's; the transformer reads 2x2 patches of it, so 128 channels
+_TEXT_TAPS = 3  # hidden states 9, 18 and 27, side by side on the feature axis
+_LAST_TEXT_TAP = 27
+
+
+@dataclass(frozen=True, slots=True)
+class FixtureSize:
+    """Shapes of one fixture checkpoint. Counts and widths in elements.
+
+    Attributes:
+        double_blocks: Two-stream transformer blocks.
+        single_blocks: One-stream transformer blocks.
+        heads: Attention heads of the transformer.
+        head_dim: Features per head; a multiple of 8, split evenly over the four RoPE axes.
+        text_layers: Decoder layers of the text encoder. At least 28, because the last hidden
+            state of a Qwen3 model is normalised and must not be the last tap.
+        text_hidden: Width of the text encoder.
+        text_heads: Query heads of the text encoder.
+        text_kv_heads: Key and value heads of the text encoder.
+        text_head_dim: Features per head of the text encoder.
+        text_intermediate: Width of the text encoder's feed-forward.
+        text_vocabulary: Rows of the embedding; more than the tokenizer has tokens.
+        vae_channels: Channels of the four levels of the autoencoder (a scale factor of 8).
+        vae_groups: Groups of its GroupNorms; divides every entry of `vae_channels`.
+        vae_layers: Residual blocks per level.
+        dtype: Data type of the weights when the caller names none.
+        sparse: Write holes in place of values. Every weight reads as zero.
+
+    Raises:
+        RequestError: A shape that the model classes cannot be built with.
+    """
+
+    double_blocks: int
+    single_blocks: int
+    heads: int
+    head_dim: int
+    text_layers: int
+    text_hidden: int
+    text_heads: int
+    text_kv_heads: int
+    text_head_dim: int
+    text_intermediate: int
+    text_vocabulary: int
+    vae_channels: tuple[int, int, int, int]
+    vae_groups: int
+    vae_layers: int
+    dtype: str = "float32"
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 8:
+            raise RequestError(
+                f"head_dim is {self.head_dim}; expected a multiple of 8, so that four RoPE axes "
+                "get an even share each"
+            )
+        if self.text_layers <= _LAST_TEXT_TAP:
+            raise RequestError(
+                f"text_layers is {self.text_layers}; expected more than {_LAST_TEXT_TAP}, the "
+                "last hidden state that is read"
+            )
+        if any(channels % self.vae_groups for channels in self.vae_channels):
+            raise RequestError(
+                f"vae_channels {self.vae_channels} are not all multiples of vae_groups "
+                f"{self.vae_groups}; choose a common divisor"
+            )
+
+    @property
+    def joint_attention_dim(self) -> int:
+        """Width of the text that the transformer reads."""
+        return _TEXT_TAPS * self.text_hidden
+
+    @property
+    def axes_dims_rope(self) -> tuple[int, int, int, int]:
+        """Features per RoPE axis (T, H, W, L)."""
+        axis = self.head_dim // 4
+        return (axis, axis, axis, axis)
+
+
+SIZES: Mapping[str, FixtureSize] = MappingProxyType(
+    {
+        "tiny": FixtureSize(
+            double_blocks=1,
+            single_blocks=2,
+            heads=2,
+            head_dim=32,
+            text_layers=28,
+            text_hidden=32,
+            text_heads=4,
+            text_kv_heads=2,
+            text_head_dim=16,
+            text_intermediate=80,
+            text_vocabulary=640,
+            vae_channels=(16, 16, 24, 24),
+            vae_groups=8,
+            vae_layers=1,
+        ),
+        "small": FixtureSize(
+            double_blocks=4,
+            single_blocks=10,
+            heads=4,
+            head_dim=128,
+            text_layers=28,
+            text_hidden=128,
+            text_heads=4,
+            text_kv_heads=2,
+            text_head_dim=32,
+            text_intermediate=384,
+            text_vocabulary=640,
+            vae_channels=(32, 64, 96, 96),
+            vae_groups=16,
+            vae_layers=1,
+        ),
+        # Transformer: klein-9b in diffusers' scripts/convert_flux2_to_diffusers.py. Text encoder:
+        # the configuration of Qwen/Qwen3-8B. Autoencoder: the defaults of AutoencoderKLFlux2.
+        "9b-shapes": FixtureSize(
+            double_blocks=8,
+            single_blocks=24,
+            heads=32,
+            head_dim=128,
+            text_layers=36,
+            text_hidden=4096,
+            text_heads=32,
+            text_kv_heads=8,
+            text_head_dim=128,
+            text_intermediate=12288,
+            text_vocabulary=151936,
+            vae_channels=(128, 256, 512, 512),
+            vae_groups=32,
+            vae_layers=2,
+            dtype="bfloat16",
+            sparse=True,
+        ),
+    }
+)
+
+
+def transformer_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> Flux2Transformer2DModel:
+    """diffusers' denoiser of this size without storage."""
+    with torch.device("meta"):
+        module = Flux2Transformer2DModel(
+            in_channels=4 * _LATENT_CHANNELS,
+            num_layers=shapes.double_blocks,
+            num_single_layers=shapes.single_blocks,
+            attention_head_dim=shapes.head_dim,
+            num_attention_heads=shapes.heads,
+            joint_attention_dim=shapes.joint_attention_dim,
+            axes_dims_rope=shapes.axes_dims_rope,
+            guidance_embeds=False,
+        )
+    return _ready(module, dtype)
+
+
+def vae_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> AutoencoderKLFlux2:
+    """diffusers' autoencoder of this size without storage."""
+    with torch.device("meta"):
+        module = AutoencoderKLFlux2(
+            block_out_channels=shapes.vae_channels,
+            layers_per_block=shapes.vae_layers,
+            latent_channels=_LATENT_CHANNELS,
+            norm_num_groups=shapes.vae_groups,
+        )
+    return _ready(module, dtype)
+
+
+def _ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    # nn.Module's own `to`: the override of diffusers 0.42 warns of layers to keep in float32 even
+    # when the model names none.
+    return nn.Module.to(module, dtype=dtype).eval()
+
+
+def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1 [dev]'s schedule, which diffusers' conversion script gives to FLUX.2 too."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+# Where 1/sqrt(fan-in) is not enough, by the end of the name. Measured on `tiny` (two references)
+# and `small` (four): the noise prediction and the final latents have a standard deviation of 1.1 to
+# 1.5, the blocks of at most 2.9, and every input, the references' order too, shows in the pixels.
+_GAINS = MappingProxyType(
+    {
+        # SiLU halves what passes, and there are two on the way from the timestep to a modulation.
+        "timestep_embedder.linear_1.weight": 1.5,
+        "timestep_embedder.linear_2.weight": 1.5,
+        # 28 residual layers and no final norm: the text arrives four times too large.
+        "context_embedder.weight": 0.25,
+        # Queries of unit scale attend almost evenly, and then it hardly matters to what.
+        "attn.norm_q.weight": 2.0,
+        "attn.norm_added_q.weight": 2.0,
+        # Most pixels inside the range of an image, few of them clipped.
+        "decoder.conv_out.weight": 0.5,
+    }
+)
+
+
+def fill_random(module: nn.Module, generator: torch.Generator) -> None:
+    """Draws every tensor of a module's state, in the order of its state_dict, in float32.
+
+    Args:
+        module: one of the networks, with storage.
+        generator: on the device of the module. Another device gives other numbers.
+    """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(_random(name, tensor.shape, generator))
+        else:
+            tensor.zero_()  # BatchNorm's num_batches_tracked
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Values for one tensor: normal with 1/sqrt(fan-in) for matrices, near identity for norms."""
+    normal = torch.randn(shape, generator=generator, device=generator.device)
+    if name == "bn.running_var":
+        return (0.3 * normal).exp()
+    if name == "bn.running_mean":
+        return 0.3 * normal
+    if name.endswith(".bias"):
+        return 0.1 * normal
+    if name.endswith("embed_tokens.weight"):
+        return normal
+    gain = next((gain for suffix, gain in _GAINS.items() if name.endswith(suffix)), 1.0)
+    if len(shape) == 1:
+        return gain * (1.0 + 0.1 * normal)
+    return normal * (gain / math.sqrt(shape[1:].numel()))

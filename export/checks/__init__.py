@@ -1,0 +1,1 @@
+"""Whether artifacts compute the same as something else."""

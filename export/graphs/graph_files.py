@@ -1,0 +1,95 @@
+"""A graph's two files: the ONNX file, and the table of where its weights lie."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from klein_kv.artifacts.attention_scales import attention_scales
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.manifest import save_graph_weights, weights_file
+from klein_kv.artifacts.quantized_weights import QuantizedComponent
+from klein_kv.artifacts.signature import GraphSet, distinct_graphs, quantized_graph_sets
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.export.graphs.onnx_ops import IR_DTYPES
+from klein_kv.export.graphs.transformer_graphs import (
+    quantized_transformer_graph,
+    text_encoder_graph,
+)
+
+__all__ = ["save_graph", "save_quantized_graphs"]
+
+_NAMES = {number: name for name, number in IR_DTYPES.items()}
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Writes a graph and, beside it, `*.weights.json`.
+
+    Args:
+        model: its external initializers lie in files beside `path`.
+        path: the .onnx file.
+    """
+    table = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            table[name] = WeightRef(
+                path.parent / str(tensor.location),
+                tensor.offset or 0,
+                tensor.length or tensor.nbytes,
+                _NAMES[tensor.dtype],
+                tuple(tensor.shape.numpy()),
+            )
+    ir.save(model, path)
+    save_graph_weights(path.parent / weights_file(path.name), table)
+
+
+def save_quantized_graphs(
+    folder: Path,
+    config: ModelConfig,
+    graphs: GraphSet,
+    component: str,
+    weights: Mapping[str, WeightRef],
+    quantized: QuantizedComponent,
+) -> list[Path]:
+    """Writes the graphs of one quantized network, in every form that engines are built from.
+
+    Float32 artifacts get none for nvfp4: only TensorRT runs those, and it wants 16 bits.
+
+    Args:
+        folder: where the component's folder is.
+        config: the checkpoint's configuration.
+        graphs: the artifacts' own graphs.
+        component: "transformer" or "text_encoder", whose quantized files are named `name`.
+        weights: where the component's own tensors lie; files of the same name will lie beside the
+            graphs.
+        quantized: its quantized layers.
+
+    Returns:
+        The .onnx files.
+    """
+    formats = {layer.format for layer in quantized.linears.values()}
+    if graphs.dtype == "float32" and "nvfp4" in formats:
+        return []
+    name = next(iter(quantized.linears.values())).weight.path.name.removesuffix(".safetensors")
+    write: Callable[[str, GraphSet], ir.Model]
+    if component == "text_encoder":
+
+        def write(graph: str, there: GraphSet) -> ir.Model:  # noqa: ARG001
+            return text_encoder_graph(config, there.dtype, weights, quantized.linears)
+    else:
+        scales = attention_scales(config.transformer, quantized.attention, weights)
+
+        def write(graph: str, there: GraphSet) -> ir.Model:
+            return quantized_transformer_graph(
+                graph, config, there, weights, quantized.linears, scales
+            )
+
+    written = []
+    sets = quantized_graph_sets(graphs.variant, graphs.dtype, {component: name})
+    for _, graph, there in distinct_graphs(sets):
+        path = folder / there.files[graph]
+        if path.parent.name == component:
+            save_graph(write(graph, there), path)
+            written.append(path)
+    return written

@@ -1,0 +1,204 @@
+"""Recipes of quantization: which format each linear layer of the blocks gets.
+
+A recipe is a TOML file (see `recipes/fp8.toml`). Embedders, modulations, norms and the final
+projection are never quantized: they are small, and errors in them reach every token.
+"""
+
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+from klein_kv.artifacts.numbers import BLOCK, FORMATS, PRECISION_FORMATS, is_block_linear
+from klein_kv.errors import RequestError
+
+__all__ = ["KEEP", "QuantizationRecipe", "quantization_recipe_names"]
+
+_log = logging.getLogger(__name__)
+
+KEEP = "bf16"
+"""Format of an override that leaves a layer in the artifacts' own type, whichever that is."""
+
+_ACTIVATIONS = ("quantized", "kept")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRecipe:
+    """How to quantize both networks.
+
+    Attributes:
+        name: the recipe's name, for people.
+        transformer: format of the transformer's block linears.
+        text_encoder: format of the text encoder's, or "bf16" to leave it.
+        activations: "quantized" multiplies in the format; "kept" saves memory alone.
+        percentile: share of a layer's input values, in percent, that its range covers; 100 is the
+            largest magnitude seen.
+        overrides: (pattern, format) of layers that differ, by weight name as `fnmatch` reads it;
+            the last one that matches counts.
+    """
+
+    name: str
+    transformer: str
+    text_encoder: str = KEEP
+    activations: str = "quantized"
+    percentile: float = 100.0
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "transformer": FORMATS,
+            "text_encoder": (*FORMATS, KEEP),
+            "activations": _ACTIVATIONS,
+        }
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise RequestError(
+                    f"recipe {self.name}: {key} is {getattr(self, key)!r}, expected one of "
+                    f"{', '.join(values)}"
+                )
+        if not 90 <= self.percentile <= 100:
+            raise RequestError(
+                f"recipe {self.name}: percentile is {self.percentile}, expected 90 to 100"
+            )
+        for pattern, kind in self.overrides:
+            if kind not in (*FORMATS, KEEP):
+                raise RequestError(
+                    f"recipe {self.name}: the override of {pattern!r} is {kind!r}, expected one of "
+                    f"{', '.join((*FORMATS, KEEP))}"
+                )
+        if self.activations == "kept" and "nvfp4" in (self.transformer, self.text_encoder):
+            raise RequestError(
+                f"recipe {self.name}: activations are kept and weights are nvfp4; only fp8 "
+                "weights are made without quantized activations"
+            )
+
+    @property
+    def precision(self) -> str:
+        """What the folder calls the result, a key of `quantization.PRECISION_FORMATS`."""
+        return self.component_precision("transformer") or self.transformer
+
+    def component_precision(self, component: str) -> str | None:
+        """The same for one network; None if it is left as it is."""
+        kind = self.transformer if component == "transformer" else self.text_encoder
+        if kind == KEEP:
+            return None
+        return "fp8-weight-only" if self.activations == "kept" else kind
+
+    def assign(self, component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The format of each layer that is quantized, by weight name.
+
+        A layer whose input features do not fill blocks of 16 stays as it is where nvfp4 is asked
+        for; that is logged.
+
+        Args:
+            component: "transformer" or "text_encoder".
+            shapes: all tensors of the network.
+        """
+        default = self.transformer if component == "transformer" else self.text_encoder
+        names = [name for name, shape in shapes.items() if is_block_linear(name, shape)]
+        formats = {}
+        for name in names:
+            kind = default
+            if default != KEEP:
+                for pattern, other in self.overrides:
+                    kind = other if fnmatchcase(name, pattern) else kind
+            if kind == "nvfp4" and shapes[name][1] % BLOCK:
+                _log.warning(
+                    "%s stays as it is: its %d input features are no multiple of %d",
+                    name,
+                    shapes[name][1],
+                    BLOCK,
+                )
+            elif kind != KEEP:
+                formats[name] = kind
+        return formats
+
+    def component_dict(self, component: str) -> dict[str, Any]:
+        """What of the recipe bears on one network; plain values for JSON."""
+        return {
+            "format": self.transformer if component == "transformer" else self.text_encoder,
+            "activations": self.activations,
+            "percentile": self.percentile,
+            "overrides": [list(override) for override in self.overrides],
+        }
+
+    def check_overrides(self, names: list[str]) -> None:
+        """Refuses a pattern that means no layer: most likely it is misspelt.
+
+        Raises:
+            RequestError: with the pattern.
+        """
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise RequestError(
+                    f"recipe {self.name}: the override {pattern!r} matches no block linear; "
+                    f"expected a pattern of weight names such as {names[0]!r}"
+                )
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """Reads a recipe that comes with the package, by name, or a TOML file, by path.
+
+        Raises:
+            RequestError: no such recipe, or its content is not valid.
+        """
+        name = str(source)
+        if isinstance(source, Path) or name.endswith(".toml"):
+            path = Path(source)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RequestError(f"recipe {path} cannot be read: {error}") from error
+            return cls.from_toml(text, path.stem)
+        if name not in quantization_recipe_names():
+            raise RequestError(
+                f"unknown recipe {name!r}; expected one of "
+                f"{', '.join(quantization_recipe_names())}, or the path of a .toml file"
+            )
+        return cls.from_toml(_folder().joinpath(f"{name}.toml").read_text("utf-8"), name)
+
+    @classmethod
+    def from_toml(cls, text: str, name: str) -> Self:
+        """Reads a recipe's text.
+
+        Raises:
+            RequestError: not TOML, unknown or missing keys, wrong types.
+        """
+        try:
+            value = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RequestError(f"recipe {name} is not TOML: {error}") from error
+        known = ("transformer", "text_encoder", "activations", "percentile", "overrides")
+        unknown = sorted(set(value) - set(known))
+        if unknown or "transformer" not in value:
+            what = f"unknown key {', '.join(unknown)}" if unknown else "transformer is missing"
+            raise RequestError(f"recipe {name}: {what}; expected {', '.join(known)}")
+        overrides = value.get("overrides", {})
+        percentile = value.get("percentile", 100.0)
+        if not isinstance(overrides, dict) or not isinstance(percentile, int | float):
+            raise RequestError(
+                f"recipe {name}: expected a number as percentile and a table "
+                "[overrides] of pattern = format"
+            )
+        return cls(
+            name=name,
+            transformer=value["transformer"],
+            text_encoder=value.get("text_encoder", KEEP),
+            activations=value.get("activations", "quantized"),
+            percentile=float(percentile),
+            overrides=tuple(overrides.items()),
+        )
+
+
+def quantization_recipe_names() -> list[str]:
+    """Recipes that come with the package; each is named after the precision that it makes."""
+    found = [entry.name.removesuffix(".toml") for entry in _folder().iterdir()]
+    return sorted(name for name in found if name in PRECISION_FORMATS)
+
+
+def _folder() -> Any:
+    return files("klein_kv.export.quantization") / "recipes"

@@ -1,0 +1,1 @@
+"""An artifact folder's contract: configuration, signatures, manifests, weights."""

@@ -1,0 +1,219 @@
+"""`engine.json`: what the engines of one folder are, checked before any of them is opened.
+
+An engine file is native code. So a digest that does not match is refused, never warned about, and
+`EngineManifest.read_engine` returns what it read from the very bytes that it has checked.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from klein_kv.artifacts.engine_record import (
+    EngineRecord,
+    ProfileRecord,
+    TensorInfo,
+    WeightInput,
+    record_from_json,
+)
+from klein_kv.artifacts.manifest import inside
+from klein_kv.errors import ArtifactError, BuildError
+
+__all__ = [
+    "ENGINE_MANIFEST",
+    "PACKED_SUFFIX",
+    "EngineManifest",
+    "EngineRecord",
+    "ProfileRecord",
+    "TensorInfo",
+    "WeightInput",
+    "find_engines",
+    "write_atomic",
+]
+
+ENGINE_MANIFEST = "engine.json"
+PACKED_SUFFIX = ".zlib"
+"""Ends the name of an engine file that zlib packed."""
+_FORMAT = "klein-kv engines"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineManifest:
+    """All engines of one folder.
+
+    Attributes:
+        module: "tensorrt_rtx" or "tensorrt".
+        version: its version; engines load with this one only.
+        target: name of the target.
+        sm: compute capability without the dot.
+        precision: "bf16", "fp16", ...
+        weights: "shared" or "embedded" (the VAE always embeds).
+        recipe: name of the recipe.
+        engines: records by graph.
+        kv_dtype: type that keys and values are handed on in; None for that of activations.
+        attention: "fp8" where the transformer's attention is computed in float8.
+    """
+
+    module: str
+    version: str
+    target: str
+    sm: int
+    precision: str
+    weights: str
+    recipe: str
+    engines: dict[str, EngineRecord]
+    kv_dtype: str | None = None
+    attention: str | None = None
+
+    @property
+    def title(self) -> str:
+        """For people: which engines these are."""
+        kv = "" if self.kv_dtype is None else f", K/V {self.kv_dtype}"
+        kv += "" if self.attention is None else f", attention {self.attention}"
+        return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
+
+    def check_module(self, module: str, version: str) -> None:
+        """Refuses another library or version than the one that built the engines.
+
+        Raises:
+            BuildError: engines of one version do not load in another.
+        """
+        if (module, version) != (self.module, self.version):
+            raise BuildError(
+                f"the engines were built with {self.module} {self.version}, this is {module} "
+                f"{version}, which cannot load them; build them again with `klein-kv build`"
+            )
+
+    def check_device(self, sm: int) -> None:
+        """Refuses a GPU of another compute capability.
+
+        Raises:
+            BuildError: engines run on the compute capability that they were built for.
+        """
+        if sm != self.sm:
+            raise BuildError(
+                f"the engines were built for compute capability {self.sm / 10:.1f} "
+                f"({self.target}), this GPU has {sm / 10:.1f}; build them with "
+                f"`klein-kv build --target sm{sm}`"
+            )
+
+    def record(self, graph: str) -> EngineRecord:
+        """The record of one graph.
+
+        Raises:
+            ArtifactError: there is no engine of that graph.
+        """
+        if graph not in self.engines:
+            raise ArtifactError(
+                f"there is no engine of {graph}, only of {', '.join(self.engines) or 'nothing'}; "
+                "build it with `klein-kv build`"
+            )
+        return self.engines[graph]
+
+    def read_engine(self, folder: Path, graph: str) -> bytes:
+        """Reads one engine and checks it before anything of it is interpreted.
+
+        Returns:
+            The engine as TensorRT wants it, unpacked where the file is packed.
+
+        Raises:
+            ArtifactError: missing, or not the file that was built.
+        """
+        record = self.record(graph)
+        path = inside(folder, record.file)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(
+                f"engine {path} cannot be read ({error.strerror}); build it again"
+            ) from error
+        digest = hashlib.sha256(data).hexdigest()
+        if len(data) != record.bytes or digest != record.sha256:
+            raise ArtifactError(
+                f"{path} is not the engine that {ENGINE_MANIFEST} describes: got sha256 {digest}, "
+                f"expected {record.sha256}; it was changed or damaged, build it again"
+            )
+        return zlib.decompress(data) if record.file.endswith(PACKED_SUFFIX) else data
+
+    def save(self, folder: Path) -> None:
+        """Writes `engine.json`; a reader sees the old one or the new one, whole."""
+        value = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}
+        value["digest"] = _self_digest(value)
+        text = json.dumps(value, indent=1) + "\n"
+        write_atomic(folder / ENGINE_MANIFEST, text.encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads and checks `engine.json`; the engines themselves are checked as they are read.
+
+        Raises:
+            ArtifactError: no engines here, another format version, or a manifest that was changed.
+        """
+        path = folder / ENGINE_MANIFEST
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{folder} holds no engines: it has no {ENGINE_MANIFEST}; build them with "
+                "`klein-kv build`"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}; build again") from error
+        if not isinstance(value, dict) or value.get("format") != _FORMAT:
+            raise ArtifactError(f"{path} is not a manifest of engines; build again")
+        if value.get("format_version") != _FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} has format version {value.get('format_version')}, this klein-kv reads "
+                f"{_FORMAT_VERSION}; build again"
+            )
+        if value.pop("digest", None) != _self_digest(value):
+            raise ArtifactError(f"{path} was changed after it was written; build again")
+        try:
+            engines = {name: record_from_json(record) for name, record in value["engines"].items()}
+            return cls(
+                module=value["module"],
+                version=value["version"],
+                target=value["target"],
+                sm=int(value["sm"]),
+                precision=value["precision"],
+                weights=value["weights"],
+                recipe=value["recipe"],
+                engines=engines,
+                kv_dtype=value.get("kv_dtype"),
+                attention=value.get("attention"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error
+
+
+def find_engines(artifacts: Path) -> list[Path]:
+    """Folders of an artifact folder that hold engines, sorted."""
+    return sorted(path.parent for path in (artifacts / "engines").glob(f"*/{ENGINE_MANIFEST}"))
+
+
+def write_atomic(path: Path, data: Any) -> None:
+    """Writes a file aside and renames it into place.
+
+    Args:
+        path: the file.
+        data: bytes, or anything with a buffer (an engine that TensorRT holds is not copied).
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _self_digest(value: Mapping[str, Any]) -> str:
+    text = json.dumps({key: item for key, item in value.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

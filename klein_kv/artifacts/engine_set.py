@@ -1,0 +1,204 @@
+"""Which engine runs a graph at a shape. `klein-kv plan` and the runtime ask this one place.
+
+An artifact folder may hold any number of engines: for ranges of sizes, and of one single shape each
+(`klein-kv build --size`), which are faster, and with attention in float8 the only ones. All that
+were built from one set of graphs hand keys and values on in the same form and bind the same
+weights, so any of them can run any step of a request.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from klein_kv.artifacts.config import DTYPES
+from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
+from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.errors import ArtifactError, RequestError
+
+__all__ = ["EngineFolder", "EngineSet", "open_engines"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFolder:
+    """Engines of one folder.
+
+    Attributes:
+        path: where they lie.
+        manifest: what `engine.json` says.
+    """
+
+    path: Path
+    manifest: EngineManifest
+
+    def mark_used(self) -> None:
+        """Has `klein-kv build --size` keep this folder longer than those used less recently."""
+        os.utime(self.path / ENGINE_MANIFEST)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSet:
+    """Engines that serve one set of graphs.
+
+    Attributes:
+        folders: in no particular order; never empty.
+        attention: of the graphs; engines that have it come before those that do not.
+    """
+
+    folders: tuple[EngineFolder, ...]
+    attention: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the TensorRT that built them; of the first, where they differ."""
+        return self.folders[0].manifest.module
+
+    def choose(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> EngineFolder:
+        """The engine for these shapes of inputs: for them alone, else the one with least scratch.
+
+        Raises:
+            ArtifactError: there is no engine of that graph.
+            RequestError: none takes these shapes.
+        """
+        fitting: list[tuple[tuple[bool, bool, int, str], EngineFolder]] = []
+        refused: RequestError | None = None
+        for folder in self.folders:
+            record = folder.manifest.engines.get(graph)
+            if record is None:
+                continue
+            try:
+                profile = record.profiles[record.profile_for(shapes)]
+            except RequestError as error:
+                if refused is None or not record.fixed:  # tell the widest limits
+                    refused = error
+                continue
+            other = folder.manifest.attention != self.attention
+            fitting.append(
+                ((other, not record.fixed, profile.scratch_bytes, folder.path.name), folder)
+            )
+        if fitting:
+            return min(fitting, key=lambda item: item[0])[1]
+        raise refused or _missing(self, graph)
+
+    def records(self, graph: str) -> list[EngineRecord]:
+        """Records of every engine of a graph.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        records = [x.manifest.engines[graph] for x in self.folders if graph in x.manifest.engines]
+        if not records:
+            raise _missing(self, graph)
+        return records
+
+    def check_module(self, module: str, version: str) -> None:
+        """Refuses a TensorRT that loads none of them.
+
+        Raises:
+            BuildError: they were built with another library or version.
+        """
+        for folder in self.folders:
+            if (folder.manifest.module, folder.manifest.version) == (module, version):
+                return
+        self.folders[0].manifest.check_module(module, version)
+
+    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
+        """Those that this TensorRT and a GPU of this compute capability run.
+
+        Raises:
+            BuildError: there are none.
+        """
+        self.check_module(module, version)
+        own = [
+            folder
+            for folder in self.folders
+            if (folder.manifest.module, folder.manifest.version) == (module, version)
+        ]
+        return EngineSet(tuple(own), self.attention).for_sm(sm)
+
+    def for_sm(self, sm: int) -> "EngineSet":
+        """Those for one compute capability.
+
+        Raises:
+            BuildError: there are none.
+        """
+        own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
+        if not own:
+            self.folders[0].manifest.check_device(sm)
+        return replace(self, folders=own)
+
+
+def open_engines(
+    artifacts: Path, manifest: Manifest, graphs: GraphSet, folder: Path | None = None
+) -> EngineSet:
+    """Finds the engines of a set of graphs, for whatever GPU.
+
+    Args:
+        artifacts: the artifact folder.
+        manifest: its manifest.
+        graphs: what the engines must have been built from. Where attention is in float8, engines
+            with attention in the type of activations serve the shapes that have none.
+        folder: these engines alone.
+
+    Raises:
+        ArtifactError: there are none, or only engines of another export.
+    """
+    general = replace(graphs, attention=None)
+    if folder is not None:
+        found = [EngineFolder(folder, EngineManifest.load(folder))]
+        if not (_is_of(found[0].manifest, graphs) or _is_of(found[0].manifest, general)):
+            raise ArtifactError(
+                f"{folder}: these are engines of {found[0].manifest.title}, keys and values in "
+                f"{found[0].manifest.kv_dtype or manifest.dtype}; expected precision "
+                f"{graphs.precision or manifest.dtype}, keys and values in "
+                f"{graphs.kv_dtype or manifest.dtype}, attention in "
+                f"{graphs.attention or manifest.dtype}; choose other engines, or another "
+                "precision, kv_dtype or attention"
+            )
+    else:
+        there = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
+        found = [x for x in there if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
+        if not any(_is_of(x.manifest, graphs) for x in found):
+            raise _none(artifacts, graphs)
+    for one in found:
+        files = (graphs if one.manifest.attention == graphs.attention else general).files
+        for graph, record in one.manifest.engines.items():
+            if record.onnx_digest != manifest.files[files[graph]].digest:
+                raise ArtifactError(
+                    f"{one.path}: the engine of {graph} was built from another export; build it "
+                    "again with `klein-kv build`"
+                )
+    return EngineSet(tuple(found), graphs.attention)
+
+
+def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
+    option = "" if graphs.precision is None else f" --precision {graphs.precision}"
+    kind = "" if graphs.precision is None else f" of precision {graphs.precision}"
+    if graphs.attention is not None:
+        option, kind = f"{option} --attention fp8", f"{kind} with float8 attention"
+    elif graphs.kv_dtype is not None:
+        option, kind = f"{option} --kv-dtype fp8", f"{kind} with float8 K/V"
+    return ArtifactError(
+        f"there are no engines{kind} in {artifacts / 'engines'}; build them with "
+        f"`klein-kv build{option}`"
+    )
+
+
+def _missing(engines: EngineSet, graph: str) -> ArtifactError:
+    there = sorted({name for folder in engines.folders for name in folder.manifest.engines})
+    return ArtifactError(
+        f"there is no engine of {graph}, only of {', '.join(there) or 'nothing'}; build it with "
+        "`klein-kv build`"
+    )
+
+
+def _is_of(engines: EngineManifest, graphs: GraphSet) -> bool:
+    """Whether engines were built from this set of graphs."""
+    precision = None if engines.precision in DTYPES else engines.precision
+    return (precision, engines.kv_dtype, engines.attention) == (
+        graphs.precision,
+        graphs.kv_dtype,
+        graphs.attention,
+    )

@@ -1,0 +1,464 @@
+"""`klein.json`: what an artifact folder is, and the digest of every file that makes it.
+
+The manifest is checked before anything else of the folder is opened. Paths in it are relative and
+stay inside the folder.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import index
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from klein_kv.artifacts.config import DTYPES, ModelConfig, tensor_bytes
+from klein_kv.artifacts.digest import combine_digests, file_digest
+from klein_kv.artifacts.numbers import PRECISION_FORMATS
+from klein_kv.artifacts.quantized_weights import quantized_files
+from klein_kv.artifacts.signature import (
+    KV_FLOAT8,
+    KV_STATIC_FLOAT8,
+    VARIANTS,
+    GraphSet,
+    graph_sets,
+    quantized_graph_sets,
+)
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "FileRecord",
+    "Manifest",
+    "graph_weights",
+    "inside",
+    "save_graph_weights",
+    "weights_file",
+]
+
+MANIFEST = "klein.json"
+FORMAT_VERSION = 1
+_FORMAT = "klein-kv artifacts"
+_QUANTIZED = ("transformer", "text_encoder")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and digest of one file.
+
+    Attributes:
+        bytes: its size.
+        digest: what `digest.file_digest` makes of it; checked whenever the folder is opened.
+        sha256: the hub's own digest of the whole file, "" if it is not known.
+    """
+
+    bytes: int
+    digest: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Content of `klein.json`.
+
+    Attributes:
+        model_id: name of the checkpoint, for people.
+        variant: "kv" or "plain"; never guessed from the weights.
+        dtype: floating point type of graphs and weights.
+        config: the three networks.
+        scheduler: diffusers' scheduler configuration, as found.
+        files: records by path relative to the folder.
+        licence: notice about the weights, for people.
+        distilled: False for weights that need classifier-free guidance.
+        precisions: what was quantized: for each precision, the quantized files of each network
+            (see `quantized_weights`); a network that is not named stays as it is.
+    """
+
+    model_id: str
+    variant: str
+    dtype: str
+    config: ModelConfig
+    scheduler: dict[str, Any]
+    files: dict[str, FileRecord]
+    licence: str
+    distilled: bool = True
+    precisions: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def model_digest(self) -> str:
+        """Hex digest of graphs and weights together; what a K/V cache or an image belongs to.
+
+        Quantized files do not count: what was made without them stays valid.
+        """
+        quantized = self.quantized_files
+        return combine_digests(
+            {
+                name: record.digest
+                for name, record in self.files.items()
+                if name.endswith((".onnx", ".safetensors")) and name not in quantized
+            }
+        )
+
+    @property
+    def quantized_files(self) -> set[str]:
+        """Files of all precisions that the folder holds beside its own."""
+        return {file for name in self.precisions for file in self.precision_files(name)}
+
+    def precision_digest(self, precision: str) -> str:
+        """The same for a precision of the folder, which is another model.
+
+        Raises:
+            ArtifactError: the folder does not hold it.
+        """
+        parts = {name: self.files[name].digest for name in self.precision_files(precision)}
+        return combine_digests(parts | {"": self.model_digest})
+
+    def precision_files(self, precision: str) -> list[str]:
+        """Files of a precision: quantized weights, scales and graphs.
+
+        Raises:
+            ArtifactError: the folder does not hold it.
+        """
+        if precision not in self.precisions:
+            held = ", ".join(self.precisions) or "none"
+            raise ArtifactError(
+                f"the artifacts of {self.model_id} hold no precision {precision!r} (quantized: "
+                f"{held}); make it with `klein-kv quantize ARTIFACTS --recipe {precision}`"
+            )
+        starts = tuple(
+            f"{component}/{name}." for component, name in self.precisions[precision].items()
+        )
+        return sorted(name for name in self.files if name.startswith(starts))
+
+    @property
+    def graphs(self) -> GraphSet:
+        """The folder's graphs."""
+        return GraphSet(self.variant, self.dtype)
+
+    @property
+    def graph_sets(self) -> list[GraphSet]:
+        """All sets of graphs that the folder holds."""
+        sets = graph_sets(self.variant, self.dtype)
+        return [x for x in sets if all(file in self.files for file in x.files.values())]
+
+    def graphs_with(self, kv_dtype: str) -> GraphSet:
+        """The graphs that hand reference keys and values on in a type.
+
+        Args:
+            kv_dtype: the graphs' own floating point type, or `signature.KV_FLOAT8`.
+
+        Raises:
+            ArtifactError: the folder was exported before there were such graphs.
+            RequestError: plain weights have no keys and values to hand on.
+        """
+        if kv_dtype == self.dtype:
+            return self.graphs
+        if self.variant == "plain":
+            raise RequestError(
+                f"kv_dtype is {kv_dtype}, and plain weights keep no keys and values; leave it out"
+            )
+        for graphs in self.graph_sets:
+            if graphs.kv_dtype == kv_dtype:
+                return graphs
+        raise ArtifactError(
+            f"{self.model_id}: {MANIFEST} lists no graphs with keys and values in {kv_dtype}; "
+            "export the checkpoint again with this klein-kv"
+        )
+
+    def choose_graphs(
+        self,
+        kv_dtype: str | None = None,
+        precision: str | None = None,
+        attention: str | None = None,
+    ) -> GraphSet:
+        """The graphs to run or to build.
+
+        Args:
+            kv_dtype: type of reference keys and values: the folder's own, or `signature.KV_FLOAT8`,
+                whose scales are constants in a quantized precision; None for the folder's own.
+            precision: a quantized one; None for the folder's own.
+            attention: "fp8" for attention in float8, which a quantized precision has.
+
+        Raises:
+            ArtifactError: the folder does not hold them.
+            RequestError: there are no such graphs.
+        """
+        if precision is not None:
+            packed = KV_STATIC_FLOAT8 if kv_dtype == KV_FLOAT8 else None
+            return self.quantized_graphs(precision, packed, attention)
+        if attention is not None:
+            raise RequestError(
+                f"attention is {attention!r} and no quantized precision is named; its scales "
+                "belong to one: name fp8 or nvfp4"
+            )
+        return self.graphs_with(kv_dtype or self.dtype)
+
+    def graphs_digest(self, graphs: GraphSet) -> str:
+        """Hex digest of what computes keys and values, embeddings and images with these graphs."""
+        if graphs.precision is None:
+            return self.model_digest
+        return self.precision_digest(graphs.precision)
+
+    def quantized_graphs(
+        self, precision: str, kv_dtype: str | None = None, attention: str | None = None
+    ) -> GraphSet:
+        """The graphs of a quantized precision.
+
+        Args:
+            precision: which.
+            kv_dtype: None for keys and values in the graphs' own type, or
+                `signature.KV_STATIC_FLOAT8`.
+            attention: "fp8" for attention in float8, whose keys and values are float8 as well.
+
+        Raises:
+            ArtifactError: the folder does not hold the precision, or not its graphs.
+            RequestError: the precision has no such graphs.
+        """
+        held = self.precision_files(precision)
+        kv_dtype = KV_STATIC_FLOAT8 if attention is not None else kv_dtype
+        sets = quantized_graph_sets(self.variant, self.dtype, self.precisions[precision])
+        for graphs in sets:
+            if (graphs.kv_dtype, graphs.attention) == (kv_dtype, attention):
+                missing = [x for x in graphs.files.values() if x not in self.files]
+                if missing:
+                    raise ArtifactError(
+                        f"{self.model_id}: {MANIFEST} lists no {missing[0]}, though it lists "
+                        f"{held[0]}; run `klein-kv quantize ARTIFACTS --recipe {precision}` again "
+                        "(nvfp4 graphs are made of bf16 and fp16 artifacts only)"
+                    )
+                return graphs
+        raise RequestError(
+            f"precision {precision} of a {self.variant} model has no graphs with keys and values "
+            f"in {kv_dtype or self.dtype} and attention in {attention or self.dtype}; it has "
+            + "; ".join(f"{x.kv_dtype or x.dtype} and {x.attention or x.dtype}" for x in sets)
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes `klein.json` into the folder, in one move: never half of it is there."""
+        value = {
+            "format": _FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model_id": self.model_id,
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "licence": self.licence,
+            "distilled": self.distilled,
+            "graphs": self.graphs.files,
+            "config": self.config.to_dict(),
+            "scheduler": self.scheduler,
+            "precisions": self.precisions,
+            "files": {
+                name: {"bytes": record.bytes, "digest": record.digest}
+                | ({"sha256": record.sha256} if record.sha256 else {})
+                for name, record in sorted(self.files.items())
+            },
+        }
+        partial = folder / f".{MANIFEST}.partial-{os.getpid()}"
+        try:
+            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            partial.replace(folder / MANIFEST)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path, check_files: bool = True) -> Self:
+        """Reads and checks an artifact folder's manifest.
+
+        Args:
+            folder: the artifact folder.
+            check_files: also check size and digest of every file.
+
+        Raises:
+            ArtifactError: not an artifact folder, a newer format, or a file that does not match.
+        """
+        value = _read_manifest(folder)
+        try:
+            manifest = cls(
+                model_id=value["model_id"],
+                variant=value["variant"],
+                dtype=value["dtype"],
+                config=ModelConfig.from_saved(value["config"]),
+                scheduler=value["scheduler"],
+                files={
+                    name: FileRecord(record["bytes"], record["digest"], record.get("sha256", ""))
+                    for name, record in value["files"].items()
+                },
+                licence=value["licence"],
+                distilled=bool(value.get("distilled", True)),
+                precisions={
+                    name: {component: str(files) for component, files in networks.items()}
+                    for name, networks in value.get("precisions", {}).items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+            raise ArtifactError(
+                f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
+            ) from error
+        if manifest.dtype not in DTYPES.values() or manifest.variant not in VARIANTS:
+            raise ArtifactError(
+                f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
+                f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
+                f"{', '.join(DTYPES.values())}; "
+                "export the checkpoint again"
+            )
+        manifest.check_precisions(folder)
+        if check_files:
+            manifest.check_files(folder)
+        return manifest
+
+    def check_precisions(self, folder: Path) -> None:
+        """Refuses precisions and networks of other names, and ones whose files are not listed.
+
+        Raises:
+            ArtifactError: with the name.
+        """
+        for precision, networks in self.precisions.items():
+            if "transformer" not in networks:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: precision {precision!r} has no transformer; quantize "
+                    "again"
+                )
+            for component, name in networks.items():
+                known = component in _QUANTIZED and {precision, name} <= set(PRECISION_FORMATS)
+                missing = [
+                    file for file in quantized_files(component, name) if file not in self.files
+                ]
+                if not known or missing:
+                    what = f"lists no {missing[0]}" if known else "has other names than expected"
+                    raise ArtifactError(
+                        f"{folder / MANIFEST} {what} (precision {precision!r}: {component!r} in "
+                        f"{name!r}); quantize again"
+                    )
+
+    def check_files(self, folder: Path) -> None:
+        """Compares every recorded file with the folder.
+
+        Raises:
+            ArtifactError: a file is missing, has another size or another digest.
+        """
+        for graph, name in self.graphs.files.items():
+            if name not in self.files:
+                raise ArtifactError(
+                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
+                )
+        for name, record in self.files.items():
+            try:
+                path = inside(folder, name)
+                size = path.stat().st_size
+                digest = file_digest(path) if size == record.bytes else ""
+            except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
+                raise ArtifactError(
+                    f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
+                    "export the checkpoint again"
+                ) from error
+            if digest != record.digest:
+                got = f"{size} bytes" if size != record.bytes else digest
+                expected = f"{record.bytes} bytes" if size != record.bytes else record.digest
+                raise ArtifactError(
+                    f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
+                    f"{expected}; it was changed or damaged, export the checkpoint again"
+                )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused where `name` would leave the folder.
+
+    Raises:
+        ArtifactError: an absolute path, one with `..`, or a link to a file elsewhere.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise ArtifactError(
+            f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
+        )
+    path = folder / pure
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, outside the folder; copy the file itself there "
+            "(downloads from a hub: with a local folder, not through its cache)"
+        )
+    return path
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = (
+            " (this is a checkpoint: export it first with `klein-kv export`)"
+            if (folder / "model_index.json").exists()
+            else ""
+        )
+        raise ArtifactError(
+            f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version}, this klein-kv reads {FORMAT_VERSION}; "
+            "upgrade klein-kv or export again"
+        )
+    return value
+
+
+def weights_file(graph_file: str) -> str:
+    """Path of the weight table beside a graph: `x/y.onnx` -> `x/y.weights.json`."""
+    return graph_file.removesuffix(".onnx") + ".weights.json"
+
+
+def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
+    """Writes the weight table of one graph: initializer -> file, offset, nbytes, dtype, shape."""
+    table = {
+        name: [ref.path.name, ref.offset, ref.nbytes, ref.dtype, list(ref.shape)]
+        for name, ref in weights.items()
+    }
+    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
+    """Where the initializers of one graph lie, by initializer name.
+
+    Args:
+        folder: the artifact folder.
+        file: the graph's path in it (`GraphSet.files`).
+
+    Raises:
+        ArtifactError: the table is unreadable or points outside its folder or file.
+    """
+    path = folder / weights_file(file)
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        refs = {
+            name: WeightRef(
+                inside(path.parent, file),
+                index(offset),
+                index(nbytes),
+                dtype,
+                tuple(map(index, shape)),
+            )
+            for name, (file, offset, nbytes, dtype, shape) in table.items()
+        }
+        sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
+        expected = {name: tensor_bytes(ref.dtype, ref.shape) for name, ref in refs.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
+        raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
+    for name, ref in refs.items():
+        if (
+            not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes
+            or ref.nbytes != expected[name]
+            or min((0, *ref.shape)) < 0
+        ):
+            raise ArtifactError(
+                f"{path}: {name} of shape {ref.shape} and dtype {ref.dtype} is said to take bytes "
+                f"{ref.offset} to {ref.offset + ref.nbytes} of {ref.path.name}, which has "
+                f"{sizes[ref.path]}; export again"
+            )
+    return refs

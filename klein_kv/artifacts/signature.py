@@ -1,0 +1,366 @@
+"""Names, types and symbolic shapes of every graph's tensors: the one place that knows them.
+
+ONNX axes, TensorRT profiles, runtime buffers and tests all read a `Signature`. Names are diffusers'
+where diffusers has one. Symbols:
+
+    batch         images made at once
+    image_tokens  S, tokens of the image being made ((height / 16) x (width / 16) for klein)
+    ref_tokens    R, tokens of all reference images together; 0 is text-to-image
+    text_tokens   T, prompt tokens, 512 unless the caller says otherwise
+    height, width pixels of an image; grid_height, grid_width tokens of it
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, TransformerConfig
+from klein_kv.errors import RequestError
+
+__all__ = [
+    "FLOAT8_KV_FILES",
+    "GRAPH_FILES",
+    "KV_FLOAT8",
+    "KV_STATIC_FLOAT8",
+    "MAX_POSITION",
+    "PLAIN_GRAPH_FILES",
+    "VARIANTS",
+    "GraphSet",
+    "Signature",
+    "TensorSpec",
+    "distinct_graphs",
+    "graph_sets",
+    "is_kv",
+    "kv_names",
+    "kv_tensors",
+    "make_signature",
+    "quantized_graph_sets",
+]
+
+GRAPH_FILES = {
+    "text_encoder": "text_encoder/model.onnx",
+    "vae_encoder": "vae/encoder.onnx",
+    "vae_decoder": "vae/decoder.onnx",
+    "encode_references": "transformer/encode_references.onnx",
+    "first_step": "transformer/first_step.onnx",
+    "cached_step": "transformer/cached_step.onnx",
+}
+"""Where an artifact folder keeps each graph of KV weights."""
+
+PLAIN_GRAPH_FILES = {
+    graph: file for graph, file in GRAPH_FILES.items() if not file.startswith("transformer/")
+} | {"plain_step": "transformer/plain_step.onnx"}
+"""The same for plain weights: one transformer graph, which takes the references at every step."""
+
+VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
+"""Kinds of weights, and the graphs of each."""
+
+KV_FLOAT8 = "float8_e4m3fn"
+"""Type of reference keys and values that are handed on in eight bits, with a scale per head."""
+
+KV_STATIC_FLOAT8 = "float8_e4m3fn static"
+"""The same type, with scales that are constants of the graphs: what attention in float8 reads. Only
+graphs of a quantized precision have it, and its scales are that precision's."""
+
+_FLOAT8_KV = "_fp8_kv"
+
+FLOAT8_KV_FILES = GRAPH_FILES | {
+    graph: file.replace(".onnx", f"{_FLOAT8_KV}.onnx")
+    for graph, file in GRAPH_FILES.items()
+    if file.startswith("transformer/")
+}
+"""The graphs of KV weights that hand keys and values on like that. They lie beside the others: ONNX
+lets a graph refer to weights in its own folder only."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """The graphs of an artifact folder that belong together, and their types.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        dtype: floating point type of inputs, outputs and activations.
+        kv_dtype: type that reference keys and values are handed on in, `dtype`, `KV_FLOAT8` or
+            `KV_STATIC_FLOAT8`; None for `dtype`.
+        quantized: (component, name of its quantized files) of quantized networks, sorted.
+        attention: "fp8" where the transformer's attention is computed in float8.
+    """
+
+    variant: str
+    dtype: str
+    kv_dtype: str | None = None
+    quantized: tuple[tuple[str, str], ...] = ()
+    attention: str | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Path of each graph relative to the folder, by the graph's name."""
+        if self.variant == "kv" and self.kv_dtype == KV_FLOAT8:
+            return FLOAT8_KV_FILES
+        files, quantized = dict(VARIANTS[self.variant]), dict(self.quantized)
+        for graph, file in files.items():
+            component, _, name = file.partition("/")
+            if component in quantized:
+                end = self._suffix if component == "transformer" else ""
+                name = name.replace(".onnx", f"{end}.onnx")
+                files[graph] = f"{component}/{quantized[component]}.{name}"
+        return files
+
+    @property
+    def _suffix(self) -> str:
+        if self.attention is not None:
+            return "_fp8_attention"
+        return "_static_fp8_kv" if self.kv_dtype == KV_STATIC_FLOAT8 else ""
+
+    @property
+    def precision(self) -> str | None:
+        """Name of the quantized precision; None for the artifacts' own."""
+        return dict(self.quantized).get("transformer")
+
+    @property
+    def kv_numbers(self) -> str:
+        """Type of the numbers of keys and values, wherever their scales are."""
+        return _numbers(self.dtype, self.kv_dtype)
+
+    def signature(self, graph: str, config: ModelConfig) -> "Signature":
+        """The contract of one of these graphs."""
+        return make_signature(graph, config, self.dtype, self.kv_dtype)
+
+    def kv_tensors(self, net: TransformerConfig, ref_tokens: int) -> "tuple[TensorSpec, ...]":
+        """What `encode_references` gives out for that many reference tokens, in order."""
+        sizes = {"ref_tokens": ref_tokens}
+        return tuple(
+            TensorSpec(spec.name, spec.dtype, spec.concrete(sizes))
+            for spec in kv_tensors(net, self.dtype, self.kv_dtype)
+        )
+
+
+MAX_POSITION = 4096
+"""Position ids run from 0 to MAX_POSITION - 1 on each axis: the rows of the graphs' RoPE tables."""
+
+
+def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
+    """All sets of graphs that an export writes, the one with `kv_dtype` None first."""
+    types = (None, KV_FLOAT8) if variant == "kv" else (None,)
+    return [GraphSet(variant, dtype, kv_dtype) for kv_dtype in types]
+
+
+def quantized_graph_sets(variant: str, dtype: str, networks: Mapping[str, str]) -> list[GraphSet]:
+    """All sets of graphs of a quantized precision.
+
+    Three for KV weights: keys and values in `dtype`; in float8 with constant scales; and attention
+    in float8 too, which reads them as they are. One for plain weights, and where activations are
+    kept (names that end in "-weight-only").
+
+    Args:
+        variant: a key of `VARIANTS`.
+        dtype: floating point type of inputs, outputs and activations.
+        networks: component -> name of its quantized files.
+    """
+    quantized = tuple(sorted(networks.items()))
+    own = GraphSet(variant, dtype, None, quantized)
+    if variant != "kv" or networks.get("transformer", "").endswith("-weight-only"):
+        return [own]
+    packed = GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized)
+    return [own, packed, GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized, "fp8")]
+
+
+def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphSet]]:
+    """Label, name and set of every graph; one that several sets share comes with the first.
+
+    The label is the name, or `NAME_fp8_kv`.
+    """
+    seen: set[str] = set()
+    for graphs in sets:
+        for graph, file in graphs.files.items():
+            if file not in seen:
+                seen.add(file)
+                yield graph if graphs.kv_dtype is None else graph + _FLOAT8_KV, graph, graphs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output: `shape` holds integers and the symbols of this module's docstring."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def concrete(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every symbol replaced by its size."""
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.shape)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of the tensor at these sizes."""
+        count = ITEM_SIZE[self.dtype]
+        for axis in self.concrete(sizes):
+            count *= axis
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The contract of one graph."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Symbolic axes of the inputs, in order of appearance."""
+        found: dict[str, None] = {}
+        for spec in self.inputs:
+            found.update(dict.fromkeys(axis for axis in spec.shape if isinstance(axis, str)))
+        return tuple(found)
+
+    def output_shapes(
+        self, inputs: Mapping[str, tuple[int, ...]], unit: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs that inputs of these shapes give.
+
+        Args:
+            inputs: shape of every input.
+            unit: pixels of a token's side.
+
+        Raises:
+            RequestError: the inputs do not fit the signature, or each other.
+        """
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            shape = inputs.get(spec.name, ())
+            for axis, size in zip(spec.shape, shape, strict=False):
+                wanted = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+                if size != wanted or len(shape) != len(spec.shape):
+                    raise RequestError(
+                        f"{self.graph}: {spec.name} has shape {shape}, expected "
+                        f"{tuple(sizes.get(str(a), a) for a in spec.shape)}"
+                    )
+        for side in ("height", "width"):
+            if side in sizes:
+                sizes[f"grid_{side}"] = sizes[side] // unit
+            elif f"grid_{side}" in sizes:
+                sizes[side] = sizes[f"grid_{side}"] * unit
+        return {spec.name: spec.concrete(sizes) for spec in self.outputs}
+
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name."""
+        return next(spec for spec in self.inputs if spec.name == name)
+
+    def output(self, name: str) -> TensorSpec:
+        """The output of that name."""
+        return next(spec for spec in self.outputs if spec.name == name)
+
+
+def kv_names(num_blocks: int, kv_dtype: str | None = None) -> list[str]:
+    """Tensors that reference keys and values are handed on in: double blocks first, then single.
+
+    `k_ref.0`, `v_ref.0`, `k_ref.1`, ...; with the scale behind each where they are float8:
+    `k_ref.0`, `k_ref_scale.0`, `v_ref.0`, ...
+    """
+    parts = ["k_ref", "k_ref_scale", "v_ref", "v_ref_scale"]
+    if kv_dtype != KV_FLOAT8:
+        parts = ["k_ref", "v_ref"]
+    return [f"{part}.{block}" for block in range(num_blocks) for part in parts]
+
+
+def is_kv(name: str) -> bool:
+    """Whether a tensor of a graph is one of `kv_names`."""
+    return name[1:].startswith(("_ref.", "_ref_scale."))
+
+
+def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) -> list[TensorSpec]:
+    """The same with types and shapes.
+
+    Args:
+        net: gives blocks and heads.
+        dtype: the floating point type of the graphs.
+        kv_dtype: type of keys and values, `dtype`, `KV_FLOAT8` or `KV_STATIC_FLOAT8`; None for
+            `dtype`.
+
+    Raises:
+        RequestError: another `kv_dtype`.
+    """
+    if kv_dtype not in (None, dtype, KV_FLOAT8, KV_STATIC_FLOAT8):
+        raise RequestError(
+            f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, {KV_FLOAT8!r} or {KV_STATIC_FLOAT8!r}"
+        )
+    stored = _numbers(dtype, kv_dtype)
+    heads = net.num_attention_heads
+    shape = (1, "ref_tokens", heads, net.attention_head_dim)
+    return [
+        TensorSpec(name, "float32", (1, 1, heads, 1))
+        if "_scale." in name
+        else TensorSpec(name, stored, shape)
+        for name in kv_names(net.num_blocks, kv_dtype)
+    ]
+
+
+def _numbers(dtype: str, kv_dtype: str | None) -> str:
+    return dtype if kv_dtype is None else kv_dtype.partition(" ")[0]
+
+
+def make_signature(
+    graph: str, config: ModelConfig, dtype: str, kv_dtype: str | None = None
+) -> Signature:
+    """The signature of one graph.
+
+    Args:
+        graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
+        config: the checkpoint's configuration.
+        dtype: the floating point type of the graph, e.g. "bfloat16".
+        kv_dtype: type of reference keys and values, `dtype` or `KV_FLOAT8`; None for `dtype`.
+
+    Raises:
+        KeyError: no graph of that name.
+        RequestError: another `kv_dtype`.
+    """
+    net = config.transformer
+    kv = tuple(kv_tensors(net, dtype, kv_dtype))
+    references = (
+        TensorSpec("ref_hidden_states", dtype, (1, "ref_tokens", net.in_channels)),
+        TensorSpec("ref_ids", "int64", ("ref_tokens", 4)),
+    )
+    latents = ("batch", "image_tokens", net.in_channels)
+    step_inputs = (
+        TensorSpec("hidden_states", dtype, latents),
+        TensorSpec(
+            "encoder_hidden_states", dtype, ("batch", "text_tokens", net.joint_attention_dim)
+        ),
+        TensorSpec("timestep", "float32", (1,)),
+        TensorSpec("sigma_step", "float32", (1,)),
+        TensorSpec("img_ids", "int64", ("image_tokens", 4)),
+        TensorSpec("txt_ids", "int64", ("text_tokens", 4)),
+    )
+    step_outputs = (
+        TensorSpec("noise_pred", dtype, latents),
+        TensorSpec("latents", dtype, latents),
+    )
+    prompt = ("batch", "text_tokens")
+    pixels = ("height", "width", 3)
+    grid = ("grid_height", "grid_width", net.in_channels)
+    table: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
+        "first_step": (step_inputs + references, step_outputs + kv),
+        "cached_step": (step_inputs + kv, step_outputs),
+        "plain_step": (step_inputs + references, step_outputs),
+        "encode_references": (references, kv),
+        "text_encoder": (
+            (
+                TensorSpec("input_ids", "int64", prompt),
+                TensorSpec("attention_mask", "int64", prompt),
+            ),
+            (TensorSpec("encoder_hidden_states", dtype, (*prompt, net.joint_attention_dim)),),
+        ),
+        "vae_encoder": (
+            (TensorSpec("image", "uint8", (1, *pixels)),),
+            (TensorSpec("ref_hidden_states", dtype, (1, *grid)),),
+        ),
+        "vae_decoder": (
+            (TensorSpec("latents", dtype, ("batch", *grid)),),
+            (
+                TensorSpec("image", "uint8", ("batch", *pixels)),
+                TensorSpec("sample", dtype, ("batch", 3, "height", "width")),
+            ),
+        ),
+    }
+    inputs, outputs = table[graph]
+    return Signature(graph, inputs, outputs)

@@ -1,0 +1,337 @@
+"""Where each tensor of a component lies in its safetensors files, without reading any of them.
+
+A safetensors file is eight bytes of header length (little endian), a JSON header that gives dtype,
+shape and byte range of every tensor, and the tensors (https://github.com/huggingface/safetensors,
+"Format"). The header alone is enough to point ONNX external data, or a TensorRT input, into the
+file; the data is mapped when a backend asks for it. Only this format is read: never pickle.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.config import read_json, tensor_bytes
+from klein_kv.errors import CheckpointError
+
+__all__ = [
+    "NUMPY_DTYPES",
+    "WeightIndex",
+    "WeightRef",
+    "map_weight",
+    "read_header",
+    "read_metadata",
+    "safetensors_header",
+]
+
+_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "U8": "uint8",
+}
+_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn", "F4": "float4_e2m1fn"}
+_CODES = {name: code for code, name in _QUANTIZED_DTYPES.items()}
+_MAX_HEADER = 100_000_000
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
+}
+"""How each type lies in host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """One tensor, or a range of rows of one: `nbytes` bytes from `offset` of `path`."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> "WeightRef":
+        """Rows `start` to `stop` (exclusive) of axis 0: contiguous, so again a plain byte range."""
+        row = self.nbytes // self.shape[0]
+        return WeightRef(
+            self.path,
+            self.offset + start * row,
+            (stop - start) * row,
+            self.dtype,
+            (stop - start, *self.shape[1:]),
+        )
+
+
+def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
+    """Reads the header of one safetensors file.
+
+    Args:
+        path: the file.
+        quantized: accept float8 and float4 tensors too, which mean nothing without their scales.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+    header, start, size = _parse_header(path)
+    dtypes = _QUANTIZED_DTYPES if quantized else _DTYPES
+    refs = {
+        name: _ref_from_entry(path, name, entry, start, size, dtypes)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    end = start
+    for name, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != end:  # the format allows neither
+            what = "overlaps the tensor before it" if ref.offset < end else "follows a gap"
+            raise CheckpointError(
+                f"{path}: {name} starts at byte {ref.offset}, expected {end}: it {what}; "
+                "download the file again"
+            )
+        end += ref.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, its tensors end at {end}; download it again"
+        )
+    return refs
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Reads the texts that a safetensors file carries beside its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+    metadata = _parse_header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(x) is str for x in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata is no JSON object of texts")
+    return metadata
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON object, where the tensors start, and how long the file is."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file: its header claims {length} bytes, "
+                    f"the file has {size}; download it again (only safetensors is read)"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"weight file is missing: {path}; download the whole checkpoint"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file ({error}); only safetensors is read, never pickle"
+        ) from error
+    start = 8 + length
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
+    return header, start, size
+
+
+def _ref_from_entry(
+    path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, str]
+) -> WeightRef:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the header entry of {name} is malformed: {error!r}"
+        ) from error
+    if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
+        raise CheckpointError(
+            f"{path}: {name} has shape {shape} and bytes {begin!r} to {end!r}, expected integers "
+            "of 0 or more"
+        )
+    if not isinstance(code, str) or code not in dtypes:
+        raise CheckpointError(
+            f"{path}: {name} has dtype {code}, expected one of {', '.join(dtypes)}"
+        )
+    dtype = dtypes[code]
+    count = tensor_bytes(dtype, shape)
+    if dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
+        raise CheckpointError(
+            f"{path}: {name} is {dtype} of shape {shape}, expected an even last axis: two elements "
+            "share a byte"
+        )
+    if end - begin != count:
+        raise CheckpointError(
+            f"{path}: {name} of shape {shape} and dtype {dtype} should take {count} bytes, "
+            f"its header gives {begin} to {end}"
+        )
+    if start + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {start + end}, the file has {size}; "
+            "download it again"
+        )
+    return WeightRef(path, start + begin, end - begin, dtype, shape)
+
+
+_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""What diffusers and transformers save a component as."""
+
+
+class WeightIndex(Mapping[str, WeightRef]):
+    """All tensors of one component folder, over one file or over shards with an index."""
+
+    def __init__(self, refs: Mapping[str, WeightRef], component: str) -> None:
+        self._refs = dict(refs)
+        self.component = component
+
+    def __getitem__(self, name: str) -> WeightRef:
+        try:
+            return self._refs[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.component}: tensor {name} is missing from the checkpoint"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._refs
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, sorted."""
+        return sorted({ref.path for ref in self._refs.values()})
+
+    @classmethod
+    def from_folder(cls, folder: Path, component: str) -> "WeightIndex":
+        """Finds a component's safetensors: one file, or the shards that an index names.
+
+        Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
+        they leave no choice.
+
+        Raises:
+            CheckpointError: no safetensors, a missing shard, an index that does not match.
+        """
+        for name in _FILE_NAMES:
+            if (index := folder / f"{name}.index.json").exists():
+                return cls(_refs_from_index(index, component), component)
+            if (file := folder / name).exists():
+                return cls(read_header(file), component)
+        indices = sorted(folder.glob("*.safetensors.index*.json"))
+        if len(indices) == 1:
+            return cls(_refs_from_index(indices[0], component), component)
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            found = ", ".join(file.name for file in files) or "none"
+            raise CheckpointError(
+                f"{component}: expected one .safetensors file or an index of shards in {folder}, "
+                f"found {found} (pickle formats such as .bin and .pt are not read)"
+            )
+        return cls(read_header(files[0]), component)
+
+    def expect(self, shapes: Mapping[str, tuple[int, ...]], ignore: tuple[str, ...] = ()) -> None:
+        """Checks names and shapes strictly.
+
+        Args:
+            shapes: every tensor that must be there.
+            ignore: prefixes of tensors that may be there and are not read.
+
+        Raises:
+            CheckpointError: missing, unexpected or misshapen tensors.
+        """
+        missing = [name for name in shapes if name not in self._refs]
+        extra = [n for n in self._refs if n not in shapes and not n.startswith(ignore or ("\0",))]
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.component}: the checkpoint's tensors do not match its config.json: "
+                f"{len(missing)} missing{_some(missing)}, {len(extra)} unexpected{_some(extra)}"
+            )
+        for name, shape in shapes.items():
+            if self._refs[name].shape != tuple(shape):
+                raise CheckpointError(
+                    f"{self.component}: {name} has shape {self._refs[name].shape}, expected "
+                    f"{tuple(shape)} from config.json"
+                )
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return ""
+    return " (" + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + ")"
+
+
+def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
+    weight_map = read_json(index, f"{component} shard index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{component}: {index} has no weight_map")
+    shards: dict[str, dict[str, WeightRef]] = {}
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{component}: {index.name} names {shard!r}, expected a file in the same folder"
+            )
+        if shard not in shards:
+            shards[shard] = read_header(index.parent / shard)
+    refs = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{component}: {index.name} says {name} is in {shard}, but that file lacks it"
+            )
+        refs[name] = shards[shard][name]
+    for shard, held in shards.items():
+        stray = [name for name in held if weight_map.get(name) != shard]
+        if stray:
+            raise CheckpointError(
+                f"{component}: {shard} holds {stray[0]}, which {index.name} does not place there"
+            )
+    return refs
+
+
+def map_weight(ref: WeightRef) -> NDArray[Any]:
+    """Maps a tensor read-only; nothing is read until it is used.
+
+    Returns:
+        An array of the tensor's shape and type; bfloat16 is `ml_dtypes.bfloat16`. float4 comes as
+        it is stored: uint8, two elements per byte, so that the last axis is half as long.
+    """
+    mapped = np.memmap(ref.path, mode="r", dtype=np.uint8, offset=ref.offset, shape=(ref.nbytes,))
+    if ref.dtype == "float4_e2m1fn":
+        return np.asarray(mapped).reshape(*ref.shape[:-1], ref.shape[-1] // 2)
+    return np.asarray(mapped).view(NUMPY_DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header of a safetensors file that holds these tensors in this order.
+
+    Args:
+        tensors: name -> (dtype, shape).
+        metadata: texts to carry; default is what makes other libraries take it for weights.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin = end
+        end += tensor_bytes(dtype, shape)
+        entries[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

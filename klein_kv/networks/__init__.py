@@ -1,0 +1,1 @@
+"""The networks, written once over a few operations, and those operations in torch."""

@@ -1,0 +1,180 @@
+"""The handful of operations that klein's networks are written in.
+
+`transformer.py` and `text_encoder.py` describe the networks once, over this protocol. Two things
+implement it: `torch_ops.TorchOps` computes, and `klein_kv.export.graphs.onnx_ops.OnnxOps` writes
+ONNX nodes. So the graph that is exported and the model that is tested against diffusers cannot
+drift apart, and exporting needs no tracing.
+
+Activations are *rows* wherever attention does not need more: a matrix [batch * tokens, features].
+Every linear layer is then one matrix product with the weight in its own [out, in] layout.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Ops"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Ops(Protocol[T]):
+    """Operations on tensors of type `T`; weights are named as in the checkpoint."""
+
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[T], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """`function(self, name, ...)`: one block of the network.
+
+        Args:
+            function: reads tensors from its arguments, and weights whose names begin with `name`.
+            name: `transformer_blocks.0`, for example.
+            args: the rest of the function's arguments.
+            kwargs: alike.
+        """
+
+    def constant(self, value: NDArray[Any]) -> T:
+        """A tensor known at export; equal values are stored once."""
+
+    def linear(self, rows: T, weight: str, part: tuple[int, int] | None = None) -> T:
+        """`rows @ weight.T`, or with rows `part[0]` to `part[1]` of the weight only.
+
+        Args:
+            rows: [N, in].
+            weight: name of a [out, in] weight.
+            part: range of output features; a contiguous piece of the weight.
+        """
+
+    def projection(
+        self, rows: T, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], T]:
+        """Parts of one linear layer, as a function of their range of output features.
+
+        What computes takes one product over all `features`; what writes graphs, one for each part.
+
+        Args:
+            rows: [N, in].
+            weight: name of a [out, in] weight.
+            features: the range that the parts will come from.
+        """
+
+    def embedding(self, ids: T, weight: str) -> T:
+        """Rows of a weight: ids [B, T] -> [B * T, features]."""
+
+    def layer_norm(self, rows: T, weight: T, bias: T, eps: float) -> T:
+        """Layer normalisation over features, times `weight` [D], plus `bias` [D]."""
+
+    def rms_norm(self, x: T, weight: str, eps: float) -> T:
+        """RMS normalisation over the last axis in float32, times a checkpoint weight."""
+
+    def timestep_embedding(self, timestep: T, frequencies: NDArray[np.float32]) -> T:
+        """[cos, sin] of `timestep * frequencies` in float32, then the model's dtype: [1, 2 * F]."""
+
+    def rope_table(self, ids: T, tables: Sequence[NDArray[np.float32]]) -> T:
+        """Rows of one position table per axis, side by side: ids [S, axes] -> [1, S, features]."""
+
+    def sequence_positions(self, like: T) -> T:
+        """0, 1, 2, ... for the tokens of `like` [B, T]: int64 [T, 1]."""
+
+    def norm_rope(self, x: T, weight: str, eps: float, cos: T, sin: T, interleaved: bool) -> T:
+        """RMS norm of every head of x [B, S, H, D], then RoPE in float32.
+
+        Args:
+            x: queries or keys.
+            weight: name of the norm's weight [D].
+            eps: the norm's epsilon.
+            cos: cosines [B, S, D / 2], float32.
+            sin: sines, alike.
+            interleaved: rotate neighbouring features (True) or the two halves of a head (False).
+        """
+
+    def attention(self, q: T, k: T, v: T, mask: T | None = None) -> T:
+        """Softmax attention: q [B, S, H, D]; k, v [B, K, Hkv, D] -> [B, S, H * D].
+
+        Args:
+            q: queries.
+            k: keys; query heads share key heads in groups where there are fewer.
+            v: values.
+            mask: what `causal_mask` returns. A query that may see no key (padding on the left of a
+                text) gets zeros, as from torch's `scaled_dot_product_attention`.
+        """
+
+    def joint_attention(
+        self, q: T, k: Sequence[T], v: Sequence[T], references: Sequence[T], like: T
+    ) -> T:
+        """Softmax attention of q [B, S, H, D] to references and to the batch's own keys.
+
+        Args:
+            q: queries.
+            k: keys [B, K, H, D] in parts, one after the other.
+            v: values, alike.
+            references: keys and values [1, R, H, D], shared by every image of the batch; or
+                nothing.
+            like: a tensor of the batch's size.
+
+        Returns:
+            [B, S, H * D].
+        """
+
+    def causal_mask(self, attention_mask: T) -> T:
+        """Mask [B, 1, T, T] of a causal decoder over right- or left-padded text [B, T]."""
+
+    def quantize_kv(self, x: T) -> tuple[T, T]:
+        """Keys or values [1, R, H, D] as float8 e4m3, and their float32 scales [1, 1, H, 1].
+
+        A scale is the head's largest magnitude / 448, at least the smallest normal float32;
+        division, and rounding to nearest even, are those of float32.
+        """
+
+    def dequantize_kv(self, values: T, scale: T) -> T:
+        """values * scale in float32, rounded to the model's dtype: [1, R, H, D]."""
+
+    def heads(self, rows: T, like: T, num_heads: int) -> T:
+        """[B * S, H * D] -> [B, S, H, D], with B and S those of `like` [B, S, ...]."""
+
+    def rows(self, x: T) -> T:
+        """[B, S, ...] -> [B * S, ...] flattened to a matrix."""
+
+    def sequence(self, rows: T, like: T) -> T:
+        """[B * S, F] -> [B, S, F], with B and S those of `like` [B, S, ...]."""
+
+    def expand_batch(self, x: T, like: T) -> T:
+        """Repeats a batch-1 tensor to the batch of `like`."""
+
+    def concat(self, parts: Sequence[T], axis: int) -> T:
+        """Concatenation."""
+
+    def compact(self, x: T) -> T:
+        """x in memory no larger than itself, for what outlives what it was a part of."""
+
+    def split_tokens(self, x: T, at: T) -> tuple[T, T]:
+        """Splits [B, A + S, F] after A tokens, with A that of `at` [B, A, F]."""
+
+    def split_features(self, x: T, parts: int) -> list[T]:
+        """Equal pieces of a [1, parts * D] row as vectors [D]."""
+
+    def add(self, a: T, b: T) -> T:
+        """a + b with broadcasting."""
+
+    def mul(self, a: T, b: T) -> T:
+        """a * b with broadcasting."""
+
+    def silu(self, x: T) -> T:
+        """x * sigmoid(x)."""
+
+    def saturate(self, x: T) -> T:
+        """Clips float16 to its finite range; does nothing in other types."""
+
+    def to_float32(self, x: T) -> T:
+        """Casts up; does nothing in float32."""
+
+    def to_model_dtype(self, x: T) -> T:
+        """Casts to the model's dtype; does nothing in float32."""

@@ -1,0 +1,234 @@
+"""`Ops` computed by PyTorch: the reference for the exported graphs, and the torch backend."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.numbers import FP8_MAX
+from klein_kv.networks.kv_float8 import SMALLEST_SCALE
+from klein_kv.networks.ops import Ops
+from klein_kv.networks.split_attention import attend_apart
+
+__all__ = ["TorchOps"]
+
+_SMALL = 4096
+_KIND = "block"
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Block = Callable[..., Any]
+
+
+class TorchOps:
+    """Runs `model.py` and `text_model.py`.
+
+    Args:
+        weights: the checkpoint's tensors, on the device to compute on.
+        dtype: type of the activations.
+        compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
+            all blocks of that kind and all graphs, and once more, for any size, when a second size
+            comes.
+        apart: attend to references and to the batch's own keys apart (`split_attention`), with
+            "flash" attention or "cudnn"'s; None joins them.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        compile_blocks: bool = False,
+        apart: str | None = None,
+    ) -> None:
+        self.weights = weights
+        self.dtype = dtype
+        self._compile = compile_blocks
+        self._apart = apart
+        self._constants: dict[object, tuple[NDArray[Any], torch.Tensor]] = {}
+        self._blocks: dict[str, TorchOps] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.weights.values())).device
+
+    def block(
+        self,
+        function: "Callable[Concatenate[Ops[torch.Tensor], str, P], R]",
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        if not self._compile:
+            return function(self, name, *args, **kwargs)
+        if name not in self._blocks:
+            # To the compiler all blocks of a kind have one name: weights are arguments then.
+            own = {
+                _KIND + key.removeprefix(name): tensor
+                for key, tensor in self.weights.items()
+                if key.startswith(f"{name}.")
+            }
+            self._blocks[name] = TorchOps(own, self.dtype, apart=self._apart)
+        result: R = _compiled(function)(self._blocks[name], _KIND, *args, **kwargs)
+        return result
+
+    def constant(self, value: NDArray[Any]) -> torch.Tensor:
+        # Large constants are module-level tables that come again at every call: no need to read
+        # them. What `id` names is kept, so that nothing else gets that id.
+        content = value.tobytes() if value.nbytes <= _SMALL else id(value)
+        key = (value.dtype.str, value.shape, content)
+        if key not in self._constants:
+            self._constants[key] = value, torch.from_numpy(value.copy()).to(self.device)
+        return self._constants[key][1]
+
+    def linear(
+        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        w = self.weights[weight]
+        return F.linear(rows, w if part is None else w[part[0] : part[1]])
+
+    def projection(
+        self, rows: torch.Tensor, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], torch.Tensor]:
+        first = features[0]
+        whole = self.linear(rows, weight, features)
+        return lambda start, stop: whole[:, start - first : stop - first]
+
+    def embedding(self, ids: torch.Tensor, weight: str) -> torch.Tensor:
+        return F.embedding(ids, self.weights[weight]).flatten(0, 1)
+
+    def layer_norm(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+
+    def rms_norm(self, x: torch.Tensor, weight: str, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[weight], eps)
+
+    def timestep_embedding(
+        self, timestep: torch.Tensor, frequencies: NDArray[np.float32]
+    ) -> torch.Tensor:
+        angles = timestep[:, None].float() * self.constant(frequencies)[None]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
+
+    def rope_table(self, ids: torch.Tensor, tables: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+        columns = [self.constant(table)[ids[:, axis]] for axis, table in enumerate(tables)]
+        return torch.cat(columns, dim=-1)[None]
+
+    def sequence_positions(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.arange(like.shape[1], device=self.device)[:, None]
+
+    def norm_rope(
+        self,
+        x: torch.Tensor,
+        weight: str,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+    ) -> torch.Tensor:
+        x = self.rms_norm(x, weight, eps)
+        cos, sin, y = cos[:, :, None], sin[:, :, None], x.float()
+        if interleaved:
+            a, b = y.view(*y.shape[:-1], -1, 2).unbind(-1)
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = y.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return turned.to(x.dtype)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+
+    def joint_attention(
+        self,
+        q: torch.Tensor,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        references: Sequence[torch.Tensor],
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        apart = self._apart is not None and bool(references)
+        if references and not apart:
+            k_ref, v_ref = (self.expand_batch(x, like) for x in references)
+            k, v = [k_ref, *k], [v_ref, *v]
+        keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
+        if not apart:
+            return self.attention(q, keys, values)
+        pair = references[0], references[1]
+        return attend_apart(q, (keys, values), pair, cudnn=self._apart == "cudnn")
+
+    def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        length = attention_mask.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        return causal & attention_mask.bool()[:, None, None]
+
+    def quantize_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.float()
+        largest = wide.abs().amax((1, 3), keepdim=True) if x.shape[1] else wide.new_zeros(1)
+        scale = largest.clip(min=SMALLEST_SCALE * FP8_MAX) / FP8_MAX
+        scale = scale.expand(1, 1, x.shape[2], 1)
+        return (wide / scale).clip(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+    def dequantize_kv(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (values.float() * scale).to(self.dtype)
+
+    def heads(self, rows: torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
+        return rows.view(like.shape[0], like.shape[1], num_heads, -1)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(2).flatten(0, 1) if x.ndim > 2 else x
+
+    def sequence(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return rows.view(like.shape[0], like.shape[1], -1)
+
+    def expand_batch(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.expand(like.shape[0], *x.shape[1:])
+
+    def concat(self, parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        return torch.cat(list(parts), dim=axis)
+
+    def compact(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
+    def split_tokens(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = at.shape[1]
+        return x[:, :count], x[:, count:]
+
+    def split_features(self, x: torch.Tensor, parts: int) -> list[torch.Tensor]:
+        return list(x.flatten().chunk(parts))
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x)
+
+    def saturate(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+    def to_float32(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+    def to_model_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+@functools.cache
+def _compiled(function: Block) -> Block:
+    compiled: Block = torch.compile(function)
+    return compiled

@@ -1,0 +1,215 @@
+"""What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
+
+Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA GPU) and "torch"
+(either, without engines). `open_backend` picks one.
+"""
+
+import importlib.util
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.errors import BackendError
+
+__all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "GraphMemory", "open_backend"]
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
+
+_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention", "split_attention")
+
+Buffer = Any
+"""A tensor on the backend's device; only the backend that made it knows what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """What a graph takes on the device besides the buffers that go in and come out.
+
+    Attributes:
+        weights: bytes by tensor while the graph is loaded; graphs that name the same tensor share
+            it. Empty where weights are mapped files, which the system drops by itself.
+        keeps_scratch: the backend keeps the memory of a run for its next run, and
+            `available_memory` cannot tell it from memory in use.
+        fixed_buffers: inputs and outputs of every graph have memory of their own while it is
+            loaded, and all graphs share scratch that stays as large as the largest.
+        kv_copies: further places that the backend keeps for keys and values of a request.
+    """
+
+    weights: Mapping[Hashable, int] = field(default_factory=dict)
+    keeps_scratch: bool = False
+    fixed_buffers: bool = False
+    kv_copies: int = 0
+
+
+class Backend(Protocol):
+    """Graphs of one artifact folder on one device. One thread at a time runs graphs."""
+
+    name: str
+
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        """Does ahead what the next run of a graph would have to: loads it, takes memory.
+
+        Args:
+            graph: its name.
+            shapes: of all its inputs.
+            kv: the keys and values that the run will be given, where there are some already.
+            eager: compile whatever is to be compiled for these shapes at the first run.
+        """
+
+    def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Runs a graph.
+
+        Args:
+            graph: a key of `GraphSet.files`; loaded when first used.
+            inputs: every input of the graph's signature. Buffers stay the caller's.
+
+        Returns:
+            All outputs by name, on the device. Keys and values belong to the caller; the others may
+            be written to when the graph runs again: `assemble` keeps what must outlast that.
+        """
+
+    def upload(self, array: NDArray[Any]) -> Buffer:
+        """A buffer with the array's content."""
+
+    def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
+        """Keys and values of one set, by the names of `signature.kv_names`."""
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """The buffer's content on the host; without a copy where the device is the host."""
+
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        """The same memory from element `start` on, under another shape."""
+
+    def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
+        """A new buffer that holds the elements of its parts, one after the other.
+
+        Args:
+            shape: of the new buffer.
+            parts: of one type; each is copied before the next one is asked for.
+        """
+
+    def release(self, graph: str) -> None:
+        """Frees what a loaded graph holds; the next run loads it again."""
+
+    def available_memory(self) -> int:
+        """Bytes that can still be taken on the device; what the backend keeps to reuse counts."""
+
+    def graph_memory(self, graph: str) -> GraphMemory:
+        """What a graph takes; nothing is loaded for the answer.
+
+        Raises:
+            ArtifactError: there is no such graph here.
+        """
+
+    def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Bytes that a graph takes while it runs at these shapes; None where that is not known.
+
+        Raises:
+            RequestError: it does not run at these shapes.
+        """
+
+    def close(self) -> None:
+        """Frees everything. Nothing may be called afterwards; buffers are gone."""
+
+
+@runtime_checkable
+class DeviceClock(Protocol):
+    """What a backend offers besides if its calls return before the device has done the work."""
+
+    def mark(self) -> object:
+        """A point in the device's work, taken without waiting for it."""
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds of the device between two marks; waits until it has passed both."""
+
+
+def open_backend(
+    name: str,
+    artifacts: Path,
+    manifest: Manifest,
+    device: str | None,
+    threads: int | None,
+    graphs: GraphSet | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Backend:
+    """Opens a backend on an artifact folder whose manifest has been checked.
+
+    Args:
+        name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
+            is not "cpu", else "torch" where the device is a GPU that torch sees, or the artifacts
+            are bfloat16 and there is one, else "onnxruntime".
+        artifacts: the folder.
+        manifest: its manifest.
+        device: "cpu", "cuda" or "cuda:N"; None for the backend's own, a CPU for onnxruntime.
+        threads: CPU threads; None leaves it to the library.
+        graphs: which graphs of the folder; None takes the manifest's.
+        options: further arguments of `TorchBackend`; other backends have none.
+
+    Raises:
+        BackendError: unknown backend, device or option, a missing library, or a type it cannot
+            compute.
+        ArtifactError: the folder's engines are not whole.
+        BuildError: the engines are for another GPU or TensorRT.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    kind, _, ordinal = (device or "").partition(":")
+    if kind not in ("", "cpu", "cuda") or not (ordinal or "0").isdigit():
+        raise BackendError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
+    if name == "auto":
+        from klein_kv.artifacts.engine_manifest import find_engines
+
+        if kind != "cpu" and find_engines(artifacts):
+            name = "tensorrt"
+        elif kind == "cuda" or (kind == "" and manifest.dtype == "bfloat16"):
+            name = "torch" if _torch_has_gpu() else "onnxruntime"
+        else:
+            name = "onnxruntime"
+    options = dict(options or {})
+    known = _TORCH_OPTIONS if name == "torch" else ()
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        expected = f"expected some of {', '.join(known)}" if known else "which has none"
+        raise BackendError(f"backend_options {unknown} are none of the {name} backend, {expected}")
+    if name == "tensorrt":
+        if kind == "cpu":
+            raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")
+        from klein_kv.runtime.backends.trt.backend import TrtBackend
+
+        return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
+    if name == "torch":
+        try:
+            from klein_kv.runtime.backends.pytorch.backend import TorchBackend
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                f"backend torch needs {error.name}, which is not installed; install it with "
+                "pip install 'klein-kv[torch]'"
+            ) from error
+        return TorchBackend(
+            artifacts, manifest, device=device, threads=threads, graphs=graphs, **options
+        )
+    from klein_kv.runtime.backends.ort.backend import OrtBackend
+    from klein_kv.runtime.backends.ort.device import CPU, cuda_device
+
+    place = cuda_device(int(ordinal or 0)) if kind == "cuda" else CPU
+    return OrtBackend(artifacts, manifest, threads, graphs, device=place)
+
+
+def _torch_has_gpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

@@ -1,0 +1,1 @@
+"""The graphs with ONNX Runtime, on a CPU or a CUDA GPU."""

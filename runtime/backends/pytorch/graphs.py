@@ -1,0 +1,116 @@
+"""The graphs of `artifacts.signature` as functions of torch tensors: no files, no device policy.
+
+A graph takes the inputs of its signature by name and gives its outputs by name. The networks are
+`klein_kv.networks.transformer` and `text_model` computed by `TorchOps`, and diffusers' VAE.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.networks.kv_float8 import dequantize_references, quantize_references
+from klein_kv.networks.text_encoder import encode_text
+from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.networks.transformer import (
+    StepInputs,
+    denoise,
+    denoise_with_references,
+    encode_references,
+)
+
+__all__ = ["COMPONENTS", "Graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
+
+Graph = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""Inputs of a graph's signature by name -> its outputs by name, on the same device."""
+
+COMPONENTS = {
+    "first_step": "transformer",
+    "cached_step": "transformer",
+    "plain_step": "transformer",
+    "encode_references": "transformer",
+    "text_encoder": "text_encoder",
+    "vae_encoder": "vae",
+    "vae_decoder": "vae",
+}
+"""Whose weights each graph uses."""
+
+
+def transformer_graph(
+    graph: str, config: ModelConfig, ops: TorchOps, kv_dtype: str | None = None
+) -> Graph:
+    """`first_step`, `cached_step`, `encode_references` or `plain_step`.
+
+    Args:
+        graph: which of them.
+        config: the checkpoint's configuration.
+        ops: the transformer's weights, and how to compute.
+        kv_dtype: type that keys and values are handed on in, `KV_FLOAT8` or None.
+    """
+    net = config.transformer
+    names = kv_names(net.num_blocks, kv_dtype)
+    packed = kv_dtype == KV_FLOAT8
+
+    def encode(x: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        kv = encode_references(ops, net, x["ref_hidden_states"], x["ref_ids"])
+        return quantize_references(ops, kv) if packed else kv
+
+    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if graph == "encode_references":
+            return dict(zip(names, encode(x), strict=True))
+        step = StepInputs(
+            x["hidden_states"],
+            x["encoder_hidden_states"],
+            x["timestep"],
+            x["sigma_step"],
+            x["img_ids"],
+            x["txt_ids"],
+        )
+        if graph == "plain_step":
+            noise_pred, latents = denoise_with_references(
+                ops, net, step, x["ref_hidden_states"], x["ref_ids"]
+            )
+            return {"noise_pred": noise_pred, "latents": latents}
+        if graph == "first_step":
+            kv = encode(x)
+        else:
+            # Without references blocks do without, rather than join an empty tensor to each.
+            kv = [x[name] for name in names] if x[names[0]].shape[1] else []
+        unpacked = dequantize_references(ops, kv) if packed else kv
+        noise_pred, latents = denoise(ops, net, step, unpacked)
+        outputs = {"noise_pred": noise_pred, "latents": latents}
+        return outputs | dict(zip(names, kv, strict=True)) if graph == "first_step" else outputs
+
+    return run
+
+
+def text_encoder_graph(config: ModelConfig, ops: TorchOps) -> Graph:
+    """`text_encoder`, up to its last tapped block."""
+
+    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        states = encode_text(ops, config.text_encoder, x["input_ids"], x["attention_mask"])
+        return {"encoder_hidden_states": states}
+
+    return run
+
+
+def vae_graph(graph: str, vae: torch.nn.Module) -> Graph:
+    """`vae_encoder` or `vae_decoder`.
+
+    Args:
+        graph: which of the two.
+        vae: diffusers' `AutoencoderKLFlux2` with its weights.
+    """
+    from klein_kv.networks.vae import VaeDecoder, VaeEncoder  # diffusers takes seconds to import
+
+    if graph == "vae_encoder":
+        encoder = VaeEncoder(vae)
+        return lambda x: {"ref_hidden_states": encoder(x["image"]).contiguous()}
+    decoder = VaeDecoder(vae)
+
+    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        image, sample = decoder(x["latents"])
+        return {"image": image.contiguous(), "sample": sample}
+
+    return run

@@ -1,0 +1,126 @@
+"""Prompts to text embeddings, kept for prompts that come again."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.config import DEFAULT_TEXT_LAYERS, TextEncoderConfig
+from klein_kv.artifacts.signature import MAX_POSITION
+from klein_kv.errors import RequestError
+from klein_kv.runtime.backends.backend import Buffer
+from klein_kv.runtime.inputs.prompts import PromptTokenizer
+from klein_kv.runtime.references.byte_cache import ByteCache
+from klein_kv.runtime.session import Session
+
+__all__ = ["EncodedPrompt", "PromptEncoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Embeddings of prompts.
+
+    Attributes:
+        buffer: on the device.
+        shape: [B, T, D].
+        key: of the cache.
+        new: embeddings of all exported hidden states that the cache does not hold yet, if any.
+    """
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    key: str = ""
+    new: Buffer | None = None
+
+
+class PromptEncoder:
+    """Tokenizer, text encoder and cache of one pipeline.
+
+    Args:
+        session: where the text encoder runs.
+        tokenizer: the artifacts' own.
+        config: the text encoder's configuration.
+        model_digest: the weights that embeddings belong to.
+        cache: embeddings seen before.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: PromptTokenizer,
+        config: TextEncoderConfig,
+        model_digest: str,
+        cache: ByteCache[NDArray[Any]],
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.config = config
+        self.model_digest = model_digest
+        self.cache = cache
+
+    def tokenize(self, prompts: list[str], length: int) -> dict[str, NDArray[np.int64]]:
+        """Inputs of the text encoder, [B, length] each.
+
+        Raises:
+            RequestError: not texts, or an impossible length.
+        """
+        if isinstance(length, int) and length > MAX_POSITION:
+            raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
+        input_ids, attention_mask = self.tokenizer(prompts, length)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def layers_at(self, layers: tuple[int, ...]) -> list[int]:
+        """Where the wanted hidden states stand among the exported ones.
+
+        Raises:
+            RequestError: some were not exported.
+        """
+        exported = self.config.layers
+        if layers in (exported, DEFAULT_TEXT_LAYERS):
+            return list(range(len(exported)))
+        if any(layer not in exported for layer in layers) or len(layers) != len(exported):
+            raise RequestError(
+                f"text_encoder_out_layers is {layers}, the artifacts hold {exported}; export again "
+                "with --text-layers"
+            )
+        return [exported.index(layer) for layer in layers]
+
+    def knows(self, tokens: dict[str, NDArray[np.int64]]) -> bool:
+        """Whether the embeddings are at hand: `encode` will not run the text encoder."""
+        return self._key(tokens) in self.cache
+
+    def _key(self, tokens: dict[str, NDArray[np.int64]]) -> str:
+        # The whole batch is one key: a text encoded beside others may round differently.
+        state = hashlib.sha256(self.model_digest.encode())
+        for name, array in tokens.items():
+            state.update(f"{name} {array.dtype} {array.shape}".encode())
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
+
+    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> "EncodedPrompt":
+        """Embeddings [B, T, D] on the device."""
+        batch, length = tokens["input_ids"].shape
+        width, exported = self.config.hidden_size, len(self.config.layers)
+        shape = (batch, length, exported * width)
+        with self.cache.claim(key := self._key(tokens)) as claim:
+            known = claim.value
+        in_order = at == list(range(exported))
+        if known is None:
+            buffers = {name: self.session.upload(array) for name, array in tokens.items()}
+            embeds = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
+            # Memory of its own: a callback may encode another prompt meanwhile.
+            whole = self.session.assemble(shape, [embeds])
+            if in_order:
+                return EncodedPrompt(whole, shape, key, whole)
+            known = self.session.download(whole)
+            self.cache.put(key, known)
+        if not in_order:
+            known = np.concatenate([known[..., i * width : (i + 1) * width] for i in at], axis=-1)
+        return EncodedPrompt(self.session.upload(known), known.shape)
+
+    def keep(self, prompt: "EncodedPrompt") -> None:
+        """Puts embeddings that were computed into the cache: waits for the device."""
+        if prompt.new is not None:
+            self.cache.put(prompt.key, self.session.download(prompt.new))

@@ -1,0 +1,220 @@
+"""A reference set as one safetensors file: keys and values, and in the metadata what they are.
+
+The metadata names everything that the digest covers, so that a file is refused with a reason.
+Format 1 had float8 values in another layout; its other files are read. A CRC-32 over all tensors,
+in the order of the file, tells a damaged file; it is no protection against one that was forged.
+"""
+
+import contextlib
+import errno
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.config import TransformerConfig
+from klein_kv.artifacts.signature import KV_FLOAT8, GraphSet, TensorSpec
+from klein_kv.artifacts.weights import (
+    WeightRef,
+    map_weight,
+    read_header,
+    read_metadata,
+    safetensors_header,
+)
+from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
+from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
+from klein_kv.runtime.session import Session
+
+__all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
+
+_FORMAT = "klein-kv reference set 2"
+_OLDER_FORMAT = "klein-kv reference set 1"
+_NO_CHECKSUM = "00000000"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Saveable(Protocol):
+    """A set that can be written: on a device (`ReferenceSet`), or a copy of one in host memory."""
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Name, type and shape of each tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them all."""
+
+    @property
+    def origin(self) -> KVOrigin:
+        """What keys and values depend on besides the images."""
+
+    @property
+    def images(self) -> str:
+        """`images_digest` of the prepared images."""
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) of the first image."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One tensor."""
+
+
+def reference_file_bytes(references: Saveable) -> int:
+    """Bytes of the file that `save_references` writes."""
+    return len(_header(references, _NO_CHECKSUM)) + references.nbytes
+
+
+def save_references(references: Saveable, path: Path) -> None:
+    """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
+
+    Raises:
+        CapacityError: the disk is full.
+        RequestError: the file cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{id(references):x}.part")
+    try:
+        with partial.open("wb") as file:
+            _write(references, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CapacityError(
+                f"{path} cannot be written: {error.strerror}; the references take "
+                f"{reference_file_bytes(references) / 1e6:.1f} MB, make room or save elsewhere"
+            ) from error
+        raise RequestError(
+            f"{path} cannot be written: {error.strerror}; expected a file name in a folder that "
+            "exists and may be written"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone if all went well
+            partial.unlink()
+
+
+def _write(references: Saveable, file: BinaryIO) -> None:
+    file.write(_header(references, _NO_CHECKSUM))
+    checksum = 0
+    for spec in references.tensors:
+        array = references.array(spec.name)
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        checksum = zlib.crc32(content, checksum)
+        file.write(content)
+    file.seek(0)
+    file.write(_header(references, f"{checksum:08x}"))
+
+
+def _header(references: Saveable, checksum: str) -> bytes:
+    height, width = references.first_size
+    metadata = {
+        "format": _FORMAT,
+        **asdict(references.origin),
+        "images": references.images,
+        "first_size": f"{height}x{width}",
+        "crc32": checksum,
+    }
+    tensors = {spec.name: (spec.dtype, spec.concrete({})) for spec in references.tensors}
+    return safetensors_header(tensors, metadata)
+
+
+def read_reference_digest(path: Path) -> str:
+    """Digest of the set that a file says it holds.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no saved reference set.
+    """
+    origin, images, _, _ = _read_description(path)
+    return origin.digest(images)
+
+
+def load_references(
+    path: Path, session: Session, origin: KVOrigin, net: TransformerConfig
+) -> ReferenceSet:
+    """Maps a file, checks all of it, and uploads its keys and values.
+
+    Args:
+        path: what `save_references` wrote.
+        session: where to.
+        origin: what they must have been made with.
+        net: the network, whose blocks and heads they must fit.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or no saved reference set.
+        RequestError: a set of other weights, LoRA set, types, backend or layout.
+    """
+    found, images, first_size, checksum = _read_description(path)
+    reason = origin.difference(found)
+    if reason is not None:
+        raise RequestError(
+            f"the references in {path} cannot be used here: they {reason}; encode them again"
+        )
+    try:
+        refs = read_header(path, quantized=True)
+    except CheckpointError as error:
+        raise _damaged(path, error) from error
+    graphs = GraphSet("kv", origin.dtype, origin.kv_dtype)
+    count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
+    tensors = graphs.kv_tensors(net, count)
+    _check_layout(path, refs, tensors)
+    arrays, seen = {}, 0
+    for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
+        try:
+            arrays[name] = map_weight(ref)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from error
+        seen = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, seen)
+    if f"{seen:08x}" != checksum:
+        raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
+    return ReferenceSet(
+        kv=session.upload_kv({spec.name: arrays[spec.name] for spec in tensors}),
+        tensors=tensors,
+        num_tokens=count,
+        first_size=first_size,
+        images=images,
+        origin=origin,
+        session=session,
+    )
+
+
+def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
+    """Origin, images digest, size of the first image and checksum, from the metadata."""
+    try:
+        metadata = read_metadata(path)
+        if metadata.get("format") not in (_FORMAT, _OLDER_FORMAT):
+            raise _damaged(path, f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+        height, width = metadata["first_size"].split("x")
+        origin = KVOrigin(**{item.name: metadata[item.name] for item in fields(KVOrigin)})
+        images, size, checksum = metadata["images"], (int(height), int(width)), metadata["crc32"]
+    except (CheckpointError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if metadata["format"] == _OLDER_FORMAT and origin.kv_dtype == KV_FLOAT8:
+        raise RequestError(
+            f"the references in {path} are float8 as an earlier klein-kv laid them out; encode the "
+            "images again"
+        )
+    return origin, images, size, checksum
+
+
+def _check_layout(path: Path, refs: dict[str, WeightRef], tensors: Sequence[TensorSpec]) -> None:
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in tensors}
+    for name in [*expected, *refs]:
+        want = expected.get(name)
+        got = (refs[name].dtype, refs[name].shape) if name in refs else None
+        if got != want:
+            raise RequestError(
+                f"the references in {path} have another layout: {name} is {got or 'not there'}, "
+                f"expected {want or 'no such tensor'}; encode the images again"
+            )
+
+
+def _damaged(path: Path, reason: object) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is no whole reference set ({reason}); encode the images again and save them"
+    )

@@ -1,0 +1,154 @@
+"""Reference images as the transformer sees them: tokens, positions, and keys and values."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.config import DTYPES, dtype_name
+from klein_kv.artifacts.signature import KV_FLOAT8, TensorSpec
+from klein_kv.errors import RequestError
+from klein_kv.runtime.backends.backend import Buffer
+from klein_kv.runtime.session import Session
+
+__all__ = [
+    "KVOrigin",
+    "ReferenceSet",
+    "check_kv_dtype",
+    "images_digest",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class KVOrigin:
+    """Everything but the images that keys and values depend on.
+
+    Attributes:
+        model_digest: graphs and weights (`Manifest.model_digest`).
+        lora_digest: the LoRA set; empty for none.
+        dtype: type that the graphs compute in.
+        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KV_FLOAT8`.
+        backend: what computes them; another one rounds differently.
+    """
+
+    model_digest: str
+    lora_digest: str
+    dtype: str
+    kv_dtype: str
+    backend: str
+
+    def digest(self, images: str) -> str:
+        """Hex digest of keys and values of the images with this `images_digest`."""
+        lines = "".join(f"{name} {value}\n" for name, value in asdict(self).items())
+        return hashlib.sha256(f"{lines}images {images}\n".encode()).hexdigest()
+
+    def difference(self, other: "KVOrigin") -> str | None:
+        """What keeps sets of the other origin from being used here, in words; None if nothing."""
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if mine != theirs:
+                values = f"(got {theirs[:16] or 'none'}, expected {mine[:16] or 'none'})"
+                return f"{_DIFFERENCES[item.name]} {values}"
+        return None
+
+
+_DIFFERENCES = {
+    "model_digest": "belong to other weights",
+    "lora_digest": "belong to another LoRA set",
+    "dtype": "were computed in another type",
+    "kv_dtype": "are kept in another type",
+    "backend": "were computed by another backend",
+}
+
+
+def images_digest(pixels: Sequence[NDArray[np.uint8]]) -> str:
+    """Hex digest of an ordered set of prepared images, each uint8 [1, H, W, 3]."""
+    state = hashlib.sha256()
+    for image in pixels:
+        state.update(np.array(image.shape, "<i8").tobytes())
+        state.update(np.ascontiguousarray(image).data)
+    return state.hexdigest()
+
+
+def check_kv_dtype(name: str | None, dtype: str) -> str:
+    """The type that graphs are to hand keys and values on in.
+
+    Args:
+        name: "fp32", "fp16" or "bf16", which must be the graphs' own; "fp8"; None for the graphs'.
+        dtype: type that the graphs compute in.
+
+    Raises:
+        RequestError: another type.
+    """
+    if name == "fp8":
+        return KV_FLOAT8
+    if name is not None and DTYPES.get(name) != dtype:
+        own = dtype_name(dtype)
+        raise RequestError(
+            f"kv_dtype is {name!r}, the graphs compute in {dtype}; expected {own!r} or 'fp8'"
+        )
+    return dtype
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class ReferenceSet:
+    """Keys and values of an ordered set of reference images.
+
+    They depend on the images, their order, and `origin`; not on prompt, seed or output size. Made
+    by `KleinKVPipeline.encode_references` or `load_references`, and used by any number of requests
+    at once.
+
+    Attributes:
+        kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`
+            [1, R, H, D], and beside float8 ones their scales.
+        tensors: name, type and concrete shape of each of `kv`.
+        num_tokens: R, tokens of all images together.
+        first_size: (height, width) of the first image after cropping: the default output size.
+        images: `images_digest` of the prepared images.
+        origin: what else they depend on.
+        session: where the buffers live.
+    """
+
+    kv: dict[str, Buffer] = field(repr=False)
+    tensors: tuple[TensorSpec, ...] = field(repr=False)
+    num_tokens: int
+    first_size: tuple[int, int]
+    images: str
+    origin: KVOrigin
+    session: Session = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything that the keys and values depend on."""
+        return self.origin.digest(self.images)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, and of their scales."""
+        return sum(spec.nbytes({}) for spec in self.tensors)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One of `kv` on the host."""
+        return self.session.download(self.kv[name])
+
+    @property
+    def model_digest(self) -> str:
+        """The weights they belong to."""
+        return self.origin.model_digest
+
+    def save(self, path: str | Path) -> None:
+        """Writes the set as one safetensors file; `KleinKVPipeline.load_references` reads it.
+
+        An interrupted save leaves a file that was there before as it was.
+
+        Raises:
+            CapacityError: the disk is full.
+            RequestError: the file cannot be written there.
+        """
+        from klein_kv.runtime.references.reference_file import save_references
+
+        save_references(self, Path(path))

@@ -1,0 +1,178 @@
+"""BFL's fp8 and nvfp4 tensors: exact numbers, and nothing that is not one of the two."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.quantized_files import (
+    Fp8Weight,
+    Nvfp4Weight,
+    read_weights,
+    tile_block_scales,
+    untile_block_scales,
+)
+from tests.bfl_files import dequantized, quantize
+
+# [out, in]: whole tiles of block scales; rows and columns that need padding; one row.
+SHAPES = [(256, 128), (192, 64), (80, 16), (1, 176), (129, 80)]
+
+
+def layer(shape: tuple[int, int], kind: str, seed: int = 0) -> dict[str, Tensor]:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return quantize({"blocks.0.linear.weight": weight}, kind)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    def write(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+        path = tmp_path / "model.safetensors"
+        save_file(state, path, metadata)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_are_those_of_the_independent_reader(
+    save: Callable[..., Path], shape: tuple[int, int], kind: str
+) -> None:
+    path = save(layer(shape, kind))
+    (weight,) = read_weights(path).values()
+    assert isinstance(weight, Fp8Weight if kind == "fp8" else Nvfp4Weight)
+    assert (weight.shape, weight.dtype) == (shape, "float32")
+    assert weight.input_scale == (0.5 if kind == "fp8" else 0.25)
+    expected = dequantized(load_file(path))["blocks.0.linear.weight"].numpy()
+    np.testing.assert_array_equal(weight.read(0, shape[0]), expected)
+    assert np.abs(expected).max() > 1
+    low, high = shape[0] // 3, shape[0] // 3 + (shape[0] + 1) // 2
+    part = weight.rows(low, high)
+    assert part.shape == (high - low, shape[1])
+    np.testing.assert_array_equal(part.read(0, high - low), expected[low:high])
+    if high - low > 2:
+        np.testing.assert_array_equal(part.rows(1, 3).read(1, 2), expected[low + 2 : low + 3])
+
+
+def test_every_code_and_scale_of_nvfp4(save: Callable[..., Path]) -> None:
+    """All 16 numbers, and all 126 positive float8 scales, the smallest subnormal among them."""
+    scales = torch.arange(1, 127, dtype=torch.uint8)
+    packed = torch.tensor([[2 * i << 4 | 2 * i + 1 for i in range(8)]], dtype=torch.uint8)
+    state = {
+        "a.weight": packed.repeat(126, 1),
+        "a.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
+        "a.weight_scale_2": torch.tensor(0.3),
+    }
+    rows = torch.arange(126)
+    state["a.weight_scale"].view(-1)[rows % 32 * 16 + rows // 32 * 4] = scales
+    state["a.weight_scale"] = state["a.weight_scale"].view(torch.float8_e4m3fn)
+    path = save(state)
+    weight = read_weights(path)["a.weight"]
+    assert isinstance(weight, Nvfp4Weight)
+    assert weight.input_scale is None
+    np.testing.assert_array_equal(weight.codes(3, 4), [range(16)])
+    np.testing.assert_array_equal(weight.linear_block_scales().view(np.uint8)[:, 0], scales.numpy())
+    np.testing.assert_array_equal(
+        weight.read(0, 126), dequantized(load_file(path))["a.weight"].numpy()
+    )
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (256, 12), (130, 5), (1, 1), (384, 3)])
+def test_tiles_go_there_and_back(shape: tuple[int, int]) -> None:
+    scales = np.random.default_rng(0).integers(1, 255, shape, dtype=np.uint8)
+    tiles = tile_block_scales(scales)
+    assert tiles.shape == (-(-shape[0] // 128) * 128, -(-shape[1] // 4) * 4)
+    back = untile_block_scales(tiles, shape[1])
+    np.testing.assert_array_equal(back[: shape[0]], scales)
+    assert not back[shape[0] :].any()
+
+
+def test_plain_tensors_stay_plain(save: Callable[..., Path]) -> None:
+    state = {
+        "a.weight": torch.ones(2, 2, dtype=torch.bfloat16),
+        "a.input_scale": torch.tensor(3.0),  # of a layer that was left alone
+        "a.weight_scale": torch.tensor(1.0),
+        "norm.scale": torch.ones(4),
+    }
+    weights = read_weights(save(state))
+    assert weights.keys() == {"a.weight", "norm.scale"}
+    assert all(isinstance(weight, WeightRef) for weight in weights.values())
+
+
+def test_formats_that_the_file_names_itself(save: Callable[..., Path]) -> None:
+    def metadata(kind: str) -> dict[str, str]:
+        layers = {"blocks.0.linear": {"format": kind}}
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+    def marked(kind: str) -> dict[str, Tensor]:
+        text = np.frombuffer(json.dumps({"format": kind}).encode(), np.uint8).copy()
+        return layer((16, 16), "fp8") | {"blocks.0.linear.comfy_quant": torch.from_numpy(text)}
+
+    assert read_weights(save(layer((16, 16), "fp8"), metadata("float8_e4m3fn")))
+    assert read_weights(save(marked("float8_e4m3fn")))
+    with pytest.raises(CheckpointError, match="quantized as 'mxfp8', expected float8_e4m3fn or"):
+        read_weights(save(layer((16, 16), "fp8"), metadata("mxfp8")))
+    with pytest.raises(CheckpointError, match="quantized as 'int8_tensorwise'"):
+        read_weights(save(marked("int8_tensorwise")))
+    with pytest.raises(CheckpointError, match="not what ComfyUI writes"):
+        read_weights(save(layer((16, 16), "fp8"), {"_quantization_metadata": "[1]"}))
+    broken = {"blocks.0.linear.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="not what ComfyUI writes"):
+        read_weights(save(layer((16, 16), "fp8") | broken))
+
+
+NAME = "blocks.0.linear"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("fp8", {"weight_scale": None}, f"{NAME}.weight_scale is missing"),
+        ("fp8", {"weight": None}, f"{NAME} has .* but no {NAME}.weight"),
+        ("fp8", {"weight_scale": torch.ones(16)}, r"weight_scale is float32 of shape \(16,\)"),
+        ("fp8", {"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "expected one float32"),
+        ("fp8", {"weight_scale": torch.tensor(0.0)}, "weight_scale is 0.0, expected a positive"),
+        ("fp8", {"weight_scale": torch.tensor(torch.nan)}, "weight_scale is nan"),
+        ("fp8", {"input_scale": torch.tensor(-1.0)}, "input_scale is -1.0"),
+        ("fp8", {"weight_scale_2": torch.tensor(1.0)}, "which only nvfp4"),
+        ("fp8", {"weight": torch.ones(16, 16)}, "float32 but has a weight_scale other than 1"),
+        ("fp8", {"pre_quant_scale": torch.ones(16), "weight_scale": None}, "is missing"),
+        ("nvfp4", {"weight_scale": None}, "needs 512 float8 block scales .* got none"),
+        ("nvfp4", {"weight_scale_2": None}, f"{NAME}.weight_scale_2 is missing"),
+        ("nvfp4", {"weight_scale": torch.ones(16, 1)}, r"got float32 of shape \(16, 1\)"),
+        (
+            "nvfp4",
+            {"weight_scale": torch.ones(16, 1).to(torch.float8_e4m3fn)},
+            r"whole tiles of 128 x 4.*got float8_e4m3fn of shape \(16, 1\)",
+        ),
+        ("nvfp4", {"weight": torch.zeros(16, 9, dtype=torch.uint8)}, r"nvfp4 \[16, 18\]"),
+        ("nvfp4", {"weight": torch.zeros(16, dtype=torch.uint8)}, "expected a matrix with"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    save: Callable[..., Path], kind: str, change: dict[str, Tensor | None], message: str
+) -> None:
+    state = layer((16, 16), kind)
+    for part, tensor in change.items():
+        state.pop(f"{NAME}.{part}", None)
+        if tensor is not None:
+            state[f"{NAME}.{part}"] = tensor
+    path = save(state)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
+
+
+def test_truncated_file(save: Callable[..., Path]) -> None:
+    path = save(layer((16, 16), "nvfp4"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_weights(path)

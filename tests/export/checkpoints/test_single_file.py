@@ -1,0 +1,363 @@
+"""The transformer out of one file: names, row ranges, and graphs that agree with diffusers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from klein_kv.artifacts.config import (
+    ModelConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    read_json,
+)
+from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.fixture import make_fixture
+from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight
+from klein_kv.export.checkpoints.single_file import JoinedRows, read_single_file
+from klein_kv.export.checkpoints.weight_files import Placement, place_weights
+from klein_kv.export.graphs.transformer_graphs import transformer_graph
+from klein_kv.networks.transformer import transformer_parameters
+from tests.bfl_files import bfl_state, dequantized, quantize, save_single_file, write_sparse
+
+TOLERANCE = 1e-4
+QKV = "double_blocks.0.img_attn.qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path) -> TransformerConfig:
+    return TransformerConfig.from_dict(read_json(tiny_checkpoint / "transformer/config.json", ""))
+
+
+@pytest.fixture(scope="module")
+def state(tiny_checkpoint: Path) -> dict[str, Tensor]:
+    """The tiny transformer, under diffusers' names."""
+    folder = tiny_checkpoint / "transformer"
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def numbers(weight: Any) -> np.ndarray[Any, Any]:
+    if isinstance(weight, WeightRef):
+        return map_weight(weight).astype(np.float32)
+    return weight.read(0, weight.shape[0]).astype(np.float32)
+
+
+FORMS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "bf16": lambda state: {n: t.to(torch.bfloat16) for n, t in bfl_state(state).items()},
+    "fp8": lambda state: quantize(bfl_state(state), "fp8"),
+    "nvfp4": lambda state: quantize(bfl_state(state), "nvfp4"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_are_those_that_diffusers_converts(
+    tmp_path: Path, state: dict[str, Tensor], config: TransformerConfig, form: str
+) -> None:
+    """The independent reader undoes the quantization, diffusers' own converter the layout."""
+    bfl = FORMS[form](state)
+    weights = read_single_file(save_single_file(tmp_path / "m.safetensors", bfl), config)
+    expected = convert_flux2_transformer_checkpoint_to_diffusers(dequantized(bfl))
+    assert weights.keys() == expected.keys() == state.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(numbers(weight), expected[name].numpy(), err_msg=name)
+    kinds = [type(weight) for weight in weights.values()]
+    assert kinds.count(JoinedRows) == 1
+    quantized = {"bf16": 0, "fp8": 16, "nvfp4": 16}[form]  # 12 of a double block, 2 of a single
+    assert kinds.count(Fp8Weight) + kinds.count(Nvfp4Weight) == quantized
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_prefix(tmp_path, state, config, prefix):
+    path = save_single_file(tmp_path / "m.safetensors", bfl_state(state), prefix)
+    assert read_single_file(path, config).keys() == state.keys()
+
+
+def test_quantized_under_diffusers_names(tmp_path, state, config):
+    renamed = {f"blocks.{name}": tensor for name, tensor in state.items()}
+    quantized = {
+        name.removeprefix("blocks."): tensor for name, tensor in quantize(renamed, "fp8").items()
+    }
+    weights = read_single_file(save_single_file(tmp_path / "m.safetensors", quantized), config)
+    assert isinstance(weights["transformer_blocks.0.attn.to_q.weight"], Fp8Weight)
+    expected = dequantized(quantized)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(numbers(weight), expected[name].numpy(), err_msg=name)
+
+
+def test_q_k_and_v_apart(tmp_path, state, config):
+    bfl = bfl_state(state)
+    for stream in ("img", "txt"):
+        fused = bfl.pop(f"double_blocks.0.{stream}_attn.qkv.weight")
+        for name, part in zip(("to_q", "to_k", "to_v"), fused.chunk(3), strict=True):
+            bfl[f"double_blocks.0.{stream}_attn.{name}.weight"] = part.clone()
+    bfl = quantize(bfl, "fp8")
+    weights = read_single_file(save_single_file(tmp_path / "m.safetensors", bfl), config)
+    scales = {
+        weights[f"transformer_blocks.0.attn.{name}.weight"].scale for name in ("to_q", "to_k")
+    }
+    assert len(scales) == 2  # each has its own
+    value = dequantized(bfl)["double_blocks.0.txt_attn.to_v.weight"]
+    got = numbers(weights["transformer_blocks.0.attn.add_v_proj.weight"])
+    np.testing.assert_array_equal(got, value.numpy())
+
+
+# --- what does not fit ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({QKV: None}, r"1 missing \(double_blocks.0.img_attn.qkv.weight\), 0 unexpected"),
+        ({"guidance_in.in_layer.weight": torch.ones(64, 256)}, r"1 unexpected \(guidance_in"),
+        ({"vae.x": torch.ones(1)}, r"1 unexpected \(vae.x\)"),
+        ({QKV: torch.ones(64, 64)}, r"qkv.weight has shape \(64, 64\), expected 192 rows"),
+        ({"img_in.weight": torch.ones(64, 4)}, r"x_embedder.weight has shape \(64, 4\), expected"),
+        ({"img_in.weight": torch.ones(())}, "img_in.weight has shape"),
+        ({"single_blocks.2.linear1.weight": torch.ones(1, 1)}, r"1 unexpected \(single_blocks.2"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, state, config, change, message):
+    bfl = bfl_state(state)
+    for name, tensor in change.items():
+        bfl.pop(name, None)
+        if tensor is not None:
+            bfl[name] = tensor
+    path = save_single_file(tmp_path / "m.safetensors", bfl)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_single_file(path, config)
+    assert str(path) in str(caught.value)
+
+
+def test_another_model(tmp_path, config):
+    path = save_single_file(tmp_path / "m.safetensors", {"model.layers.0.weight": torch.ones(2, 2)})
+    with pytest.raises(CheckpointError, match=r"not those of a FLUX.2 \[klein\] transformer"):
+        read_single_file(path, config)
+
+
+# --- graphs ---
+
+
+def place(path: Path, config: TransformerConfig, dtype: str, folder: Path) -> Placement:
+    folder.mkdir()
+    weights = read_single_file(path, config)
+    return place_weights(weights, transformer_parameters(config), dtype, folder, "transformer")
+
+
+def whole_config(config: TransformerConfig) -> ModelConfig:
+    text = TextEncoderConfig(
+        hidden_size=config.joint_attention_dim // 3,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=10,
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+    )
+    return ModelConfig(config, text, VaeConfig(config.in_channels // 4, 4, 1e-4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_graphs_agree_with_diffusers(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    state: dict[str, Tensor],
+    config: TransformerConfig,
+    form: str,
+) -> None:
+    bfl = FORMS[form](state)
+    path = save_single_file(tmp_path / "m.safetensors", bfl)
+    folder = tmp_path / "transformer"
+    refs = place(path, config, "float32", folder).refs
+    assert {ref.dtype for ref in refs.values()} == {"float32"}
+    model = transformer_graph("first_step", whole_config(config), "float32", refs)
+    ir.save(model, folder / "first_step.onnx")
+    session = onnxruntime.InferenceSession(folder / "first_step.onnx")
+
+    theirs = Flux2Transformer2DModel.from_config(
+        Flux2Transformer2DModel.load_config(tiny_checkpoint / "transformer")
+    ).eval()
+    theirs.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(dequantized(bfl)))
+    for block in theirs.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in theirs.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    image, text, ref = (
+        random(1, 12, config.in_channels),
+        random(1, 7, config.joint_attention_dim),
+        random(1, 9, config.in_channels),
+    )
+    ids = [torch.randint(0, 20, (n, 4), generator=generator) for n in (12, 7, 9)]
+    feeds = {
+        "hidden_states": image,
+        "encoder_hidden_states": text,
+        "ref_hidden_states": ref,
+        "timestep": torch.tensor([640.0]),
+        "sigma_step": torch.tensor([-0.25]),
+        "img_ids": ids[0],
+        "txt_ids": ids[1],
+        "ref_ids": ids[2],
+    }
+    names = ["noise_pred", *kv_names(config.num_blocks)]
+    got = session.run(names, {name: value.numpy() for name, value in feeds.items()})
+    with torch.no_grad():
+        noise, cache = theirs(
+            hidden_states=torch.cat([ref, image], 1),
+            encoder_hidden_states=text,
+            timestep=torch.tensor([0.64]),
+            img_ids=torch.cat([ids[2], ids[0]])[None],
+            txt_ids=ids[1][None],
+            kv_cache_mode="extract",
+            num_ref_tokens=9,
+            return_dict=False,
+        )
+    layers = [*cache.double_block_caches, *cache.single_block_caches]
+    expected = [noise, *(x for layer in layers for x in (layer.k_ref, layer.v_ref))]
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert np.abs(a - b.numpy()).max() <= TOLERANCE, name
+    assert np.abs(got[0]).max() > 0.1
+
+
+def test_nothing_is_written_but_the_swapped_halves(tmp_path, state, config):
+    """The file is linked; only the last modulation, whose halves change places, is written."""
+    path = save_single_file(tmp_path / "klein.safetensors", FORMS["bf16"](state))
+    placed = place(path, config, "bfloat16", tmp_path / "out")
+    linked = tmp_path / "out/klein.safetensors"
+    assert linked.samefile(path)
+    assert placed.sources == {linked: path}
+    assert placed.shared == {linked}
+    elsewhere = {name for name, ref in placed.refs.items() if ref.path != linked}
+    assert elsewhere == {"norm_out.linear.weight"}
+    small = tmp_path / "out/transformer.bfloat16.safetensors"
+    assert list(load_file(small)) == ["norm_out.linear.weight"]
+    expected = state["norm_out.linear.weight"].to(torch.bfloat16)
+    torch.testing.assert_close(load_file(small)["norm_out.linear.weight"], expected, rtol=0, atol=0)
+
+
+def test_a_file_is_not_kept_for_the_little_that_fits(tmp_path, state, config):
+    path = save_single_file(tmp_path / "klein.safetensors", FORMS["fp8"](state))
+    weights, folder = read_single_file(path, config), tmp_path / "out"
+    folder.mkdir()
+    blocks = [name for name in weights if "_blocks." in name]  # float8, but for the norms
+    placed = place_weights(weights, blocks, "bfloat16", folder, "transformer")
+    assert [file.name for file in folder.iterdir()] == ["transformer.bfloat16.safetensors"]
+    assert not placed.sources
+    assert {ref.dtype for ref in placed.refs.values()} == {"bfloat16"}
+
+
+def test_values_that_the_type_cannot_hold(tmp_path, state, config):
+    bfl = quantize(bfl_state(state), "fp8")
+    bfl[QKV.replace(".weight", ".weight_scale")] = torch.tensor(1e6)
+    path = save_single_file(tmp_path / "klein.safetensors", bfl)
+    with pytest.raises(CheckpointError, match=r"to_q.weight: values that float16 cannot hold"):
+        place(path, config, "float16", tmp_path / "out")
+
+
+# --- full size ---
+
+
+def real_shapes(config: TransformerConfig, form: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, types and shapes of a klein 9B single file with every block quantized."""
+    dim, mlp = config.inner_dim, config.mlp_hidden_dim
+    matrices = {
+        "img_in": (dim, 128),
+        "txt_in": (dim, config.joint_attention_dim),
+        "time_in.in_layer": (dim, 256),
+        "time_in.out_layer": (dim, dim),
+        "double_stream_modulation_img.lin": (6 * dim, dim),
+        "double_stream_modulation_txt.lin": (6 * dim, dim),
+        "single_stream_modulation.lin": (3 * dim, dim),
+        "final_layer.adaLN_modulation.1": (2 * dim, dim),
+        "final_layer.linear": (128, dim),
+    }
+    norms = []
+    for i in range(8):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            matrices |= {
+                f"{block}_attn.qkv": (3 * dim, dim),
+                f"{block}_attn.proj": (dim, dim),
+                f"{block}_mlp.0": (2 * mlp, dim),
+                f"{block}_mlp.2": (dim, mlp),
+            }
+            norms += [f"{block}_attn.norm.{kind}_norm.scale" for kind in ("query", "key")]
+    for i in range(24):
+        block = f"single_blocks.{i}"
+        matrices |= {
+            f"{block}.linear1": (3 * dim + 2 * mlp, dim),
+            f"{block}.linear2": (dim, dim + mlp),
+        }
+        norms += [f"{block}.norm.{kind}_norm.scale" for kind in ("query", "key")]
+    out: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(norms, ("BF16", (128,)))
+    for name, (rows, columns) in matrices.items():
+        if form == "bf16" or "blocks." not in name:
+            out[f"{name}.weight"] = ("BF16", (rows, columns))
+            continue
+        if form == "fp8":
+            out[f"{name}.weight"] = ("F8_E4M3", (rows, columns))
+            out[f"{name}.weight_scale"] = ("F32", ())
+        else:
+            out[f"{name}.weight"] = ("U8", (rows, columns // 2))
+            out[f"{name}.weight_scale"] = ("F8_E4M3", (rows, columns // 16))
+            out[f"{name}.weight_scale_2"] = ("F32", ())
+        out[f"{name}.input_scale"] = ("F32", ())
+    return out
+
+
+@pytest.fixture(scope="module")
+def full_config(tmp_path_factory: pytest.TempPathFactory) -> TransformerConfig:
+    folder = tmp_path_factory.mktemp("full") / "9b"
+    make_fixture(folder, "9b-shapes")
+    return TransformerConfig.from_dict(json.loads((folder / "transformer/config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("form", "gigabytes"), [("bf16", 18.157), ("fp8", 9.433), ("nvfp4", 5.616)]
+)
+def test_full_size_headers(tmp_path, full_config, form, gigabytes):
+    """Sizes are those of the published files (nvfp4: but for what it leaves in bf16)."""
+    path = write_sparse(tmp_path / "9b.safetensors", real_shapes(full_config, form))
+    assert path.stat().st_size / 1e9 == pytest.approx(gigabytes, abs=1e-3)
+    weights = read_single_file(path, full_config)
+    assert {name: weight.shape for name, weight in weights.items()} == transformer_parameters(
+        full_config
+    )
+    if form == "bf16":
+        before = read_bytes()
+        placed = place(path, full_config, "bfloat16", tmp_path / "out")
+        assert read_bytes() - before < 0.2e9
+        small = tmp_path / "out/transformer.bfloat16.safetensors"
+        assert small.stat().st_size < 70e6
+        assert placed.refs["transformer_blocks.7.attn.to_v.weight"].nbytes == 2 * 4096 * 4096
+    else:
+        weight = weights["single_transformer_blocks.23.attn.to_qkv_mlp_proj.weight"]
+        assert weight.read(36863, 36864).shape == (1, 4096)
+
+
+def read_bytes() -> int:
+    """Bytes that this process asked the kernel for with read(), so far."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])

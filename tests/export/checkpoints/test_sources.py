@@ -1,0 +1,627 @@
+"""Where checkpoints come from: folders, single files, and a Hugging Face cache made by hand."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.config import DEFAULT_TEXT_LAYERS
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import VARIANTS
+from klein_kv.artifacts.weights import WeightIndex
+from klein_kv.errors import CapacityError, CheckpointError, RequestError
+from klein_kv.export import exporter
+from klein_kv.export.checkpoints import sources, weight_files
+from klein_kv.export.checkpoints.sources import (
+    OFFICIAL,
+    Source,
+    copy_licences,
+    find_source,
+    known_sha256,
+)
+from klein_kv.export.checkpoints.weight_files import place_weights
+from klein_kv.export.exporter import export_checkpoint
+from tests.bfl_files import bfl_state, quantize, save_single_file
+
+KV, KV_FP8 = "black-forest-labs/FLUX.2-klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv-fp8"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LICENCE = "FLUX Non-Commercial License v2.1\n"
+
+
+def write_index(folder: Path, kind: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+
+
+@pytest.fixture
+def tiny_file(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny transformer as one bf16 file."""
+    state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
+    bfl = {name: tensor.to(torch.bfloat16) for name, tensor in bfl_state(state).items()}
+    return save_single_file(tmp_path / "flux-2-klein-9b-kv.safetensors", bfl)
+
+
+class Hub:
+    """A hub's cache on disk, and a `snapshot_download` that finds things in it alone."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: list[tuple[str, str | None, tuple[str, ...]]] = []
+
+    def snapshot(self, name: str) -> Path:
+        return self.root / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        """Large files lie under their sha256, small ones under a git hash, as in the real cache."""
+        snapshot = self.snapshot(name)
+        blobs = snapshot.parents[1] / "blobs"
+        blobs.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            large = file.endswith(".safetensors")
+            kind = hashlib.sha256 if large else hashlib.sha1
+            blob = blobs / kind(content).hexdigest()
+            blob.write_bytes(content)
+            link = snapshot / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+
+    def add_folder(self, name: str, folder: Path) -> None:
+        self.add(
+            name,
+            {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in folder.rglob("*")
+                if path.is_file()
+            },
+        )
+
+    def download(self, name: str, *, revision: str | None = None, allow_patterns: list[str]) -> str:
+        self.asked.append((name, revision, tuple(allow_patterns)))
+        if not self.snapshot(name).exists():
+            raise errors.LocalEntryNotFoundError(f"no {name}")
+        return str(self.snapshot(name))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.download)
+    return made
+
+
+# --- folders and files on this machine ---
+
+
+def test_a_folder_says_which_variant_it_is(tiny_checkpoint: Path) -> None:
+    source = find_source(tiny_checkpoint)
+    assert (source.name, source.variant) == (tiny_checkpoint.name, "kv")
+    assert source.folder == tiny_checkpoint.resolve()
+    assert source.transformer is None
+    assert source.settle_variant(None) == source.settle_variant("kv") == "kv"
+
+
+def test_a_variant_that_contradicts_the_class_name_wins_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_index(tmp_path / "plain", "Flux2KleinPipeline")
+    source = find_source(tmp_path / "plain")
+    assert source.settle_variant(None) == "plain"
+    assert source.settle_variant("kv") == "kv"
+    assert "variant kv, although" in caplog.text
+    assert "model_index.json (_class_name Flux2KleinPipeline) says plain" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["Flux2Pipeline", "", "flux2kleinkvpipeline"])
+def test_a_variant_is_never_guessed(tmp_path: Path, kind: str) -> None:
+    write_index(tmp_path / "klein-9b-kv", kind)  # a name is no proof
+    source = find_source(tmp_path / "klein-9b-kv")
+    with pytest.raises(RequestError, match="cannot be guessed: both have the same configuration"):
+        source.settle_variant(None)
+    assert source.settle_variant("kv") == "kv"
+    assert source.settle_variant("plain") == "plain"
+
+
+def test_a_single_file_with_its_base(tiny_file: Path, tiny_checkpoint: Path) -> None:
+    source = find_source(tiny_file, tiny_checkpoint)
+    assert (source.name, source.variant) == ("flux-2-klein-9b-kv", "")
+    assert (source.folder, source.transformer) == (tiny_checkpoint.resolve(), tiny_file)
+    # The base's weights are others: what it says of them says nothing of the file.
+    with pytest.raises(RequestError, match="cannot be guessed"):
+        source.settle_variant(None)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "message"),
+    [
+        ("{tmp}/none", {}, "none does not exist; expected a folder in diffusers layout"),
+        ("none", {}, "checkpoint none does not exist"),
+        ("./a/b", {}, "does not exist"),
+        ("a/b/c", {}, "does not exist"),
+        ("{tmp}/empty", {}, "checkpoint is missing: .*model_index.json does not exist"),
+        ("{tmp}/loose", {}, "name the single file itself, and a pipeline with --base"),
+        ("{tmp}/text.bin", {}, "only safetensors is read, never pickle"),
+        ("{tmp}/loose/a.safetensors", {}, "add --base with the rest of the pipeline"),
+        ("{tmp}/loose/a.safetensors", {"base": "{tmp}/none"}, "is neither a folder"),
+        ("{tmp}/loose/a.safetensors", {"base": "{tmp}/text.bin"}, "is neither a folder"),
+        ("{tmp}/loose/a.safetensors", {"base": "{tmp}/empty"}, "checkpoint is missing"),
+        ("{tmp}/whole", {"base": "{tmp}/whole"}, "a base belongs to a single .safetensors file"),
+        ("{tmp}/whole", {"revision": "main"}, "a revision belongs to a Hugging Face repository"),
+    ],
+)
+def test_bad_places(tmp_path: Path, checkpoint: str, options: dict[str, str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    write_index(tmp_path / "whole", "Flux2KleinKVPipeline")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose/a.safetensors").write_bytes(b"")
+    (tmp_path / "text.bin").write_bytes(b"")
+    options = {key: value.format(tmp=tmp_path) for key, value in options.items()}
+    with pytest.raises((CheckpointError, RequestError), match=message):
+        find_source(checkpoint.format(tmp=tmp_path), **options)
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_source("checkpoints/klein")
+    assert not hub.asked
+
+
+# --- Hugging Face ---
+
+
+def test_a_repository_is_downloaded_without_its_single_file(tiny_checkpoint, hub):
+    hub.add_folder(KV, tiny_checkpoint)
+    source = find_source(KV.lower(), revision="refs/pr/1")
+    ((name, revision, patterns),) = hub.asked
+    assert (name, revision) == (KV, "refs/pr/1")
+    assert (source.name, source.variant) == (KV, "kv")
+    assert source.folder == hub.snapshot(KV)
+    from huggingface_hub.utils import filter_repo_objects
+
+    listed = [path.relative_to(tiny_checkpoint).as_posix() for path in tiny_checkpoint.rglob("*.*")]
+    extra = ["flux-2-klein-9b-kv.safetensors", "README.md", "teaser.png", "text_encoder/model.bin"]
+    wanted = set(filter_repo_objects([*listed, *extra], allow_patterns=list(patterns)))
+    assert wanted == set(listed)
+
+
+def test_official_names_say_the_variant(tiny_checkpoint, hub):
+    for name, model in OFFICIAL.items():
+        if not model.file:
+            hub.add(name, {"model_index.json": b"{}"})
+            assert find_source(name).settle_variant(None) == model.variant
+    with pytest.raises(RequestError, match=f"variant is 'plain', but the repository {KV} says"):
+        find_source(KV).settle_variant("plain")
+
+
+def test_another_repository_says_it_in_its_index_or_not_at_all(tiny_checkpoint, hub):
+    hub.add("someone/finetune", {"model_index.json": b'{"_class_name": "Flux2KleinKVPipeline"}'})
+    assert find_source("someone/finetune").variant == "kv"
+    hub.add("someone/other", {"model_index.json": b'{"_class_name": "Flux2Pipeline"}'})
+    with pytest.raises(RequestError, match="someone/other does not say whether"):
+        find_source("someone/other").settle_variant(None)
+
+
+def test_official_fp8_finds_its_base(tiny_checkpoint, tiny_file, hub):
+    file = OFFICIAL[KV_FP8].file
+    hub.add(KV_FP8, {file: tiny_file.read_bytes(), "LICENSE.md": LICENCE.encode()})
+    hub.add_folder(KV, tiny_checkpoint)
+    source = find_source(KV_FP8)
+    assert source.settle_variant(None) == "kv"
+    assert source.transformer == hub.snapshot(KV_FP8) / file
+    assert source.folder == hub.snapshot(KV)
+    (asked, _, patterns), (base, _, base_patterns) = hub.asked
+    assert (asked, base) == (KV_FP8, KV)
+    assert patterns[0] == file
+    assert "transformer/*.json" in base_patterns
+    assert "transformer/*.safetensors" not in base_patterns
+    assert find_source(KV_FP8, base=tiny_checkpoint).folder == tiny_checkpoint.resolve()
+
+
+def test_one_file_of_a_repository(tiny_checkpoint, tiny_file, hub):
+    hub.add_folder(KV, tiny_checkpoint)
+    hub.add(KV, {"flux-2-klein-9b-kv.safetensors": tiny_file.read_bytes()})
+    source = find_source(f"{KV}/flux-2-klein-9b-kv.safetensors")
+    assert source.settle_variant(None) == "kv"
+    assert source.folder == hub.snapshot(KV)
+    with pytest.raises(CheckpointError, match=f"{KV} has no file other.safetensors"):
+        find_source(f"{KV}/other.safetensors")
+
+
+def http_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)  # its constructor wants a response
+    error.args = ("403 Client Error",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (
+            http_error(errors.GatedRepoError),
+            CheckpointError,
+            rf"is gated: accept its licence at https://huggingface.co/{KV}, then log in with `hf",
+        ),
+        (
+            http_error(errors.RepositoryNotFoundError),
+            CheckpointError,
+            "was not found: check the name; if it is private, log in",
+        ),
+        (http_error(errors.RevisionNotFoundError), CheckpointError, "has no revision 'v9'"),
+        (errors.LocalEntryNotFoundError("x"), CheckpointError, "HF_HUB_OFFLINE is set; download"),
+        (errors.OfflineModeIsEnabled("x"), CheckpointError, "HF_HUB_OFFLINE is set"),
+        (errors.HFValidationError("x"), CheckpointError, "is no name of a repository"),
+        (OSError(errno.ENOSPC, "full"), CapacityError, "no room to download .*HF_HOME"),
+        (TimeoutError("slow"), CheckpointError, "could not be downloaded: TimeoutError: slow"),
+        (http_error(errors.HfHubHTTPError), CheckpointError, "could not be downloaded: HfHubHTTP"),
+    ],
+)
+def test_download_errors(monkeypatch, error, expected, message):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(expected, match=message) as caught:
+        find_source(KV, revision="v9")
+    assert KV in str(caught.value)
+
+
+def test_the_real_library_offline(tmp_path, monkeypatch, tiny_checkpoint):
+    """No network: what is in the cache is found, what is not is an error that says so."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match="is not in the cache of this machine"):
+        find_source(KV)
+    cache = Hub(tmp_path / "hub")
+    cache.add_folder(KV, tiny_checkpoint)
+    refs = cache.snapshot(KV).parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    source = find_source(KV)
+    assert source.folder == cache.snapshot(KV)
+    assert (source.folder / "transformer/config.json").is_symlink()
+
+
+def test_digests_that_the_cache_knows(tmp_path):
+    hub = Hub(tmp_path)
+    hub.add("a/b", {"w.safetensors": b"weights", "config.json": b"{}"})
+    snapshot = hub.snapshot("a/b")
+    assert known_sha256(snapshot / "w.safetensors") == hashlib.sha256(b"weights").hexdigest()
+    assert known_sha256(snapshot / "config.json") == ""  # named by git's sha1
+    plain = tmp_path / ("0" * 64)
+    plain.write_bytes(b"")
+    assert known_sha256(plain) == ""
+
+
+# --- licences ---
+
+
+def licensed(name: str, *folders: Path) -> Source:
+    return Source(name, folders[0], None, "kv", "", folders)
+
+
+def test_licences_are_copied_and_said_once(tmp_path, caplog):
+    own, base, out = (tmp_path / name for name in ("own", "base", "out"))
+    for folder in (own, base, out):
+        folder.mkdir()
+    (own / "LICENSE.md").write_text(LICENCE)
+    (base / "LICENSE.md").write_text("Apache License\n")
+    (base / "NOTICE").write_text("notice")
+    (base / "README.md").write_text("no licence")
+    with caplog.at_level(logging.WARNING):
+        text = copy_licences(licensed("x", own, base), out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "LICENSE.md": LICENCE,
+        "LICENSE.md.base": "Apache License\n",
+        "NOTICE": "notice",
+    }
+    assert text.endswith("see LICENSE.md, LICENSE.md.base, NOTICE. It is for non-commercial use.")
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "x is licensed for non-commercial use"
+    ]
+
+
+def test_a_free_licence_is_not_remarked_upon(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "LICENSE.md").write_text("Apache License\n")
+    text = copy_licences(licensed("black-forest-labs/FLUX.2-klein-4B", tmp_path), tmp_path / "out")
+    assert "non-commercial" not in text
+    assert not caplog.records
+
+
+def test_official_9b_weights_without_their_licence(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    text = copy_licences(licensed(KV, tmp_path), tmp_path / "out")
+    assert text.startswith("No licence file came with the checkpoint")
+    assert len(caplog.records) == 1
+
+
+# --- linking ---
+
+
+def place_vae(folder: Path, target: Path) -> weight_files.Placement:
+    target.mkdir()
+    index = WeightIndex.from_folder(folder, "vae")
+    return place_weights(index, index, "float32", target, "vae")
+
+
+def make_weights(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({"a": torch.arange(5.0)}, folder / "w.safetensors")
+    return folder
+
+
+def test_links_in_a_cache_become_files(tmp_path):
+    hub = Hub(tmp_path / "hub")
+    hub.add(
+        "a/b", {"w.safetensors": (make_weights(tmp_path / "in") / "w.safetensors").read_bytes()}
+    )
+    placed = place_vae(hub.snapshot("a/b"), tmp_path / "out")
+    target = tmp_path / "out/w.safetensors"
+    assert not target.is_symlink()
+    assert target.samefile(hub.snapshot("a/b") / "w.safetensors")
+    assert placed.shared == {target}
+
+
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A file system boundary between checkpoint and artifacts; collects clone requests."""
+    asked: list[int] = []
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def no_clone(_: int, request: int, __: int) -> None:
+        asked.append(request)
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("fcntl.ioctl", no_clone)
+    return asked
+
+
+def test_a_copy_is_the_last_resort(tmp_path, no_links, caplog):
+    placed = place_vae(make_weights(tmp_path / "in"), tmp_path / "out")
+    target = tmp_path / "out/w.safetensors"
+    assert target.read_bytes() == (tmp_path / "in/w.safetensors").read_bytes()
+    assert no_links == [0x40049409]
+    assert not placed.shared
+    assert "copying w.safetensors (0.00 GB): the file system does not link it" in caplog.text
+
+
+def test_a_reflink_comes_before_a_copy(tmp_path, no_links, monkeypatch, caplog):
+    def clone(new: int, _: int, old: int) -> None:
+        os.write(new, os.pread(old, 1 << 20, 0))
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    placed = place_vae(make_weights(tmp_path / "in"), tmp_path / "out")
+    assert placed.shared == {tmp_path / "out/w.safetensors"}
+    assert placed.refs["a"].nbytes == 20
+    assert not caplog.records
+
+
+def test_no_room_for_the_copy(tmp_path, no_links, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CapacityError, match=r"not enough disk in .*are needed"):
+        place_vae(make_weights(tmp_path / "in"), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- whole checkpoints ---
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    return folder
+
+
+def read(checkpoint: Path | str, **options: Any) -> Any:
+    return exporter._read_checkpoint(find_source(checkpoint, **options), DEFAULT_TEXT_LAYERS)
+
+
+def shard(folder: Path, stem: str) -> None:
+    """Splits a component's one file into two shards with an index."""
+    (path,) = folder.glob("*.safetensors")
+    state = load_file(path)
+    names = sorted(state)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"{stem}-{i + 1:05}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    path.unlink()
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards(copy: Path) -> None:
+    before = read(copy)
+    shard(copy / "transformer", "diffusion_pytorch_model")
+    after = read(copy)
+    assert after.parameters == before.parameters
+    assert len(after.weights["transformer"].files) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "m-00002-of-00002.safetensors").unlink(),
+            "weight file is missing: .*00002",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.pop("proj_out.weight")),
+            "holds proj_out.weight, which m.safetensors.index.json does not place there",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.update({"x": "m-00001-of-00002.safetensors"})),
+            "says x is in m-00001-of-00002.safetensors, but that file lacks it",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.update({"x": "../w.safetensors"})),
+            "expected a file in the same folder",
+        ),
+        (lambda f: change_index(f, lambda m: m.clear()), "has no weight_map"),
+    ],
+)
+def test_damaged_shards(copy: Path, damage: Callable[[Path], Any], message: str) -> None:
+    folder = copy / "transformer"
+    shard(folder, "m")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        read(copy)
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    path = folder / "m.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_another_size_than_the_configuration_says(copy: Path) -> None:
+    path = copy / "transformer/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_single_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"single_transformer_blocks.2.* 0 unexpected"):
+        read(copy)
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_tied_embeddings_and_blocks_that_nobody_reads(copy: Path, with_head: bool) -> None:
+    """The head and the blocks after the last tapped one may be missing, or of any shape."""
+    folder = copy / "text_encoder"
+    state = load_file(folder / "model.safetensors")
+    state = {name: t for name, t in state.items() if not name.startswith("lm_head.")}
+    if with_head:
+        state["lm_head.weight"] = torch.zeros(1)
+    state = {n: t for n, t in state.items() if not n.startswith("model.layers.27.")}
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": not with_head}))
+    names = read(copy).parameters["text_encoder"]
+    assert "model.layers.26.mlp.up_proj.weight" in names
+    assert not [name for name in names if name.startswith(("lm_head", "model.layers.27"))]
+    assert "model.embed_tokens.weight" in names
+
+
+def test_text_encoder_shards_that_nobody_reads_are_not_linked(copy: Path, tmp_path: Path) -> None:
+    folder = copy / "text_encoder"
+    state = load_file(folder / "model.safetensors")
+    late = {n: t for n, t in state.items() if n.startswith(("lm_head.", "model.layers.27."))}
+    early = {n: t for n, t in state.items() if n not in late}
+    save_file(early, folder / "early.safetensors")
+    save_file(late, folder / "late.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = dict.fromkeys(early, "early.safetensors") | dict.fromkeys(late, "late.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole = read(copy)
+    target = tmp_path / "out"
+    target.mkdir()
+    names = whole.parameters["text_encoder"]
+    place_weights(whole.weights["text_encoder"], names, "float32", target, "text_encoder")
+    assert [path.name for path in target.iterdir()] == ["early.safetensors"]
+
+
+def test_small_decoder(copy: Path) -> None:
+    """`AutoencoderKLFlux2` with a narrower decoder, as its configuration describes it."""
+    from diffusers import AutoencoderKLFlux2
+
+    config = json.loads((copy / "vae/config.json").read_text())
+    vae = AutoencoderKLFlux2.from_config(config | {"decoder_block_out_channels": [8, 8, 16, 16]})
+    shutil.rmtree(copy / "vae")
+    vae.save_pretrained(copy / "vae")
+    shapes = read(copy).parameters["vae"]
+    assert shapes["decoder.conv_in.weight"][0] == 16
+    assert shapes["encoder.conv_out.weight"][1] == config["block_out_channels"][-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "turbo"}, r"variant is 'turbo', expected 'kv' .* or 'plain'"),
+        ({"dtype": "float8"}, "dtype is 'float8', expected one of"),
+        ({"variant": "plain"}, "variant is 'plain', but .*Flux2KleinKVPipeline"),
+    ],
+)
+def test_bad_options(tiny_checkpoint, tmp_path, options, message):
+    with pytest.raises(RequestError, match=message):
+        export_checkpoint(tiny_checkpoint, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_quantized_weights_need_a_type_to_become(tiny_checkpoint, tmp_path, kind):
+    state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
+    path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_state(state), kind))
+    with pytest.raises(RequestError, match=rf"is quantized \(.* is {kind}\): add --dtype bf16"):
+        export_checkpoint(path, tmp_path / "out", base=tiny_checkpoint, variant="kv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_from_the_hub(
+    tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture, tiny_vae_graph, monkeypatch
+):
+    """An official fp8 file with its base, out of a cache of links, to an image's latents."""
+    state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
+    path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_state(state), "fp8"))
+    file = OFFICIAL[KV_FP8].file
+    hub.add(KV_FP8, {file: path.read_bytes(), "LICENSE.md": LICENCE.encode()})
+    hub.add_folder(KV, tiny_checkpoint)
+    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
+    done = export_checkpoint(KV_FP8, tmp_path / "out", dtype="float32")
+    manifest = Manifest.load(tmp_path / "out")
+    assert (manifest.variant, manifest.dtype) == ("kv", "float32")
+    assert manifest.model_id == f"{KV_FP8}/{file}"
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    content = (tiny_checkpoint / vae).read_bytes()
+    assert manifest.files[vae].sha256 == hashlib.sha256(content).hexdigest()
+    assert manifest.files["transformer/transformer.float32.safetensors"].sha256 == ""
+    total = sum(record.bytes for record in manifest.files.values())
+    assert done.bytes_written < total - len(content)
+    assert (tmp_path / "out/LICENSE.md").read_text() == LICENCE
+    assert caplog.text.count("is licensed for non-commercial use") == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+
+    ours = KleinKVPipeline.from_pretrained(tmp_path / "out", threads=1)
+    options = {
+        "prompt": "a kite",
+        "image": [picture(128, 128)],
+        "height": 128,
+        "width": 128,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+    got = np.asarray(ours(**options, seed=1).images)
+    again = np.asarray(ours(**options, seed=1).images)
+    np.testing.assert_array_equal(got, again)
+    exact = tiny_theirs(**options, generator=torch.Generator().manual_seed(1)).images.numpy()
+    difference = np.abs(got.reshape(exact.shape) - exact)
+    assert 1e-4 < difference.mean() < 0.2  # fp8's own error, and no more
+
+
+def test_official_table() -> None:
+    for name, model in OFFICIAL.items():
+        assert model.variant in VARIANTS
+        assert ("kv" in name) == (model.variant == "kv")
+        assert bool(model.file) == bool(model.base)
+        if model.base:
+            assert OFFICIAL[model.base].variant == model.variant
+            assert not OFFICIAL[model.base].file
+    assert dataclasses.is_dataclass(sources.Source)

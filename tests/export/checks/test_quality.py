@@ -1,0 +1,359 @@
+"""The quality report: its parts against other ways to the same numbers."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from klein_kv.artifacts.numbers import QuantizedLinear, fp8_scale, is_block_linear, nvfp4_scale
+from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
+from klein_kv.artifacts.weights import read_header
+from klein_kv.cli import main
+from klein_kv.errors import ArtifactError, CheckpointError
+from klein_kv.export.checks.block_ops import ComparingOps, ErrorSum, ForcedOps, TracingOps
+from klein_kv.export.checks.quality import QualityReport, measure_quality
+from klein_kv.export.checks.quality_text import dict_from_report, text_from_report
+from klein_kv.export.checks.samples import make_samples
+from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+from klein_kv.export.quantization.quantize import quantize_artifacts
+from klein_kv.export.quantization.quantized_writer import LayerSource, write_layers
+from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8, round_to_nvfp4
+from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.networks.transformer import StepInputs, denoise, encode_references
+from tests.checkpoints import MODELS, randomize
+from tests.klein_kv.networks.test_model import config_of, random_inputs, their_call
+
+PRECISIONS = ("fp8", "nvfp4", "fp8-weight-only")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("quality") / "artifacts"
+    shutil.copytree(tiny_bf16_artifacts, copy)
+    samples = make_samples(2, size=(128, 128))
+    for name in PRECISIONS:
+        quantize_artifacts(copy, QuantizationRecipe.load(name), samples, text_tokens=32)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path, tiny_checkpoint: Path) -> dict[str, QualityReport]:
+    samples = make_samples(2, size=(128, 128), seed=1000)
+    return {
+        name: measure_quality(folder, name, samples, checkpoint=tiny_checkpoint, text_tokens=32)
+        for name in PRECISIONS
+    }
+
+
+# --- the simulation against diffusers' own modules ---
+
+
+def module_of(name: str) -> Flux2Transformer2DModel:
+    module = Flux2Transformer2DModel(
+        in_channels=16, joint_attention_dim=32, guidance_embeds=False, **MODELS[name].transformer
+    )
+    randomize(module, torch.Generator().manual_seed(0))
+    return module.eval()
+
+
+def quantized_layers(
+    module: Flux2Transformer2DModel, folder: Path, kind: str, activations: bool
+) -> dict[str, QuantizedLinear]:
+    from safetensors.torch import save_file
+
+    save_file(module.state_dict(), folder / "weights.safetensors")
+    sources = {
+        name: LayerSource(kind, ref)
+        for name, ref in read_header(folder / "weights.safetensors").items()
+        if is_block_linear(name, ref.shape) and ref.shape[1] % 16 == 0
+    }
+    scales = write_layers(folder / "quantized.safetensors", sources)
+    refs = read_header(folder / "quantized.safetensors", quantized=True)
+    scale_of = fp8_scale if kind == "fp8" else nvfp4_scale
+    return {
+        name: QuantizedLinear(
+            kind,
+            refs[name],
+            scales[name],
+            refs.get(name + BLOCK_SCALES),
+            scale_of(4.0 + 0.1 * i) if activations else None,  # some values saturate
+        )
+        for i, name in enumerate(sources)
+    }
+
+
+@pytest.mark.parametrize("model", ["sharded", "short"])
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("activations", [True, False], ids=["w+a", "weight-only"])
+@torch.no_grad()
+def test_the_simulation_is_diffusers_with_rounded_layers(
+    tmp_path: Path, model: str, kind: str, activations: bool
+) -> None:
+    """diffusers' transformer whose modules got the rounded weights and round their input."""
+    module = module_of(model)
+    layers = quantized_layers(module, tmp_path, kind, activations)
+    assert len(layers) >= 6
+    config = config_of(module)
+    step, ref, ref_ids = random_inputs("float32")
+    step = StepInputs(
+        step.hidden_states,
+        torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32],
+        step.timestep,
+        step.sigma_step,
+        step.img_ids,
+        step.txt_ids,
+    )
+    plain = TorchOps({name: x.clone() for name, x in module.state_dict().items()}, torch.float32)
+    ops = QuantizedOps(plain.weights, torch.float32, layers)
+    ours, _ = denoise(
+        ops, config, step, [x[:, :0] for x in encode_references(ops, config, ref, ref_ids)]
+    )
+    unquantized, _ = denoise(
+        plain, config, step, [x[:, :0] for x in encode_references(plain, config, ref, ref_ids)]
+    )
+    for name, layer in layers.items():
+        child = module.get_submodule(name.removesuffix(".weight"))
+        child.weight.copy_(torch.from_numpy(layer.dequantize()))
+        scale = layer.input_scale
+        if scale is not None:
+            rounding = round_to_fp8 if kind == "fp8" else round_to_nvfp4
+
+            def hook(_: Any, arguments: Any, rounding: Any = rounding, scale: float = scale) -> Any:
+                return (rounding(arguments[0], scale),)
+
+            child.register_forward_pre_hook(hook)
+    (theirs,) = their_call(module, step)
+    assert snr(ours, theirs) > 100  # 133 measured: float32 itself
+    assert snr(ours, unquantized) < 50
+
+
+def snr(got: torch.Tensor, expected: torch.Tensor) -> float:
+    error = ErrorSum()
+    error.add(got, expected)
+    return error.snr
+
+
+# --- errors of blocks ---
+
+
+def test_error_sum() -> None:
+    error = ErrorSum()
+    error.add(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+    error.add(torch.tensor([[3.0]]), torch.tensor([[3.0]]))
+    assert error.snr == pytest.approx(10 * math.log10(11 / 1))
+    assert error.cosine == pytest.approx((1 + 2 + 9) / math.sqrt(14 * 11))
+    assert error.largest == 1
+    exact = ErrorSum()
+    exact.add(torch.ones(3), torch.ones(3))
+    assert (exact.snr, exact.cosine, exact.largest) == (math.inf, pytest.approx(1), 0)
+    lost = ErrorSum()
+    lost.add(torch.full((2,), math.nan), torch.ones(2))
+    assert lost.snr == -math.inf
+    assert not lost.snr >= 8
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+@torch.no_grad()
+def test_the_trace_holds_what_diffusers_blocks_give_out(model: str) -> None:
+    module = module_of(model)
+    step, _, _ = random_inputs("float32", batch=1)
+    text = torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32]
+    step = StepInputs(
+        step.hidden_states, text, step.timestep, step.sigma_step, step.img_ids, step.txt_ids
+    )
+    outputs: dict[str, Any] = {}
+    for kind in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(module, kind)):
+            name = f"{kind}.{i}"
+            block.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    their_call(module, step)
+    config = config_of(module)
+    empty = torch.zeros(1, 0, config.num_attention_heads, config.attention_head_dim)
+    tracing: Any = TracingOps(TorchOps(module.state_dict(), torch.float32))
+    denoise(tracing, config, step, [empty] * (2 * config.num_blocks))
+    trace = tracing.trace
+    found: dict[str, list[torch.Tensor]] = {}
+    for i, block in trace.starts():
+        if block:
+            found.setdefault(block, []).append(trace.streams[i])
+    assert list(found) == list(outputs)
+    last_double = f"transformer_blocks.{config.num_layers - 1}"
+    last = list(found)[-1]
+    for name, streams in found.items():
+        theirs = outputs[name]
+        if name == last_double and name != last:
+            # One joint stream, or two if the next block is the last: text, then image.
+            ours, expected = torch.cat(streams), torch.cat([theirs[0], theirs[1]], dim=1)[0]
+        elif name.startswith("transformer_blocks"):
+            ours, expected = torch.cat(streams), torch.cat([theirs[1], theirs[0]], dim=1)[0]
+        elif name == last:
+            (ours,) = streams  # only the image goes on
+            expected = theirs[0, text.shape[1] :]
+        else:
+            ours, expected = torch.cat(streams), theirs[0]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fault_shows_in_its_own_block_alone(tmp_path: Path) -> None:
+    module = module_of("plain")
+    config = config_of(module)
+    step, ref, ref_ids = random_inputs("float32", batch=1)
+    text = torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32]
+    step = StepInputs(
+        step.hidden_states, text, step.timestep, step.sigma_step, step.img_ids, step.txt_ids
+    )
+    weights = dict(module.state_dict())
+    plain = TorchOps(weights, torch.float32)
+    kv = encode_references(plain, config, ref, ref_ids)
+    tracing: Any = TracingOps(plain)
+    denoise(tracing, config, step, kv)
+    trace = tracing.trace
+    for faulty in ("transformer_blocks.1", "single_transformer_blocks.1"):
+        wrong = {
+            name: 2 * x if name.startswith(faulty) and "to_out" in name else x
+            for name, x in weights.items()
+        }
+        forced: Any = ForcedOps(TorchOps(wrong, torch.float32), trace)
+        denoise(forced, config, step, kv)
+        errors: dict[str, float] = {}
+        for i, block in trace.starts():
+            if block:
+                errors[block] = min(
+                    errors.get(block, math.inf), snr(forced.outputs[i], trace.streams[i])
+                )
+        assert len(errors) == 5
+        assert [name for name, value in errors.items() if value < 60] == [faulty]
+        assert errors[faulty] < 30
+
+
+def test_layers_are_compared_with_their_own_weights(tmp_path: Path) -> None:
+    module = module_of("sharded")
+    layers = quantized_layers(module, tmp_path, "fp8", activations=False)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    errors: dict[str, ErrorSum] = {}
+    weights = dict(module.state_dict())
+    ops = ComparingOps(weights, torch.float32, {name: layers[name]}, errors)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    out = torch.cat([ops.linear(x, name, (0, 30)), ops.linear(x, name, (30, 64))], dim=1)
+    assert errors[name].snr == pytest.approx(snr(out, x @ weights[name].T), abs=1e-3)
+    ops.linear(x, "transformer_blocks.0.attn.to_k.weight")
+    assert list(errors) == [name]
+
+
+# --- the report ---
+
+
+def test_layers_lose_what_rounding_explains(reports: dict[str, QualityReport]) -> None:
+    """Bounds around what was measured; the middle of them is what theory gives for a Gaussian."""
+    expected = {"fp8": (26, 31), "nvfp4": (15, 20), "fp8-weight-only": (29, 34)}
+    for precision, report in reports.items():
+        assert not report.failed
+        low, high = expected[precision]
+        transformer = [row for row in report.layers if "transformer_blocks" in row.name]
+        assert len(transformer) == 16
+        assert all(low < row.fp32.snr < high for row in transformer), precision
+        assert len(report.layers) == 16 + 27 * 7
+
+
+def test_precisions_are_ranked_and_above_them_is_bf16(reports: dict[str, QualityReport]) -> None:
+    for kind in ("blocks", "ends"):
+        names = [row.name for row in getattr(reports["fp8"], kind)]
+        assert len(names) == {"blocks": 3, "ends": 6}[kind]
+        for rows in zip(*(getattr(reports[name], kind) for name in PRECISIONS), strict=True):
+            fp8, nvfp4, only = rows
+            if fp8.name == "text embeddings":
+                continue  # fp8 in both
+            assert nvfp4.fp32.snr < fp8.fp32.snr < only.fp32.snr < only.floor.snr, fp8.name
+            assert fp8.floor.snr == nvfp4.floor.snr == only.floor.snr
+            assert fp8.fp32.snr == pytest.approx(fp8.bf16.snr, abs=2)
+
+
+def test_images(reports: dict[str, QualityReport]) -> None:
+    for precision, report in reports.items():
+        assert len(report.images) == 6
+        assert {row.pair for row in report.images} == {
+            f"{precision} to fp32",
+            f"{precision} to bf16",
+            "bf16 to fp32",
+        }
+        for row in report.images:
+            floor = row.pair == "bf16 to fp32"
+            assert row.psnr > (45 if floor else 25)
+            assert (0.99 if floor else 0.9) < row.ssim <= 1
+            assert (row.lpips is None) == bool(report.lpips_missing)
+
+
+def test_the_report_repeats_itself(folder: Path, reports: dict[str, QualityReport]) -> None:
+    samples = make_samples(1, size=(128, 128), seed=1000)
+    one, two = (measure_quality(folder, "fp8", samples, text_tokens=32) for _ in range(2))
+    assert dict_from_report(one) == dict_from_report(two)
+    assert one.reference == "the artifacts' own weights"
+    assert one.samples == 1
+
+
+def test_float8_keys_and_attention_cost_a_little_more(folder: Path) -> None:
+    samples = make_samples(1, size=(128, 128), seed=1000)
+    plain, kv, attention = (
+        {row.name: row.fp32.snr for row in report.ends}
+        for report in (
+            measure_quality(folder, "fp8", samples, text_tokens=32, **options)
+            for options in ({}, {"kv": True}, {"attention": True})
+        )
+    )
+    keys, latents = "reference keys and values", "latents after step 4"
+    assert plain["text embeddings"] == kv["text embeddings"] == attention["text embeddings"]
+    assert kv[keys] < plain[keys] - 0.3
+    assert attention[keys] < plain[keys] - 0.3
+    for other in (kv, attention):
+        assert other[latents] != plain[latents]
+        assert other[latents] > plain[latents] - 6
+
+
+def test_text_and_json(reports: dict[str, QualityReport]) -> None:
+    report = reports["nvfp4"]
+    value = json.loads(json.dumps(dict_from_report(report), allow_nan=False))
+    assert value["ok"] is True
+    assert len(value["layers"]) == len(report.layers)
+    assert set(value["blocks"][0]) == {"name", "nvfp4 to fp32", "nvfp4 to bf16", "bf16 to fp32"}
+    text = text_from_report(report)
+    for row in (*report.blocks, *report.ends):
+        assert f"\n{row.name} " in text
+    worst = min(report.layers, key=lambda row: row.fp32.snr)
+    assert f"{worst.name} " in text
+    assert "FAILED" not in text
+    assert "no LPIPS" in text or not report.lpips_missing
+
+
+def test_command_line(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ("--size", "128x128", "--samples", "1")
+    argv = ["verify", folder, tiny_checkpoint, "--precision", "fp8", *size, "--json"]
+    assert main([str(x) for x in argv]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["ok"]
+    assert value["reference"] == str(tiny_checkpoint)
+    assert main(["verify", str(folder), "--precision", "int8"]) == 1
+    assert "hold no precision 'int8'" in capsys.readouterr().err
+    assert main(["verify", str(folder)]) == 1
+    assert "say what to compare with" in capsys.readouterr().err
+    assert main(["quantize", str(folder)]) == 1
+    assert "--recipe fp8" in capsys.readouterr().err
+    assert main(["quantize", str(folder), "--recipe", "fp8-weight-only", "--samples", "2",
+                 "--size", "128x128", "--json"]) == 0  # fmt: skip
+    value = json.loads(capsys.readouterr().out)
+    assert value["precision"] == "fp8-weight-only"
+    assert value["components"]["transformer"]["layers"] == 16
+
+
+def test_refuses_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no precision"):
+        measure_quality(folder, "nvfp8", make_samples(1, size=(128, 128)))
+    with pytest.raises(CheckpointError):
+        measure_quality(folder, "fp8", make_samples(1, size=(128, 128)), checkpoint=tmp_path)

@@ -1,0 +1,396 @@
+"""The graphs of the released shapes, written without weights: small, plain, and nothing twice."""
+
+import collections
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig
+from klein_kv.artifacts.signature import GRAPH_FILES, KV_FLOAT8, kv_names, make_signature
+from klein_kv.artifacts.weights import WeightRef, read_header
+from klein_kv.export.graphs.onnx_ops import OPSET
+from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
+from klein_kv.networks.text_encoder import text_encoder_parameters
+from klein_kv.networks.transformer import transformer_parameters
+from tests.klein_configs import KLEIN_4B, KLEIN_9B
+
+TYPES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "float8_e4m3fn": "FLOAT8E4M3FN",
+    "int64": "INT64",
+}
+CONFIGS = {"9b": KLEIN_9B, "4b": KLEIN_4B}
+DTYPES = ["bfloat16", "float16", "float32"]
+STEP_GRAPHS = ["encode_references", "first_step", "cached_step"]
+FLOAT8 = " with float8 K/V"
+GRAPHS = [*STEP_GRAPHS, *(graph + FLOAT8 for graph in STEP_GRAPHS), "text_encoder"]
+
+COMMON_OPS = {
+    *("Add", "Mul", "Sigmoid", "Concat", "Reshape", "Flatten", "Shape", "Gather", "Expand"),
+    *("Unsqueeze", "Squeeze", "Gemm", "Attention", "RMSNormalization", "RotaryEmbedding"),
+}
+STEP_OPS = COMMON_OPS | {"Cos", "Sin", "Split", "Slice", "LayerNormalization"}
+TEXT_OPS = COMMON_OPS | {"Range", "Transpose", "LessOrEqual", "And", "Not", "Where", "ReduceMax"}
+# The norm before RoPE is spelled out in 16 bits, so that TensorRT makes one kernel of the two.
+FLOAT8_OPS = {"Abs", "ReduceMax", "Max", "Div", "QuantizeLinear", "DequantizeLinear"}
+NARROW_OPS = {"Cast", "ReduceMean", "Sqrt", "Reciprocal"}
+
+
+def invented_weights(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, WeightRef]:
+    """Tensors one after the other in a file that does not exist."""
+    found, offset = {}, 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape, start=ITEM_SIZE[dtype])
+        found[name] = WeightRef(Path("/none/weights.safetensors"), offset, nbytes, dtype, shape)
+        offset += nbytes
+    return found
+
+
+def weights_of(graph: str, config: ModelConfig, dtype: str) -> dict[str, WeightRef]:
+    if graph == "text_encoder":
+        return invented_weights(text_encoder_parameters(config.text_encoder), dtype)
+    return invented_weights(transformer_parameters(config.transformer), dtype)
+
+
+def kv_dtype_of(graph: str) -> tuple[str, str | None]:
+    """The graph's own name, and the type of its keys and values."""
+    return graph.removesuffix(FLOAT8), KV_FLOAT8 if graph.endswith(FLOAT8) else None
+
+
+def build(graph: str, config: ModelConfig, dtype: str) -> ir.Model:
+    weights = weights_of(graph, config, dtype)
+    if graph == "text_encoder":
+        return text_encoder_graph(config, dtype, weights)
+    name, kv_dtype = kv_dtype_of(graph)
+    return transformer_graph(name, config, dtype, weights, kv_dtype)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[tuple[str, str, str], ir.Model]:
+    return {
+        (name, graph, dtype): build(graph, config, dtype)
+        for name, config in CONFIGS.items()
+        for graph in GRAPHS
+        for dtype in DTYPES
+    }
+
+
+@pytest.fixture(params=[(n, g, d) for n in CONFIGS for g in GRAPHS for d in DTYPES], ids="-".join)
+def key(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    key: tuple[str, str, str] = request.param
+    return key
+
+
+Built = dict[tuple[str, str, str], ir.Model]
+
+
+def external(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    return {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+
+
+def nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
+    return (node for node in model.graph if node.op_type == op_type)
+
+
+# --- size ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("graph", "most"),
+    [
+        ("cached_step", 80),
+        ("encode_references", 55),
+        ("first_step", 125),
+        ("cached_step" + FLOAT8, 86),
+        ("encode_references" + FLOAT8, 71),
+        ("first_step" + FLOAT8, 147),
+    ],
+)
+def test_nodes_per_block(graph: str, most: int, name: str, dtype: str, built: Built) -> None:
+    """Measured for 9B: cached_step 67.7 in bfloat16, 68.7 in float16, 44.8 in float32."""
+    model = built[name, graph, dtype]
+    assert len(model.graph) / CONFIGS[name].transformer.num_blocks <= most
+
+
+def test_nothing_large_is_inline(key: tuple[str, str, str], built: Built) -> None:
+    inline = [
+        value.const_value
+        for value in built[key].graph.initializers.values()
+        if not isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    # The largest are tables of positions; the text encoder's are one mebibyte each.
+    assert max(tensor.nbytes for tensor in inline) <= 1 << 20
+    assert sum(tensor.nbytes for tensor in inline) < 3e6
+    assert len({(str(t.dtype), tuple(t.shape), t.tobytes()) for t in inline}) == len(inline)
+
+
+def test_expected_operators(key: tuple[str, str, str], built: Built) -> None:
+    _, graph, dtype = key
+    allowed = TEXT_OPS | {"Cast"} if graph == "text_encoder" else STEP_OPS
+    if graph.endswith(FLOAT8):
+        allowed = allowed | FLOAT8_OPS
+    if dtype != "float32":
+        allowed = allowed | NARROW_OPS | {"Clip"}
+    elif graph != "text_encoder":
+        allowed = allowed | {"MultiHeadAttention"} - {"Attention"}
+    found = collections.Counter(node.op_type for node in built[key].graph)
+    assert set(found) <= allowed
+    domains = {node.domain for node in built[key].graph}
+    ours = {"", "com.microsoft"} if dtype == "float32" and graph != "text_encoder" else {""}
+    assert domains <= ours
+    assert built[key].graph.opset_imports[""] == OPSET == 23
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_is_one_operator(name: str, dtype: str, built: Built) -> None:
+    config = CONFIGS[name]
+    op_type = "MultiHeadAttention" if dtype == "float32" else "Attention"
+    count = config.transformer.num_blocks
+    expected = {"cached_step": count, "first_step": 2 * count - 1, "encode_references": count - 1}
+    for graph, number in expected.items():
+        assert len(list(nodes(built[name, graph, dtype], op_type))) == number
+    text = list(nodes(built[name, "text_encoder", dtype], "Attention"))
+    assert len(text) == 27
+    for node in text:
+        assert (node.attributes["q_num_heads"].value, node.attributes["kv_num_heads"].value) == (
+            32,
+            8,
+        )
+
+
+# --- the contract ---
+
+
+def test_inputs_and_outputs_are_the_signatures(key: tuple[str, str, str], built: Built) -> None:
+    name, graph, dtype = key
+    own, kv_dtype = kv_dtype_of(graph)
+    signature = make_signature(own, CONFIGS[name], dtype, kv_dtype)
+    for values, specs in (
+        (built[key].graph.inputs, signature.inputs),
+        (built[key].graph.outputs, signature.outputs),
+    ):
+        got = [
+            (v.name, v.dtype.name, tuple(a if isinstance(a, int) else a.value for a in v.shape))
+            for v in values
+        ]
+        assert got == [(spec.name, TYPES[spec.dtype], spec.shape) for spec in specs]
+
+
+def test_every_node_has_its_own_name(key: tuple[str, str, str], built: Built) -> None:
+    names = [node.name for node in built[key].graph]
+    assert len(set(names)) == len(names)
+    used = {value.name for node in built[key].graph for value in node.inputs if value is not None}
+    assert set(built[key].graph.initializers) <= used
+
+
+# --- weights ---
+
+
+def test_linear_layers_use_the_checkpoints_layout(key: tuple[str, str, str], built: Built) -> None:
+    """Gemm(transB=1) on a weight as it lies in the file, or on a range of its rows."""
+    name, graph, dtype = key
+    weights = weights_of(graph, CONFIGS[name], dtype)
+    stored = external(built[key])
+    linear = list(nodes(built[key], "Gemm"))
+    assert linear
+    for node in linear:
+        assert {k: v.value for k, v in node.attributes.items()} == {"transB": 1}
+        assert len(node.inputs) == 2
+        assert node.inputs[1].name in stored
+    for label, tensor in stored.items():
+        base, _, part = label.partition("[")
+        ref = weights[base]
+        if part:
+            ref = ref.rows(*map(int, part.rstrip("]").split(":")))
+        assert (tensor.offset, tensor.length) == (ref.offset, ref.nbytes)
+        assert tuple(tensor.shape) == ref.shape
+        assert tensor.location == "weights.safetensors"
+
+
+@pytest.mark.parametrize("graph", ["first_step", "cached_step"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_is_used_once_and_whole(name: str, graph: str, built: Built) -> None:
+    weights = weights_of(graph, CONFIGS[name], "bfloat16")
+    ranges = sorted(
+        {
+            (tensor.offset, tensor.offset + tensor.length)
+            for tensor in external(built[name, graph, "bfloat16"]).values()
+        }
+    )
+    assert ranges[0][0] == 0
+    assert all(end == begin for (_, end), (begin, _) in pairwise(ranges))
+    assert ranges[-1][1] == sum(ref.nbytes for ref in weights.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_after_the_last_keys_and_values(name: str, built: Built) -> None:
+    net = CONFIGS[name].transformer
+    used = set(external(built[name, "encode_references", "bfloat16"]))
+    last = f"single_transformer_blocks.{net.num_single_layers - 1}.attn"
+    dim = net.inner_dim
+    assert {label for label in used if label.startswith(last)} == {
+        f"{last}.norm_k.weight",
+        f"{last}.to_qkv_mlp_proj.weight[{dim}:{2 * dim}]",
+        f"{last}.to_qkv_mlp_proj.weight[{2 * dim}:{3 * dim}]",
+    }
+    unread = ("context_embedder", "norm_out", "proj_out", "double_stream_modulation_txt")
+    assert not any(label.startswith(unread) or ".add_" in label for label in used)
+    assert not any("ff_context" in label for label in used)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_text_encoder_ends_at_the_last_hidden_state_that_is_read(name: str, built: Built) -> None:
+    used = set(external(built[name, "text_encoder", "bfloat16"]))
+    assert {int(label.split(".")[2]) for label in used if ".layers." in label} == set(range(27))
+    assert not any(label.startswith(("lm_head", "model.norm")) for label in used)
+
+
+# --- modulation ---
+
+
+@pytest.mark.parametrize("graph", STEP_GRAPHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modulations_are_vectors(graph: str, dtype: str, built: Built) -> None:
+    """None is blended or spread over tokens: shift, scale and gate stay [D] up to their use."""
+    model, dim = built["9b", graph, dtype], KLEIN_9B.transformer.inner_dim
+    splits = list(nodes(model, "Split"))
+    kinds = 2 if graph == "encode_references" else 4
+    assert len(splits) == kinds + 2 * (graph == "first_step")
+    for split in splits:
+        reshape = split.inputs[0].producer()
+        assert reshape.inputs[1].const_value.numpy().tolist() == [-1]
+        source = reshape.inputs[0].producer()
+        assert source.op_type == "Gemm"
+        weight = source.inputs[1]
+        assert "modulation" in weight.name or weight.name == "norm_out.linear.weight"
+        assert weight.shape[0] == len(split.outputs) * dim
+        for part in split.outputs:
+            for node, at in part.uses():
+                if node.op_type == "Add":  # 1 + scale
+                    assert np.prod(node.inputs[1 - at].shape or (1,)) == 1
+                    uses = node.outputs[0].uses()
+                    assert {(n.op_type, i) for n, i in uses} == {("LayerNormalization", 1)}
+                else:
+                    assert (node.op_type, at) in {("LayerNormalization", 2), ("Mul", 1)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_modulation_per_kind_and_stream(dtype: str, built: Built) -> None:
+    model = built["9b", "cached_step", dtype]
+    used = collections.Counter(node.inputs[1].name for node in nodes(model, "Gemm"))
+    # The last block takes keys and values of the text, and nothing else of it, by themselves.
+    project = "single_transformer_blocks.23.attn.to_qkv_mlp_proj.weight"
+    twice = {f"{project}[4096:8192]", f"{project}[8192:12288]"}
+    assert {name for name, times in used.items() if times != 1} == twice
+    assert sum("modulation" in name for name in used) == 3
+
+
+# --- what other programs make of them ---
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_types_and_shapes_fit(graph: str, dtype: str) -> None:
+    """onnx's own inference, in its strict mode, from inputs to outputs."""
+    model = build(graph, KLEIN_9B, dtype)
+    name, kv_dtype = kv_dtype_of(graph)
+    signature = make_signature(name, KLEIN_9B, dtype, kv_dtype)
+    for value in model.graph.outputs:
+        value.shape = None
+    inferred = onnx.shape_inference.infer_shapes(
+        ir.to_proto(model), check_type=True, strict_mode=True, data_prop=True
+    )
+    for value, spec in zip(inferred.graph.output, signature.outputs, strict=True):
+        got = value.type.tensor_type
+        assert got.elem_type == onnx.TensorProto.DataType.Value(TYPES[spec.dtype])
+        if got.HasField("shape") and dtype != "float32":
+            assert len(got.shape.dim) == len(spec.shape)
+
+
+@pytest.mark.parametrize("graph", GRAPH_FILES)
+@pytest.mark.parametrize("artifacts", ["tiny_artifacts", "tiny_bf16_artifacts"])
+def test_checker_and_readers(
+    artifacts: str, graph: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(artifacts)
+    folder = Path(GRAPH_FILES[graph]).parent
+    # A copy: onnx refuses hard links.
+    shutil.copytree(source / folder, tmp_path / folder)
+    path = tmp_path / GRAPH_FILES[graph]
+    onnx.checker.check_model(path, full_check=artifacts == "tiny_bf16_artifacts")
+    model = ir.load(path)
+    assert model.graph.name == graph
+    for tensor in external(model).values():
+        assert np.isfinite(np.asarray(tensor.numpy(), np.float32)).all()
+
+
+@pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])
+@pytest.mark.parametrize("artifacts", ["tiny_artifacts", "tiny_bf16_artifacts"])
+def test_traced_graphs_hold_no_weights_either(
+    artifacts: str, graph: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(artifacts)
+    model = ir.load(folder / GRAPH_FILES[graph])
+    held = read_header(next((folder / "vae").glob("*.safetensors")))
+    side = "encoder" if graph == "vae_encoder" else "decoder"
+    stored = external(model)
+    assert {name for name in held if name.startswith(f"{side}.")} <= set(stored)
+    for name, tensor in stored.items():
+        assert (tensor.offset, tensor.length) == (held[name].offset, held[name].nbytes)
+    attributes = [node.attributes.get("value") for node in nodes(model, "Constant")]
+    constants = [attribute.value for attribute in attributes if attribute is not None]
+    inline = [v.const_value for n, v in model.graph.initializers.items() if n not in stored]
+    assert sum(tensor.nbytes for tensor in (*constants, *inline)) < 10_000
+
+
+def test_kv_are_outputs_of_their_own() -> None:
+    model = build("first_step", KLEIN_9B, "bfloat16")
+    outputs = [value.name for value in model.graph.outputs]
+    assert outputs == ["noise_pred", "latents", *kv_names(32)]
+    # A stack of them would cost a copy of gigabytes.
+    for value in model.graph.outputs[2:]:
+        assert value.producer().op_type in ("Cast", "Reshape")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_step_denoises_on_what_it_hands_on(dtype: str) -> None:
+    """So its bits are those of `encode_references` and `cached_step`: no other path is in it."""
+    model = build("first_step" + FLOAT8, KLEIN_9B, dtype)
+    outputs = {value.name: value for value in model.graph.outputs}
+    quantized = list(nodes(model, "QuantizeLinear"))
+    assert [node.outputs[0].name for node in quantized] == kv_names(32)
+    for name in kv_names(32):
+        (reader,) = [node for node, _ in outputs[name].uses()]
+        assert reader.op_type == "DequantizeLinear"
+        ((scaled, _),) = reader.outputs[0].uses()
+        part, _, block = name.partition(".")
+        assert scaled.inputs[1] is outputs[f"{part}_scale.{block}"]
+        # What was rounded is read by nothing else of the denoiser: only by the reference stream.
+        last = scaled if dtype == "float32" else scaled.outputs[0].uses()[0][0]
+        assert {node.op_type for node, _ in last.outputs[0].uses()} == {"Expand"}
+
+
+def test_scales_in_eight_bit_graphs_are_constants_for_the_operators() -> None:
+    """TensorRT asks for that; a head's own scale is multiplied."""
+    for graph in STEP_GRAPHS:
+        model = build(graph + FLOAT8, KLEIN_9B, "bfloat16")
+        for op_type in ("QuantizeLinear", "DequantizeLinear"):
+            for node in nodes(model, op_type):
+                assert len(node.inputs) == 2
+                assert node.inputs[1].const_value.numpy() == 1

@@ -1,0 +1,434 @@
+"""Quantized graphs: what ONNX Runtime computes on them, and what they are at the released sizes."""
+
+import collections
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.attention_scales import AttentionScales, attention_scales, block_names
+from klein_kv.artifacts.config import ModelConfig, tensor_bytes
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.numbers import QuantizedLinear, is_block_linear
+from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
+from klein_kv.artifacts.signature import (
+    KV_FLOAT8,
+    KV_STATIC_FLOAT8,
+    GraphSet,
+    quantized_graph_sets,
+)
+from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.errors import ArtifactError, RequestError
+from klein_kv.export.checks.artifact_weights import component_weights
+from klein_kv.export.checks.samples import make_samples
+from klein_kv.export.graphs.graph_files import save_quantized_graphs
+from klein_kv.export.graphs.transformer_graphs import (
+    quantized_transformer_graph,
+    text_encoder_graph,
+)
+from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+from klein_kv.export.quantization.quantize import quantize_artifacts
+from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
+from klein_kv.networks.text_encoder import encode_text, text_encoder_parameters
+from klein_kv.networks.transformer import (
+    StepInputs,
+    denoise,
+    denoise_with_references,
+    encode_references,
+    transformer_parameters,
+)
+from tests.klein_configs import KLEIN_4B, KLEIN_9B
+
+Arrays = dict[str, NDArray[Any]]
+TOLERANCE = 4e-3
+"""Relative error of a tensor by its norm. Measured: 3e-5 on one CPU, 1.2e-3 on another; numbers
+that round otherwise in the graph than in the simulation are all the difference there is."""
+
+SETS = {
+    "float32": (None, None),
+    "static K/V": (KV_STATIC_FLOAT8, None),
+    "attention": (KV_STATIC_FLOAT8, "fp8"),
+}
+
+
+def relative_error(got: NDArray[Any], expected: torch.Tensor) -> float:
+    reference = expected.double().numpy()
+    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
+
+
+class Simulation(QuantizedOps):
+    """Attention in float8 beside the quantized linear layers; the softmax stays as it is."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        linears: Mapping[str, QuantizedLinear],
+        scales: Mapping[str, AttentionScales] | None,
+    ) -> None:
+        super().__init__(weights, torch.float32, linears)
+        self._scales, self._block = scales, ""
+
+    def linear(
+        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        self._block = ".".join(weight.split(".")[:2])
+        return super().linear(rows, weight, part)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self._scales is not None:
+            s = self._scales[self._block]
+            q, k, v = round_to_fp8(q, s.q), round_to_fp8(k, s.k), round_to_fp8(v, s.v)
+        return super().attention(q, k, v, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """The tiny float32 artifacts in fp8.
+
+    Attributes:
+        folder: the artifact folder.
+        manifest: its manifest.
+        weights: the transformer's own tensors.
+        layers: its quantized layers.
+        scales: of its attention.
+    """
+
+    folder: Path
+    manifest: Manifest
+    weights: dict[str, torch.Tensor]
+    layers: QuantizedComponent
+    scales: dict[str, AttentionScales]
+
+    def run(self, graphs: GraphSet, graph: str, inputs: Arrays) -> list[NDArray[Any]]:
+        session = onnxruntime.InferenceSession(
+            self.folder / graphs.files[graph], providers=["CPUExecutionProvider"]
+        )
+        outputs: list[NDArray[Any]] = session.run(None, inputs)
+        return outputs
+
+    def simulate(self, graphs: GraphSet) -> Simulation:
+        scales = self.scales if graphs.attention is not None else None
+        return Simulation(self.weights, self.layers.linears, scales)
+
+    def kv_scales(self) -> list[float]:
+        names = block_names(self.manifest.config.transformer)
+        return [scale for name in names for scale in (self.scales[name].k, self.scales[name].v)]
+
+
+def load_tensors(folder: Path, manifest: Manifest, component: str) -> dict[str, torch.Tensor]:
+    refs = component_weights(folder, manifest, component)
+    return {name: torch.from_numpy(map_weight(ref).copy()) for name, ref in refs.items()}
+
+
+def quantize_tiny(artifacts: Path, folder: Path) -> Quantized:
+    shutil.copytree(artifacts, folder)
+    samples = make_samples(2, size=(128, 128))
+    quantize_artifacts(folder, QuantizationRecipe.load("fp8"), samples, text_tokens=32)
+    manifest = Manifest.load(folder)
+    layers = load_quantized(folder, "transformer", "fp8")
+    refs = component_weights(folder, manifest, "transformer")
+    scales = attention_scales(manifest.config.transformer, layers.attention, refs)
+    weights = load_tensors(folder, manifest, "transformer")
+    return Quantized(folder, manifest, weights, layers, scales)
+
+
+@pytest.fixture(scope="module")
+def fp8(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    return quantize_tiny(tiny_artifacts, tmp_path_factory.mktemp("fp8") / "artifacts")
+
+
+def _ids(count: int, time: int) -> NDArray[np.int64]:
+    n = np.arange(count)
+    return np.stack([np.full(count, time), n // 8, n % 8, np.zeros_like(n)], 1)
+
+
+def step_inputs(config: ModelConfig, batch: int = 2, ref_tokens: int = 48) -> tuple[Arrays, Arrays]:
+    """Inputs of a step, and of the references, random but for time and positions."""
+    rng, net = np.random.default_rng(5), config.transformer
+
+    def tokens(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    step = {
+        "hidden_states": tokens(batch, 64, net.in_channels),
+        "encoder_hidden_states": tokens(batch, 20, net.joint_attention_dim),
+        "timestep": np.array([700], np.float32),
+        "sigma_step": np.array([-0.2], np.float32),
+        "img_ids": _ids(64, 0),
+        "txt_ids": np.stack([np.zeros(20, np.int64)] * 3 + [np.arange(20)], 1),
+    }
+    refs = {
+        "ref_hidden_states": tokens(1, ref_tokens, net.in_channels),
+        "ref_ids": _ids(ref_tokens, 10),
+    }
+    return step, refs
+
+
+def unpacked(kv: list[NDArray[Any]], scales: list[float]) -> list[NDArray[np.float32]]:
+    return [
+        x.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(scale)
+        for x, scale in zip(kv, scales, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) -> None:
+    graphs = fp8.manifest.quantized_graphs("fp8", *SETS[kind])
+    net, ops = fp8.manifest.config.transformer, fp8.simulate(graphs)
+    step, refs = step_inputs(fp8.manifest.config)
+    tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
+    kv = encode_references(ops, net, tensors["ref_hidden_states"], tensors["ref_ids"])
+    if graphs.kv_dtype is not None:
+        kv = [round_to_fp8(x, scale) for x, scale in zip(kv, fp8.kv_scales(), strict=True)]
+    prediction, latents = denoise(ops, net, StepInputs(*(tensors[name] for name in step)), kv)
+
+    got = fp8.run(graphs, "first_step", step | refs)
+    packed = got[2:]
+    got_kv = packed if graphs.kv_dtype is None else unpacked(packed, fp8.kv_scales())
+    for one, expected in zip([*got[:2], *got_kv], [prediction, latents, *kv], strict=True):
+        assert relative_error(one, expected) < TOLERANCE
+
+    # The other two graphs give the same bits, keys and values handed on as they are.
+    encoded = fp8.run(graphs, "encode_references", refs)
+    names = [spec.name for spec in make_signature_of(fp8, graphs).outputs]
+    for one, same in zip(encoded, packed, strict=True):
+        np.testing.assert_array_equal(one, same)
+    cached = fp8.run(graphs, "cached_step", step | dict(zip(names, typed(encoded), strict=True)))
+    for one, same in zip(cached, got[:2], strict=True):
+        np.testing.assert_allclose(one, same, rtol=0, atol=1e-6)
+
+
+def make_signature_of(fp8: Quantized, graphs: GraphSet) -> Any:
+    return graphs.signature("encode_references", fp8.manifest.config)
+
+
+def typed(kv: list[NDArray[Any]]) -> list[Any]:
+    """Float8 arrays as ONNX Runtime takes them in: it hands them out as bytes."""
+    return [
+        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x, ir.DataType.FLOAT8E4M3FN.value)
+        if x.dtype == np.uint8
+        else x
+        for x in kv
+    ]
+
+
+def test_cached_step_runs_on_no_references_in_float8(fp8: Quantized) -> None:
+    graphs = fp8.manifest.quantized_graphs("fp8", attention="fp8")
+    step, _ = step_inputs(fp8.manifest.config)
+    net = fp8.manifest.config.transformer
+    empty = np.zeros((1, 0, net.num_attention_heads, net.attention_head_dim), np.uint8)
+    names = [spec.name for spec in make_signature_of(fp8, graphs).outputs]
+    kv = dict(zip(names, typed([empty] * len(names)), strict=True))
+    prediction, _ = fp8.run(graphs, "cached_step", step | kv)
+    assert np.isfinite(prediction).all()
+
+
+@pytest.mark.parametrize("fault", ["weight scale", "input scale"])
+def test_a_scale_off_by_two_shows(fp8: Quantized, fault: str) -> None:
+    """The comparison above would see it: one of 16 layers is enough."""
+    graphs = fp8.manifest.quantized_graphs("fp8")
+    name = "single_transformer_blocks.0.attn.to_out.weight"
+    good = fp8.layers.linears[name]
+    assert good.input_scale is not None
+    bad = (
+        replace(good, weight_scale=2 * good.weight_scale)
+        if fault == "weight scale"
+        # Twice too small a scale saturates what should fit; twice too large a one is harmless.
+        else replace(good, input_scale=good.input_scale / 8)
+    )
+    net = fp8.manifest.config.transformer
+    ops = Simulation(fp8.weights, {**fp8.layers.linears, name: bad}, None)
+    step, refs = step_inputs(fp8.manifest.config)
+    tensors = {key: torch.from_numpy(x) for key, x in (step | refs).items()}
+    kv = encode_references(ops, net, tensors["ref_hidden_states"], tensors["ref_ids"])
+    expected, _ = denoise(ops, net, StepInputs(*(tensors[key] for key in step)), kv)
+    got = fp8.run(graphs, "first_step", step | refs)
+    assert relative_error(got[0], expected) > 5 * TOLERANCE
+
+
+def test_the_text_encoder_in_fp8(fp8: Quantized) -> None:
+    config = fp8.manifest.config
+    layers = load_quantized(fp8.folder, "text_encoder", "fp8")
+    ops = QuantizedOps(
+        load_tensors(fp8.folder, fp8.manifest, "text_encoder"), torch.float32, layers.linears
+    )
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, config.text_encoder.vocab_size, (1, 24))
+    mask = np.ones_like(ids)
+    mask[:, 18:] = 0
+    expected = encode_text(ops, config.text_encoder, torch.from_numpy(ids), torch.from_numpy(mask))
+    graphs = fp8.manifest.quantized_graphs("fp8")
+    got = fp8.run(graphs, "text_encoder", {"input_ids": ids, "attention_mask": mask})
+    assert relative_error(got[0], expected) < TOLERANCE
+
+
+def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> None:
+    plain = quantize_tiny(plain_artifacts, tmp_path / "artifacts")
+    graphs = plain.manifest.quantized_graphs("fp8")
+    step, refs = step_inputs(plain.manifest.config)
+    tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
+    expected, _ = denoise_with_references(
+        plain.simulate(graphs),
+        plain.manifest.config.transformer,
+        StepInputs(*(tensors[name] for name in step)),
+        tensors["ref_hidden_states"],
+        tensors["ref_ids"],
+    )
+    got = plain.run(graphs, "plain_step", step | refs)
+    assert relative_error(got[0], expected) < TOLERANCE
+    with pytest.raises(RequestError, match="plain model has no graphs with keys and values in"):
+        plain.manifest.quantized_graphs("fp8", attention="fp8")
+
+
+def test_files_of_a_precision(fp8: Quantized) -> None:
+    files = set(fp8.manifest.precision_files("fp8"))
+    for kv_dtype, attention in SETS.values():
+        graphs = fp8.manifest.quantized_graphs("fp8", kv_dtype, attention)
+        for graph, file in graphs.files.items():
+            assert file in fp8.manifest.files
+            assert (file in files) == (not graph.startswith("vae_"))
+    first = graph_weights(fp8.folder, fp8.manifest.quantized_graphs("fp8").files["first_step"])
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert first[name] == fp8.layers.linears[name].weight
+    assert first["x_embedder.weight"].path.name != "fp8.safetensors"
+    with pytest.raises(RequestError, match="no graphs with keys and values in float8_e4m3fn and"):
+        fp8.manifest.quantized_graphs("fp8", KV_FLOAT8)
+    with pytest.raises(ArtifactError, match="hold no precision 'nvfp4'"):
+        fp8.manifest.quantized_graphs("nvfp4")
+
+
+def invented(config: ModelConfig, precision: str, component: str) -> tuple[Any, Any]:
+    """Weights and quantized layers of a released size, in files that do not exist."""
+    shapes = (
+        transformer_parameters(config.transformer)
+        if component == "transformer"
+        else text_encoder_parameters(config.text_encoder)
+    )
+    own = Path("/none/own.safetensors")
+    weights = {
+        name: WeightRef(own, 0, tensor_bytes("bfloat16", shape), "bfloat16", shape)
+        for name, shape in shapes.items()
+    }
+    linears = {}
+    path = Path(f"/none/{precision}.safetensors")
+    dtype = "float4_e2m1fn" if precision == "nvfp4" else "float8_e4m3fn"
+    for i, (name, shape) in enumerate(shapes.items()):
+        if is_block_linear(name, shape):
+            steps = (shape[0], shape[1] // 16)
+            block_scales = WeightRef(path, 0, tensor_bytes("uint8", steps), "float8_e4m3fn", steps)
+            linears[name] = QuantizedLinear(
+                precision.removesuffix("-weight-only"),
+                WeightRef(path, 0, tensor_bytes(dtype, shape), dtype, shape),
+                0.001 + i * 1e-6,
+                block_scales if precision == "nvfp4" else None,
+                None if precision == "fp8-weight-only" else 0.01 + i * 1e-5,
+            )
+    return weights, QuantizedComponent(linears)
+
+
+def released_graph(config: ModelConfig, precision: str, graph: str, number: int = 0) -> ir.Model:
+    """A graph of set `number`."""
+    component = "text_encoder" if graph == "text_encoder" else "transformer"
+    weights, layers = invented(config, precision, component)
+    sets = quantized_graph_sets("kv", "bfloat16", {component: precision})
+    if component == "text_encoder":
+        return text_encoder_graph(config, "bfloat16", weights, layers.linears)
+    scales = dict.fromkeys(block_names(config.transformer), AttentionScales(0.05, 0.04, 0.03))
+    return quantized_transformer_graph(graph, config, sets[number], weights, layers.linears, scales)
+
+
+def external(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {name: x for name, x in tensors.items() if isinstance(x, ir.ExternalTensor)}
+
+
+@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B], ids=["9b", "4b"])
+@pytest.mark.parametrize(("precision", "most"), [("fp8", 0.53), ("nvfp4", 0.32)])
+def test_bytes_that_the_steps_bind(config: ModelConfig, precision: str, most: float) -> None:
+    """Against bf16; what is not a linear layer of a block stays bf16 and counts too."""
+    shapes = transformer_parameters(config.transformer)
+    before = sum(tensor_bytes("bfloat16", shape) for shape in shapes.values())
+    bound = external(released_graph(config, precision, "first_step"))
+    assert sum(tensor.nbytes for tensor in bound.values()) / before <= most
+    # All graphs of a set bind the same tensors: one copy serves them.
+    for graph in ("cached_step", "encode_references"):
+        others = external(released_graph(config, precision, graph))
+        assert set(others) <= set(bound)
+        assert all(others[name].shape == bound[name].shape for name in others)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4", "fp8-weight-only"])
+def test_every_linear_of_the_blocks_is_quantized_and_nothing_else(precision: str) -> None:
+    model = released_graph(KLEIN_9B, precision, "cached_step")
+    dtypes = collections.Counter(tensor.dtype for tensor in external(model).values())
+    # 12 per double block; a single block reads its fused projection in 5 ranges of rows.
+    layers = 8 * 2 * (4 + 3) + 24 * 6
+    numbers = ir.DataType.FLOAT4E2M1 if precision == "nvfp4" else ir.DataType.FLOAT8E4M3FN
+    own = 9 + 8 * 4 + 24 * 2
+    expected = {numbers: layers, ir.DataType.BFLOAT16: own}
+    if precision == "nvfp4":
+        expected[ir.DataType.FLOAT8E4M3FN] = layers  # block scales
+    assert dtypes == expected
+    # The last block takes keys and values of the text, and nothing else of it, by themselves.
+    assert sum(node.op_type == "Gemm" for node in model.graph) == layers + 2 + 9
+    ops = collections.Counter(node.op_type for node in model.graph)
+    # Layers that read the same activation share its rounding where their scales agree.
+    assert ops["QuantizeLinear"] <= layers
+    assert (ops["TRT_FP4DynamicQuantize"] > 0) == (precision == "nvfp4")
+    if precision == "fp8-weight-only":
+        assert ops["QuantizeLinear"] == 0
+        assert ops["DequantizeLinear"] == layers + 2
+
+
+def test_equal_input_scales_share_one_rounding() -> None:
+    weights, layers = invented(KLEIN_9B, "fp8", "transformer")
+    linears = {name: replace(x, input_scale=0.5) for name, x in layers.linears.items()}
+    graphs = GraphSet("kv", "bfloat16", None, (("transformer", "fp8"),))
+    model = quantized_transformer_graph("cached_step", KLEIN_9B, graphs, weights, linears, {})
+    # Per double block and stream: q, k, v; output; gate and up; down. Per single block: in; out;
+    # the last block's text.
+    count = sum(node.op_type == "QuantizeLinear" for node in model.graph)
+    assert count == 8 * 2 * 4 + 24 * 2 + 1
+
+
+def test_attention_in_float8_rounds_queries_keys_and_values() -> None:
+    model = released_graph(KLEIN_9B, "fp8", "first_step", number=2)
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    assert len(attentions) == 63
+    for node in attentions:
+        for value in list(node.inputs)[:3]:
+            assert value is not None
+            reshape = value.producer()
+            assert reshape is not None
+            source = reshape.inputs[0]
+            assert source is not None
+            producer = source.producer()
+            assert producer is not None
+            assert producer.op_type == "DequantizeLinear"
+    kv = [value for value in model.graph.outputs if "_ref." in str(value.name)]
+    assert len(kv) == 64
+    assert {value.dtype for value in kv} == {ir.DataType.FLOAT8E4M3FN}
+
+
+def test_nvfp4_graphs_are_not_written_in_float32(tmp_path: Path) -> None:
+    weights, layers = invented(KLEIN_9B, "nvfp4", "transformer")
+    graphs = GraphSet("kv", "float32")
+    assert not save_quantized_graphs(tmp_path, KLEIN_9B, graphs, "transformer", weights, layers)
+    quantized = replace(graphs, quantized=(("transformer", "nvfp4"),))
+    with pytest.raises(ArtifactError, match="nvfp4 graphs are for TensorRT"):
+        quantized_transformer_graph("cached_step", KLEIN_9B, quantized, weights, layers.linears, {})

@@ -1,0 +1,224 @@
+"""Ranges of activations, against what diffusers' and transformers' own modules read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.numbers import is_block_linear
+from klein_kv.errors import CheckpointError, RequestError
+from klein_kv.export.checks.artifact_weights import (
+    MappedWeights,
+    component_parameters,
+    component_weights,
+)
+from klein_kv.export.checks.float_vae import FloatVae
+from klein_kv.export.checks.samples import Sample, make_samples
+from klein_kv.export.checks.torch_loop import encode_prompt, prepare_request, run_loop
+from klein_kv.export.quantization.calibration import Ranges, calibrate
+from klein_kv.networks.torch_ops import TorchOps
+
+TOKENS = 48
+SAMPLES = make_samples(3, size=(160, 128))
+
+
+def block_linears(manifest: Manifest) -> dict[str, list[str]]:
+    return {
+        component: [
+            name
+            for name, shape in component_parameters(manifest.config, component).items()
+            if is_block_linear(name, shape)
+        ]
+        for component in ("transformer", "text_encoder")
+    }
+
+
+@pytest.fixture(scope="module")
+def ranges(tiny_artifacts: Path) -> dict[str, Ranges]:
+    manifest = Manifest.load(tiny_artifacts)
+    return calibrate(
+        tiny_artifacts,
+        manifest,
+        SAMPLES,
+        block_linears(manifest),
+        percentiles=True,
+        device="cpu",
+        text_tokens=TOKENS,
+    )
+
+
+@torch.no_grad()
+def watch_diffusers(pipe: Any, samples: list[Sample]) -> dict[str, float]:
+    """Largest magnitude that each linear module of diffusers' pipeline reads in these requests.
+
+    Of the last block's output projection only the image's rows, which are the last: nobody reads
+    the others, and they are not computed here.
+    """
+    largest: dict[str, float] = {}
+    last = f"single_transformer_blocks.{pipe.transformer.config.num_single_layers - 1}.attn.to_out"
+    image_tokens = 0
+    hooks = []
+    for part, module in (("", pipe.transformer), ("", pipe.text_encoder)):
+        for name, child in module.named_modules():
+            if isinstance(child, torch.nn.Linear):
+                key = f"{part}{name}.weight"
+
+                def hook(_: Any, arguments: tuple[Any, ...], key: str = key) -> None:
+                    rows = (
+                        arguments[0][:, -image_tokens:] if key == f"{last}.weight" else arguments[0]
+                    )
+                    seen = float(rows.abs().max())
+                    largest[key] = max(largest.get(key, 0.0), seen)
+
+                hooks.append(child.register_forward_pre_hook(hook))
+    try:
+        for sample in samples:
+            image_tokens = sample.height * sample.width // (2 * pipe.vae_scale_factor) ** 2
+            pipe(
+                prompt=sample.prompt,
+                image=list(sample.images) or None,
+                width=sample.width,
+                height=sample.height,
+                generator=torch.Generator().manual_seed(sample.seed),
+                max_sequence_length=TOKENS,
+                output_type="latent",
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def test_ranges_are_those_of_diffusers(ranges: dict[str, Ranges], tiny_theirs: Any) -> None:
+    theirs = watch_diffusers(tiny_theirs, SAMPLES)
+    for component in ("transformer", "text_encoder"):
+        assert ranges[component].inputs
+        for name, value in ranges[component].inputs.items():
+            assert value == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_all_block_linears_and_nothing_else(
+    ranges: dict[str, Ranges], tiny_artifacts: Path
+) -> None:
+    names = block_linears(Manifest.load(tiny_artifacts))
+    for component, expected in names.items():
+        assert set(ranges[component].inputs) == set(expected)
+    assert len(names["transformer"]) == 16
+    assert ranges["text_encoder"].attention == {}
+
+
+def test_queries_keys_and_values(ranges: dict[str, Ranges], tiny_artifacts: Path) -> None:
+    """Values are the outputs of layers, whose range the next test of the loop would not show."""
+    manifest = Manifest.load(tiny_artifacts)
+    seen: dict[str, float] = {}
+
+    class Watching(TorchOps):
+        def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+            # Blocks come in order: double, single, single; references end before the last one's.
+            seen["v"] = max(seen.get("v", 0), float(v.abs().max()))
+            seen["k"] = max(seen.get("k", 0), float(k.abs().max()))
+            return super().attention(q, k, v, mask)
+
+    weights = {
+        component: MappedWeights(component_weights(tiny_artifacts, manifest, component))
+        for component in ("transformer", "text_encoder")
+    }
+    vae = FloatVae(tiny_artifacts, manifest)
+    plain = TorchOps(weights["text_encoder"], torch.float32)
+    with torch.inference_mode():
+        for sample in SAMPLES:
+            text = encode_prompt(plain, tiny_artifacts, manifest, sample.prompt, TOKENS)
+            ops = Watching(weights["transformer"], torch.float32)
+            run_loop(ops, manifest, prepare_request(sample, manifest, vae), text)
+    held = ranges["transformer"].attention
+    assert len(held) == 3
+    for part in "kv":
+        assert max(block[part] for block in held.values()) == pytest.approx(seen[part], rel=1e-5)
+
+
+def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    text_ops, ops = (
+        TorchOps(
+            MappedWeights(component_weights(tiny_artifacts, manifest, component)), torch.float32
+        )
+        for component in ("text_encoder", "transformer")
+    )
+    for sample in SAMPLES:
+        request = prepare_request(sample, manifest, FloatVae(tiny_artifacts, manifest))
+        with torch.inference_mode():
+            text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, 512)
+            latents = run_loop(ops, manifest, request, text)
+        image = tiny_ours(
+            prompt=sample.prompt,
+            image=list(sample.images) or None,
+            width=sample.width,
+            height=sample.height,
+            seed=sample.seed,
+            output_type="np",
+        ).images
+        vae = FloatVae(tiny_artifacts, manifest, threads=1)
+        decoded = vae.decode(latents.reshape(1, *request.grid, -1).numpy())
+        assert np.abs(decoded.astype(float) - np.round(image * 255)).max() <= 1
+
+
+def test_percentiles(ranges: dict[str, Ranges]) -> None:
+    held = ranges["transformer"]
+    for name, counts in held.histograms.items():
+        whole = held.input_range(name)
+        cut = [held.input_range(name, p) for p in (99.0, 99.9, 99.99, 100.0)]
+        assert cut == sorted(cut)
+        assert cut[-1] == whole == held.inputs[name]
+        assert 0 < cut[0] < whole
+        assert counts.sum() > 1000
+    exact = Ranges(inputs={"w": 1000.0}, histograms={"w": np.zeros(1 << 15, np.int64)})
+    bits = np.linspace(1, 1000, 1000, dtype=np.float32).view(np.int32) >> 16
+    np.add.at(exact.histograms["w"], bits, 1)
+    for percent in (91.0, 95.0, 99.0):
+        assert 10 * percent <= exact.input_range("w", percent) <= 10 * percent * (1 + 1 / 64)
+
+
+def test_the_text_encoder_alone(tiny_bf16_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_bf16_artifacts)
+    names = {"text_encoder": ["model.layers.3.mlp.up_proj.weight"]}
+    found = calibrate(
+        tiny_bf16_artifacts, manifest, SAMPLES[:1], names, device="cpu", text_tokens=16
+    )
+    assert list(found) == ["text_encoder"]
+    assert list(found["text_encoder"].inputs) == names["text_encoder"]
+
+
+def test_values_that_are_not_finite_are_named(
+    tiny_bf16_artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.load(tiny_bf16_artifacts)
+    broken = torch.full((16, 32), torch.nan, dtype=torch.bfloat16)
+    monkeypatch.setattr(TorchOps, "embedding", lambda *_: broken)
+    names = {"text_encoder": ["model.layers.0.self_attn.q_proj.weight"]}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj.*not finite"):
+        calibrate(tiny_bf16_artifacts, manifest, SAMPLES[:1], names, text_tokens=16)
+
+
+def test_sizes_that_are_no_whole_tokens(tiny_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    with pytest.raises(RequestError, match="expected multiples of 16"):
+        prepare_request(Sample("x", (), 130, 128, 0), manifest, FloatVae(tiny_artifacts, manifest))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_vae_of_narrow_artifacts_in_float32(
+    dtype: str, tiny_artifacts: Path, request: pytest.FixtureRequest
+) -> None:
+    narrow: Path = request.getfixturevalue(f"tiny_{dtype}_artifacts")
+    vaes = [FloatVae(folder, Manifest.load(folder), 1) for folder in (tiny_artifacts, narrow)]
+    (image,) = SAMPLES[0].images
+    tokens = [vae.encode(np.asarray(image)[None]) for vae in vaes]
+    assert tokens[0].shape == (1, 8, 10, 128)
+    assert tokens[1].dtype == np.float32
+    np.testing.assert_allclose(tokens[1], tokens[0], atol=0.06)  # its weights were rounded
+    assert np.abs(tokens[1] - tokens[0]).max() > 0
+    pixels = [vae.decode(tokens[0]).astype(float) for vae in vaes]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 4

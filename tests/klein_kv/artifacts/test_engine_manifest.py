@@ -1,0 +1,156 @@
+import json
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from klein_kv.artifacts.engine_manifest import (
+    ENGINE_MANIFEST,
+    EngineManifest,
+    EngineRecord,
+    ProfileRecord,
+    TensorInfo,
+    WeightInput,
+    write_atomic,
+)
+from klein_kv.errors import ArtifactError, BuildError, RequestError
+
+DATA = b"native code"
+SHAPES = {"x": ((1, 0, 4), (1, 16, 4), (1, 64, 4))}
+RECORD = EngineRecord(
+    graph="cached_step",
+    file="cached_step.engine",
+    layers="cached_step.layers.json",
+    bytes=len(DATA),
+    sha256=sha256(DATA).hexdigest(),
+    key="k",
+    onnx_digest="sha256:0",
+    inputs=(TensorInfo("x", "bfloat16", (1, -1, 4)),),
+    outputs=(TensorInfo("y", "bfloat16", (1, -1, 4)),),
+    weights={"w": WeightInput("transformer/a.safetensors", 8, 32, "bfloat16", (4, 4))},
+    profiles=(ProfileRecord("everyday", {"ref_tokens": (0, 16, 64)}, SHAPES),),
+    scratch_bytes=5,
+    seconds=1.5,
+    peak_rss=6,
+)
+MANIFEST = EngineManifest(
+    "tensorrt_rtx", "1.7.1.116", "rtx5090", 120, "bf16", "shared", "default",
+    {"cached_step": RECORD},
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / RECORD.file).write_bytes(DATA)
+    MANIFEST.save(tmp_path)
+    return tmp_path
+
+
+def test_saved_manifest_reads_back_equal(folder: Path) -> None:
+    assert EngineManifest.load(folder) == MANIFEST
+    assert MANIFEST.read_engine(folder, "cached_step") == DATA
+    assert sorted(path.name for path in folder.iterdir()) == [RECORD.file, ENGINE_MANIFEST]
+
+
+@pytest.mark.parametrize("data", [b"", b"native codf", DATA + b"x"])
+def test_tampered_engine_is_refused(folder: Path, data: bytes) -> None:
+    (folder / RECORD.file).write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"is not the engine that engine\.json describes"):
+        MANIFEST.read_engine(folder, "cached_step")
+
+
+def test_missing_engine_is_refused(folder: Path) -> None:
+    (folder / RECORD.file).unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        MANIFEST.read_engine(folder, "cached_step")
+    with pytest.raises(ArtifactError, match="no engine of first_step, only of cached_step"):
+        MANIFEST.read_engine(folder, "first_step")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (RECORD.sha256, "0" * 64),
+        ('"sm": 120', '"sm": 89'),
+        ("cached_step.engine", "../../evil.engine"),
+        ('"offset"', '"offset"'),
+    ],
+)
+def test_tampered_manifest_is_refused(folder: Path, old: str, new: str) -> None:
+    path = folder / ENGINE_MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace(old, new) if old != new else text[:-20])
+    with pytest.raises(ArtifactError, match=r"changed after it was written|cannot be read"):
+        EngineManifest.load(folder)
+
+
+def test_paths_stay_in_their_folders(folder: Path) -> None:
+    evil = replace(
+        RECORD, file="../x.engine", weights={"w": WeightInput("/etc/passwd", 0, 1, "uint8", (1,))}
+    )
+    manifest = replace(MANIFEST, engines={"cached_step": evil})
+    with pytest.raises(ArtifactError, match="leaves the"):
+        manifest.read_engine(folder, "cached_step")
+    with pytest.raises(ArtifactError, match="leaves the"):
+        evil.weight_refs(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "x"}, "not a manifest of engines"),
+        ({"format_version": 2}, "format version 2, this klein-kv reads 1"),
+    ],
+)
+def test_other_manifests_are_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    path = folder / ENGINE_MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=message):
+        EngineManifest.load(folder)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="holds no engines"):
+        EngineManifest.load(folder)
+
+
+def test_another_version_or_device_is_refused() -> None:
+    MANIFEST.check_module("tensorrt_rtx", "1.7.1.116")
+    MANIFEST.check_device(120)
+    with pytest.raises(BuildError, match=r"built with tensorrt_rtx 1.7.1.116, this is .* 1.8.0"):
+        MANIFEST.check_module("tensorrt_rtx", "1.8.0")
+    with pytest.raises(BuildError, match="this is tensorrt 11"):
+        MANIFEST.check_module("tensorrt", "11.0")
+    with pytest.raises(BuildError, match=r"capability 12.0 \(rtx5090\), this GPU has 8.9"):
+        MANIFEST.check_device(89)
+
+
+def test_profile_for_shapes() -> None:
+    wide = ProfileRecord("wide", {}, {"x": ((1, 0, 4), (1, 16, 4), (1, 256, 4))})
+    record = replace(RECORD, profiles=(*RECORD.profiles, wide))
+    assert record.profile_for({"x": (1, 0, 4)}) == 0
+    assert record.profile_for({"x": (1, 65, 4), "timestep": (1,)}) == 1
+    for shape in ((1, 257, 4), (1, 4), (2, 16, 4)):
+        with pytest.raises(RequestError, match="no profile of this engine holds x"):
+            record.profile_for({"x": shape})
+
+
+def test_weight_refs_check_the_files(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        RECORD.weight_refs(tmp_path)
+    path = tmp_path / "transformer" / "a.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(bytes(39))
+    with pytest.raises(ArtifactError, match=r"ends at byte 40 of .* which has 39"):
+        RECORD.weight_refs(tmp_path)
+    path.write_bytes(bytes(40))
+    ref = RECORD.weight_refs(tmp_path)["w"]
+    assert (ref.path, ref.offset, ref.nbytes, ref.shape) == (path, 8, 32, (4, 4))
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.engine"
+    write_atomic(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomic(path, "not bytes")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,264 @@
+"""fp8 and nvfp4 against other implementations: torch's float8, and an exhaustive search."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.numbers import (
+    QuantizedLinear,
+    dequantize_fp8,
+    dequantize_nvfp4,
+    fp8_scale,
+    is_block_linear,
+    nvfp4_scale,
+    pack_fp4,
+    quantize_fp8,
+    quantize_nvfp4,
+    unpack_fp4,
+)
+from klein_kv.artifacts.weights import WeightRef, map_weight, read_header, safetensors_header
+from klein_kv.errors import ArtifactError, CheckpointError
+
+# Every e2m1 number in the order of its code: sign, two bits of exponent, one of mantissa.
+E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+def nearest_code(value: float) -> int:
+    """The nearest e2m1 code of the value's sign by exhaustive search, ties to the even code."""
+    codes = range(8) if value >= 0 else range(8, 16)
+    return min(codes, key=lambda code: (abs(E2M1[code] - value), code % 2))
+
+
+def random_values(*shape: int, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    spread = np.exp2(rng.integers(-6, 3, shape)).astype(np.float32)
+    return rng.standard_normal(shape, dtype=np.float32) * spread
+
+
+def test_fp8_is_torchs_float8() -> None:
+    values = random_values(64, 96)
+    scale = fp8_scale(float(np.abs(values).max()))
+    theirs = (torch.from_numpy(values) / scale).to(torch.float8_e4m3fn)
+    numbers = quantize_fp8(values, scale)
+    np.testing.assert_array_equal(numbers.view(np.uint8), theirs.view(torch.uint8).numpy())
+    np.testing.assert_array_equal(dequantize_fp8(numbers, scale), (theirs.float() * scale).numpy())
+
+
+def test_fp8_reads_every_number_back() -> None:
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    finite = codes[np.isfinite(codes.astype(np.float32))]
+    assert len(finite) == 254
+    np.testing.assert_array_equal(
+        quantize_fp8(dequantize_fp8(finite, 0.25), 0.25).view(np.uint8), finite.view(np.uint8)
+    )
+
+
+def test_fp8_saturates_and_rounds_ties_to_even() -> None:
+    values = np.array([449, 1e30, -1e30, 464, 17, 19, 2**-10, 3 * 2**-10], np.float32)
+    expected = [448, 448, -448, 448, 16, 20, 0, 2**-8]
+    assert quantize_fp8(values, 1.0).astype(np.float32).tolist() == expected
+    assert np.isnan(quantize_fp8(np.array([np.nan]), 1.0).astype(np.float32)).all()
+
+
+def test_scales_use_the_whole_range() -> None:
+    values = random_values(8, 64)
+    amax = float(np.abs(values).max())
+    assert np.abs(quantize_fp8(values, fp8_scale(amax)).astype(np.float32)).max() == 448
+    packed, block_scales = quantize_nvfp4(values, nvfp4_scale(amax))
+    assert block_scales.astype(np.float32).max() == 448
+    assert np.isin(unpack_fp4(packed), (7, 15)).any()  # 6 and -6
+    assert fp8_scale(0.0) == nvfp4_scale(0.0) == 1.0
+
+
+def test_nvfp4_is_nearest_in_every_block() -> None:
+    values = random_values(5, 48, seed=1)
+    scale = nvfp4_scale(float(np.abs(values).max()))
+    packed, block_scales = quantize_nvfp4(values, scale)
+    assert packed.shape == (5, 24)
+    assert block_scales.shape == (5, 3)
+    for row in range(5):
+        for block in range(3):
+            piece = torch.from_numpy(values[row, 16 * block : 16 * block + 16])
+            step = (piece.abs().max() / 6 / scale).to(torch.float8_e4m3fn)
+            assert float(step) == float(block_scales[row, block])
+            expected = [nearest_code(float(x)) for x in piece / (step.float() * scale)]
+            codes = [
+                int(byte >> shift & 15)
+                for byte in packed[row, 8 * block : 8 * block + 8]
+                for shift in (0, 4)  # the first number is in the low half
+            ]
+            assert codes == expected
+
+
+@given(st.lists(st.sampled_from(np.arange(-28, 29).tolist()), min_size=15, max_size=15))
+def test_nvfp4_rounds_ties_to_even(quarters: list[int]) -> None:
+    # The last number makes the block's scale 1, so that the others are rounded as they are.
+    values = np.array([[*(x / 4 for x in quarters), 6.0]], np.float32).clip(-6, 6)
+    packed, block_scales = quantize_nvfp4(values, 1.0)
+    assert block_scales.astype(np.float32).tolist() == [[1.0]]
+    assert unpack_fp4(packed)[0].tolist() == [nearest_code(float(x)) for x in values[0]]
+
+
+def test_nvfp4_of_what_it_holds_is_itself() -> None:
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 16, (4, 64), dtype=np.uint8)
+    codes[:, ::16] = 7  # 6, so that each block's scale is what it was
+    codes[codes == 8] = 0
+    block_scales = rng.uniform(1, 448, (4, 4)).astype(ml_dtypes.float8_e4m3fn)
+    values = dequantize_nvfp4(pack_fp4(codes), block_scales, 0.125)
+    again, scales_again = quantize_nvfp4(values, 0.125)
+    np.testing.assert_array_equal(unpack_fp4(again) & 7, codes & 7)
+    np.testing.assert_array_equal(dequantize_nvfp4(again, scales_again, 0.125), values)
+
+
+def test_nvfp4_blocks_of_zeros_and_of_almost_nothing_are_zeros() -> None:
+    values = np.zeros((2, 32), np.float32)
+    values[0, :16] = 100
+    values[1, 16:] = 1e-6  # below half the smallest block scale
+    packed, block_scales = quantize_nvfp4(values, nvfp4_scale(100.0))
+    result = dequantize_nvfp4(packed, block_scales, nvfp4_scale(100.0))
+    np.testing.assert_allclose(result[0, :16], 100, rtol=1e-6)
+    assert not result[0, 16:].any()
+    assert not result[1].any()
+    packed, block_scales = quantize_nvfp4(np.zeros((2, 32)), 1.0)
+    assert not dequantize_nvfp4(packed, block_scales, 1.0).any()
+
+
+@pytest.mark.parametrize("fault", ["scale", "nibbles", "block scales", "order"])
+def test_a_wrong_reader_is_far_off(fault: str) -> None:
+    """What the error bounds of other tests would let through if a layout were misread."""
+    values = random_values(32, 128, seed=3)
+    scale = nvfp4_scale(float(np.abs(values).max()))
+    packed, block_scales = quantize_nvfp4(values, scale)
+    right = dequantize_nvfp4(packed, block_scales, scale)
+    if fault == "scale":
+        wrong = dequantize_nvfp4(packed, block_scales, 2 * scale)
+    elif fault == "nibbles":
+        wrong = dequantize_nvfp4(packed >> 4 | packed << 4, block_scales, scale)
+    elif fault == "block scales":
+        wrong = dequantize_nvfp4(packed, np.roll(block_scales, 1, axis=1), scale)
+    else:
+        wrong = dequantize_nvfp4(np.roll(packed, 1, axis=1), block_scales, scale)
+    assert relative(values, right) < 0.12
+    assert relative(values, wrong) > 0.4
+
+
+def relative(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    header = safetensors_header({name: (kind, shape) for name, (kind, shape, _) in tensors.items()})
+    path.write_bytes(header + b"".join(data for _, _, data in tensors.values()))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_a_file_reads_back(tmp_path: Path, kind: str) -> None:
+    values = random_values(6, 32, seed=4)
+    amax = float(np.abs(values).max())
+    path = tmp_path / "weights.safetensors"
+    if kind == "fp8":
+        scale = fp8_scale(amax)
+        numbers = quantize_fp8(values, scale)
+        save(path, {"w": ("float8_e4m3fn", (6, 32), numbers.tobytes())})
+        expected = dequantize_fp8(numbers, scale)
+    else:
+        scale = nvfp4_scale(amax)
+        packed, block_scales = quantize_nvfp4(values, scale)
+        save(
+            path,
+            {
+                "w": ("float4_e2m1fn", (6, 32), packed.tobytes()),
+                "w.block_scales": ("float8_e4m3fn", (6, 2), block_scales.tobytes()),
+            },
+        )
+        expected = dequantize_nvfp4(packed, block_scales, scale)
+    refs = read_header(path, quantized=True)
+    linear = QuantizedLinear(kind, refs["w"], scale, refs.get("w.block_scales"), 0.5)
+    np.testing.assert_array_equal(linear.dequantize(), expected)
+    np.testing.assert_array_equal(linear.rows(2, 5).dequantize(), expected[2:5])
+    assert linear.shape == (6, 32)
+    assert linear.nbytes == (192 if kind == "fp8" else 96 + 12)
+
+
+def test_float4_files_are_torchs(tmp_path: Path) -> None:
+    """safetensors reads the file, and torch finds the first number in the low half."""
+    from safetensors import safe_open
+
+    codes = np.arange(16, dtype=np.uint8).reshape(1, 16)
+    save(tmp_path / "w.safetensors", {"w": ("float4_e2m1fn", (1, 16), pack_fp4(codes).tobytes())})
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        tensor = file.get_tensor("w")
+    assert tensor.dtype == torch.float4_e2m1fn_x2
+    assert tensor.view(torch.uint8).tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]
+    ref = read_header(tmp_path / "w.safetensors", quantized=True)["w"]
+    assert (ref.dtype, ref.shape, ref.nbytes) == ("float4_e2m1fn", (1, 16), 8)
+    np.testing.assert_array_equal(unpack_fp4(map_weight(ref)), codes)
+
+
+def test_float4_layout_is_that_of_onnx() -> None:
+    import onnx_ir as ir
+
+    values = np.array(E2M1, ml_dtypes.float4_e2m1fn).reshape(2, 8)
+    codes = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    assert ir.Tensor(values).tobytes() == pack_fp4(codes).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "fp4"}, "format 'fp4'"),
+        ({"format": "nvfp4"}, "float8_e4m3fn"),
+        ({"weight_scale": float("nan")}, "weight_scale is nan"),
+        ({"weight_scale": 0.0}, "weight_scale is 0"),
+        ({"input_scale": -1.0}, "input_scale is -1"),
+    ],
+)
+def test_refuses_what_makes_no_sense(fields: dict[str, object], message: str) -> None:
+    weight = WeightRef(Path("w"), 0, 512, "float8_e4m3fn", (8, 64))
+    good: dict[str, object] = {
+        "format": "fp8",
+        "weight": weight,
+        "weight_scale": 1.0,
+        "block_scales": None,
+        "input_scale": None,
+    }
+    QuantizedLinear(**good)  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match=message):
+        QuantizedLinear(**good | fields)  # type: ignore[arg-type]
+
+
+def test_refuses_block_scales_of_another_shape() -> None:
+    weight = WeightRef(Path("w"), 0, 256, "float4_e2m1fn", (8, 64))
+    for shape in ((8, 3), (4, 8)):
+        scales = WeightRef(Path("w"), 256, 32, "float8_e4m3fn", shape)
+        with pytest.raises(ArtifactError, match="block scales"):
+            QuantizedLinear("nvfp4", weight, 1.0, scales, None)
+    with pytest.raises(ArtifactError, match="are none"):
+        QuantizedLinear("nvfp4", weight, 1.0, None, None)
+
+
+def test_block_linears_are_the_matrices_of_blocks() -> None:
+    assert is_block_linear("transformer_blocks.0.attn.to_q.weight", (64, 64))
+    assert is_block_linear("single_transformer_blocks.2.attn.to_out.weight", (64, 256))
+    assert is_block_linear("model.layers.3.mlp.up_proj.weight", (80, 32))
+    assert not is_block_linear("transformer_blocks.0.attn.norm_q.weight", (32,))
+    for name in ("x_embedder", "context_embedder", "proj_out", "norm_out.linear"):
+        assert not is_block_linear(f"{name}.weight", (64, 64))
+    assert not is_block_linear("double_stream_modulation_img.linear.weight", (64, 64))
+    assert not is_block_linear("model.embed_tokens.weight", (640, 32))
+
+
+def test_float4_with_half_a_byte_over_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save(path, {"w": ("float4_e2m1fn", (2, 3), bytes(3))})
+    with pytest.raises(CheckpointError, match="an even last axis"):
+        read_header(path, quantized=True)
+    with pytest.raises(CheckpointError, match="dtype F4"):
+        read_header(path)

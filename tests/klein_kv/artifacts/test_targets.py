@@ -1,0 +1,81 @@
+import importlib
+from types import SimpleNamespace
+
+import pytest
+
+from klein_kv.artifacts import targets
+from klein_kv.artifacts.targets import GPUS, TARGETS, compute_capability, find_target, local_sm
+from klein_kv.errors import BackendError, BuildError
+
+
+@pytest.mark.parametrize(
+    ("name", "sm", "gpu"),
+    [
+        ("rtx5090", 120, "rtx5090"),
+        ("RTX4090", 89, "rtx4090"),
+        ("rtx3090", 86, "rtx3090"),
+        ("sm120", 120, "rtx5090"),
+        ("sm_86", 86, "rtx3090"),
+        ("rtx-pro-6000", 120, None),
+        ("sm121", 121, None),
+    ],
+)
+def test_targets_by_name_and_number(name: str, sm: int, gpu: str | None) -> None:
+    target = find_target(name)
+    assert (target.sm, target.gpu) == (sm, GPUS[gpu] if gpu else None)
+
+
+@pytest.mark.parametrize("name", ["rtx9999", "", "sm", "sm1", "sm1200", "../x"])
+def test_unknown_target_lists_the_known(name: str) -> None:
+    with pytest.raises(BuildError, match=r"expected one of rtx5090, .*such as sm120"):
+        find_target(name)
+
+
+def test_library_without_the_capability_names_what_it_has() -> None:
+    members = {"NONE": 0, "SM86": 86, "SM120": 120, "SM89": 89}
+    trt = SimpleNamespace(
+        __name__="lib", __version__="1.7", ComputeCapability=SimpleNamespace(__members__=members)
+    )
+    assert compute_capability(trt, find_target("rtx4090")) == 89
+    with pytest.raises(BuildError, match=r"capability 9.0; it knows SM86, SM89, SM120"):
+        compute_capability(trt, find_target("sm90"))
+
+
+def test_library_that_builds_for_the_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = SimpleNamespace(__name__="tensorrt", __version__="11")
+    monkeypatch.setattr(targets, "local_sm", lambda: 90)
+    assert compute_capability(trt, find_target("sm90")) is None
+    with pytest.raises(BuildError, match=r"this machine has 9\.0: tensorrt builds for"):
+        compute_capability(trt, find_target("rtx5090"))
+
+
+def _cuda(status: str) -> SimpleNamespace:
+    error = SimpleNamespace(cudaSuccess="ok")
+    answer = error.cudaSuccess if status == "ok" else SimpleNamespace(name=status)
+    properties = SimpleNamespace(major=12, minor=0)
+    return SimpleNamespace(
+        cudaError_t=error, cudaGetDeviceProperties=lambda _: (answer, properties)
+    )
+
+
+def test_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda _: _cuda("ok"))
+    assert local_sm() == 120
+    monkeypatch.setattr(importlib, "import_module", lambda _: _cuda("cudaErrorNoDevice"))
+    with pytest.raises(BackendError, match="CUDA says cudaErrorNoDevice"):
+        local_sm()
+
+
+def test_names_of_the_cuda_bindings() -> None:
+    cudart = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+    assert callable(cudart.cudaGetDeviceProperties)
+    assert hasattr(cudart.cudaError_t, "cudaSuccess")
+    assert {"major", "minor"} <= set(dir(cudart.cudaDeviceProp))
+
+
+def test_figures_of_the_reference_gpu() -> None:
+    gpu = GPUS["rtx5090"]
+    assert gpu.peak("bf16") == 209.5e12
+    assert gpu.peak("fp64") is None
+    assert (gpu.bandwidth, gpu.memory) == (1792, 32)
+    assert all(name == target.name for name, target in TARGETS.items())

@@ -1,0 +1,72 @@
+import importlib
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from klein_kv.artifacts.trt_module import MODULES, load_module
+from klein_kv.engines.build_log import BuildLog
+from klein_kv.errors import BackendError, RequestError
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, Any]) -> None:
+    def find(name: str) -> ModuleType:
+        if name not in installed:
+            raise ImportError(f"No module named {name!r}")
+        return installed[name]
+
+    monkeypatch.setattr(importlib, "import_module", find)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("auto", "pip install 'klein-kv[rtx]' or pip install 'klein-kv[tensorrt]'"),
+        ("tensorrt_rtx", "pip install 'klein-kv[rtx]'"),
+        ("tensorrt", "pip install 'klein-kv[tensorrt]'"),
+    ],
+)
+def test_absent_library_gives_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    _pretend(monkeypatch, {})
+    with pytest.raises(BackendError) as caught:
+        load_module(name)
+    assert str(caught.value).endswith(f"install it: {expected}")
+
+
+def test_auto_prefers_rtx_and_passes_over_a_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stub = SimpleNamespace(Builder=object), SimpleNamespace()
+    _pretend(monkeypatch, {"tensorrt_rtx": whole, "tensorrt": SimpleNamespace(Builder=object)})
+    assert load_module() is whole
+    _pretend(monkeypatch, {"tensorrt_rtx": stub, "tensorrt": whole})
+    assert load_module() is whole
+    _pretend(monkeypatch, {"tensorrt": stub})
+    with pytest.raises(BackendError, match="a stub package"):
+        load_module("tensorrt")
+
+
+def test_unknown_module_is_refused() -> None:
+    with pytest.raises(RequestError, match="expected 'auto' or one of tensorrt_rtx, tensorrt"):
+        load_module("tensorflow")
+    assert MODULES == ("tensorrt_rtx", "tensorrt")
+
+
+def test_log_keeps_plans_and_scratch_and_forgets_the_rest() -> None:
+    log = BuildLog()
+    log.add("Layers:\nName: a, LayerType: kgen\nName: b, LayerType: gemm\n\nI/O Tensors:\n Name: x")
+    log.add("Total Activation Memory: 4096 bytes")
+    log.add("Max Scratch Memory: 1 bytes")
+    log.add("something else")
+    assert log.layers == [["Name: a, LayerType: kgen", "Name: b, LayerType: gemm"]]
+    assert log.scratch_bytes == [4096]
+    assert log.errors == []
+
+
+def test_a_log_tells_the_first_errors() -> None:
+    log = BuildLog()
+    assert log.reason == "it gave no reason"
+    log.errors += [f" message {i}\n" for i in range(1000)]
+    assert log.reason == "message 0 | message 1"
+    log.errors[:] = [5000 * "x"]
+    assert len(log.reason) == 600

@@ -1,0 +1,390 @@
+"""The safetensors parser: what the safetensors library accepts, and nothing that it refuses."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from klein_kv.artifacts.config import ITEM_SIZE
+from klein_kv.artifacts.weights import (
+    NUMPY_DTYPES,
+    WeightIndex,
+    WeightRef,
+    map_weight,
+    read_header,
+    safetensors_header,
+)
+from klein_kv.errors import CheckpointError
+
+SHARED_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def save(content: bytes, name: str = "model.safetensors") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return save
+
+
+# --- whole files ---
+
+
+TENSORS = {
+    "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
+    "brain": torch.tensor([[3.0], [-1e30]], dtype=torch.bfloat16),
+    "count": torch.tensor(7),
+    "bytes": torch.tensor([0, 255], dtype=torch.uint8),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt"})
+    refs = read_header(path)
+    assert refs.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        ref = refs[name]
+        assert (ref.path, ref.shape) == (path, tuple(tensor.shape))
+        assert ref.dtype == str(tensor.dtype).removeprefix("torch.")
+        assert ref.nbytes == tensor.numel() * ITEM_SIZE[ref.dtype]
+        mapped = map_weight(ref)
+        assert mapped.dtype == NUMPY_DTYPES[ref.dtype]
+        if tensor.dtype == torch.bfloat16:  # numpy() does not take it
+            mapped, tensor = mapped.view(np.uint16), tensor.view(torch.uint16)
+        np.testing.assert_array_equal(mapped, tensor.numpy())
+        assert not mapped.flags.writeable
+
+
+def test_the_library_reads_our_header(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    header = safetensors_header({"a": ("float32", (2, 3)), "b": ("bfloat16", (4,))})
+    assert len(header) % 8 == 0
+    path.write_bytes(header + bytes(24) + np.array([0x3F80] * 4, np.uint16).tobytes())
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("a").shape == (2, 3)
+        assert file.get_tensor("b").tolist() == [1.0] * 4
+
+
+def test_rows_are_a_range_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.arange(20.0).reshape(5, 4)}, path)
+    part = read_header(path)["w"].rows(1, 3)
+    assert part.shape == (2, 4)
+    np.testing.assert_array_equal(map_weight(part), np.arange(4.0, 12.0).reshape(2, 4))
+
+
+# --- damaged files ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole safetensors file"),
+        (b"\x08\0\0", "not a whole safetensors file"),
+        (file_of(b"", length=0), "not a safetensors file"),
+        (file_of({}, length=1 << 62), "claims 4611686018427387904 bytes"),
+        (file_of({}, length=200_000_000), "claims 200000000 bytes"),
+        (file_of({}, length=3), "claims 3 bytes"),
+        (file_of(b"{not json"), "not a safetensors file"),
+        (file_of(b"\xff\xfe{}"), "not a safetensors file"),
+        (file_of(b"[" * 100_000), "not a safetensors file"),
+        (file_of([1, 2]), "no JSON object"),
+        (file_of("text"), "no JSON object"),
+        (file_of(None), "no JSON object"),
+        (file_of({"a": None}), "header entry of a is malformed"),
+        (file_of({"a": [1, 2]}), "header entry of a is malformed"),
+        (file_of({"a": {}}), "header entry of a is malformed"),
+        (file_of({"a": entry(shape=5)}, bytes(8)), "malformed"),
+        (file_of({"a": entry(offsets=[0])}, bytes(8)), "malformed"),
+        (file_of({"a": entry(offsets=[0, 4, 8])}, bytes(8)), "malformed"),
+        (file_of({"a": entry(offsets=5)}, bytes(8)), "malformed"),
+        (file_of({"a": entry(shape="12")}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(shape=[2.0])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(shape=[True, 2])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(shape=[-1, -2])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(shape=[float("inf")])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(offsets=[float("nan"), 8])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(offsets=[-8, 0])}, bytes(8)), "expected integers"),
+        (file_of({"a": entry(offsets=[8, 0])}, bytes(8)), "should take 8 bytes"),
+        (file_of({"a": entry(offsets=[0, 4])}, bytes(8)), "should take 8 bytes"),
+        (file_of({"a": entry(shape=[2**70])}, bytes(8)), "should take"),
+        (file_of({"a": entry("F64")}, bytes(8)), "dtype F64, expected one of F32, F16, BF16"),
+        (file_of({"a": entry("F8_E4M3")}, bytes(8)), "dtype F8_E4M3"),
+        (file_of({"a": entry(["F32"])}, bytes(8)), "dtype"),
+        (file_of({"a": entry({})}, bytes(8)), "dtype"),
+        (file_of({"a": entry(None)}, bytes(8)), "dtype None"),
+        (file_of({"a": entry()}, bytes(7)), "truncated: a ends"),
+        (file_of({"a": entry(offsets=[2**62, 2**62 + 8])}, bytes(8)), "truncated: a ends"),
+        (file_of({"a": entry()}, bytes(9)), "its tensors end at"),
+        (file_of({"a": entry(offsets=[4, 12])}, bytes(12)), "follows a gap"),
+        (
+            file_of({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
+            "b starts at byte .* overlaps the tensor before it",
+        ),
+        (file_of({"a": entry(), "b": entry()}, bytes(8)), "overlaps"),
+    ],
+)
+def test_damage_is_refused(content: bytes, message: str, write: Callable[..., Path]) -> None:
+    path = write(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+    if not message.startswith("dtype F"):  # of the types that klein-kv does not read
+        with pytest.raises(SafetensorError):
+            safe_open(path, "np")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"weight file is missing: .*download the whole"):
+        read_header(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read_header(tmp_path)
+
+
+def test_pickle_is_refused_unopened(write: Callable[..., Path]) -> None:
+    path = write(b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix")
+    with pytest.raises(CheckpointError, match="only safetensors is read"):
+        read_header(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+SHAPES = st.lists(st.integers(0, 5), max_size=3) | VALUES
+OFFSETS = st.lists(st.integers(0, 64), min_size=2, max_size=2) | VALUES
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "U8"]) | VALUES,
+        "shape": SHAPES,
+        "data_offsets": OFFSETS,
+    }
+)
+HEADERS = st.dictionaries(st.text(max_size=3), ENTRIES | VALUES, max_size=3)
+
+
+def assert_parsed_or_refused(path: Path) -> None:
+    """Nothing but `CheckpointError`; what is accepted lies inside the file, and can be mapped."""
+    size = path.stat().st_size
+    try:
+        refs = read_header(path)
+    except CheckpointError:
+        return
+    for ref in refs.values():
+        assert 8 <= ref.offset <= ref.offset + ref.nbytes <= size
+        assert map_weight(ref).shape == ref.shape
+    ranges = sorted((ref.offset, ref.offset + ref.nbytes) for ref in refs.values())
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
+
+
+@SHARED_FOLDER
+@given(content=st.binary(max_size=200))
+def test_any_bytes(content: bytes, write: Callable[..., Path]) -> None:
+    assert_parsed_or_refused(write(content))
+
+
+@SHARED_FOLDER
+@given(header=HEADERS | VALUES, size=st.integers(0, 80))
+def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
+    assert_parsed_or_refused(write(file_of(header, bytes(size))))
+
+
+@SHARED_FOLDER
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
+    cut=st.integers(0, 400),
+    flip=st.integers(0, 400),
+    bit=st.integers(0, 7),
+)
+def test_any_cut_or_flipped_bit(
+    shapes: list[list[int]], cut: int, flip: int, bit: int, write: Callable[..., Path]
+) -> None:
+    tensors = {f"t{i}": ("float32", tuple(shape)) for i, shape in enumerate(shapes)}
+    content = bytearray(safetensors_header(tensors))
+    content += bytes(sum(4 * int(np.prod(shape)) for shape in shapes))
+    whole = write(bytes(content))
+    refs = read_header(whole)
+    assert {name: ref.shape for name, ref in refs.items()} == {
+        n: s for n, (_, s) in tensors.items()
+    }
+    if cut < len(content):
+        short = write(bytes(content[:cut]), "short.safetensors")
+        with pytest.raises(CheckpointError):
+            read_header(short)
+    if flip < len(content):
+        content[flip] ^= 1 << bit
+        flipped = write(bytes(content), "flipped.safetensors")
+        assert_parsed_or_refused(flipped)
+        with safe_open_or_none(flipped) as theirs:
+            if theirs is not None and all(  # NumPy has no bfloat16; other types are not ours
+                theirs.get_slice(name).get_dtype() in ("F32", "F16", "I64", "U8")
+                for name in theirs.keys()  # noqa: SIM118
+            ):
+                assert set(read_header(flipped)) == set(theirs.keys())
+
+
+class safe_open_or_none:  # noqa: N801
+    """The library's reader, or None where it refuses the file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.file = safe_open(path, "np")
+        except SafetensorError:
+            self.file = None
+
+    def __enter__(self) -> Any:
+        return self.file.__enter__() if self.file else None
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.__exit__(*error)
+
+
+# --- folders ---
+
+
+def test_single_file(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "any-name.safetensors")
+    index = WeightIndex.from_folder(tmp_path, "vae")
+    assert set(index) == set(TENSORS)
+    assert len(index) == len(TENSORS)
+    assert "weight" in index
+    assert "other" not in index
+    assert index.files == [tmp_path / "any-name.safetensors"]
+    with pytest.raises(CheckpointError, match="vae: tensor other is missing"):
+        index["other"]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards with their index."""
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "m-1.safetensors")
+    save_file({"c": torch.ones(4)}, tmp_path / "m-2.safetensors")
+    write_index(tmp_path, {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"})
+    return tmp_path
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    path = folder / "m.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards(shards: Path) -> None:
+    index = WeightIndex.from_folder(shards, "transformer")
+    assert sorted(index) == ["a", "b", "c"]
+    assert index["c"].path == shards / "m-2.safetensors"
+    assert index.files == [shards / "m-1.safetensors", shards / "m-2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "m-1.safetensors", "c": "m-2.safetensors"}, "holds b, which .* does not place"),
+        ({"a": "m-2.safetensors"}, "says a is in m-2.safetensors, but that file lacks it"),
+        ({"a": "m-3.safetensors"}, "missing"),
+        ({"a": "../m-1.safetensors"}, "expected a file in the same folder"),
+        ({"a": "/etc/m-1.safetensors"}, "expected a file in the same folder"),
+        ({"a": ".."}, "not a safetensors file"),
+        ({"a": ""}, "not a safetensors file"),
+        ({"a": 5}, "expected a file in the same folder"),
+        ({"a": ["m-1.safetensors"], "b": None}, "expected a file in the same folder"),
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+        (None, "has no weight_map"),
+    ],
+)
+def test_bad_shard_index(weight_map: Any, message: str, shards: Path) -> None:
+    write_index(shards, weight_map)
+    with pytest.raises(CheckpointError, match=message):
+        WeightIndex.from_folder(shards, "transformer")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_unreadable_shard_index(text: str, shards: Path) -> None:
+    (shards / "m.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="transformer shard index"):
+        WeightIndex.from_folder(shards, "transformer")
+
+
+def test_two_files_without_an_index(shards: Path) -> None:
+    (shards / "m.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"found m-1\.safetensors, m-2\.safetensors"):
+        WeightIndex.from_folder(shards, "transformer")
+
+
+def test_variants_beside_the_usual_file(tmp_path: Path) -> None:
+    """As diffusers: the file without a variant's name, unless there is none."""
+    variant = tmp_path / "model.fp16.safetensors"
+    save_file(TENSORS, variant)
+    assert WeightIndex.from_folder(tmp_path, "text_encoder").files == [variant]
+    usual = tmp_path / "model.safetensors"
+    save_file(TENSORS, usual)
+    assert WeightIndex.from_folder(tmp_path, "text_encoder").files == [usual]
+    usual.rename(tmp_path / "model.bf16.safetensors")
+    with pytest.raises(CheckpointError, match=r"found model\.bf16.*, model\.fp16"):
+        WeightIndex.from_folder(tmp_path, "text_encoder")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_pickled_checkpoint(exists: bool, tmp_path: Path) -> None:
+    if exists:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    folder = tmp_path if exists else tmp_path / "none"
+    with pytest.raises(CheckpointError, match=r"found none \(pickle formats .* are not read\)"):
+        WeightIndex.from_folder(folder, "text_encoder")
+
+
+# --- strictness ---
+
+
+def refs(**shapes: tuple[int, ...]) -> WeightIndex:
+    return WeightIndex(
+        {
+            name: WeightRef(Path("x"), 0, 4 * int(np.prod(shape)), "float32", shape)
+            for name, shape in shapes.items()
+        },
+        "vae",
+    )
+
+
+def test_expected_tensors_pass() -> None:
+    refs(a=(1, 2), b=(3,)).expect({"a": (1, 2), "b": (3,)})
+    refs(a=(1, 2), lm_head=(3,)).expect({"a": (1, 2)}, ignore=("lm_",))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"a": (1, 2)}, r"0 missing, 1 unexpected \(b\)"),
+        ({"a": (1, 2), "b": (3,), "c": (1,)}, r"1 missing \(c\), 0 unexpected"),
+        (dict.fromkeys("cdefg", (1,)), r"5 missing \(c, d, e, \.\.\.\), 2 unexpected \(a, b\)"),
+        ({"a": (2, 1), "b": (3,)}, r"vae: a has shape \(1, 2\), expected \(2, 1\)"),
+    ],
+)
+def test_unexpected_tensors(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        refs(a=(1, 2), b=(3,)).expect(shapes)

@@ -1,0 +1,116 @@
+"""A folder of "engines" for the stand-ins of `fake_trt`."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from klein_kv.artifacts.config import DTYPES
+from klein_kv.artifacts.engine_manifest import (
+    EngineManifest,
+    EngineRecord,
+    ProfileRecord,
+    TensorInfo,
+    WeightInput,
+    write_atomic,
+)
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.signature import GraphSet, TensorSpec
+from tests.runtime.backends.fake_trt import SCRATCH, engine_blob
+
+__all__ = ["make_engines"]
+
+LOW, HIGH = 0, 1 << 20
+
+
+def make_engines(
+    artifacts: Path,
+    folder: Path,
+    graphs: GraphSet | None = None,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+    scratch: Mapping[str, int] | None = None,
+) -> Path:
+    """Writes what a build would, of every graph of the artifacts.
+
+    Args:
+        artifacts: where the graphs lie.
+        folder: for the engines.
+        graphs: which graphs of the artifacts; None takes the manifest's.
+        sizes: sizes of the symbols by graph, for engines of one shape; None for any shape.
+        scratch: bytes that each engine says it needs; else `SCRATCH`.
+    """
+    manifest = Manifest.load(artifacts, check_files=False)
+    graphs = graphs or manifest.graphs
+    records = {}
+    for graph in graphs.files:
+        needs = (scratch or {}).get(graph, SCRATCH)
+        own = None if sizes is None else sizes[graph]
+        records[graph] = _write(artifacts, folder, manifest, graphs, graph, own, needs)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    EngineManifest(
+        module="fake_trt",
+        version="0.0.1",
+        target="sm120",
+        sm=120,
+        precision=graphs.precision or names[graphs.dtype],
+        weights="shared",
+        recipe="default",
+        engines=records,
+        kv_dtype=graphs.kv_dtype,
+        attention=graphs.attention,
+    ).save(folder)
+    return folder
+
+
+def _write(
+    artifacts: Path,
+    folder: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    sizes: Mapping[str, int] | None,
+    scratch: int,
+) -> EngineRecord:
+    signature = graphs.signature(graph, manifest.config)
+    weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.files[graph])
+
+    def info(spec: TensorSpec) -> TensorInfo:
+        return TensorInfo(
+            spec.name, spec.dtype, tuple(a if isinstance(a, int) else -1 for a in spec.shape)
+        )
+
+    def limits(spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        if sizes is not None:
+            return (spec.concrete(sizes),) * 3
+        return tuple(
+            tuple(axis if isinstance(axis, int) else end for axis in spec.shape)
+            for end in (LOW, 64, HIGH)
+        )
+
+    shapes = {spec.name: limits(spec) for spec in signature.inputs}
+    data = engine_blob(graph, [shapes])
+    write_atomic(folder / f"{graph}.engine", data)
+    return EngineRecord(
+        graph=graph,
+        file=f"{graph}.engine",
+        layers=f"{graph}.layers.json",
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        key="-",
+        onnx_digest=manifest.files[graphs.files[graph]].digest,
+        inputs=tuple(info(spec) for spec in signature.inputs),
+        outputs=tuple(info(spec) for spec in signature.outputs),
+        weights={
+            name: WeightInput(
+                ref.path.relative_to(artifacts).as_posix(),
+                ref.offset,
+                ref.nbytes,
+                ref.dtype,
+                ref.shape,
+            )
+            for name, ref in weights.items()
+        },
+        profiles=(ProfileRecord("any", {}, shapes, scratch),),  # type: ignore[arg-type]
+        scratch_bytes=scratch,
+        seconds=0.0,
+        peak_rss=0,
+    )

@@ -1,0 +1,158 @@
+"""`CudaMemory` on a real GPU: uploads, downloads, events, pools, virtual memory, two threads.
+
+Needs cuda-python and an NVIDIA GPU of any kind, and nothing else.
+"""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.errors import CapacityError
+from klein_kv.runtime.backends.trt.cuda import load_cuda
+from klein_kv.runtime.backends.trt.memory import CudaMemory
+from klein_kv.runtime.backends.trt.pinned import PinnedStore
+from klein_kv.runtime.backends.trt.virtual import KvMemory, Scratch, VirtualMemory
+
+pytestmark = pytest.mark.gpu
+MIB = 1 << 20
+
+
+@pytest.fixture
+def memory() -> Iterator[CudaMemory]:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+    status, count = runtime.cudaGetDeviceCount()
+    if int(status) != 0 or not count:
+        pytest.skip("needs an NVIDIA GPU")
+    memory = CudaMemory(load_cuda(), staging_bytes=4 * MIB)
+    with memory.entered():
+        yield memory
+    memory.close()
+
+
+def numbers(nbytes: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def test_there_and_back(memory: CudaMemory) -> None:
+    for nbytes in (1, 255, 4096, 3 * MIB, 9 * MIB + 7):
+        array = numbers(nbytes)
+        buffer = memory.upload(array)
+        array_before = array.copy()
+        array[:] = 0
+        np.testing.assert_array_equal(memory.download(buffer), array_before)
+
+
+def test_many_small_uploads_share_the_staging_memory(memory: CudaMemory) -> None:
+    arrays = [numbers(700_000, seed) for seed in range(12)]
+    buffers = [memory.upload(array) for array in arrays]
+    for buffer, array in zip(buffers, arrays, strict=True):
+        np.testing.assert_array_equal(memory.download(buffer), array)
+
+
+def test_parts_are_put_together(memory: CudaMemory) -> None:
+    parts = [numbers(MIB, seed) for seed in range(3)]
+    whole = memory.assemble((3 * MIB,), [memory.upload(part) for part in parts])
+    np.testing.assert_array_equal(memory.download(whole), np.concatenate(parts))
+
+
+def test_blocks_come_back_from_the_pool(memory: CudaMemory) -> None:
+    first = memory.allocate((MIB,), "uint8")
+    pointer = first.pointer
+    del first
+    assert memory.allocate((MIB,), "uint8").pointer == pointer
+    with pytest.raises(CapacityError):
+        memory.allocate((memory.total + MIB,), "uint8")
+
+
+def test_events_take_the_time(memory: CudaMemory) -> None:
+    source, target = (memory.allocate((64 * MIB,), "uint8") for _ in range(2))
+    start = memory.mark()
+    for _ in range(20):
+        memory.copy_on_device(target.pointer, source.pointer, 64 * MIB)
+    seconds = memory.elapsed(start, memory.mark())
+    assert 1e-5 < seconds < 1.0
+
+
+def test_weights_from_a_file(memory: CudaMemory, tmp_path: Path) -> None:
+    content = numbers(20 * MIB)
+    path = tmp_path / "weights"
+    path.write_bytes(content.tobytes())
+    refs = [
+        WeightRef(path, start, nbytes, "uint8", (nbytes,))
+        for start, nbytes in ((3, 12 * MIB), (3 + 12 * MIB, 77), (15 * MIB, 5 * MIB))
+    ]
+    buffers = {ref: memory.allocate(ref.shape, "uint8") for ref in refs}
+    memory.staging.upload_weights({ref: buffer.pointer for ref, buffer in buffers.items()})
+    for ref, buffer in buffers.items():
+        expected = content[ref.offset : ref.offset + ref.nbytes]
+        np.testing.assert_array_equal(memory.download(buffer), expected)
+
+
+def test_scratch_grows_and_sets_change_places(memory: CudaMemory) -> None:
+    virtual = VirtualMemory(memory)
+    scratch, kv = Scratch(memory, virtual), KvMemory(memory, virtual)
+    scratch.require(MIB)
+    array = numbers(MIB)
+    memory.staging.upload(scratch.pointer, array)
+    scratch.require(64 * MIB)
+    back = np.empty(MIB, np.uint8)
+    memory.staging.download(scratch.pointer, back)
+    np.testing.assert_array_equal(back, array)
+    blocks = [kv.take(40 * MIB) for _ in range(2)]
+    for i, block in enumerate(blocks):
+        memory.staging.upload(block.pointer, numbers(MIB, i))
+    for i in (0, 1, 0):
+        kv.hold(blocks[i])
+        memory.staging.download(kv.place, back)
+        np.testing.assert_array_equal(back, numbers(MIB, i))
+    blocks.clear()
+    kv.close()
+    scratch.close()
+
+
+def test_copies_on_a_stream_of_their_own(memory: CudaMemory) -> None:
+    kv = KvMemory(memory, VirtualMemory(memory))
+    store = PinnedStore(memory, kv, 64 * MIB)
+    block = kv.take(20 * MIB)
+    array = numbers(20 * MIB)
+    memory.staging.upload(block.pointer, array)
+    from klein_kv.runtime.backends.trt.memory import DeviceBuffer
+
+    copy = store.keep({"k_ref.0": DeviceBuffer(block.pointer, (20 * MIB,), "uint8", block)})
+    del block
+    np.testing.assert_array_equal(copy.array("k_ref.0"), array)
+    restored = store.restore(copy)["k_ref.0"]
+    kv.settle(restored.block)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(memory.download(restored), array)
+    del restored, copy
+    store.close()
+    kv.close()
+
+
+def test_two_threads(memory: CudaMemory) -> None:
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for turn in range(50):
+            array = numbers(100_000, 100 * i + turn)
+            with memory.entered():
+                buffer = memory.upload(array)
+                if not np.array_equal(memory.download(buffer), array):
+                    wrong.append(turn)
+
+    # The fixture's thread holds the memory: these get it one after the other, from another one.
+    other = CudaMemory(load_cuda(), staging_bytes=MIB)
+    memory, mine = other, memory
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert not wrong
+    assert not mine.closed

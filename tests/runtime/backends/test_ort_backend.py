@@ -1,0 +1,294 @@
+"""The ONNX Runtime backend: buffers, sessions, and artifact folders that were tampered with."""
+
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.digest import file_digest
+from klein_kv.artifacts.manifest import MANIFEST, Manifest, weights_file
+from klein_kv.artifacts.signature import GRAPH_FILES, make_signature
+from klein_kv.errors import ArtifactError, BackendError, KleinKVError
+from klein_kv.runtime.backends.ort.backend import OrtBackend
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_artifacts: Path) -> OrtBackend:
+    return OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
+
+
+def feeds(backend: OrtBackend) -> dict[str, Any]:
+    """Inputs of `encode_references`."""
+    tokens = np.random.default_rng(0).standard_normal((1, 6, 128), np.float32)
+    ids = np.zeros((6, 4), np.int64)
+    return {"ref_hidden_states": backend.upload(tokens), "ref_ids": backend.upload(ids)}
+
+
+# --- buffers ---
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.uint8])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
+def test_upload_and_download(dtype: type, shape: tuple[int, ...], backend: OrtBackend) -> None:
+    array = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
+    back = backend.download(backend.upload(array))
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(back, array)
+
+
+def test_strided_arrays_are_packed(backend: OrtBackend) -> None:
+    array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
+    np.testing.assert_array_equal(backend.download(backend.upload(array)), array)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, object])
+def test_other_types_are_refused(dtype: Any, backend: OrtBackend) -> None:
+    with pytest.raises(BackendError, match="cannot upload"):
+        backend.upload(np.zeros(3, dtype))
+
+
+def test_a_buffer_does_not_follow_the_array(backend: OrtBackend) -> None:
+    array = np.ones(4, np.float32)
+    buffer = backend.upload(array)
+    array[:] = 2
+    assert (backend.download(buffer) == 1).all()
+
+
+def test_downloaded_memory_outlives_the_buffer(backend: OrtBackend) -> None:
+    """Regression: a view of an uploaded buffer pointed at memory that had been given back."""
+    views = [backend.download(backend.upload(np.full(1 << 16, i, np.float32))) for i in range(8)]
+    gc.collect()
+    other = [np.full(1 << 16, -1, np.float32) for _ in range(8)]
+    assert [view[::4096].tolist() for view in views] == [[i] * 16 for i in range(8)]
+    del other
+
+
+def test_download_copies_nothing(backend: OrtBackend) -> None:
+    buffer = backend.upload(np.ones(4, np.float32))
+    assert backend.download(buffer).ctypes.data == buffer.data_ptr()
+
+
+def test_view_has_another_shape(backend: OrtBackend) -> None:
+    buffer = backend.view(backend.upload(np.arange(6, dtype=np.float32)), (1, 2, 3))
+    np.testing.assert_array_equal(backend.download(buffer), [[[0, 1, 2], [3, 4, 5]]])
+
+
+def test_every_run_gives_new_buffers(backend: OrtBackend) -> None:
+    one = backend.run("encode_references", feeds(backend))
+    pointers = {name: buffer.data_ptr() for name, buffer in one.items()}
+    values = {name: buffer.numpy().copy() for name, buffer in one.items()}
+    two = backend.run("encode_references", feeds(backend))
+    assert {buffer.data_ptr() for buffer in two.values()}.isdisjoint(pointers.values())
+    for name, value in values.items():
+        np.testing.assert_array_equal(one[name].numpy(), value)
+        np.testing.assert_array_equal(two[name].numpy(), value)
+
+
+# --- sessions ---
+
+
+@pytest.mark.parametrize("graph", GRAPH_FILES)
+def test_tensors_are_the_signatures(graph: str, backend: OrtBackend) -> None:
+    session = backend._load(graph)
+    signature = make_signature(graph, Manifest.load(backend._artifacts).config, "float32")
+    for values, specs in (
+        (session.get_inputs(), signature.inputs),
+        (session.get_outputs(), signature.outputs),
+    ):
+        got = [(value.name, value.type, tuple(value.shape)) for value in values]
+        types = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+        assert got == [(spec.name, types[spec.dtype], spec.shape) for spec in specs]
+
+
+def test_graphs_are_loaded_once_and_given_back(tiny_artifacts: Path) -> None:
+    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
+    assert not backend._sessions
+    first = backend.run("encode_references", feeds(backend))
+    session = backend._sessions["encode_references"]
+    backend.run("encode_references", feeds(backend))
+    assert backend._sessions == {"encode_references": session}
+    backend.release("encode_references")
+    backend.release("encode_references")
+    assert not backend._sessions
+    again = backend.run("encode_references", feeds(backend))
+    np.testing.assert_array_equal(first["k_ref.0"].numpy(), again["k_ref.0"].numpy())
+
+
+def test_threads_load_a_graph_once(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once placed the weights twice, and freed those that the first session read."""
+    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
+    load, loaded = backend._load, []
+
+    def slow(graph: str) -> Any:
+        loaded.append(graph)
+        time.sleep(0.1)
+        return load(graph)
+
+    monkeypatch.setattr(backend, "_load", slow)
+    inputs = feeds(backend)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: backend.run("encode_references", inputs), range(4)))
+    assert loaded == ["encode_references"]
+
+
+def test_graphs_share_one_copy_of_the_weights(tiny_artifacts: Path) -> None:
+    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
+    backend._load("first_step")
+    held = dict(backend._weights)
+    backend._load("cached_step")
+    backend._load("encode_references")
+    assert backend._weights == held
+    assert backend._sessions.keys() == {"first_step", "cached_step", "encode_references"}
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_threads(threads: int | None, tiny_artifacts: Path) -> None:
+    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads)
+    gc.collect()  # sessions of other tests take their threads along
+    before = psutil.Process().num_threads()
+    session = backend._load("encode_references")
+    assert session.get_session_options().intra_op_num_threads == (threads or 0)
+    if threads is not None:
+        assert psutil.Process().num_threads() - before == threads - 1
+
+
+def test_wrong_inputs(backend: OrtBackend) -> None:
+    inputs = feeds(backend)
+    with pytest.raises(BackendError, match="encode_references failed in ONNX Runtime"):
+        backend.run("encode_references", {"ref_ids": inputs["ref_ids"]})
+    far = backend.upload(np.full((6, 4), 5000, np.int64))
+    with pytest.raises(BackendError, match="encode_references failed in ONNX Runtime"):
+        backend.run("encode_references", inputs | {"ref_ids": far})
+
+
+# --- refused ---
+
+
+def test_bfloat16_is_refused(tiny_artifacts: Path) -> None:
+    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
+    with pytest.raises(
+        BackendError, match=r"is bfloat16.*export the checkpoint again with --dtype"
+    ):
+        OrtBackend(tiny_artifacts, manifest)
+
+
+def test_missing_library(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"pip install 'klein-kv\[cpu\]'"):
+        OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts))
+
+
+@pytest.fixture
+def folder(tiny_artifacts: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
+
+
+def seal(folder: Path) -> None:
+    """Makes the manifest describe the files as they are now."""
+    path = folder / MANIFEST
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for name, record in value["files"].items():
+        record["bytes"] = (folder / name).stat().st_size
+        record["digest"] = file_digest(folder / name)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def relocate(folder: Path, graph: str, change: Callable[[str], str]) -> None:
+    """Rewrites the external data locations of a graph."""
+    path = folder / GRAPH_FILES[graph]
+    model = onnx.load(path, load_external_data=False)  # noqa: TID251 - the graph alone
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = change(entry.value)
+    onnx.save(model, path)
+
+
+LOCATIONS: list[Callable[[Path], Callable[[str], str]]] = [
+    lambda folder: lambda name: f"../../{name}",
+    lambda folder: lambda name: f"../transformer/../../{name}",
+    lambda folder: lambda name: str(folder.parent / name),
+    lambda folder: lambda name: "../vae/diffusion_pytorch_model.safetensors",
+    lambda folder: lambda name: "link",
+    lambda folder: lambda name: "missing.safetensors",
+    lambda folder: lambda name: "",
+]
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("table", ["kept", "emptied"])
+def test_external_data_outside_the_folder(
+    location: Callable[[Path], Callable[[str], str]], table: str, folder: Path
+) -> None:
+    """Refused though the digests match, and with or without the weights given by address."""
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, folder.parent)
+    (folder / "transformer/link").symlink_to(folder.parent / weights.name)
+    relocate(folder, "encode_references", location(folder))
+    if table == "emptied":
+        (folder / weights_file(GRAPH_FILES["encode_references"])).write_text("{}")
+    seal(folder)
+    backend = OrtBackend(folder, Manifest.load(folder), threads=1)
+    with pytest.raises(ArtifactError, match="cannot be loaded by ONNX Runtime") as caught:
+        backend.run("encode_references", feeds(backend))
+    assert str(folder / GRAPH_FILES["encode_references"]) in str(caught.value)
+    assert not backend._sessions
+
+
+@pytest.mark.parametrize("file", ["../outside", "/etc/hostname", "link", "missing.safetensors"])
+def test_weight_table_outside_the_folder(file: str, folder: Path) -> None:
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, folder.parent / "outside")
+    (folder / "transformer/link").symlink_to(folder.parent / "outside")
+    path = folder / weights_file(GRAPH_FILES["first_step"])
+    table = {name: [file, *entry[1:]] for name, entry in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(table))
+    seal(folder)
+    pipeline = KleinKVPipeline.from_pretrained(folder, threads=1)
+    with pytest.raises(ArtifactError) as caught:
+        pipeline.backend.run("first_step", {})
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0b"])
+def test_damaged_graph(content: bytes, folder: Path) -> None:
+    (folder / GRAPH_FILES["vae_encoder"]).write_bytes(content)
+    seal(folder)
+    backend = OrtBackend(folder, Manifest.load(folder), threads=1)
+    with pytest.raises(ArtifactError, match="export again"):
+        backend.run("vae_encoder", {})
+
+
+def test_graph_of_another_kind(folder: Path) -> None:
+    for name in (GRAPH_FILES["cached_step"], weights_file(GRAPH_FILES["cached_step"])):
+        shutil.copy(folder / name.replace("cached_step", "first_step"), folder / name)
+    seal(folder)
+    backend = OrtBackend(folder, Manifest.load(folder), threads=1)
+    with pytest.raises(ArtifactError, match="was not exported by this version"):
+        backend.run("cached_step", {})
+
+
+def test_weights_of_another_type(folder: Path) -> None:
+    """A table that calls half of a float32 tensor a float16 one."""
+    path = folder / weights_file(GRAPH_FILES["encode_references"])
+    table = json.loads(path.read_text())
+    for entry in table.values():
+        entry[2], entry[3] = entry[2] // 2, "float16"
+    path.write_text(json.dumps(table))
+    seal(folder)
+    backend = OrtBackend(folder, Manifest.load(folder), threads=1)
+    with pytest.raises(KleinKVError):
+        backend.run("encode_references", feeds(backend))

@@ -1,0 +1,330 @@
+"""ONNX Runtime on a CUDA GPU: everything but the GPU, on a stand-in that computes on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.signature import GRAPH_FILES, kv_names
+from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.errors import ArtifactError, BackendError, RequestError
+from klein_kv.runtime.backends.backend import open_backend
+from klein_kv.runtime.backends.ort.backend import OrtBackend
+from klein_kv.runtime.backends.ort.device import CPU, OrtDevice, _identity_model, cuda_device
+from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
+
+Picture = Callable[..., Image.Image]
+CUDA_1 = cuda_device(1)
+
+
+def open_cuda(artifacts: Path, fake: FakeOnnxruntime | None = None) -> OrtBackend:
+    manifest = Manifest.load(artifacts)
+    fake, cuda = fake or FakeOnnxruntime(), FakeCuda(devices=2).cuda
+    return OrtBackend(artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda)
+
+
+# --- buffers ---
+
+
+@pytest.fixture(scope="module", params=[CPU, CUDA_1], ids=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
+    device: OrtDevice = request.param
+    module = onnxruntime if device is CPU else FakeOnnxruntime()
+    manifest = Manifest.load(tiny_artifacts)
+    return OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
+
+
+@pytest.mark.parametrize("dtype", [*NUMPY_DTYPES])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
+def test_every_type_comes_back_as_it_went(
+    dtype: str, shape: tuple[int, ...], backend: OrtBackend
+) -> None:
+    array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
+    buffer = backend.upload(array)
+    back = backend.download(buffer)
+    assert (back.dtype, back.shape) == (array.dtype, shape)
+    np.testing.assert_array_equal(back.astype(np.float64), array.astype(np.float64))
+    assert buffer.data_type() == f"tensor({dtype.replace('float32', 'float').replace('_', '')})"
+
+
+def test_bfloat16_keeps_every_bit(backend: OrtBackend) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)  # infinities and NaNs too
+    array = bits.view(NUMPY_DTYPES["bfloat16"])
+    np.testing.assert_array_equal(backend.download(backend.upload(array)).view(np.uint16), bits)
+
+
+def test_torch_reads_a_buffer_where_it_lies(backend: OrtBackend) -> None:
+    torch = pytest.importorskip("torch")
+    array = np.arange(6).astype(NUMPY_DTYPES["bfloat16"]).reshape(2, 3)
+    buffer = backend.upload(array)
+    tensor = torch.from_dlpack(buffer)
+    assert (tensor.dtype, tensor.data_ptr()) == (torch.bfloat16, buffer.data_ptr())
+    assert tensor.tolist() == array.astype(np.float32).tolist()
+
+
+def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) -> None:
+    channels = Manifest.load(tiny_artifacts).config.transformer.in_channels
+    tokens = np.random.default_rng(0).standard_normal((1, 6, channels), np.float32)
+    grid = backend.upload(tokens.reshape(1, 2, 3, channels))
+    allocated = FakeValue.allocated
+    view = backend.view(backend.upload(tokens), (1, 2, 3, channels))
+    assert FakeValue.allocated - allocated <= 1
+    results = [backend.run("vae_decoder", {"latents": x})["image"] for x in (view, grid)]
+    np.testing.assert_array_equal(*map(backend.download, results))
+    assert backend.download(backend.view(view, (6, channels))).shape == (6, channels)
+    part = backend.view(view, (2, channels), start=3 * channels)
+    np.testing.assert_array_equal(backend.download(part), tokens[0, 3:5])
+    with pytest.raises(BackendError, match="cannot view"):
+        backend.view(view, (7, channels))
+
+
+def test_parts_are_put_together(backend: OrtBackend) -> None:
+    whole = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
+    parts = [backend.upload(whole[:, :2]), backend.view(backend.upload(whole), (4, 2), start=4)]
+    joined = backend.assemble((1, 6, 2), parts)
+    np.testing.assert_array_equal(backend.download(joined), whole)
+
+
+# --- sessions ---
+
+
+def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
+    backend = open_cuda(tiny_artifacts)
+    allocated = FakeValue.allocated
+    for graph in ("first_step", "cached_step", "encode_references"):
+        backend._load(graph)
+    refs = {
+        ref
+        for graph in ("first_step", "cached_step", "encode_references")
+        for ref in graph_weights(tiny_artifacts, GRAPH_FILES[graph]).values()
+    }
+    assert FakeValue.allocated - allocated == len(refs) == len(backend._weights)
+    ref, weight = next(iter(backend._weights.items()))
+    assert weight.shape() == list(ref.shape)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA_1], ids=["cpu", "cuda"])
+def test_release_gives_back_weights_that_no_other_graph_uses(
+    device: OrtDevice, tiny_artifacts: Path
+) -> None:
+    """On a GPU nobody else would: the text encoder must be gone when the transformer comes."""
+    module = onnxruntime if device is CPU else FakeOnnxruntime()
+    manifest = Manifest.load(tiny_artifacts)
+    backend = OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
+    held, given_back = {}, FakeOnnxruntime.given_back
+    for graph in ("text_encoder", "first_step", "cached_step"):
+        backend._load(graph)
+        held[graph] = len(backend._weights)
+    backend.release("cached_step")
+    assert len(backend._weights) == held["first_step"]
+    assert FakeOnnxruntime.given_back == given_back, "nothing was freed"
+    backend.release("text_encoder")
+    assert len(backend._weights) == held["first_step"] - held["text_encoder"]
+    backend.release("text_encoder")
+    backend.release("first_step")
+    assert not backend._weights
+    assert FakeOnnxruntime.given_back - given_back == (0 if device is CPU else 2)
+    assert backend._load("first_step") is not None
+
+
+def test_the_empty_model_is_onnx() -> None:
+    model = onnx.load_model_from_string(_identity_model())
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_the_same_images_as_on_a_cpu(
+    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
+) -> None:
+    fake = FakeOnnxruntime()
+    manifest = Manifest.load(tiny_artifacts)
+    pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts, fake))
+    pipe.set_progress_bar_config(disable=True)
+    request: dict[str, Any] = {"height": 128, "width": 160, "seed": 3, "output_type": "np"}
+    for images in (None, [picture(128, 96), picture(64, 80)]):
+        ours = pipe("a kite", image=images, **request).images
+        np.testing.assert_array_equal(ours, tiny_ours("a kite", image=images, **request).images)
+    assert fake.arenas == [(CUDA, "Cuda", 1, dict(CUDA_1.options))], "one arena for all sessions"
+
+
+def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts: Path) -> None:
+    backend = open_cuda(tiny_artifacts)
+    manifest = Manifest.load(tiny_artifacts)
+    rng = np.random.default_rng(0)
+    inputs = {}
+    sizes = {"batch": 1, "image_tokens": 20, "text_tokens": 8, "ref_tokens": 24}
+    for spec in manifest.graphs.signature("first_step", manifest.config).inputs:
+        shape = spec.concrete(sizes)
+        values = rng.integers(0, 9, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
+        inputs[spec.name] = backend.upload(values.astype(NUMPY_DTYPES[spec.dtype]))
+    first = backend.run("first_step", inputs)
+    feeds = {name: value for name, value in inputs.items() if not name.startswith("ref_")}
+    feeds |= {name: first[name] for name in kv_names(manifest.config.transformer.num_blocks)}
+    allocated = FakeValue.allocated
+    second = backend.run("cached_step", feeds)
+    assert FakeValue.allocated == allocated
+    np.testing.assert_array_equal(
+        backend.download(second["noise_pred"]), backend.download(first["noise_pred"])
+    )
+
+
+def test_reference_sets_of_the_two_devices_are_told_apart(
+    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
+) -> None:
+    """They round differently: the same images must not hit each other's keys and values."""
+    manifest = Manifest.load(tiny_artifacts)
+    pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts))
+    image = picture(96, 96)
+    ours, theirs = pipe.encode_references(image), tiny_ours.encode_references(image)
+    assert ours.digest != theirs.digest
+    with pytest.raises(RequestError, match="another backend"):
+        tiny_ours("a kite", references=ours)
+
+
+def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -> None:
+    cuda, fake = FakeCuda(capacity=12_345, devices=2), FakeOnnxruntime()
+    manifest = Manifest.load(tiny_artifacts)
+    backend = OrtBackend(
+        tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda.cuda
+    )
+    asked, get_info = [], cuda.cudaMemGetInfo
+
+    def watch() -> Any:
+        asked.append(cuda.device)
+        return get_info()
+
+    cuda.cudaMemGetInfo = watch  # type: ignore[method-assign]
+    given_back = FakeOnnxruntime.given_back
+    assert backend.available_memory() == 12_345
+    assert (asked, cuda.device) == ([1], 0), "the thread's device stays what it was"
+    assert FakeOnnxruntime.given_back == given_back + 1, "memory kept for reuse counts as free"
+    held = backend.graph_memory("cached_step")
+    assert held.weights == backend.graph_memory("first_step").weights, "they share one copy"
+    refs = graph_weights(tiny_artifacts, GRAPH_FILES["cached_step"]).values()
+    assert sum(held.weights.values()) >= sum(ref.nbytes for ref in set(refs))
+    assert not held.keeps_scratch
+    assert not OrtBackend(tiny_artifacts, manifest, 1).graph_memory("cached_step").weights
+
+
+# --- refused ---
+
+
+def test_the_cpu_package_says_what_to_install(tiny_artifacts: Path) -> None:
+    if CUDA in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    manifest = Manifest.load(tiny_artifacts)
+    with pytest.raises(BackendError, match=r"no CUDAExecutionProvider.*uninstall.*klein-kv\[cuda"):
+        open_backend("onnxruntime", tiny_artifacts, manifest, "cuda:0", None)
+
+
+def test_a_provider_that_cannot_start(
+    tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeOnnxruntime(error="CUDA failure 35: driver version is insufficient")
+    with pytest.raises(BackendError, match=r"cannot start on device 1: CUDA failure 35.*driver"):
+        open_cuda(tiny_artifacts, fake)
+    assert capsys.readouterr().out == "", "what onnxruntime prints is no result of ours"
+
+
+def test_no_silent_fallback_to_the_cpu(tiny_artifacts: Path) -> None:
+    """Regression: ONNX Runtime makes a CPU session of a CUDA one whose provider did not start."""
+    backend = open_cuda(tiny_artifacts, FakeOnnxruntime(started=False))
+    with pytest.raises(BackendError, match="did not start, only CPUExecutionProvider did"):
+        backend.run("encode_references", {})
+    assert not backend._sessions
+
+
+def test_a_node_without_a_kernel_is_named(tiny_artifacts: Path) -> None:
+    backend = open_cuda(tiny_artifacts, FakeOnnxruntime(strays={"Gemm", "RotaryEmbedding"}))
+    with pytest.raises(ArtifactError, match=r"no kernel for Gemm, RotaryEmbedding in the graph's"):
+        backend.run("encode_references", {})
+    assert not backend._sessions
+
+
+def test_bfloat16_is_for_gpus(tiny_bf16_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_bf16_artifacts)
+    with pytest.raises(BackendError, match="does not compute on a CPU"):
+        OrtBackend(tiny_bf16_artifacts, manifest, 1)
+    backend = OrtBackend(
+        tiny_bf16_artifacts, manifest, 1, device=CUDA_1, onnxruntime=FakeOnnxruntime()
+    )
+    ref = next(iter(graph_weights(tiny_bf16_artifacts, GRAPH_FILES["first_step"]).values()))
+    assert backend._place(ref).data_type() == "tensor(bfloat16)"
+
+
+# --- the graphs ---
+
+BFLOAT16_KERNELS = {
+    *("Add", "Attention", "Cast", "CastLike", "Concat", "Conv", "Cos", "Div", "Expand", "Flatten"),
+    *("Gather", "Gemm", "GroupNormalization", "Identity", "LayerNormalization", "MatMul", "Max"),
+    *("Min", "Mul", "Pad", "RMSNormalization", "ReduceMean", "Reshape", "RotaryEmbedding"),
+    *("Shape", "Sigmoid", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
+    "Where",
+}
+"""What the CUDA provider of onnxruntime-gpu 1.31.1 took of our graphs in bfloat16."""
+
+
+@pytest.mark.parametrize("graph", GRAPH_FILES)
+def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(
+    graph: str, tiny_bf16_artifacts: Path
+) -> None:
+    """Regression: ReduceMax and Resize in bfloat16 kept two graphs from loading."""
+    path = tiny_bf16_artifacts / GRAPH_FILES[graph]
+    model = onnx.load(path, load_external_data=False)  # noqa: TID251 - the graph alone
+    model = onnx.shape_inference.infer_shapes(model)
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    found = {
+        node.op_type
+        for node in model.graph.node
+        if any(types.get(name) == onnx.TensorProto.BFLOAT16 for name in node.input)
+    }
+    assert len(found) > 5
+    assert found <= BFLOAT16_KERNELS
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def gpu() -> OrtDevice:
+    if CUDA not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    from klein_kv.runtime.backends.ort.device import open_device
+
+    try:
+        open_device(onnxruntime, cuda_device())
+    except BackendError as error:
+        pytest.skip(str(error))
+    return cuda_device()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpu_makes_the_cpus_image(
+    precision: str,
+    gpu: OrtDevice,
+    tiny_artifacts: Path,
+    tiny_bf16_artifacts: Path,
+    tiny_ours: KleinKVPipeline,
+    picture: Picture,
+) -> None:
+    folder = tiny_artifacts if precision == "float32" else tiny_bf16_artifacts
+    pipe = KleinKVPipeline.from_pretrained(folder, backend="onnxruntime", device="cuda:0")
+    pipe.set_progress_bar_config(disable=True)
+    image = picture(128, 96)
+    request: dict[str, Any] = {"height": 128, "width": 160, "seed": 3, "output_type": "np"}
+    ours = pipe("a kite", image=image, **request).images
+    expected = tiny_ours("a kite", image=image, **request).images
+    tolerance = 1e-3 if precision == "float32" else 0.15
+    np.testing.assert_allclose(ours, expected, atol=tolerance)
+    again = pipe("a kite", image=image, **request).images
+    np.testing.assert_allclose(again, ours, atol=tolerance)

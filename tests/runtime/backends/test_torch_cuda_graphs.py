@@ -1,0 +1,188 @@
+"""Replayed steps: what is copied, captured and kept. Capture itself needs a GPU; a stand-in runs
+the captured work again at every replay, into the tensors that it wrote first."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from klein_kv.runtime.backends.pytorch import cuda_graphs as torch_cuda_graphs
+from klein_kv.runtime.backends.pytorch.cuda_graphs import StepGraphs
+
+Tensors = dict[str, torch.Tensor]
+KV = ["k_ref.0", "v_ref.0"]
+
+
+class Recorder:
+    """A step, and what captures it; counts everything."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.captures = 0
+        self.replays = 0
+        self.contiguous = True
+        self.read: list[dict[str, int]] = []
+
+    def step(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        self.runs += 1
+        self.read.append({name: x.data_ptr() for name, x in inputs.items() if x.numel()})
+        self.contiguous &= all(x.is_contiguous() for x in inputs.values())
+        seen = sum(inputs[name].sum() for name in KV if name in inputs)
+        latents = inputs["latents"] * inputs["timestep"] + seen
+        return {"noise_pred": latents - 1, "latents": latents}
+
+    def capture(self, work: Callable[[], Tensors]) -> tuple[Any, Tensors]:
+        self.captures += 1
+        outputs = work()
+        recorder = self
+
+        class Captured:
+            def replay(self) -> None:
+                recorder.replays += 1
+                for name, value in work().items():
+                    outputs[name].copy_(value)
+
+        for value in outputs.values():
+            value.fill_(float("nan"))  # capturing computes nothing
+        return Captured(), outputs
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def graphs(recorder: Recorder) -> StepGraphs:
+    return StepGraphs(recorder.step, KV, recorder.capture)
+
+
+def references(tokens: int, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(1, tokens, 2, 3, generator=generator) for name in KV}
+
+
+def inputs(kv: Tensors, i: int = 0, tokens: int = 4) -> Tensors:
+    generator = torch.Generator().manual_seed(100 + i)
+    latents = torch.randn(1, tokens, 5, generator=generator)
+    return {"latents": latents, "timestep": torch.tensor([1.0 + i])} | kv
+
+
+def check(graphs: StepGraphs, x: Tensors) -> Tensors:
+    outputs = graphs(x)
+    expected = Recorder().step(x)
+    assert outputs.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs[name], value)
+    return outputs
+
+
+def test_first_run_is_eager_then_one_capture_and_replays(
+    graphs: StepGraphs, recorder: Recorder
+) -> None:
+    kv = references(6)
+    outputs = [check(graphs, inputs(kv, i)) for i in range(4)]
+    assert (recorder.captures, recorder.replays) == (1, 3)
+    assert len({tuple(sorted(read.items())) for read in recorder.read}) == 1, "fixed addresses"
+    pointers = [x.data_ptr() for out in outputs for x in out.values()]
+    assert len(set(pointers)) == len(pointers), "outputs are the caller's own"
+
+
+def test_inputs_stay_the_callers(graphs: StepGraphs) -> None:
+    kv = references(6)
+    for i in range(3):
+        x = inputs(kv, i)
+        before = {name: value.clone() for name, value in x.items()}
+        graphs(x)
+        assert all(torch.equal(x[name], before[name]) for name in x)
+
+
+def test_keys_and_values_are_copied_once_per_request(
+    graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a request, and a later request on the same set, copy none of it."""
+    copied: list[int] = []
+    copy = torch.Tensor.copy_
+
+    def spy(target: torch.Tensor, source: torch.Tensor, *args: Any, **options: Any) -> Any:
+        copied.append(source.numel())
+        return copy(target, source, *args, **options)
+
+    one, two = references(1000), references(1000, seed=1)
+    size = one["k_ref.0"].numel()
+    for kv, expected in ((one, 2), (one, 0), (two, 2), (one, 2)):
+        copied.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", spy)
+            results = [graphs(inputs(kv, i)) for i in range(4)]
+        assert sum(count == size for count in copied) == expected
+        for i, result in enumerate(results):
+            wanted = Recorder().step(inputs(kv, i))["latents"]
+            torch.testing.assert_close(result["latents"], wanted)
+
+
+def test_a_set_at_a_former_ones_address_is_copied(graphs: StepGraphs) -> None:
+    """Freed keys and values are forgotten: the allocator gives their memory to the next set."""
+    for seed in range(5):
+        for i in range(2):
+            check(graphs, inputs(references(50, seed), i))
+
+
+def test_larger_sets_move_the_place_and_smaller_ones_share_it(
+    graphs: StepGraphs, recorder: Recorder
+) -> None:
+    for tokens, captures in ((4, 1), (9, 2), (4, 3), (9, 3), (0, 4), (9, 4)):
+        kv = references(tokens)
+        for i in range(2):
+            check(graphs, inputs(kv, i))
+        assert recorder.captures == captures, tokens
+    places = [read["k_ref.0"] for read in recorder.read if "k_ref.0" in read]
+    assert len(set(places[3:])) == 1
+    assert places[0] != places[3]
+
+
+def test_shapes_are_captured_apart_and_the_longest_unused_goes(
+    graphs: StepGraphs, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_cuda_graphs, "_MOST_SHAPES", 2)
+    kv = references(3)
+    for tokens in (4, 5, 4, 6, 4):  # 6 takes the place of 5
+        for i in range(2):
+            check(graphs, inputs(kv, i, tokens))
+    assert recorder.captures == 3
+    for i in range(2):
+        check(graphs, inputs(kv, i, 5))
+    assert recorder.captures == 4
+
+
+def test_without_keys_and_values(recorder: Recorder) -> None:
+    """`plain_step` has none."""
+    graphs = StepGraphs(recorder.step, [], recorder.capture)
+    for i in range(3):
+        check(graphs, inputs({}, i))
+    assert recorder.captures == 1
+
+
+def test_inputs_that_are_not_contiguous(graphs: StepGraphs, recorder: Recorder) -> None:
+    kv = references(6)
+    for i in range(3):
+        x = inputs(kv, i)
+        x["latents"] = x["latents"].transpose(1, 2).contiguous().transpose(1, 2)
+        check(graphs, x)
+    assert recorder.contiguous
+
+
+def test_failed_capture_is_tried_again(graphs: StepGraphs, recorder: Recorder) -> None:
+    kv, capture = references(6), graphs._capture
+
+    def fail(_work: Callable[[], Tensors]) -> Any:
+        raise RuntimeError("capture failed")
+
+    check(graphs, inputs(kv))
+    graphs._capture = fail
+    with pytest.raises(RuntimeError, match="capture failed"):
+        graphs(inputs(kv, 1))
+    graphs._capture = capture
+    check(graphs, inputs(kv, 1))
+    assert recorder.captures == 1

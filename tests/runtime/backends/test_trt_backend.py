@@ -1,0 +1,502 @@
+"""The TensorRT executor, on stand-ins for CUDA and TensorRT that compute on the host.
+
+What runs for real: allocation, uploads, bindings, shapes, the loop over engines, and that keys and
+values are handed on without a copy. What does not: TensorRT itself. No GPU is needed or used.
+"""
+
+import gc
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from klein_kv.artifacts.engine_manifest import EngineManifest, EngineRecord
+from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.signature import GRAPH_FILES, kv_names, make_signature
+from klein_kv.errors import ArtifactError, BackendError, BuildError, CapacityError, RequestError
+from klein_kv.runtime.backends.backend import open_backend
+from klein_kv.runtime.backends.ort import device as ort_device
+from klein_kv.runtime.backends.trt import backend as trt_backend
+from klein_kv.runtime.backends.trt import cuda as trt_cuda
+from klein_kv.runtime.backends.trt import engine, memory, pinned, staging, virtual
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from klein_kv.runtime.backends.trt.memory import CudaMemory
+from klein_kv.runtime.pipeline import KleinKVPipeline
+from tests.runtime.backends import fake_trt
+from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_engines import make_engines
+from tests.runtime.backends.fake_trt import FakeTrt
+
+
+@pytest.fixture
+def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
+    """A folder of "engines" of the tiny artifacts."""
+    return make_engines(tiny_artifacts, tmp_path)
+
+
+@pytest.fixture
+def backend(tiny_artifacts: Path, engines: Path) -> TrtBackend:
+    return open_on(FakeCuda(), tiny_artifacts, engines)
+
+
+def open_on(cuda: FakeCuda, artifacts: Path, engines: Path, **options) -> TrtBackend:
+    """A backend on the stand-ins; `backend._trt` and `cuda_of(backend)` are they."""
+    trt = FakeTrt(artifacts, cuda, **options)
+    manifest = Manifest.load(artifacts)
+    return TrtBackend(artifacts, manifest, engines=engines, cuda=cuda.cuda, trt=trt)
+
+
+def cuda_of(backend: TrtBackend) -> FakeCuda:
+    return backend._trt.cuda
+
+
+def pictures(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (128 + 16 * i, 144, 3), dtype=np.uint8))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_loop_over_engines_equals_onnxruntime(tiny_artifacts, backend, count):
+    expected = KleinKVPipeline.from_pretrained(tiny_artifacts, backend="onnxruntime", threads=1)
+    ours = KleinKVPipeline(tiny_artifacts, Manifest.load(tiny_artifacts), backend)
+    request = {
+        "prompt": "a kite",
+        "image": pictures(count) or None,
+        "height": 128,
+        "width": 160,
+        "seed": 3,
+        "output_type": "np",
+    }
+    for pipe in (expected, ours):
+        pipe.set_progress_bar_config(disable=True)
+    first, again = ours(**request).images, ours(**request).images
+    np.testing.assert_allclose(first, expected(**request).images, atol=1e-5)
+    np.testing.assert_array_equal(first, again)
+
+
+def step_inputs(backend: TrtBackend, manifest: Manifest, refs: int) -> dict:
+    sizes = {"batch": 1, "image_tokens": 20, "text_tokens": 8, "ref_tokens": refs}
+    rng = np.random.default_rng(1)
+    inputs = {}
+    for spec in make_signature("first_step", manifest.config, manifest.dtype).inputs:
+        shape = spec.concrete(sizes)
+        value = (
+            rng.integers(0, 20, shape)
+            if spec.dtype == "int64"
+            else rng.standard_normal(shape).astype(np.float32)
+        )
+        inputs[spec.name] = backend.upload(value)
+    return inputs
+
+
+def test_keys_and_values_are_handed_on_without_a_copy(tiny_artifacts, backend):
+    manifest = Manifest.load(tiny_artifacts)
+    cuda, trt = cuda_of(backend), backend._trt
+    inputs = step_inputs(backend, manifest, 24)
+    first = backend.run("first_step", inputs)
+    names = kv_names(manifest.config.transformer.num_blocks)
+    feeds = {name: inputs[name] for name in inputs if not name.startswith("ref_")}
+    feeds |= {name: first[name] for name in names}
+    out = backend.run("cached_step", feeds)
+    contexts = [trt.engines[graph].contexts[0] for graph in ("first_step", "cached_step")]
+    addresses = [[context.addresses[n] for n in names] for context in contexts]
+    assert addresses[0] == addresses[1], "both find them at the same place"
+
+    feeds["hidden_states"] = out["latents"]
+    copies, used = len(cuda.copies), cuda.used
+    for _ in range(4):
+        backend.run("cached_step", feeds)
+    # The latents of the step before, every time, and nothing else.
+    assert cuda.copies[copies:] == [(3, out["latents"].nbytes)] * 4
+    assert cuda.used == used
+
+
+def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend):
+    manifest = Manifest.load(tiny_artifacts)
+    inputs = step_inputs(backend, manifest, 24)
+    backend.run("first_step", inputs)
+    used, uploads = cuda_of(backend).used, len(backend._weights)
+    references = {name: inputs[name] for name in inputs if name.startswith("ref_")}
+    backend.run("encode_references", references)
+    assert len(backend._weights) == uploads
+    contexts = [backend._trt.engines[g].contexts[0] for g in ("first_step", "encode_references")]
+    shared = set(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]))
+    assert shared
+    for name in shared:
+        assert contexts[0].addresses[name] == contexts[1].addresses[name]
+    kv = manifest.config.transformer.kv_bytes(24, "float32")
+    assert cuda_of(backend).used <= used + kv + 3 * cuda_of(backend).granularity
+
+
+def test_release_and_close_free_device_memory(tiny_artifacts, backend):
+    cuda = cuda_of(backend)
+    ids = np.ones((1, 8), np.int64)
+    feeds = {name: backend.upload(ids) for name in ("input_ids", "attention_mask")}
+    out = backend.run("text_encoder", feeds)
+    weights = sum(
+        r.nbytes for r in graph_weights(tiny_artifacts, GRAPH_FILES["text_encoder"]).values()
+    )
+    before = cuda.used
+    assert before >= weights
+    backend.release("text_encoder")
+    assert cuda.used <= before - weights
+    backend.close()  # even what somebody still holds
+    assert (cuda.used, cuda.events, len(cuda.pinned), len(cuda.reserved)) == (0, 0, 0, 0)
+    assert not cuda.streams
+    del out, feeds
+    backend.close()
+    with pytest.raises(BackendError, match="the tensorrt backend is closed"):
+        backend.upload(ids)
+    with pytest.raises(BackendError, match="the tensorrt backend is closed"):
+        backend.run("text_encoder", {})
+
+
+def test_idle_blocks_wait_in_the_pool():
+    memory = CudaMemory(FakeCuda(capacity=10_000).cuda, staging_bytes=1024)
+    held = memory.allocate((1000,), "uint8")  # 1,024 bytes
+    gone = memory.allocate((2000,), "uint8")  # 2,048 bytes
+    assert (memory.free, memory.idle) == (10_000 - 1024 - 2048, 0)
+    pointer = gone.pointer
+    del gone
+    assert (memory.free, memory.idle) == (10_000 - 1024 - 2048, 2048)
+    assert memory.allocate((2000,), "uint8").pointer == pointer
+    memory.allocate((8 * 1024,), "uint8")  # does not fit beside what is idle
+    assert held.nbytes == 1000
+
+
+def test_out_of_device_memory_is_one_clear_error(tiny_artifacts, engines):
+    backend = open_on(FakeCuda(capacity=200_000), tiny_artifacts, engines)
+    ids = backend.upload(np.ones((1, 8), np.int64))
+    with pytest.raises(CapacityError, match="out of GPU memory"):
+        backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
+
+
+def test_shapes_outside_the_profile_are_refused(tiny_artifacts, backend):
+    ids = backend.upload(np.ones((1, 8, 2), np.int64))
+    with pytest.raises(RequestError, match="no profile of this engine"):
+        backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
+
+
+REFUSALS = {
+    "deserialize_cuda_engine": (BuildError, "fake_trt refuses encode_references of .*: {}.*build"),
+    "create_execution_context": (BackendError, "encode_references: .* no execution context: {}"),
+    "set_tensor_address": (BackendError, "encode_references: .* refuses an address for .*: {}"),
+    "set_input_shape": (
+        BackendError,
+        r"encode_references: .* refuses shape \(1, 24, .*\) for .*: {}",
+    ),
+    "execute_async_v3": (BackendError, "encode_references: TensorRT could not run the engine: {}"),
+}
+
+
+@pytest.mark.parametrize("call", REFUSALS)
+def test_what_tensorrt_refuses_is_told_in_its_own_words(tiny_artifacts, backend, call):
+    kind, message = REFUSALS[call]
+    inputs = step_inputs(backend, Manifest.load(tiny_artifacts), 24)
+    feeds = {name: inputs[name] for name in inputs if name.startswith("ref_")}
+    used = cuda_of(backend).used
+    # The first says why, the others only that something failed; nobody reads a page of it.
+    words = ["Error Code 2: the planted cause", "Error Code 4: it failed " + 1000 * "x"]
+    backend._trt.refused[call] = [*words, "the last of them"]
+    with pytest.raises(kind, match=message.format(re.escape(words[0]) + r" \| ")) as caught:
+        backend.run("encode_references", feeds)
+    assert len(str(caught.value)) < 1000
+    assert "the last" not in str(caught.value)
+
+    backend._trt.refused[call] = []
+    with pytest.raises(kind, match=message.format("it gave no reason")):
+        backend.run("encode_references", feeds)  # what it said the last time is no reason now
+
+    backend._trt.refused.clear()
+    assert np.isfinite(backend.download(backend.run("encode_references", feeds)["v_ref.2"])).all()
+    if call == "create_execution_context":  # after the weights were uploaded
+        backend.release("encode_references")
+        del caught
+        gc.collect()  # what the errors' frames hold
+        backend._memory.trim()
+        backend._kv.trim()
+        backend._scratch.shrink()
+        assert cuda_of(backend).used <= used, "a refused load kept weights"
+
+
+def test_a_refused_profile_is_told_in_tensorrts_words(tiny_artifacts, backend):
+    def feeds(tokens):
+        inputs = step_inputs(backend, Manifest.load(tiny_artifacts), tokens)
+        return {name: inputs[name] for name in inputs if name.startswith("ref_")}
+
+    backend.run("encode_references", feeds(24))
+    backend._trt.refused["set_optimization_profile_async"] = ["profile 0 is in use"]
+    with pytest.raises(BackendError, match="refuses profile 0: profile 0 is in use"):
+        backend.run("encode_references", feeds(25))  # a context beside the first has none yet
+
+
+def test_a_runtime_that_does_not_start_is_one_clear_error(tiny_artifacts, engines, monkeypatch):
+    """What the bindings raise where the constructor gives nothing is a TypeError of pybind11."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(FakeTrt, "Runtime", refuse_to_start)
+    with pytest.raises(BackendError, match=r"fake_trt cannot start \(pybind11::init"):
+        open_on(cuda, tiny_artifacts, engines)
+    assert (cuda.used, len(cuda.pinned), len(cuda.streams)) == (0, 0, 0)
+
+
+def refuse_to_start(*_):
+    raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+def test_a_tampered_engine_is_not_deserialised(tiny_artifacts, engines):
+    (engines / "text_encoder.engine").write_bytes(b"vae_encoder!")
+    backend = open_on(FakeCuda(), tiny_artifacts, engines)
+    ids = backend.upload(np.ones((1, 8), np.int64))
+    with pytest.raises(ArtifactError, match="not the engine"):
+        backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
+    assert not backend._trt.engines
+    assert not backend._weights
+
+
+def test_engines_of_another_version_gpu_or_export_are_refused(tiny_artifacts, engines):
+    loaded = EngineManifest.load(engines)
+
+    def open_with(**changes: object) -> None:
+        values = {name: getattr(loaded, name) for name in EngineManifest.__slots__} | changes
+        EngineManifest(**values).save(engines)
+        open_on(FakeCuda(), tiny_artifacts, engines)
+
+    with pytest.raises(BuildError, match=r"9\.9"):
+        open_with(version="9.9")
+    with pytest.raises(BuildError, match=r"compute capability 8\.9"):
+        open_with(sm=89)
+    values = {name: getattr(loaded.record("vae_decoder"), name) for name in EngineRecord.__slots__}
+    other = EngineRecord(**(values | {"onnx_digest": "sha256:0"}))
+    with pytest.raises(ArtifactError, match="another export"):
+        open_with(engines=loaded.engines | {"vae_decoder": other})
+
+
+def test_without_engines_or_gpu_the_error_says_what_to_do(tiny_artifacts):
+    manifest = Manifest.load(tiny_artifacts)
+    with pytest.raises(ArtifactError, match="klein-kv build"):
+        open_backend("tensorrt", tiny_artifacts, manifest, None, None)
+    with pytest.raises(BackendError, match="expected 'cuda'"):
+        open_backend("tensorrt", tiny_artifacts, manifest, "cpu", None)
+    with pytest.raises(BackendError, match="tpu"):
+        open_backend("auto", tiny_artifacts, manifest, "tpu", None)
+
+
+def test_no_gpu_is_told_in_one_line():
+    pytest.importorskip("cuda.bindings.runtime")
+    from cuda.bindings import runtime
+
+    if int(runtime.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendError, match="no usable NVIDIA GPU"):
+        trt_cuda.load_cuda()
+
+
+def test_every_cuda_name_exists_with_these_arguments():
+    """In the installed bindings, with as many arguments as the stand-in takes."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    from cuda.bindings import driver
+
+    modules = (trt_backend, trt_cuda, engine, memory, pinned, staging, virtual, ort_device)
+    source = "".join(inspect.getsource(module) for module in modules)
+    calls = set(re.findall(r'call(?:_for_memory)?\(\s*"(\w+)"', source)) | {"cudaGetDeviceCount"}
+    assert {"cudaGetDevice", "cuMemMap", "cuMemCreate", "cudaStreamWaitEvent"} <= calls
+    assert len(calls) > 20
+    for name in calls:
+        library = runtime if name.startswith("cuda") else driver
+        documented = (getattr(library, name).__doc__ or "").split("(", 1)[1].split(")")[0]
+        ours = getattr(FakeCuda, name, None)
+        if ours is not None:
+            taken = len(inspect.signature(ours).parameters) - 1
+            assert taken == len([p for p in documented.split(",") if ":" in p or p.strip()]), name
+    for name in ("cudaStreamNonBlocking", "cudaError_t", "cudaMemcpyKind", "cudaDeviceAttr"):
+        assert hasattr(runtime, name)
+    assert int(runtime.cudaError_t.cudaErrorMemoryAllocation) == trt_cuda._OUT_OF_MEMORY
+    assert int(driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == trt_cuda._OUT_OF_MEMORY
+    assert int(runtime.cudaEventDisableTiming) == memory._NO_TIMING == staging._NO_TIMING
+    for kind in ("HostToDevice", "DeviceToHost", "DeviceToDevice"):
+        assert hasattr(runtime.cudaMemcpyKind, f"cudaMemcpy{kind}")
+    for part in ("Major", "Minor"):
+        assert hasattr(runtime.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}")
+
+
+def test_virtual_memory_is_asked_for_as_the_bindings_want_it(monkeypatch):
+    """The structures and enumerations are the bindings' own; only the calls are the stand-in's."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    cuda = FakeCuda()
+    for name in (
+        "CUdevice_attribute",
+        "CUmemLocationType",
+        "CUmemAllocationType",
+        "CUmemAccess_flags",
+        "CUmemAllocationGranularity_flags",
+        "CUmemLocation",
+        "CUmemAllocationProp",
+        "CUmemAccessDesc",
+    ):
+        monkeypatch.setattr(cuda, name, getattr(driver, name))
+    monkeypatch.setattr(cuda, "cuDeviceGetAttribute", lambda attribute, device: (0, int(attribute)))
+    own = virtual.VirtualMemory(CudaMemory(cuda.cuda, 0))
+    pointer, handle = own.reserve(8192), own.create(8192)
+    own.map(pointer, 8192, handle)
+    own.unmap(pointer, 8192)
+    own.release(handle)
+
+
+def test_every_tensorrt_name_exists():
+    trt = pytest.importorskip("tensorrt_rtx")
+    source = inspect.getsource(trt_backend) + inspect.getsource(engine)
+    source = source.replace("self._config.", "")  # the model's
+    for owner, pattern in (
+        (trt.IExecutionContext, r"context\.(\w+)"),
+        (trt.ICudaEngine, r"(?:self\._)?engine\.(create_\w+|get_device_memory\w+)\("),
+        (trt.IRuntimeConfig, r"\bconfig\.(\w+)"),
+        (trt.IRuntimeCache, r"self\._cache\.(\w+)\("),
+        (trt.Runtime, r"(?:self\._)?runtime\.(\w+)(?:\(| =)"),
+        (trt, r"\btrt\.([A-Z]\w+)"),
+    ):
+        names = set(re.findall(pattern, source)) - {"__name__"}
+        assert names, owner
+        missing = [name for name in names if not hasattr(owner, name)]
+        assert not missing, f"{owner} has no {missing}"
+    assert hasattr(trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
+    assert hasattr(trt.DynamicShapesKernelSpecializationStrategy, "EAGER")
+    assert hasattr(trt.Logger, "WARNING")
+    assert hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION")
+
+
+def test_tensorrt_takes_our_error_recorder():
+    """The real one: what it says goes to the recorder, in its own words."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    errors = engine.Errors()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    runtime.error_recorder = engine.make_errors(trt, errors)
+    assert runtime.deserialize_cuda_engine(300 * b"x") is None
+    assert "Serialization" in errors.reason
+    errors.begin()
+    assert errors.reason == "it gave no reason"
+
+
+def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts, backend):
+    """Regression: a kept set was downloaded to learn its size, gigabytes for klein 9B."""
+    pipe = KleinKVPipeline(
+        tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=1 << 30
+    )
+    cuda = cuda_of(backend)
+    kept = pipe.encode_references(pictures(2))
+    to_host = [nbytes for kind, nbytes in cuda.copies if kind == 2]
+    assert kept.nbytes == sum(buffer.nbytes for buffer in kept.kv.values())
+    assert not to_host
+
+
+def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend):
+    pipe = KleinKVPipeline(
+        tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=0
+    )
+    pipe.set_progress_bar_config(disable=True)
+    cuda, waits = cuda_of(backend), []
+    request = {"height": 128, "width": 128, "seed": 0, "num_inference_steps": 4}
+    pipe("a kite", image=pictures(1), **request)
+
+    def count(*_: object) -> dict:
+        waits.append(cuda.waits)
+        return {}
+
+    # No tensors for the callback: it would have to download them.
+    pipe("a kite", image=pictures(1), callback_on_step_end=count,
+         callback_on_step_end_tensor_inputs=(), **request)  # fmt: skip
+    assert len(set(waits)) == 1, "a step waited for the device"
+    timings = pipe.timings
+    assert len(timings.cached_steps) == 3
+    assert timings.first_step > 0
+    assert 0 < timings.stages + sum(timings.step_gaps) <= timings.total
+    assert cuda.events == 0, "events are freed"
+
+
+# --- shapes, scratch and addresses, as TensorRT wants them ---
+
+
+def reference_feeds(backend: TrtBackend, artifacts: Path, tokens: int) -> dict:
+    inputs = step_inputs(backend, Manifest.load(artifacts), tokens)
+    return {name: inputs[name] for name in inputs if name.startswith("ref_")}
+
+
+def test_shapes_that_tensorrt_cannot_tell_are_refused(tiny_artifacts, backend, monkeypatch):
+    """Regression: an axis of -1 went into the size of a buffer."""
+    monkeypatch.setattr(fake_trt.FakeContext, "infer_shapes", lambda self: ["ref_ids"])
+    with pytest.raises(BackendError, match="cannot tell the shapes of ref_ids"):
+        backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+
+
+def test_outputs_of_another_shape_than_the_signatures_are_refused(
+    tiny_artifacts, backend, monkeypatch
+):
+    monkeypatch.setattr(fake_trt.FakeContext, "get_tensor_shape", lambda self, name: (1, 2))
+    with pytest.raises(BackendError, match=r"gives k_ref.0 the shape \(1, 2\), expected \(1, 24"):
+        backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+
+
+def test_inputs_that_do_not_fit_each_other_are_refused(tiny_artifacts, backend):
+    feeds = reference_feeds(backend, tiny_artifacts, 24)
+    feeds["ref_ids"] = reference_feeds(backend, tiny_artifacts, 25)["ref_ids"]
+    with pytest.raises(RequestError, match=r"ref_ids has shape \(25, 4\), expected \(24, 4\)"):
+        backend.run("encode_references", feeds)
+
+
+def test_scratch_is_what_the_shape_needs(tiny_artifacts, engines):
+    """Regression: every run was lent what the largest shape of the engine needs."""
+    backend = open_on(
+        FakeCuda(),
+        tiny_artifacts,
+        make_engines(tiny_artifacts, engines, scratch={"encode_references": 1 << 30}),
+        scratch=lambda graph, shapes: 1000 * shapes["ref_ids"][0],
+    )
+    shapes = {"ref_hidden_states": (1, 24, 128), "ref_ids": (24, 4)}
+    assert backend.scratch_bytes("encode_references", shapes) == 1 << 30  # it has not run yet
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+    assert backend.scratch_bytes("encode_references", shapes) == 24_000
+    assert backend._scratch.nbytes == 24_576
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 96))
+    assert backend._scratch.nbytes == 98_304
+
+
+def test_the_stand_in_refuses_what_tensorrt_refuses(tiny_artifacts, backend):
+    backend.run("encode_references", reference_feeds(backend, tiny_artifacts, 24))
+    trt, engine_ = backend._trt, backend._trt.engines["encode_references"]
+    config = engine_.create_runtime_config()
+    config.set_execution_context_allocation_strategy(
+        trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    )
+    fresh = engine_.create_execution_context(config)
+    stream = backend._memory.stream
+    assert not fresh.set_input_shape("ref_ids", (24, 4)), "it has no profile yet"
+    assert fresh.set_optimization_profile_async(0, stream)
+    assert not fresh.set_input_shape("ref_ids", (1 << 21, 4)), "outside of the profile"
+    assert fresh.get_tensor_shape("k_ref.0") == (1, -1, 2, 32)
+    assert not fresh.set_tensor_address("ref_ids", 257), "not aligned"
+    with pytest.raises(AssertionError, match="aligned"):
+        fresh.set_device_memory(257, 1000)
+    with pytest.raises(AssertionError, match="no address or shape"):
+        fresh.execute_async_v3(stream)
+    (loaded,) = backend._loaded["encode_references"].values()
+    used = next(iter(loaded._executions.values())).context
+    used.set_device_memory(backend._scratch.pointer, 256)
+    with pytest.raises(AssertionError, match="too little device memory"):
+        used.execute_async_v3(stream)
+    backend._scratch.shrink()
+    used.set_device_memory(backend._scratch.pointer, 1 << 20)
+    with pytest.raises(AssertionError, match="not device memory"):
+        used.execute_async_v3(stream)
+    trt.cuda.devices = 2
+    trt.cuda.cudaSetDevice(1)
+    with pytest.raises(AssertionError, match="run on device 1, loaded on 0"):
+        used.execute_async_v3(stream)
+    trt.cuda.cudaSetDevice(0)
+    backend.close()
+    with pytest.raises((AssertionError, KeyError)):
+        used.execute_async_v3(stream)

@@ -1,0 +1,163 @@
+"""Noise against torch and diffusers' randn_tensor."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klein_kv.errors import RequestError
+from klein_kv.runtime.inputs.noise import initial_noise, random_seed
+
+# Measured: 4.8e-7 (one bit in [4, 8)), between numpy's and torch's logarithm, sine and cosine;
+# 2.7e-6 where torch has no vector kernel and rounds the angle otherwise. In float16 and bfloat16
+# the difference may fall across a rounding boundary: one bit, relatively.
+TOLERANCE = 1e-6 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 4e-6
+ONE_BIT = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+SHAPE = (1, 128, 16, 16)
+SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 42, 2**63 - 1]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(shape: tuple[int, ...], seed: int, dtype: str = "float32") -> Any:
+    noise = randn_tensor(shape, generator=generator(seed), dtype=getattr(torch, dtype))
+    return noise.float().numpy()
+
+
+def assert_near(ours: Any, theirs: Any, dtype: str) -> None:
+    ours = np.asarray(ours, dtype=np.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=ONE_BIT[dtype], atol=TOLERANCE)
+    if dtype != "float32" and ours.size > 10_000:
+        assert (ours != theirs).mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seed_gives_torch_noise(seed: int, dtype: str) -> None:
+    assert_near(initial_noise(SHAPE, seed=seed, dtype=dtype), drawn(SHAPE, seed, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 300), seed=st.integers(0, 2**63 - 1))
+def test_every_length(dtype: str, count: int, seed: int) -> None:
+    """Under 16 values torch draws otherwise, and the last row of 16 may overlap the one before."""
+    assert_near(
+        initial_noise((count,), seed=seed, dtype=dtype), drawn((count,), seed, dtype), dtype
+    )
+
+
+def test_a_batch_is_one_draw() -> None:
+    noise = initial_noise((3, 4, 5, 7), seed=5)
+    assert_near(noise, drawn((3, 4, 5, 7), 5), "float32")
+
+
+def test_result_types() -> None:
+    for dtype, expected in [
+        ("float32", np.float32),
+        ("float16", np.float16),
+        ("bfloat16", np.float32),
+    ]:
+        for source in ({"seed": 1}, {"generator": generator(1)}):
+            noise = initial_noise(SHAPE, dtype=dtype, **source)
+            assert noise.dtype == expected
+            assert noise.shape == SHAPE
+            if dtype == "bfloat16":
+                assert not (noise.view(np.uint32) & 0xFFFF).any()
+
+
+def test_seed_noise_is_standard_normal() -> None:
+    noise = initial_noise((1, 128, 64, 64), seed=3).astype(np.float64)
+    assert abs(noise.mean()) < 0.005
+    assert abs(noise.std() - 1) < 0.005
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("how", ["one", "list of one", "list", "tuple"])
+def test_generator_gives_exactly_diffusers_noise(dtype: str, how: str) -> None:
+    shape = (3, 4, 6, 6)
+    make: Any = {
+        "one": lambda: generator(7),
+        "list of one": lambda: [generator(7)],
+        "list": lambda: [generator(s) for s in (7, 8, 9)],
+        "tuple": lambda: tuple(generator(s) for s in (7, 8, 9)),
+    }[how]
+    theirs = make()
+    expected = randn_tensor(
+        shape,
+        generator=list(theirs) if isinstance(theirs, tuple) else theirs,
+        dtype=getattr(torch, dtype),
+    )
+    noise = initial_noise(shape, generator=make(), dtype=dtype)
+    np.testing.assert_array_equal(noise.astype(np.float32), expected.float().numpy())
+
+
+def test_generator_advances() -> None:
+    ours, theirs = generator(1), generator(1)
+    for _ in range(2):
+        expected = randn_tensor(SHAPE, generator=theirs).numpy()
+        np.testing.assert_array_equal(initial_noise(SHAPE, generator=ours), expected)
+
+
+def test_without_a_seed_every_call_differs() -> None:
+    assert not np.array_equal(initial_noise(SHAPE), initial_noise(SHAPE))
+    assert 0 <= random_seed() < 2**32
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True, None])
+def test_bad_seed(seed: Any) -> None:
+    if seed is None:
+        with pytest.raises(RequestError, match="both"):
+            initial_noise(SHAPE, seed=1, generator=generator(1))
+    else:
+        with pytest.raises(RequestError, match=r"seed is .* 2\*\*63 - 1"):
+            initial_noise(SHAPE, seed=seed)
+
+
+def test_numpy_integers_are_seeds() -> None:
+    seed, expected = np.int64(9), initial_noise(SHAPE, seed=9)
+    np.testing.assert_array_equal(initial_noise(SHAPE, seed=seed), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [5, [], [5], "cpu"])
+def test_bad_generator(bad: Any) -> None:
+    with pytest.raises(RequestError, match=r"torch\.Generator"):
+        initial_noise(SHAPE, generator=bad)
+
+
+def test_wrong_number_of_generators() -> None:
+    with pytest.raises(RequestError, match="2 generators for a batch of 3"):
+        initial_noise((3, 4), generator=[generator(0), generator(1)])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, -2), (1, 2.5), 7])
+def test_bad_shape(shape: Any) -> None:
+    with pytest.raises(RequestError, match="noise shape"):
+        initial_noise(shape, seed=1)
+
+
+def test_bad_dtype() -> None:
+    with pytest.raises(RequestError, match="float64"):
+        initial_noise(SHAPE, seed=1, dtype="float64")
+
+
+def test_seeds_and_the_other_light_modules_need_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from klein_kv.runtime.inputs import noise, prompts\n"
+        "from klein_kv.artifacts import pixels\n"
+        "from klein_kv.runtime.outputs import metadata\n"
+        "noise.initial_noise((1, 128, 4, 4), seed=1)\n"
+        "heavy = {'torch', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,200 @@
+"""What an image file says about itself, and that it is written whole or not at all."""
+
+import errno
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, PngImagePlugin
+
+from klein_kv import __version__
+from klein_kv.errors import CapacityError, RequestError
+from klein_kv.runtime.outputs.metadata import ImageParameters, png_info, read_metadata, save_png
+
+PARAMETERS = ImageParameters(
+    prompt="a red kite over the sea",
+    steps=4,
+    width=512,
+    height=256,
+    references=2,
+    model="FLUX.2-klein-9b-kv",
+    model_digest="sha256:0123456789abcdef",
+    seed=2**63 - 1,
+)
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+
+
+def text_of(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        image.load()
+        assert isinstance(image, PngImagePlugin.PngImageFile)
+        return dict(image.text)
+
+
+def test_parameters_text() -> None:
+    assert PARAMETERS.text == (
+        "a red kite over the sea\n"
+        "Steps: 4, Sampler: Euler, Seed: 9223372036854775807, Size: 512x256, "
+        "Model: FLUX.2-klein-9b-kv, Model hash: 0123456789, References: 2, "
+        f"Version: klein-kv {__version__}"
+    )
+    assert "Seed" not in replace(PARAMETERS, seed=None).text
+    assert 'Model: "a, b: c"' in replace(PARAMETERS, model="a, b: c").text
+
+
+def test_saved_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.png"
+    save_png(IMAGE, path, PARAMETERS)
+    assert read_metadata(path) == asdict(PARAMETERS)
+    assert text_of(path)["parameters"] == PARAMETERS.text
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(IMAGE))
+        tags = image.getexif()
+    assert tags[ExifTags.Base.Software] == f"klein-kv {__version__}"
+    assert tags[ExifTags.Base.ImageDescription] == "Made by a generative model"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+    save_png(IMAGE, path)
+    with Image.open(path) as image:
+        assert not image.getexif()
+        assert set(image.info) <= {"dpi"}
+
+
+def test_marked_as_made_by_a_model(tmp_path: Path) -> None:
+    """The IPTC property, as an XML parser and as Pillow's XMP reader see it."""
+    path = tmp_path / "out.png"
+    save_png(IMAGE, path, PARAMETERS)
+    packet = text_of(path)["XML:com.adobe.xmp"]
+    root = ET.fromstring(packet)
+    kind = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    (entry,) = root.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    assert entry.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"] == kind
+    assert entry.attrib["{http://ns.adobe.com/xap/1.0/}CreatorTool"] == f"klein-kv {__version__}"
+    with Image.open(path) as image:
+        image.load()
+        assert image.info["xmp"].decode() == packet
+    save_png(IMAGE, path)
+    assert text_of(path) == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_every_language(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
+    path = tmp_path_factory.mktemp("png") / "out.png"
+    save_png(IMAGE, path, replace(PARAMETERS, prompt=prompt))
+    metadata = read_metadata(path)
+    assert metadata is not None
+    assert metadata["prompt"] == prompt
+    assert text_of(path)["parameters"].startswith(prompt)
+
+
+def test_text_that_has_no_encoding_is_still_saved(tmp_path: Path) -> None:
+    path = tmp_path / "out.png"
+    save_png(IMAGE, path, replace(PARAMETERS, prompt="\ud800 nul\0 \U0001f6a2"))
+    metadata = read_metadata(path)
+    assert metadata is not None
+    assert metadata["prompt"] == "? nul \U0001f6a2"
+
+
+def test_without_parameters(tmp_path: Path) -> None:
+    save_png(IMAGE, tmp_path / "out.PNG")
+    assert read_metadata(tmp_path / "out.PNG") is None
+    assert text_of(tmp_path / "out.PNG") == {}
+
+
+def test_info_works_with_pil_alone(tmp_path: Path) -> None:
+    IMAGE.save(tmp_path / "out.png", pnginfo=png_info(PARAMETERS))
+    assert read_metadata(tmp_path / "out.png") == asdict(PARAMETERS)
+
+
+@pytest.mark.parametrize("chunk", ["{", "[1]"])
+def test_damaged_chunk(tmp_path: Path, chunk: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("klein_kv", chunk)
+    IMAGE.save(tmp_path / "out.png", pnginfo=info)
+    with pytest.raises(RequestError, match="klein_kv chunk"):
+        read_metadata(tmp_path / "out.png")
+
+
+def test_read_other_files(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="does not exist"):
+        read_metadata(tmp_path / "gone.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(RequestError, match="not a PNG"):
+        read_metadata(tmp_path / "text.png")
+    save_png(IMAGE, tmp_path / "cut.png", PARAMETERS)
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:-40])
+    with pytest.raises(RequestError, match="not a PNG"):
+        read_metadata(tmp_path / "cut.png")
+
+
+def test_other_suffix(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"\.png"):
+        save_png(IMAGE, tmp_path / "out.jpg")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="No such file"):
+        save_png(IMAGE, tmp_path / "gone" / "out.png")
+
+
+def test_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="Not a directory"):
+        save_png(IMAGE, tmp_path / "file" / "out.png")
+
+
+def test_target_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(RequestError, match="cannot be written"):
+        save_png(IMAGE, tmp_path / "out.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, CapacityError),
+        (errno.EDQUOT, CapacityError),
+        (errno.EACCES, RequestError),
+        (errno.EROFS, RequestError),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    path = tmp_path / "out.png"
+    path.write_bytes(b"old")
+
+    def fail(self: Image.Image, file: Any, **options: Any) -> None:
+        file.write(b"half")
+        raise OSError(number, "told so")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(kind, match="told so"):
+        save_png(IMAGE, path, PARAMETERS)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Image.Image, file: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(IMAGE, tmp_path / "out.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunk_is_plain_json(tmp_path: Path) -> None:
+    save_png(IMAGE, tmp_path / "out.png", PARAMETERS)
+    assert json.loads(text_of(tmp_path / "out.png")["klein_kv"])["references"] == 2

@@ -1,0 +1,485 @@
+"""Reference sets: their digest, their file, and that using them again changes no bit."""
+
+import errno
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.runtime.references import reference_file
+from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
+
+Picture = Callable[..., Image.Image]
+
+SIZES = [(100, 68), (75, 88), (65, 160), (64, 75)]
+REQUEST: dict[str, Any] = {
+    "prompt_embeds": np.random.default_rng(0).standard_normal((1, 16, 96), np.float32),
+    "height": 128,
+    "width": 144,
+    "seed": 1,
+    "output_type": "latent",
+}
+
+
+def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
+    options = {"threads": 1, "reference_cache_bytes": 1 << 28} | options
+    pipeline = KleinKVPipeline.from_pretrained(artifacts, device="cpu", **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    """A pipeline that keeps references, with each backend; every test brings its own pictures."""
+    return load(tiny_artifacts, backend=backend)
+
+
+@pytest.fixture(scope="module")
+def fp8(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
+    return load(tiny_artifacts, backend=backend, kv_dtype="fp8")
+
+
+def arrays(references: ReferenceSet) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: references.array(name) for name in references.kv}
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+
+
+# --- bit for bit ---
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_way_to_the_same_references_gives_the_same_bits(
+    count: int,
+    pipe: KleinKVPipeline,
+    any_ours: KleinKVPipeline,
+    tiny_artifacts: Path,
+    backend: str,
+    picture: Picture,
+    tmp_path: Path,
+) -> None:
+    images = [picture(*size, seed=10 * count + i) for i, size in enumerate(SIZES[:count])]
+    expected = any_ours(image=images, **REQUEST).images  # keeps nothing: `first_step`
+    before = pipe.reference_store.stats
+    for _ in range(2):  # a miss, then a hit
+        assert_same_bits(pipe(image=images, **REQUEST).images, expected)
+    after = pipe.reference_store.stats
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)
+
+    kept = pipe.encode_references(images)  # what `first_step` gave out
+    encoded = any_ours.encode_references(images)  # what `encode_references` gives out
+    for name in kv_names(3):
+        assert_same_bits(arrays(kept)[name], arrays(encoded)[name])
+    assert kept.digest == encoded.digest
+
+    kept.save(tmp_path / "set.safetensors")
+    restarted = load(tiny_artifacts, backend=backend)
+    loaded = restarted.load_references(tmp_path / "set.safetensors")
+    assert (loaded.digest, loaded.nbytes, loaded.num_tokens, loaded.first_size) == (
+        kept.digest,
+        kept.nbytes,
+        kept.num_tokens,
+        kept.first_size,
+    )
+    for references in (kept, encoded):
+        assert_same_bits(pipe(references=references, **REQUEST).images, expected)
+    assert_same_bits(restarted(references=loaded, **REQUEST).images, expected)
+    # The loaded set serves requests that bring the images, too.
+    assert_same_bits(restarted(image=images, **REQUEST).images, expected)
+    assert restarted.reference_store.stats.misses == 1  # the load
+
+
+def test_threads_of_the_backend_do_not_matter(
+    tiny_ours: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
+) -> None:
+    images = [picture(300, 200, seed=70), picture(160, 250, seed=71)]
+    two = load(tiny_artifacts, threads=2, reference_cache_bytes=0)
+    one, other = arrays(tiny_ours.encode_references(images)), arrays(two.encode_references(images))
+    for name in kv_names(3):
+        assert_same_bits(one[name], other[name])
+
+
+def test_batch_shares_one_set(pipe: KleinKVPipeline, picture: Picture) -> None:
+    images = [picture(96, 96, seed=20)]
+    before = pipe.reference_store.stats
+    out = pipe("kite", image=images, num_images_per_prompt=4, seed=0, num_inference_steps=2)
+    assert len(out.images) == 4
+    stats = pipe.reference_store.stats
+    assert stats.bytes - before.bytes == pipe.config.transformer.kv_bytes(36, "float32")
+    (references,) = [pipe.encode_references(images)]
+    assert references.nbytes == stats.bytes - before.bytes
+    assert all(array.shape[0] == 1 for array in arrays(references).values())
+
+
+def test_encode_on_upload_leaves_cached_steps_alone(
+    pipe: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(80, 80, seed=30)
+    pipe.encode_references(image)
+    graphs, run = [], pipe.backend.run
+    monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
+    pipe(image=image, **REQUEST)
+    assert graphs == 4 * ["cached_step"]
+
+
+def test_callback_may_ask_for_the_same_references(pipe: KleinKVPipeline, picture: Picture) -> None:
+    image, inner = picture(80, 64, seed=31), []
+
+    def callback(*_: Any) -> dict[str, Any]:
+        if not inner:
+            inner.append(pipe(image=image, **REQUEST).images)
+        return {}
+
+    outer = pipe(image=image, callback_on_step_end=callback, **REQUEST).images
+    assert_same_bits(outer, inner[0])
+
+
+def test_failed_request_leaves_the_store_usable(
+    pipe: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, run = picture(64, 80, seed=32), pipe.backend.run
+
+    def fail(graph: str, inputs: Any) -> Any:
+        if graph == "first_step":
+            raise KeyboardInterrupt
+        return run(graph, inputs)
+
+    monkeypatch.setattr(pipe.backend, "run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pipe(image=image, **REQUEST)
+    monkeypatch.undo()
+    before = pipe.reference_store.stats
+    pipe(image=image, **REQUEST)
+    assert pipe.reference_store.stats.misses == before.misses + 1
+
+
+def test_same_prompt_is_encoded_once(
+    pipe: KleinKVPipeline, any_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = any_ours.encode_prompt(["a kite", "snow"])
+    graphs, run = [], pipe.backend.run
+    monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
+    for _ in range(2):
+        embeds = pipe.encode_prompt(["a kite", "snow"])
+        assert_same_bits(embeds, expected)
+        embeds[:] = 0  # the caller's own array
+    pipe.encode_prompt(["snow", "a kite"])
+    pipe.encode_prompt(["a kite", "snow"], max_sequence_length=64)
+    assert graphs == 3 * ["text_encoder"]
+
+
+# --- what the digest covers ---
+
+
+def test_digest_covers_what_keys_and_values_depend_on(
+    pipe: KleinKVPipeline, picture: Picture
+) -> None:
+    one, two = picture(70, 64, seed=40), picture(64, 70, seed=41)
+    changed = one.copy()
+    changed.putpixel((20, 20), tuple(255 - x for x in one.getpixel((20, 20))))
+    cropped_away = one.copy()
+    cropped_away.putpixel((0, 0), (1, 2, 3))  # outside the 64 pixels that are used
+    sets = [[one], [two], [one, two], [two, one], [one, one], [changed]]
+    digests = [pipe._encoder.prepare(images).digest for images in sets]
+    assert len(set(digests)) == len(sets)
+    assert pipe._encoder.prepare([cropped_away]).digest == digests[0]
+    assert pipe._encoder.prepare([one.convert("RGBA")]).digest == digests[0]
+
+    origin = pipe._encoder.origin
+    images = pipe._encoder.prepare([one]).images
+    for name in ("model_digest", "lora_digest", "dtype", "kv_dtype", "backend"):
+        other = replace(origin, **{name: "other"})
+        assert other.digest(images) != digests[0]
+        assert origin.difference(other) is not None
+    assert origin.difference(replace(origin)) is None
+
+
+def test_images_digest_tells_shapes_apart() -> None:
+    flat = np.zeros((1, 64, 128, 3), np.uint8)
+    shapes = [(1, 64, 128, 3), (1, 128, 64, 3)]
+    digests = {images_digest([flat.reshape(shape)]) for shape in shapes}
+    halves = [flat[:, :, :64].copy(), flat[:, :, 64:].copy()]
+    assert len(digests | {images_digest(halves)}) == 3
+
+
+def test_sets_of_another_origin_are_refused(pipe: KleinKVPipeline, picture: Picture) -> None:
+    references = pipe.encode_references(picture(64, 64, seed=42))
+    for name, words in (
+        ("model_digest", "other weights"),
+        ("lora_digest", "another LoRA set"),
+        ("kv_dtype", "kept in another type"),
+        ("backend", "another backend"),
+    ):
+        other = replace(references, origin=replace(references.origin, **{name: "x" * 64}))
+        with pytest.raises(RequestError, match=f"{words} .*encode them again"):
+            pipe(references=other, **REQUEST)
+
+
+# --- float8 ---
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_float8_is_a_quarter_and_the_same_each_time(
+    count: int,
+    fp8: KleinKVPipeline,
+    any_ours: KleinKVPipeline,
+    tiny_artifacts: Path,
+    backend: str,
+    picture: Picture,
+    tmp_path: Path,
+) -> None:
+    images = [picture(*size, seed=50 + i) for i, size in enumerate(SIZES[:count])]
+    exact = any_ours(image=images, **REQUEST).images
+    keeps_nothing = load(tiny_artifacts, backend=backend, kv_dtype="fp8", reference_cache_bytes=0)
+    first = keeps_nothing(image=images, **REQUEST).images  # `first_step`
+    assert 1e-5 < np.abs(first - exact).max() < 0.1
+    for _ in range(2):  # a miss, then a hit
+        assert_same_bits(fp8(image=images, **REQUEST).images, first)
+
+    kept = fp8.encode_references(images)  # what `first_step` gave out
+    encoded = keeps_nothing.encode_references(images)  # what `encode_references` gives out
+    assert list(kept.kv) == kv_names(3, KV_FLOAT8)
+    for name, array in arrays(kept).items():
+        assert_same_bits(array.view(np.uint8), arrays(encoded)[name].view(np.uint8))
+        assert array.dtype == ("float32" if "_scale." in name else "float8_e4m3fn")
+    whole = any_ours.encode_references(images)
+    scales = 6 * 2 * 4
+    assert kept.nbytes == sum(array.nbytes for array in arrays(kept).values())
+    assert 4 * (kept.nbytes - scales) == whole.nbytes
+    for references in (kept, encoded):
+        assert_same_bits(fp8(references=references, **REQUEST).images, first)
+
+    kept.save(tmp_path / "set.safetensors")
+    fp8.reference_store.clear()
+    del kept, references
+    loaded = fp8.load_references(tmp_path / "set.safetensors")
+    assert_same_bits(fp8(references=loaded, **REQUEST).images, first)
+    with pytest.raises(RequestError, match=r"kept in another type \(got float8_e4m3fn"):
+        any_ours.load_references(tmp_path / "set.safetensors")
+
+
+def test_float8_without_references_is_text_to_image(
+    fp8: KleinKVPipeline, any_ours: KleinKVPipeline
+) -> None:
+    assert_same_bits(fp8(**REQUEST).images, any_ours(**REQUEST).images)
+
+
+def test_float8_file_is_plain_safetensors(
+    fp8: KleinKVPipeline, picture: Picture, tmp_path: Path
+) -> None:
+    path = tmp_path / "set.safetensors"
+    references = fp8.encode_references(picture(64, 64, seed=55))
+    references.save(path)
+    held = load_file(path)
+    assert set(held) == set(kv_names(3, KV_FLOAT8))
+    for name, array in arrays(references).items():
+        if "_scale." in name:
+            assert_same_bits(held[name].numpy(), array)
+        else:
+            assert held[name].dtype == torch.float8_e4m3fn
+            assert_same_bits(held[name].float().numpy(), array.astype(np.float32))
+
+
+def test_files_of_the_first_format(
+    pipe: KleinKVPipeline, fp8: KleinKVPipeline, picture: Picture, tmp_path: Path
+) -> None:
+    """Theirs was the same layout, but for float8."""
+    image = picture(64, 64, seed=56)
+    for name, pipeline in (("whole", pipe), ("packed", fp8)):
+        path = tmp_path / name
+        references = pipeline.encode_references(image)
+        references.save(path)
+        rewrite(path, lambda h: h["__metadata__"].update(format="klein-kv reference set 1"))
+        pipeline.reference_store.clear()
+        del references
+    loaded = pipe.load_references(tmp_path / "whole")
+    assert_same_bits(pipe(references=loaded, **REQUEST).images, pipe(image=image, **REQUEST).images)
+    with pytest.raises(RequestError, match="as an earlier klein-kv laid them out; encode"):
+        fp8.load_references(tmp_path / "packed")
+
+
+def test_folders_without_such_graphs_say_so(tiny_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    older = replace(manifest, files={k: v for k, v in manifest.files.items() if "fp8_kv" not in k})
+    assert older.graph_sets == [older.graphs]
+    with pytest.raises(ArtifactError, match="lists no graphs with keys and values in float8"):
+        older.graphs_with(KV_FLOAT8)
+    with pytest.raises(RequestError, match="plain weights keep no keys"):
+        replace(manifest, variant="plain").graphs_with(KV_FLOAT8)
+
+
+def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
+    assert load(tiny_artifacts, kv_dtype="fp32").graphs == Manifest.load(tiny_artifacts).graphs
+    with pytest.raises(RequestError, match=r"kv_dtype is 'bf16', .*expected 'fp32' or 'fp8'"):
+        load(tiny_artifacts, kv_dtype="bf16")
+
+
+# --- the file ---
+
+
+@pytest.fixture
+def saved(pipe: KleinKVPipeline, picture: Picture, tmp_path: Path) -> Path:
+    """A saved set that is in no store."""
+    path = tmp_path / "set.safetensors"
+    pipe.encode_references(picture(64, 64, seed=60)).save(path)
+    pipe.reference_store.clear()
+    return path
+
+
+def test_file_is_plain_safetensors(saved: Path, pipe: KleinKVPipeline) -> None:
+    with safe_open(saved, "np") as file:
+        metadata = file.metadata()
+        assert set(file.keys()) == set(kv_names(3))
+        assert file.get_tensor("k_ref.2").shape == (1, 16, 2, 32)
+    assert metadata["model_digest"] == pipe.manifest.model_digest
+    assert metadata["first_size"] == "64x64"
+
+
+def test_load_does_not_make_a_second_copy(
+    saved: Path, pipe: KleinKVPipeline, picture: Picture
+) -> None:
+    references = pipe.encode_references(picture(64, 64, seed=60))
+    assert pipe.load_references(saved) is references
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the header of a file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def set_metadata(key: str, value: Any) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, lambda header: header["__metadata__"].update({key: value}))
+
+
+def rename_tensor(path: Path) -> None:
+    rewrite(path, lambda header: header.update({"k_ref.9": header.pop("k_ref.1")}))
+
+
+def other_shape(path: Path) -> None:
+    rewrite(path, lambda header: header["v_ref.1"].update({"shape": [1, 16, 4, 16]}))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda path: path.unlink(), ArtifactError, "missing"),
+        (lambda path: path.write_bytes(b""), ArtifactError, "whole safetensors file"),
+        (lambda path: path.write_bytes(b"\x89PNG" * 100), ArtifactError, "whole safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), ArtifactError, "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), ArtifactError, "whole safeten"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), ArtifactError, "tensors end at"),
+        (flip_a_bit, ArtifactError, "checksum"),
+        (set_metadata("format", "pt"), ArtifactError, "format is 'pt'"),
+        (set_metadata("first_size", "big"), ArtifactError, "not enough values"),
+        (set_metadata("crc32", 7), ArtifactError, "metadata is no JSON object of texts"),
+        (lambda p: rewrite(p, lambda h: h["__metadata__"].pop("images")), ArtifactError, "images"),
+        (lambda p: rewrite(p, lambda h: h.pop("__metadata__")), ArtifactError, "format is None"),
+        (set_metadata("model_digest", "0" * 64), RequestError, "belong to other weights"),
+        (set_metadata("lora_digest", "f" * 64), RequestError, "belong to another LoRA set"),
+        (set_metadata("dtype", "float16"), RequestError, "computed in another type"),
+        (set_metadata("backend", "tensorrt"), RequestError, "computed by another backend"),
+        (rename_tensor, RequestError, "another layout: k_ref.1 is not there"),
+        (other_shape, RequestError, r"another layout: v_ref.1 is .*\(1, 16, 4, 16\)"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    message: str,
+    saved: Path,
+    pipe: KleinKVPipeline,
+) -> None:
+    damage(saved)
+    before = pipe.reference_store.stats
+    with pytest.raises(error, match=message) as caught:
+        pipe.load_references(saved)
+    assert str(saved) in str(caught.value)
+    assert pipe.reference_store.stats.entries == before.entries
+
+
+def test_checkpoint_is_no_reference_set(tiny_checkpoint: Path, pipe: KleinKVPipeline) -> None:
+    (weights,) = (tiny_checkpoint / "vae").glob("*.safetensors")
+    with pytest.raises(ArtifactError, match="is no whole reference set"):
+        pipe.load_references(weights)
+
+
+class FullDisk(io.FileIO):
+    def write(self, content: Any) -> int:
+        if self.tell() > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_full_disk(
+    there_before: bool,
+    pipe: KleinKVPipeline,
+    picture: Picture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    references = pipe.encode_references(picture(64, 64, seed=61))
+    path = tmp_path / "set.safetensors"
+    if there_before:
+        path.write_bytes(b"older")
+    monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
+    with pytest.raises(CapacityError, match=r"No space left.*take 0\.0 MB"):
+        references.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] * there_before
+
+
+def test_interrupted_save_leaves_nothing(
+    pipe: KleinKVPipeline, picture: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references = pipe.encode_references(picture(64, 64, seed=62))
+
+    def interrupt(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference_file.zlib, "crc32", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        references.save(tmp_path / "set.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_where_nothing_can_be_written(
+    pipe: KleinKVPipeline, picture: Picture, tmp_path: Path
+) -> None:
+    references = pipe.encode_references(picture(64, 64, seed=63))
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing" / "x", tmp_path / "folder"):
+        with pytest.raises(RequestError, match="cannot be written"):
+            references.save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_origin_holds_texts_only() -> None:
+    """They go through the file's metadata, which knows nothing else."""
+    assert all(kind is str for kind in KVOrigin.__annotations__.values())
