@@ -233,6 +233,10 @@ def _configure(
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # Else wide profiles allocate while they run, and cannot be captured as CUDA graphs.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):
+        # Else small shapes of a wide profile need the scratch of its largest.
+        feature = trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
+        config.set_preview_feature(feature, True)
     if capability is not None:
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(capability, 0):

@@ -30,6 +30,7 @@ class LoopInputs:
 
     Attributes:
         latents: noise, [B, S, C].
+        latents_shape: that shape.
         text: encoder_hidden_states [B, T, 3 * hidden].
         img_ids: int64 [S, 4].
         txt_ids: int64 [T, 4].
@@ -38,6 +39,7 @@ class LoopInputs:
     """
 
     latents: Buffer
+    latents_shape: tuple[int, ...]
     text: Buffer
     img_ids: Buffer
     txt_ids: Buffer
@@ -61,6 +63,7 @@ def loop_inputs(
     tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
     return LoopInputs(
         latents=backend.upload(tokens),
+        latents_shape=tokens.shape,
         text=text,
         img_ids=backend.upload(grid_ids(*grid)),
         txt_ids=backend.upload(text_ids(length)),

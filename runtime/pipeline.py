@@ -8,66 +8,56 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 import contextlib
 import functools
 import logging
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import RequestError
-from klein_kv.runtime.arguments import (
-    check_call,
-    check_embeds,
-    host_array,
+from klein_kv.runtime.backends.backend import Backend, open_backend
+from klein_kv.runtime.inputs.prompt_encoder import PromptEncoder
+from klein_kv.runtime.inputs.prompts import PromptTokenizer
+from klein_kv.runtime.maker import ImageMaker
+from klein_kv.runtime.options import (
+    CallArguments,
+    RuntimeOptions,
     is_integer,
-    output_size,
     prompt_may_come_first,
 )
-from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
-from klein_kv.runtime.inputs.noise import initial_noise
-from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt, PromptEncoder
-from klein_kv.runtime.inputs.prompts import PromptTokenizer
-from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
-from klein_kv.runtime.outputs.results import decode_latents, vae_latents
 from klein_kv.runtime.planning.memory import default_prompt_bytes
-from klein_kv.runtime.planning.memory_plan import MemoryPlan, Request, edit_stages
+from klein_kv.runtime.planning.memory_plan import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
-from klein_kv.runtime.references.host_level import open_host_level
-from klein_kv.runtime.references.reference_encoder import PreparedReferences, ReferenceEncoder
+from klein_kv.runtime.references.reference_encoder import (
+    ReferenceEncoder,
+    blank_references,
+)
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, check_kv_dtype
-from klein_kv.runtime.references.reference_store import ReferenceFolder, ReferenceStore
+from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
 from klein_kv.runtime.timings import Timings
-from klein_kv.runtime.warm_up import Sizes, blank_references, run_sizes, with_encode_references
-from klein_kv.schedule import make_schedule
 
 __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def one_at_a_time(call: Callable[P, R]) -> Callable[P, R]:
-    """Has threads wait for each other, and leaves in `timings` what a call took that succeeded."""
+    """Has threads of one pipeline wait for each other; refuses a pipeline that is closed."""
 
     @functools.wraps(call)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         pipeline: Any = args[0]
-        with pipeline._alone(), pipeline.session.record() as timings:
-            result = call(*args, **kwargs)
-            pipeline.timings = timings()
-        return result
+        with pipeline.alone():
+            return call(*args, **kwargs)
 
     return alone
 
@@ -85,16 +75,17 @@ class KleinKVOutput:
 
 
 class KleinKVPipeline:
-    """A loaded artifact folder, ready to make images. Use `from_pretrained`.
+    """A loaded artifact folder, ready to make images. Use `from_pretrained`, best in a `with`.
 
     Folders of plain klein weights run too, without any reuse of references: their pipeline is
-    diffusers' `Flux2KleinPipeline` for distilled weights.
+    diffusers' `Flux2KleinPipeline` for distilled weights. A pipeline serves one call at a time;
+    threads wait.
 
     Attributes:
         manifest: what the folder says of itself.
         backend: where the graphs run.
+        session: the backend under a memory plan.
         reference_store: keys and values of references seen before, by digest.
-        host_level: those that the store gave up, in host memory; None without `host_cache_bytes`.
         prompt_cache: text embeddings seen before.
         timings: where the time of the last call went.
     """
@@ -104,17 +95,10 @@ class KleinKVPipeline:
         artifacts: Path,
         manifest: Manifest,
         backend: Backend,
-        *,
-        reference_cache_bytes: int | None = None,
-        host_cache_bytes: int = 0,
-        reference_cache_dir: str | Path | None = None,
-        reference_cache_dir_bytes: int | None = None,
-        prompt_cache_bytes: int | None = None,
-        kv_dtype: str | None = None,
-        precision: str | None = None,
-        attention: str | None = None,
-        nvtx: bool = False,
+        options: RuntimeOptions | None = None,
+        **changes: Any,
     ) -> None:
+        options = (options or RuntimeOptions()).with_changes(changes)
         if not manifest.distilled:
             raise RequestError(
                 f"{artifacts} holds weights that are not distilled: they need classifier-free "
@@ -123,143 +107,73 @@ class KleinKVPipeline:
             )
         self.artifacts = artifacts
         self.manifest = manifest
-        self.backend = backend
-        kv_dtype = check_kv_dtype(kv_dtype, manifest.dtype)
-        self.graphs = manifest.choose_graphs(kv_dtype, precision, attention)
-        self.session = Session(backend, artifacts, manifest, self.graphs, nvtx=nvtx)
         self.config = manifest.config
+        self.backend = backend
+        self.graphs = _graphs(manifest, options)
+        self.session = Session(backend, artifacts, manifest, self.graphs, nvtx=options.nvtx)
         self.timings = Timings()
-        self._no_references: dict[str, Buffer] = {}
-        if manifest.variant == "kv":
-            net = manifest.config.transformer
-            self._no_references = no_references(self.session, net, self.graphs)
+        budget = options.reference_cache_bytes
+        if budget is None:
+            budget = self.session.default_reference_budget()
+        self.reference_store = ReferenceStore(budget, options.host_cache_bytes, backend)
+        budget = options.prompt_cache_bytes
+        self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(
+            default_prompt_bytes() if budget is None else budget, "text embeddings"
+        )
+        prompts = PromptEncoder(
+            self.session,
+            PromptTokenizer(artifacts / "tokenizer"),
+            manifest.config.text_encoder,
+            self.prompt_cache,
+        )
         origin = KVOrigin(
             model_digest=manifest.graphs_digest(self.graphs),
-            lora_digest="",
             dtype=manifest.dtype,
             kv_dtype=self.graphs.kv_dtype or manifest.dtype,
             backend=backend.name,
         )
-        if reference_cache_bytes is None:
-            reference_cache_bytes = self.session.default_reference_budget()
-        levels = (
-            (reference_cache_dir, "reference_cache_dir"),
-            (host_cache_bytes, "host_cache_bytes"),
-        )
-        for given, name in levels:
-            if given and reference_cache_bytes == 0:
-                raise RequestError(
-                    f"{name} is given and reference_cache_bytes is 0, which turns reuse off; give "
-                    "it a budget"
-                )
-        folder = self._reference_folder(reference_cache_dir, reference_cache_dir_bytes, origin)
-        self.host_level = open_host_level(host_cache_bytes, backend, folder)
-        self.reference_store: ReferenceStore = ByteCache(
-            reference_cache_bytes, self.host_level or folder, "a reference set"
-        )
-        if prompt_cache_bytes is None:
-            prompt_cache_bytes = default_prompt_bytes()
-        self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
-        self._prompts = PromptEncoder(
-            self.session,
-            PromptTokenizer(artifacts / "tokenizer"),
-            manifest.config.text_encoder,
-            manifest.graphs_digest(self.graphs),
-            self.prompt_cache,
-        )
-        self._encoder = ReferenceEncoder(self.session, manifest, origin, self.reference_store)
-        self._progress_bar_config: dict[str, Any] = {}
+        encoder = ReferenceEncoder(self.session, manifest, origin, self.reference_store)
+        self._maker = ImageMaker(artifacts, manifest, self.graphs, self.session, prompts, encoder)
         self._interrupt = False
-        self._num_timesteps = 0
-        self._current_timestep: float | None = None
         self._lock = threading.RLock()
         self._closed = False
 
     @classmethod
     def from_pretrained(
-        cls,
-        artifacts: str | Path,
-        *,
-        backend: str = "auto",
-        device: str | None = None,
-        threads: int | None = None,
-        backend_options: Mapping[str, Any] | None = None,
-        reference_cache_bytes: int | None = None,
-        host_cache_bytes: int = 0,
-        reference_cache_dir: str | Path | None = None,
-        reference_cache_dir_bytes: int | None = None,
-        prompt_cache_bytes: int | None = None,
-        kv_dtype: str | None = None,
-        precision: str | None = None,
-        attention: str | None = None,
-        nvtx: bool = False,
+        cls, artifacts: str | Path, options: RuntimeOptions | None = None, **changes: Any
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
         Args:
             artifacts: the folder.
-            backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backend.open_backend`.
-            device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
-            threads: CPU threads of the backend; None leaves it to the library.
-            backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
-                `{"compile_blocks": True}`.
-            reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes all
-                that weights and the largest request leave free of a GPU's memory, on a CPU a
-                quarter of the memory that is free now.
-            host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
-            reference_cache_dir: folder for sets that memory gives up; None drops them.
-            reference_cache_dir_bytes: budget of that folder; None takes a quarter of the disk
-                space that is free now.
-            prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
-            kv_dtype: "fp8" takes the graphs that hand keys and values on in a quarter of float32's
-                bytes (half of 16 bits'), with a loss; None, or the graphs' own type, keeps them as
-                they are computed.
-            precision: "fp8", "nvfp4" or "fp8-weight-only" computes with weights that `klein-kv
-                quantize` made; None with the folder's own.
-            attention: "fp8" computes attention in float8 too, and keeps keys and values so.
-            nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
+            options: how; None takes the defaults.
+            changes: fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`,
+                `precision="fp8"`.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
             BackendError: the backend cannot run these artifacts here.
-            RequestError: a budget below 0, another kv_dtype, a folder that cannot be made, or
-                weights that are not distilled.
+            CapacityError: not enough memory to open them.
+            RequestError: an unknown option, a budget below 0, another kv_dtype, or weights that are
+                not distilled.
         """
+        options = (options or RuntimeOptions()).with_changes(changes)
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
-        graphs = manifest.choose_graphs(
-            check_kv_dtype(kv_dtype, manifest.dtype), precision, attention
-        )
-        return cls(
+        backend = open_backend(
+            options.backend,
             folder,
             manifest,
-            open_backend(
-                backend, folder, manifest, device, threads, graphs, options=backend_options
-            ),
-            reference_cache_bytes=reference_cache_bytes,
-            host_cache_bytes=host_cache_bytes,
-            reference_cache_dir=reference_cache_dir,
-            reference_cache_dir_bytes=reference_cache_dir_bytes,
-            prompt_cache_bytes=prompt_cache_bytes,
-            kv_dtype=kv_dtype,
-            precision=precision,
-            attention=attention,
-            nvtx=nvtx,
+            options.device,
+            options.threads,
+            _graphs(manifest, options),
+            options=options.backend_options,
         )
-
-    def _reference_folder(
-        self,
-        folder: str | Path | None,
-        budget: int | None,
-        origin: KVOrigin,
-    ) -> ReferenceFolder | None:
-        if folder is None:
-            return None
-        net = self.config.transformer
-        level = ReferenceFolder(Path(folder), budget or 0, self.session, origin, net)
-        if budget is None:
-            level.budget = (shutil.disk_usage(level.folder).free + level.bytes) // 4
-        return level
+        try:
+            return cls(folder, manifest, backend, options)
+        except BaseException:
+            backend.close()
+            raise
 
     def close(self) -> None:
         """Frees everything that the pipeline holds; it cannot be used afterwards.
@@ -269,7 +183,6 @@ class KleinKVPipeline:
         with self._lock:
             self._closed = True
             self.reference_store.clear()
-            self._no_references.clear()
             self.session.close()
 
     def __enter__(self) -> Self:
@@ -279,8 +192,8 @@ class KleinKVPipeline:
         self.close()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One thread at a time; others wait.
+    def alone(self) -> Iterator[None]:
+        """Lets one thread at a time use the pipeline; others wait.
 
         Raises:
             RequestError: the pipeline is closed.
@@ -292,23 +205,24 @@ class KleinKVPipeline:
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments for tqdm's progress bar, e.g. `disable=True`."""
-        self._progress_bar_config = config
+        self._maker.progress_bar_config = config
 
     @property
     def num_timesteps(self) -> int:
         """Steps of the last call."""
-        return self._num_timesteps
+        return self._maker.num_timesteps
 
     @property
     def current_timestep(self) -> float | None:
         """Timestep of the step under way; None between calls."""
-        return self._current_timestep
+        return self._maker.current_timestep
 
     @property
     def interrupt(self) -> bool:
         """Set `_interrupt = True` in a callback to end the loop early."""
         return self._interrupt
 
+    @one_at_a_time
     def encode_prompt(
         self,
         prompt: str | list[str],
@@ -332,21 +246,21 @@ class KleinKVPipeline:
         if not isinstance(prompt, str | list | tuple):
             raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        at = self._prompts.layers_at(tuple(text_encoder_out_layers))
-        tokens = self._prompts.tokenize(prompts, max_sequence_length)
-        batch, length = tokens["input_ids"].shape
-        unit = self.config.vae.multiple_of
-        request = Request(
-            unit, unit, (), ("text_encoder",), batch=batch, prompts=batch, text_tokens=length
-        )
-        with self._alone():
-            if not self._prompts.knows(tokens):
-                self.session.admit(request, self.reference_store.free)
-                self.session.prepare()
-            encoded = self._prompts.encode(tokens, at)
-            self._prompts.keep(encoded)
-            return self.session.download(encoded.buffer).copy()
+        layers_at = self._maker.prompts.layers_at(tuple(text_encoder_out_layers))
+        tokens = self._maker.prompts.tokenize(prompts, max_sequence_length)
+        if not self._maker.prompts.knows(tokens):
+            batch, length = tokens["input_ids"].shape
+            unit, stages = self.config.vae.multiple_of, ("text_encoder",)
+            request = Request(
+                unit, unit, (), stages, batch=batch, prompts=batch, text_tokens=length
+            )
+            self.session.admit(request, self.reference_store.free)
+            self.session.prepare()
+        encoded = self._maker.prompts.encode(tokens, layers_at)
+        self._maker.prompts.keep(encoded)
+        return self.session.download(encoded.buffer).copy()
 
+    @one_at_a_time
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
         """Keys and values of reference images, before any prompt is known.
 
@@ -357,7 +271,7 @@ class KleinKVPipeline:
             A set to pass as `references=`: the same images then cost only cached steps.
 
         Raises:
-            RequestError: see `images.prepare_reference`; plain weights, whose references have no
+            RequestError: see `pixels.prepare_reference`; plain weights, whose references have no
                 keys and values to keep.
             CapacityError: the keys and values do not fit into memory.
         """
@@ -369,20 +283,19 @@ class KleinKVPipeline:
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
-        prepared = self._encoder.prepare(images)
-        with self._alone():
-            return self._encoder.encode(prepared)
+        return self._maker.encoder.encode(self._maker.encoder.prepare(images))
 
+    @one_at_a_time
     def load_references(self, path: str | Path) -> ReferenceSet:
         """A set that `ReferenceSet.save` wrote, ready to pass as `references=`.
 
         Raises:
             ArtifactError: the file is missing, damaged, or no saved reference set.
-            RequestError: a set of other weights, LoRA set, types, backend or layout.
+            RequestError: a set of other weights, types, backend or layout.
         """
-        with self._alone():
-            return self._encoder.load(Path(path))
+        return self._maker.encoder.load(Path(path))
 
+    @one_at_a_time
     def warm_up(
         self,
         height: int | None = None,
@@ -400,7 +313,7 @@ class KleinKVPipeline:
 
         Args:
             height: of the output in pixels; default the first reference's, else 1024.
-            width: alike.
+            width: of the output in pixels, with the same default.
             references: (height, width) of each reference image that calls will bring.
             num_inference_steps: steps of those calls.
             prompts: prompts of one call.
@@ -414,45 +327,22 @@ class KleinKVPipeline:
             RequestError: a size that a call would refuse.
             CapacityError: such a call does not fit into memory.
         """
-        check_call("", None, "pil", (), num_inference_steps, num_images_per_prompt, None)
-        blank = blank_references(references)
-        prepared = self._encoder.prepare(blank) if blank else None
-        first = None if prepared is None else prepared.first_size
-        height, width = output_size(self.config, height, width, first, None)
-        unit = self.config.vae.multiple_of
-        sizes = Sizes((height // unit, width // unit), num_images_per_prompt)
         if not is_integer(prompts) or prompts < 1:
             raise RequestError(f"prompts is {prompts!r}, expected 1 or more")
-        texts = self._prompts.tokenize([""] * prompts, max_sequence_length)
-        schedule = make_schedule(
-            self.manifest.scheduler, num_inference_steps, sizes.grid[0] * sizes.grid[1], None
+        arguments = CallArguments(
+            prompt=[""] * prompts,
+            image=blank_references(references),
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            seed=0,
         )
-        request = Request(
-            height,
-            width,
-            (),
-            edit_stages(self.manifest.variant, 0),
-            batch=prompts * num_images_per_prompt,
-            prompts=prompts,
-            text_tokens=max_sequence_length,
-        )
-        if prepared is not None:
-            request = self._encoder.with_references(request, prepared, known=False)
-            request = replace(request, stages=with_encode_references(request.stages))
-        with self._alone(), self.session.record() as timings:
-            # What the store keeps is worth more than warming up.
-            self.session.admit(request, lambda _missing, _keep: 0)
-            self.session.prepare(eager=True)
-            run_sizes(
-                self.session,
-                self._encoder,
-                self.manifest,
-                self.graphs,
-                schedule,
-                sizes,
-                texts,
-                prepared,
-            )
+        with self.session.record() as timings:
+            self._maker.make(arguments, self, warming_up=True)
+            if self.session.captures:
+                self._maker.make(arguments, self, warming_up=True)
             return timings()
 
     @prompt_may_come_first
@@ -489,7 +379,7 @@ class KleinKVPipeline:
             prompt: a text, or one per image; "" is allowed.
             height: pixels, a multiple of 16 up to 2048 (diffusers rounds down with a warning; here
                 another size is an error); default the first reference's, else 1024.
-            width: alike.
+            width: pixels, as `height`.
             num_inference_steps: steps, 1 to 50; klein is distilled for 4.
             sigmas: a schedule of one's own, before the resolution-dependent shift.
             num_images_per_prompt: images per prompt.
@@ -513,219 +403,34 @@ class KleinKVPipeline:
             RequestError: a bad argument; nothing has been computed then.
             CapacityError: the request does not fit into memory.
         """
-        check_call(
-            prompt,
-            prompt_embeds,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            num_inference_steps,
-            num_images_per_prompt,
-            sigmas,
+        arguments = CallArguments(
+            image=image,
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            output_type=output_type,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            text_encoder_out_layers=text_encoder_out_layers,
+            references=references,
+            seed=seed,
         )
         if attention_kwargs:
             _log.warning("attention_kwargs %s have no effect", sorted(attention_kwargs))
-        images = [] if image is None else [image] if not isinstance(image, list) else image
-        if images and references is not None:
-            raise RequestError("both image and references are given, expected one of them")
-        if references is not None:
-            self._encoder.check(references)
-        prepared = self._encoder.prepare(images) if images else None
-        wanted = references or prepared
-        first = None if wanted is None else wanted.first_size
-        noise = None if latents is None else host_array(latents, "latents", self.manifest.dtype)
-        height, width = output_size(self.config, height, width, first, noise)
+        with self.session.record() as timings:
+            images = self._maker.make(arguments, self)
+            self.timings = timings()
+        return KleinKVOutput(images) if return_dict else (images,)
 
-        given = None
-        if prompt_embeds is not None:
-            given = host_array(prompt_embeds, "prompt_embeds", self.manifest.dtype)
-            check_embeds(given, self.config)
-        prompts = [prompt] if isinstance(prompt, str) else prompt or []
-        tokens = {} if given is not None else self._prompts.tokenize(prompts, max_sequence_length)
-        layers_at = self._prompts.layers_at(tuple(text_encoder_out_layers))
-        count = len(given) if given is not None else len(prompts)
-        batch = count * num_images_per_prompt
-        unit = self.config.vae.multiple_of
-        grid = height // unit, width // unit
-        text_tokens = max_sequence_length if given is None else given.shape[1]
-        left_out = {"text_encoder"} if given is not None or self._prompts.knows(tokens) else set()
-        left_out |= {"vae_decoder"} if output_type == "latent" else set()
-        stages = (x for x in edit_stages(self.manifest.variant, 0) if x not in left_out)
-        request = Request(
-            height, width, (), tuple(stages), batch=batch, prompts=count, text_tokens=text_tokens
-        )
-        plan = self._admit(wanted, request)
-        schedule = make_schedule(
-            self.manifest.scheduler, num_inference_steps, grid[0] * grid[1], sigmas
-        )
-        noise = self._noise(
-            noise, (batch, self.config.transformer.in_channels, *grid), generator, seed
-        )
 
-        if prepared is not None:
-            references = self._found(prepared, plan)
-            prepared = None if references is not None else prepared
-        kv = references.kv if references is not None else None
-        if wanted is None and self.manifest.variant == "kv":
-            kv = self._no_references
-        self.session.prepare(kv)
-        encoded = self._encoded(given, tokens, layers_at)
-        text = self._repeated(encoded, num_images_per_prompt)
-        inputs = loop_inputs(self.session, noise, text, text_tokens, grid)
-        with self._references_ready(inputs, references, prepared) as after_first_step:
-            self._interrupt = False
-            self._num_timesteps = schedule.num_steps
-            with tqdm(**{"total": schedule.num_steps, **self._progress_bar_config}) as bar:
-
-                def after_step(i: int, state: LoopInputs) -> bool:
-                    if i == 0:
-                        after_first_step()
-                    self._current_timestep = float(schedule.timesteps[i])
-                    bar.update()
-                    if callback_on_step_end is not None:
-                        # Memory of its own: the callback may ask this pipeline for another image.
-                        shape = (batch, grid[0] * grid[1], self.config.transformer.in_channels)
-                        state.latents = self.session.assemble(shape, [state.latents])
-                        self._call_back(
-                            callback_on_step_end, i, state, callback_on_step_end_tensor_inputs or ()
-                        )
-                    return self._interrupt
-
-                denoise_loop(self.session, schedule, inputs, self.graphs, after_step)
-        self._current_timestep = None
-        inputs.kv, inputs.references, references = {}, None, None  # gigabytes for decoding
-        shape = (batch, *grid, self.config.transformer.in_channels)
-        if output_type == "latent":
-            final = self.session.download(inputs.latents).reshape(shape)
-            result: Any = vae_latents(self.artifacts, self.config.vae, final)
-        else:
-            result = decode_latents(self.session, inputs.latents, shape, output_type)
-        self._prompts.keep(encoded)
-        return KleinKVOutput(result) if return_dict else (result,)
-
-    def _encoded(
-        self,
-        given: NDArray[Any] | None,
-        tokens: dict[str, NDArray[np.int64]],
-        layers_at: list[int],
-    ) -> EncodedPrompt:
-        """Text embeddings on the device: those that were given, or of the prompts."""
-        if given is None:
-            return self._prompts.encode(tokens, layers_at)
-        return EncodedPrompt(self.session.upload(given), given.shape)
-
-    def _repeated(self, prompt: EncodedPrompt, times: int) -> Buffer:
-        """Every prompt's embeddings so many times, one after the other."""
-        if times == 1:
-            return prompt.buffer
-        batch, length, width = prompt.shape
-        rows = [
-            self.session.view(prompt.buffer, (1, length, width), i * length * width)
-            for i in range(batch)
-        ]
-        shape = (batch * times, length, width)
-        return self.session.assemble(shape, [row for row in rows for _ in range(times)])
-
-    def _noise(
-        self,
-        latents: NDArray[Any] | None,
-        shape: tuple[int, ...],
-        generator: Any,
-        seed: int | None,
-    ) -> NDArray[Any]:
-        if latents is None:
-            dtype = self.manifest.dtype
-            drawn = initial_noise(shape, generator=generator, seed=seed, dtype=dtype)
-            return drawn.astype(NUMPY_DTYPES[dtype], copy=False)
-        if latents.shape != shape:
-            raise RequestError(
-                f"latents has shape {latents.shape}, expected {shape} for this batch and size"
-            )
-        return latents
-
-    def _admit(
-        self, references: ReferenceSet | PreparedReferences | None, request: Request
-    ) -> MemoryPlan:
-        """Plans a request, and refuses what cannot fit.
-
-        Args:
-            references: of the request.
-            request: what it is without them.
-        """
-        digest = None if references is None else references.digest
-        if references is not None:
-            known = isinstance(references, ReferenceSet) or digest in self.reference_store
-            request = self._encoder.with_references(request, references, known=known)
-        return self.session.admit(request, self.reference_store.free, digest)
-
-    def _found(self, prepared: PreparedReferences, plan: MemoryPlan) -> ReferenceSet | None:
-        """Keys and values at hand; those in host memory are on their way while text is encoded."""
-        stage = plan.stage("text_encoder")
-        tight = stage is not None and stage.total + plan.kv_bytes > plan.capacity
-        if prepared.digest in self.reference_store or (self.host_level and not tight):
-            return self.reference_store.find(prepared.digest)
-        return None  # they follow when the text encoder has made room, or are computed
-
-    @contextlib.contextmanager
-    def _references_ready(
-        self,
-        inputs: LoopInputs,
-        references: ReferenceSet | None,
-        prepared: PreparedReferences | None,
-    ) -> Iterator[Callable[[], None]]:
-        """Gives the loop keys and values, or tokens whose keys and values are kept afterwards.
-
-        Yields:
-            What to call after the first step.
-        """
-        if self.manifest.variant == "plain":
-            inputs.references = self._encoder.tokens(prepared)
-            yield lambda: None
-            return
-        if prepared is None:
-            if references is not None:
-                inputs.kv = dict(references.kv)
-            else:
-                inputs.kv = dict(self._no_references)
-            yield lambda: None
-            return
-        with self.reference_store.claim(prepared.digest) as claim:
-            if claim.value is not None:
-                inputs.kv = dict(claim.value.kv)
-                yield lambda: None
-                return
-            inputs.references = self._encoder.tokens(prepared)
-
-            def keep() -> None:
-                claim.publish(self._encoder.keep(prepared, inputs.kv))
-
-            yield keep
-
-    def _call_back(
-        self,
-        callback: Callable[[Any, int, float, dict[str, Any]], Any],
-        i: int,
-        state: LoopInputs,
-        names: Sequence[str],
-    ) -> None:
-        backend = self.session
-        held = {"latents": state.latents, "prompt_embeds": state.text}
-        tensors = {name: backend.download(held[name]) for name in names}
-        returned = callback(self, i, self._current_timestep or 0.0, tensors) or {}
-        if not isinstance(returned, Mapping):
-            raise RequestError(
-                f"the callback returned a {type(returned).__name__}, expected a dict or None"
-            )
-        for name, buffer in (("latents", state.latents), ("prompt_embeds", state.text)):
-            new = returned.get(name)
-            if new is None or new is tensors.get(name):
-                continue
-            array = host_array(new, name, self.manifest.dtype)
-            shape = backend.download(buffer).shape
-            if array.shape != shape:
-                raise RequestError(
-                    f"the callback returned {name} of shape {array.shape}, expected {shape}"
-                )
-            if name == "latents":
-                state.latents = backend.upload(array)
-            else:
-                state.text = backend.upload(array)
+def _graphs(manifest: Manifest, options: RuntimeOptions) -> GraphSet:
+    kv_dtype = check_kv_dtype(options.kv_dtype, manifest.dtype)
+    return manifest.choose_graphs(kv_dtype, options.precision, options.attention)

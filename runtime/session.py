@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.errors import (
+    ArtifactError,
+    BackendError,
+    CapacityError,
+    KleinKVError,
+    RequestError,
+)
 from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import (
@@ -98,6 +104,7 @@ class Session:
         self._loaded: set[str] = set()
         self._last = ""  # the graph that ran last, or "" where room must be made before the next
         self._prepared = False
+        self._eager = False  # set while warming up
         self._kept_scratch = 0
         self._kept_kv = 0
         self._free: FreeSets = lambda _missing, _keep: 0
@@ -122,9 +129,15 @@ class Session:
         memory = self.graph_memory(graph)
         if stage is not None and graph != self._last and memory.weights and not self._prepared:
             self._make_room(stage)
+            if self._eager:
+                self._prepare_graph(graph)
         self._last = graph
-        with self._span(graph):
-            outputs = self.backend.run(graph, inputs)
+        try:
+            with self._span(graph):
+                outputs = self.backend.run(graph, inputs)
+        except BaseException:
+            self._forget(graph)
+            raise
         if memory.weights:
             self._loaded.add(graph)
         if stage is not None and memory.keeps_scratch:
@@ -211,21 +224,52 @@ class Session:
             eager: see `Backend.prepare`.
         """
         plan = self.plan
+        self._eager = eager
         if plan is None or not plan.all_fits or not self._on_device(plan.request):
             return
-        request, config = plan.request, self._manifest.config
+        request = plan.request
         self._make_room_for_all(plan)
         with self._span(LOADING):
             for graph in request.stages:
-                signature = self._graphs.signature(graph, config)
                 known = (
                     kv if graph == "cached_step" and "first_step" not in request.stages else None
                 )
-                for sizes in request.runs(graph, config):
-                    shapes = {spec.name: spec.concrete(sizes) for spec in signature.inputs}
-                    self.backend.prepare(graph, shapes, known, eager=eager)
-                self._loaded.add(graph)
+                self._prepare_graph(graph, known)
         self._prepared = True
+
+    def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
+        assert self.plan is not None  # noqa: S101 - asked before
+        config = self._manifest.config
+        inputs = self._graphs.signature(graph, config).inputs
+        try:
+            for sizes in self.plan.request.runs(graph, config):
+                shapes = {spec.name: spec.concrete(sizes) for spec in inputs}
+                self.backend.prepare(graph, shapes, kv, eager=self._eager)
+        except BaseException:
+            self._forget(graph)
+            raise
+        self._loaded.add(graph)
+
+    def _forget(self, graph: str) -> None:
+        """Frees what a graph left that broke while it was loaded."""
+        if graph not in self._loaded:
+            with contextlib.suppress(KleinKVError):  # what broke is told
+                self.release(graph)
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Lets other requests be made in the block; the one under way goes on after it."""
+        plan, free, keep, eager = self.plan, self._free, self._keep, self._eager
+        try:
+            yield
+        finally:
+            self.plan, self._free, self._keep, self._eager = plan, free, keep, eager
+            self._last, self._prepared = "", False
+
+    @property
+    def captures(self) -> bool:
+        """Whether runs are captured, for which each graph has to run more than once."""
+        return any(self.graph_memory(graph).fixed_buffers for graph in self._loaded)
 
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""

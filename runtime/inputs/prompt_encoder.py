@@ -42,7 +42,6 @@ class PromptEncoder:
         session: where the text encoder runs.
         tokenizer: the artifacts' own.
         config: the text encoder's configuration.
-        model_digest: the weights that embeddings belong to.
         cache: embeddings seen before.
     """
 
@@ -51,13 +50,11 @@ class PromptEncoder:
         session: Session,
         tokenizer: PromptTokenizer,
         config: TextEncoderConfig,
-        model_digest: str,
         cache: ByteCache[NDArray[Any]],
     ) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.config = config
-        self.model_digest = model_digest
         self.cache = cache
 
     def tokenize(self, prompts: list[str], length: int) -> dict[str, NDArray[np.int64]]:
@@ -93,19 +90,27 @@ class PromptEncoder:
 
     def _key(self, tokens: dict[str, NDArray[np.int64]]) -> str:
         # The whole batch is one key: a text encoded beside others may round differently.
-        state = hashlib.sha256(self.model_digest.encode())
+        state = hashlib.sha256()
         for name, array in tokens.items():
             state.update(f"{name} {array.dtype} {array.shape}".encode())
             state.update(np.ascontiguousarray(array).data)
         return state.hexdigest()
 
-    def encode(self, tokens: dict[str, NDArray[np.int64]], at: list[int]) -> "EncodedPrompt":
-        """Embeddings [B, T, D] on the device."""
+    def encode(
+        self, tokens: dict[str, NDArray[np.int64]], at: list[int], *, look_up: bool = True
+    ) -> EncodedPrompt:
+        """Embeddings [B, T, D] on the device.
+
+        Args:
+            tokens: what `tokenize` gave.
+            at: what `layers_at` gave.
+            look_up: take them from the cache where they are there.
+        """
         batch, length = tokens["input_ids"].shape
         width, exported = self.config.hidden_size, len(self.config.layers)
         shape = (batch, length, exported * width)
-        with self.cache.claim(key := self._key(tokens)) as claim:
-            known = claim.value
+        key = self._key(tokens)
+        known = self.cache.get(key) if look_up else None
         in_order = at == list(range(exported))
         if known is None:
             buffers = {name: self.session.upload(array) for name, array in tokens.items()}
@@ -120,7 +125,7 @@ class PromptEncoder:
             known = np.concatenate([known[..., i * width : (i + 1) * width] for i in at], axis=-1)
         return EncodedPrompt(self.session.upload(known), known.shape)
 
-    def keep(self, prompt: "EncodedPrompt") -> None:
+    def keep(self, prompt: EncodedPrompt) -> None:
         """Puts embeddings that were computed into the cache: waits for the device."""
         if prompt.new is not None:
             self.cache.put(prompt.key, self.session.download(prompt.new))

@@ -21,7 +21,9 @@ from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, im
 from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
 
-__all__ = ["PreparedReferences", "ReferenceEncoder"]
+__all__ = ["PreparedReferences", "ReferenceEncoder", "blank_references"]
+
+_LONGEST_SIDE = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,28 +128,27 @@ class ReferenceEncoder:
         Raises:
             CapacityError: the keys and values do not fit into memory.
         """
-        if prepared.digest not in self.store:
+        references = self.store.get(prepared.digest)
+        if references is None:
             self.check_memory(prepared)
-        with self.store.claim(prepared.digest) as claim:
-            if claim.value is None:
-                self._session.prepare()
-                claim.publish(self.compute(prepared))
-            assert claim.value is not None  # noqa: S101 - published
-            return claim.value
+            self._session.prepare()
+            references = self.compute(prepared)
+            self.store.put(references)
+        return references
 
     def load(self, path: Path) -> ReferenceSet:
         """The set of a file; from the store, where it is already there.
 
         Raises:
             ArtifactError: the file is missing, damaged, or no saved reference set.
-            RequestError: a set of other weights, LoRA set, types, backend or layout.
+            RequestError: a set of other weights, types, backend or layout.
         """
-        with self.store.claim(read_reference_digest(path)) as claim:
-            if claim.value is None:
-                net = self._manifest.config.transformer
-                claim.publish(load_references(path, self._session, self.origin, net))
-            assert claim.value is not None  # noqa: S101 - published
-            return claim.value
+        references = self.store.get(read_reference_digest(path))
+        if references is None:
+            net = self._manifest.config.transformer
+            references = load_references(path, self._session, self.origin, net)
+            self.store.put(references)
+        return references
 
     def check(self, references: ReferenceSet) -> None:
         """Refuses sets that belong to something else.
@@ -203,3 +204,22 @@ class ReferenceEncoder:
             stages=("vae_encoder", "encode_references"),
         )
         self._session.admit(request, self.store.free)
+
+
+def blank_references(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    """Black pictures of these sizes, (height, width) in pixels each.
+
+    Raises:
+        RequestError: no size.
+    """
+    for size in sizes:
+        if not (
+            isinstance(size, tuple | list)
+            and len(size) == 2
+            and all(isinstance(side, int) and 0 < side <= _LONGEST_SIDE for side in size)
+        ):
+            raise RequestError(
+                f"size of a reference is {size!r}, expected (height, width) in pixels, at most "
+                f"{_LONGEST_SIDE} each"
+            )
+    return [Image.new("RGB", (width, height)) for height, width in sizes]

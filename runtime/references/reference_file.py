@@ -12,10 +12,9 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.signature import KV_FLOAT8, GraphSet, TensorSpec
@@ -38,39 +37,12 @@ _NO_CHECKSUM = "00000000"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Saveable(Protocol):
-    """A set that can be written: on a device (`ReferenceSet`), or a copy of one in host memory."""
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """Name, type and shape of each tensor."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of them all."""
-
-    @property
-    def origin(self) -> KVOrigin:
-        """What keys and values depend on besides the images."""
-
-    @property
-    def images(self) -> str:
-        """`images_digest` of the prepared images."""
-
-    @property
-    def first_size(self) -> tuple[int, int]:
-        """(height, width) of the first image."""
-
-    def array(self, name: str) -> NDArray[Any]:
-        """One tensor."""
-
-
-def reference_file_bytes(references: Saveable) -> int:
+def reference_file_bytes(references: ReferenceSet) -> int:
     """Bytes of the file that `save_references` writes."""
     return len(_header(references, _NO_CHECKSUM)) + references.nbytes
 
 
-def save_references(references: Saveable, path: Path) -> None:
+def save_references(references: ReferenceSet, path: Path) -> None:
     """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
 
     Raises:
@@ -99,7 +71,7 @@ def save_references(references: Saveable, path: Path) -> None:
             partial.unlink()
 
 
-def _write(references: Saveable, file: BinaryIO) -> None:
+def _write(references: ReferenceSet, file: BinaryIO) -> None:
     file.write(_header(references, _NO_CHECKSUM))
     checksum = 0
     for spec in references.tensors:
@@ -111,7 +83,7 @@ def _write(references: Saveable, file: BinaryIO) -> None:
     file.write(_header(references, f"{checksum:08x}"))
 
 
-def _header(references: Saveable, checksum: str) -> bytes:
+def _header(references: ReferenceSet, checksum: str) -> bytes:
     height, width = references.first_size
     metadata = {
         "format": _FORMAT,

@@ -29,14 +29,12 @@ class KVOrigin:
 
     Attributes:
         model_digest: graphs and weights (`Manifest.model_digest`).
-        lora_digest: the LoRA set; empty for none.
         dtype: type that the graphs compute in.
         kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KV_FLOAT8`.
         backend: what computes them; another one rounds differently.
     """
 
     model_digest: str
-    lora_digest: str
     dtype: str
     kv_dtype: str
     backend: str
@@ -58,7 +56,6 @@ class KVOrigin:
 
 _DIFFERENCES = {
     "model_digest": "belong to other weights",
-    "lora_digest": "belong to another LoRA set",
     "dtype": "were computed in another type",
     "kv_dtype": "are kept in another type",
     "backend": "were computed by another backend",

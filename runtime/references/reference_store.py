@@ -1,148 +1,109 @@
-"""Where reference sets are kept between requests: in memory, and below that in a folder.
+"""Where reference sets are kept between requests: on the device, and below that in host memory."""
 
-The first level is a `ByteCache` of `ReferenceSet` by digest. Sets that it gives up go to a
-`ReferenceFolder`, if there is one, and come back by mapping their file. Below device memory a
-`host_level.HostLevel` may stand between the two.
-"""
+from dataclasses import asdict, dataclass
 
-import contextlib
-import logging
-import os
-import re
-import threading
-import time
-from pathlib import Path
-
-from klein_kv.artifacts.config import TransformerConfig
-from klein_kv.errors import KleinKVError, RequestError
+from klein_kv.errors import RequestError
+from klein_kv.runtime.backends.backend import Backend
 from klein_kv.runtime.references.byte_cache import ByteCache
-from klein_kv.runtime.references.reference_file import (
-    Saveable,
-    load_references,
-    reference_file_bytes,
-    save_references,
-)
-from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
-from klein_kv.runtime.session import Session
+from klein_kv.runtime.references.host_level import open_host_level
+from klein_kv.runtime.references.reference_set import ReferenceSet
 
-__all__ = ["ReferenceFolder", "ReferenceStore"]
-
-_log = logging.getLogger(__name__)
-_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
-_STALE_SECONDS = 3600
-
-ReferenceStore = ByteCache[ReferenceSet]
-"""Reference sets by digest."""
+__all__ = ["ReferenceStore", "StoreStats"]
 
 
-class ReferenceFolder:
-    """Reference sets as files named by their digest; the longest unused ones go first.
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store did and holds.
 
-    Several processes may share a folder. Files of other weights are never read: their digests
-    differ, and what a file says of itself is checked too.
-
-    Args:
-        folder: made if need be. Nothing but this cache's own files is touched in it.
-        budget: bytes of all files together.
-        session: where loaded sets go.
-        origin: what sets must have been made with.
-        net: the network they must fit.
-
-    Raises:
-        RequestError: the folder cannot be made, or a budget below 0.
+    Attributes:
+        hits: sets found on the device.
+        restored: sets that came back from host memory.
+        misses: sets that had to be computed, or were loaded from a file.
+        evictions: sets that the device gave up for others.
+        entries: sets on the device.
+        bytes: their bytes; never above the budget.
+        budget: the device's.
+        host_entries: sets in host memory, those that the device has too included.
+        host_bytes: their bytes there.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        budget: int,
-        session: Session,
-        origin: KVOrigin,
-        net: TransformerConfig,
-    ) -> None:
-        if budget < 0:
-            raise RequestError(f"the folder's budget is {budget} bytes, expected 0 or more")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+    hits: int
+    restored: int
+    misses: int
+    evictions: int
+    entries: int
+    bytes: int
+    budget: int
+    host_entries: int = 0
+    host_bytes: int = 0
+
+
+class ReferenceStore:
+    """Reference sets by digest, least recently used out first.
+
+    Args:
+        budget: bytes on the device; 0 keeps none.
+        host_budget: bytes of pinned host memory for sets that the device gives up; 0 for none.
+        backend: of the device.
+
+    Raises:
+        RequestError: a budget below 0; host memory without any on the device, or for a backend
+            that has no use for it.
+        CapacityError: the system does not pin so much host memory.
+    """
+
+    def __init__(self, budget: int, host_budget: int, backend: Backend) -> None:
+        if host_budget and not budget:
             raise RequestError(
-                f"reference cache folder {folder} cannot be made: {error.strerror}"
-            ) from error
-        self.folder = folder
-        self.budget = budget
-        self._session, self._origin, self._net = session, origin, net
-        self._lock = threading.Lock()
-        for partial in folder.glob(".*.part"):  # of a process that was killed
-            with contextlib.suppress(OSError):
-                if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                    partial.unlink()
+                "host_cache_bytes is given and reference_cache_bytes is 0, which turns reuse off; "
+                "give it a budget"
+            )
+        self._host = open_host_level(host_budget, backend)
+        give_up = self._host.store if self._host is not None else lambda _key, _value: None
+        self._device: ByteCache[ReferenceSet] = ByteCache(budget, "a reference set", give_up)
+        self._restored = 0
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(size for _, size, _ in self._files())
+    def budget(self) -> int:
+        """Bytes on the device."""
+        return self._device.budget
 
-    def load(self, key: str) -> ReferenceSet | None:
-        """The set of that digest; None where there is no file, or none that can be used."""
-        path = self._path(key)
-        if not path.exists():
-            return None
-        try:
-            found = load_references(path, self._session, self._origin, self._net)
-        except KleinKVError as error:
-            _log.warning("dropping a cached reference set: %s", error)
-            self._remove(path)
-            return None
-        if found.digest != key:
-            _log.warning("dropping %s: it holds another reference set, %s", path, found.digest)
-            self._remove(path)
-            return None
-        self._touch(path)
-        return found
+    @property
+    def stats(self) -> StoreStats:
+        """Counts since the store was made, and what it holds now."""
+        counts = asdict(self._device.stats)
+        counts["misses"] -= self._restored
+        host = self._host
+        held = (0, 0) if host is None else (len(host), host.bytes)
+        return StoreStats(
+            **counts, restored=self._restored, host_entries=held[0], host_bytes=held[1]
+        )
 
-    def store(self, key: str, value: Saveable) -> None:
-        """Writes a set, unless it is there already or larger than the budget."""
-        path = self._path(key)
-        with self._lock:
-            if path.exists():
-                self._touch(path)
-                return
-            size = reference_file_bytes(value)
-            if size > self.budget:
-                return
-            self._make_room(size)
-            try:
-                save_references(value, path)
-            except KleinKVError as error:
-                _log.warning("reference set not kept: %s", error)
+    def on_device(self, digest: str) -> bool:
+        """Whether a set is on the device."""
+        return digest in self._device
 
-    def _make_room(self, size: int) -> None:
-        files = sorted(self._files())
-        total = sum(size for _, size, _ in files)
-        for _, old, path in files:
-            if total + size <= self.budget:
-                return
-            self._remove(path)
-            total -= old
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._device or (self._host is not None and digest in self._host)
 
-    def _files(self) -> list[tuple[float, int, Path]]:
-        """Time of last use, size and path of each file."""
-        found = []
-        with contextlib.suppress(OSError):  # of a folder that was removed meanwhile
-            for path in self.folder.iterdir():
-                if _NAME.fullmatch(path.name):
-                    with contextlib.suppress(OSError):  # another process may remove it meanwhile
-                        stat = path.stat()
-                        found.append((stat.st_mtime, stat.st_size, path))
-        return found
+    def get(self, digest: str) -> ReferenceSet | None:
+        """A set, which may be on its way to the device; None where it has to be computed."""
+        references = self._device.get(digest)
+        if references is None and self._host is not None:
+            references = self._host.load(digest)
+            if references is not None:
+                self._restored += 1
+                self._device.put(digest, references)
+        return references
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+    def put(self, references: ReferenceSet) -> None:
+        """Keeps a set that was computed."""
+        self._device.put(references.digest, references)
 
-    def _touch(self, path: Path) -> None:
-        with contextlib.suppress(OSError):
-            os.utime(path)
+    def free(self, nbytes: int, keep: str | None = None) -> int:
+        """See `ByteCache.free`."""
+        return self._device.free(nbytes, keep)
 
-    def _remove(self, path: Path) -> None:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    def clear(self) -> None:
+        """Drops all sets that are on the device."""
+        self._device.clear()

@@ -134,6 +134,7 @@ def loop_inputs(pipeline: KleinKVPipeline, ref_tokens: int) -> LoopInputs:
     head = net.num_attention_heads, net.attention_head_dim
     return LoopInputs(
         latents=normal(1, 16, net.in_channels),
+        latents_shape=(1, 16, net.in_channels),
         text=normal(1, 8, net.joint_attention_dim),
         img_ids=upload(grid_ids(4, 4)),
         txt_ids=upload(text_ids(8)),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.errors import CapacityError
+from klein_kv.errors import BackendError, CapacityError
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.backends.trt.cuda import aligned
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -324,3 +324,54 @@ def test_a_failed_load_leaves_no_weights(tiny_artifacts: Path, engines: Path) ->
     with pytest.raises(CapacityError, match="planted"):
         machine()
     assert machine.backend._weights == {}
+
+
+@pytest.mark.parametrize("call", ["create_execution_context", "execute_async_v3"])
+def test_a_failed_request_leaves_room_for_the_next(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any], call: str
+) -> None:
+    """Regression: weights of an engine that broke were never counted, and never went."""
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures)
+    machine = Machine(tiny_artifacts, engines, least_capacity(roomy))
+    machine.trt.refused[call] = ["planted"]
+    with pytest.raises(BackendError, match="planted"):
+        machine(pictures)
+    machine.trt.refused.clear()
+    np.testing.assert_array_equal(machine(pictures), expected)
+
+
+def test_a_callback_leaves_the_plan_to_the_request_under_way(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+) -> None:
+    """Regression: after another prompt, the steps went on without making room."""
+
+    def other(pipe: KleinKVPipeline, *_: Any) -> dict[str, Any]:
+        pipe.encode_prompt("another")
+        return {}
+
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures)
+    roomy(pictures, callback_on_step_end=other)
+    machine = Machine(tiny_artifacts, engines, least_capacity(roomy) + 900_000)
+    np.testing.assert_array_equal(machine(pictures, callback_on_step_end=other), expected)
+
+
+@pytest.mark.parametrize("scratch", [20_000, 600_000])
+def test_no_capacity_makes_a_request_touch_memory_that_is_not_there(
+    tiny_artifacts: Path, engines: Path, pictures: list[Any], scratch: int
+) -> None:
+    """Regression: taking memory for keys and values took the scratch away before the run."""
+    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    expected = roomy(pictures)
+    least = least_capacity(roomy) + scratch
+    for capacity in range(least - 200_000, least + 200_000, 50_000):
+        machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+        machine.trt.scratch = lambda _graph, _shapes: scratch
+        for image in (pictures, pictures[::-1], pictures):
+            try:
+                made = machine(image)
+            except CapacityError:
+                continue
+            if image is pictures:
+                np.testing.assert_array_equal(made, expected)

@@ -44,6 +44,9 @@ __all__ = ["TrtBackend"]
 _MOST_ENGINES = 4
 """Of one graph, for different shapes, that stay loaded: code alone where weights are shared."""
 
+_LARGE = 1 << 30
+"""Bytes of weights in an engine, from which on no two of a graph stay loaded."""
+
 _OPEN: "weakref.WeakSet[TrtBackend]" = weakref.WeakSet()
 _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
@@ -98,6 +101,7 @@ class TrtBackend:
             for graph in self._graphs.files
         }
         self._host_stores: list[PinnedStore] = []
+        self._running: Engine | None = None
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory.entered():
@@ -135,7 +139,11 @@ class TrtBackend:
         eager: bool = False,
     ) -> None:
         with self._memory.entered():
-            self._find_engine(graph, shapes).prepare(shapes, eager=eager)
+            self._running = engine = self._find_engine(graph, shapes)
+            try:
+                engine.prepare(shapes, eager=eager)
+            finally:
+                self._running = None
             if kv:
                 self._kv.hold(next(iter(kv.values())).block)
 
@@ -146,7 +154,11 @@ class TrtBackend:
             if engine is None:
                 engine = self._find_engine(graph, {name: x.shape for name, x in inputs.items()})
                 self._chosen[graph, key] = engine
-            return engine.run(inputs, key)
+            self._running = engine
+            try:
+                return engine.run(inputs, key)
+            finally:
+                self._running = None
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         with self._memory.entered():
@@ -247,13 +259,15 @@ class TrtBackend:
         return [engine for engines in self._loaded.values() for engine in engines.values()]
 
     def _drop_old_shapes(self) -> None:
+        """Frees all fixed buffers but those of the run that needs the memory."""
         for engine in self._all_loaded():
-            engine.drop_old_shapes()
+            engine.drop_shapes(keep=int(engine is self._running))
         self._memory.trim()
 
     def _take_kv(self, tensors: Sequence[TensorSpec]) -> dict[str, DeviceBuffer]:
         places, nbytes = place_kv(tuple(tensors))
         block = self._kv.take(nbytes)
+        self._kv.settle(block)  # another stream may still copy what was there before
         return {
             name: DeviceBuffer(block.pointer + place.start, place.shape, place.dtype, block)
             for name, place in places.items()
@@ -270,8 +284,8 @@ class TrtBackend:
         loaded = self._loaded.setdefault(graph, OrderedDict())
         engine = loaded.get(folder.path)
         if engine is None:
-            embedded = not folder.manifest.record(graph).weights
-            while loaded and (embedded or len(loaded) >= _MOST_ENGINES):
+            most = _MOST_ENGINES if self._embedded_bytes(graph, folder) < _LARGE else 1
+            while len(loaded) >= most:
                 self._memory.synchronize()  # it may still be running
                 loaded.popitem(last=False)[1].save_kernels()
                 self._chosen.clear()
@@ -308,9 +322,7 @@ class TrtBackend:
 
     def _deserialized(self, graph: str, folder: EngineFolder, blob: bytes) -> Any:
         # TensorRT takes memory of its own: it cannot use what is idle here.
-        embedded = not folder.manifest.record(graph).weights
-        held = graph_weights(self._artifacts, self._graphs.files[graph]) if embedded else {}
-        self._memory.make_free(len(blob) + sum(ref.nbytes for ref in held.values()))
+        self._memory.make_free(len(blob) + self._embedded_bytes(graph, folder))
         self._errors.begin()
         engine = self._runtime.deserialize_cuda_engine(blob)
         if engine is None:
@@ -320,6 +332,13 @@ class TrtBackend:
                 "`klein-kv build`"
             )
         return engine
+
+    def _embedded_bytes(self, graph: str, folder: EngineFolder) -> int:
+        """Bytes of the weights that lie in an engine itself."""
+        if folder.manifest.record(graph).weights:
+            return 0
+        held = graph_weights(self._artifacts, self._graphs.files[graph])
+        return sum(ref.nbytes for ref in held.values())
 
     def _upload_weights(self, refs: Sequence[WeightRef]) -> None:
         """Uploads weights into one piece of memory."""
@@ -342,4 +361,5 @@ def _close_at_exit() -> None:
 
 def _close_all() -> None:
     for backend in list(_OPEN):
-        backend.close()
+        with contextlib.suppress(Exception):  # the others are closed all the same
+            backend.close()

@@ -104,8 +104,8 @@ def make_errors(trt: Any, errors: Errors) -> Any:
         def has_overflowed(self) -> bool:
             return False
 
-        def num_errors(self) -> int:
-            return 0  # TensorRT asks whether it has to repeat them
+        def get_num_errors(self) -> int:  # what the bindings call, whatever the class lists
+            return 0
 
         def get_error_code(self, _at: int) -> Any:
             return trt.ErrorCodeTRT.UNSPECIFIED_ERROR
@@ -209,9 +209,11 @@ class Engine:
         execution = self._executions.get(self._key(shapes))
         return None if execution is None else execution.scratch_bytes
 
-    def drop_old_shapes(self) -> None:
-        """Frees the buffers of all shapes but the one that was used last."""
-        while len(self._executions) > 1:
+    def drop_shapes(self, keep: int = 0) -> None:
+        """Frees the buffers of all shapes but those that were used last."""
+        if len(self._executions) > keep:
+            self._memory.synchronize()  # they may still be running
+        while len(self._executions) > keep:
             self._executions.popitem(last=False)
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]], *, eager: bool) -> None:
@@ -222,9 +224,9 @@ class Engine:
             eager: have kernels for this very shape compiled at the first run, and not meanwhile.
         """
         execution = self._find(shapes, eager=eager)
-        self._scratch.require(execution.scratch_bytes)
         if self._makes_kv:
             self._kv.hold(self._kv.take(execution.kv_bytes))  # which the run finds idle, in place
+        self._scratch.require(execution.scratch_bytes)
 
     def run(self, inputs: Mapping[str, DeviceBuffer], key: ShapeKey) -> dict[str, DeviceBuffer]:
         """Enqueues one execution.
@@ -243,13 +245,15 @@ class Engine:
         else:
             execution = self._find({name: x.shape for name, x in inputs.items()}, eager=False)
         self._errors.begin()
-        self._scratch.require(execution.scratch_bytes)
         block: KvBlock | None = None
         if self._makes_kv:
             block = self._kv.take(execution.kv_bytes)
-            self._kv.hold(block)
         elif self._reads_kv:
-            self._kv.hold(self._block_of(inputs, execution))
+            block = self._block_of(inputs, execution)
+        if block is not None:
+            self._kv.settle(block)
+            self._kv.hold(block)
+        self._scratch.require(execution.scratch_bytes)  # last: whatever takes memory may shrink it
         for name, fixed in execution.inputs.items():
             source = inputs[name]
             last = execution.sources.get(name)
@@ -262,7 +266,7 @@ class Engine:
             execution.ran = True
             self._kernels.save()
         outputs = dict(execution.outputs)
-        if block is not None:
+        if block is not None and self._makes_kv:
             for name, place in execution.kv_outputs.items():
                 pointer = block.pointer + place.start
                 outputs[name] = DeviceBuffer(pointer, place.shape, place.dtype, block)
@@ -280,8 +284,7 @@ class Engine:
         execution = self._executions.get(key)
         if execution is None:
             execution = self._make(shapes, eager=eager)
-            if len(self._executions) == _MOST_SHAPES:
-                self._executions.popitem(last=False)
+            self.drop_shapes(keep=_MOST_SHAPES - 1)
             self._executions[key] = execution
         self._executions.move_to_end(key)
         return execution
@@ -368,6 +371,7 @@ class Engine:
             execution.kv_source = weakref.ref(first)
             return block
         block = self._kv.take(nbytes)
+        self._kv.settle(block)
         for name, place in places.items():
             source = inputs[name]
             self._memory.copy_on_device(block.pointer + place.start, source.pointer, source.nbytes)
@@ -415,8 +419,9 @@ class _Kernels:
         """Writes compiled kernels beside the engine, aside first."""
         if self._cache is None:
             return
-        blob = bytes(self._cache.serialize())
-        if blob == self._saved:
+        memory = self._cache.serialize()
+        blob = b"" if memory is None else bytes(memory)  # None: it could not name the device
+        if blob in (b"", self._saved):
             return
         self._saved = blob
         partial = self._file.with_name(f".{self._file.name}.partial-{os.getpid()}")

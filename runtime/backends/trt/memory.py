@@ -129,19 +129,23 @@ class _Entered:
     def __enter__(self) -> None:
         memory = self._memory
         self._lock.acquire()
-        if memory.closed:
+        try:
+            memory.check_open()
+            before = memory.call("cudaGetDevice")
+            if before != memory.device:
+                memory.call("cudaSetDevice", memory.device)
+        except BaseException:
             self._lock.release()
-            raise BackendError("the tensorrt backend is closed; open the artifacts again")
-        before = memory.call("cudaGetDevice")
-        if before != memory.device:
-            memory.call("cudaSetDevice", memory.device)
+            raise
         self._before.append(before)
 
     def __exit__(self, *_: object) -> None:
         before = self._before.pop()
-        if before != self._memory.device:
-            self._memory.call("cudaSetDevice", before)
-        self._lock.release()
+        try:
+            if before != self._memory.device:
+                self._memory.call("cudaSetDevice", before)
+        finally:
+            self._lock.release()
 
 
 class CudaMemory:
@@ -189,6 +193,15 @@ class CudaMemory:
             BackendError: closed.
         """
         return self._entered
+
+    def check_open(self) -> None:
+        """Refuses what is closed.
+
+        Raises:
+            BackendError: it is.
+        """
+        if self.closed:
+            raise BackendError("the tensorrt backend is closed; open the artifacts again")
 
     @property
     def compute_capability(self) -> int:

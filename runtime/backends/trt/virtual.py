@@ -90,7 +90,11 @@ class VirtualMemory:
     def map(self, pointer: int, nbytes: int, handle: Any) -> None:
         """Puts physical memory behind addresses; it may be mapped elsewhere too."""
         self._memory.call("cuMemMap", pointer, nbytes, 0, handle, 0)
-        self._memory.call("cuMemSetAccess", pointer, nbytes, [self._access], 1)
+        try:
+            self._memory.call("cuMemSetAccess", pointer, nbytes, [self._access], 1)
+        except BaseException:
+            self.unmap(pointer, nbytes)
+            raise
 
     def unmap(self, pointer: int, nbytes: int) -> None:
         """Takes what lies behind addresses away; no work that uses them may be under way."""
@@ -124,12 +128,21 @@ class Scratch:
             CapacityError: the device has not so much.
         """
         wanted = self._virtual.rounded(nbytes)
-        while self.nbytes < wanted:
-            missing = wanted - self.nbytes
-            handle = self._virtual.create(missing)  # which may shrink what is there
+        if self.nbytes >= wanted:
+            return
+        missing = wanted - self.nbytes
+        handle = self._virtual.create(missing)
+        if self.nbytes + missing < wanted:  # it was shrunk to find room for that
+            self._virtual.release(handle)
+            missing = wanted
+            handle = self._virtual.create(missing)
+        try:
             self._virtual.map(self.pointer + self.nbytes, missing, handle)
-            self._pieces.append((missing, handle))
-            self.nbytes += missing
+        except BaseException:
+            self._virtual.release(handle)
+            raise
+        self._pieces.append((missing, handle))
+        self.nbytes += missing
 
     def shrink(self) -> None:
         """Frees all of it; waits for the stream."""
@@ -225,16 +238,26 @@ class KvMemory:
             self._idle.remove(chosen)
             return KvBlock(self, chosen)
         handle = self._virtual.create(nbytes)
-        pointer = self._virtual.reserve(nbytes)
-        self._virtual.map(pointer, nbytes, handle)
+        try:
+            pointer = self._virtual.reserve(nbytes)
+            try:
+                self._virtual.map(pointer, nbytes, handle)
+            except BaseException:
+                self._virtual.give_up(pointer, nbytes)
+                raise
+        except BaseException:
+            self._virtual.release(handle)
+            raise
         physical = _Physical(handle, nbytes, pointer)
         self._all.append(physical)
         return KvBlock(self, physical)
 
     def hold(self, block: KvBlock) -> None:
-        """Has a set in the place; waits for the stream if another one is there."""
+        """Has a set in the place; waits for the stream if another one is there.
+
+        What another stream still does with the set is not waited for: see `settle`.
+        """
         physical = block.physical
-        self.settle(block)
         if self._held is physical:
             return
         self._leave()

@@ -284,7 +284,7 @@ def test_a_second_process_finds_the_compiled_kernels(
 
     def process() -> str:
         command = [sys.executable, "-c", PROCESS, str(tiny_artifacts), str(tmp_path), ending]
-        root = Path(__file__).resolve().parents[2]
+        root = Path(__file__).resolve().parents[3]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         return done.stdout.strip()
 

@@ -1,6 +1,7 @@
 """Device memory on the stand-in for CUDA: uploads without waiting, weights, addresses that stay."""
 
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.backends.trt.memory import CudaMemory
 from klein_kv.runtime.backends.trt.virtual import KvMemory, Scratch, VirtualMemory
-from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_cuda import FakeCuda, Status
 from tests.runtime.backends.fake_trt import array_at
 
 PAGE = 4096
@@ -257,3 +258,54 @@ def test_the_stand_in_refuses_to_unmap_what_is_still_to_be_used() -> None:
     device.memory.copy_on_device(block.pointer, block.pointer, 10)
     with pytest.raises(AssertionError, match="has yet to use"):
         device.cuda.cuMemUnmap(block.pointer, PAGE)
+
+
+# --- what a first review of the executor found ---
+
+
+def test_scratch_that_cannot_be_had_is_refused_and_does_not_loop() -> None:
+    """Regression: taking a piece shrank what was there, which had to be taken again, for ever."""
+    device = Device(capacity=9 * PAGE)
+    held = device.kv.take(6 * PAGE)
+    device.scratch.require(2 * PAGE)
+    with pytest.raises(CapacityError):
+        device.scratch.require(4 * PAGE)
+    assert device.cuda.calls["cuMemCreate"] < 12
+    del held
+    device.scratch.require(9 * PAGE)
+    assert device.scratch.nbytes == 9 * PAGE
+
+
+def test_memory_that_cannot_be_mapped_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    refuse = (Status.cudaErrorInvalidValue,)
+    for name in ("cuMemMap", "cuMemSetAccess"):
+        with monkeypatch.context() as patch:
+            patch.setattr(device.cuda, name, lambda *_: refuse)
+            with pytest.raises(BackendError, match=name):
+                device.kv.take(PAGE)
+            with pytest.raises(BackendError, match=name):
+                device.scratch.require(PAGE)
+        assert (device.cuda.used, len(device.cuda.reserved)) == (0, 2)
+    device.kv.hold(device.kv.take(PAGE))
+
+
+def test_a_failing_call_leaves_the_memory_to_other_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Regression: the lock stayed with the thread, and the program hung at its end."""
+    device = Device()
+    with monkeypatch.context() as patch:
+        patch.setattr(device.cuda, "cudaGetDevice", lambda: (Status.cudaErrorInvalidValue, 0))
+        with pytest.raises(BackendError, match="cudaGetDevice"), device.memory.entered():
+            pass
+    entered = threading.Event()
+
+    def enter() -> None:
+        with device.memory.entered():
+            entered.set()
+
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert entered.is_set()

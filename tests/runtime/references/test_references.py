@@ -196,14 +196,14 @@ def test_digest_covers_what_keys_and_values_depend_on(
     cropped_away = one.copy()
     cropped_away.putpixel((0, 0), (1, 2, 3))  # outside the 64 pixels that are used
     sets = [[one], [two], [one, two], [two, one], [one, one], [changed]]
-    digests = [pipe._encoder.prepare(images).digest for images in sets]
+    digests = [pipe._maker.encoder.prepare(images).digest for images in sets]
     assert len(set(digests)) == len(sets)
-    assert pipe._encoder.prepare([cropped_away]).digest == digests[0]
-    assert pipe._encoder.prepare([one.convert("RGBA")]).digest == digests[0]
+    assert pipe._maker.encoder.prepare([cropped_away]).digest == digests[0]
+    assert pipe._maker.encoder.prepare([one.convert("RGBA")]).digest == digests[0]
 
-    origin = pipe._encoder.origin
-    images = pipe._encoder.prepare([one]).images
-    for name in ("model_digest", "lora_digest", "dtype", "kv_dtype", "backend"):
+    origin = pipe._maker.encoder.origin
+    images = pipe._maker.encoder.prepare([one]).images
+    for name in ("model_digest", "dtype", "kv_dtype", "backend"):
         other = replace(origin, **{name: "other"})
         assert other.digest(images) != digests[0]
         assert origin.difference(other) is not None
@@ -222,7 +222,6 @@ def test_sets_of_another_origin_are_refused(pipe: KleinKVPipeline, picture: Pict
     references = pipe.encode_references(picture(64, 64, seed=42))
     for name, words in (
         ("model_digest", "other weights"),
-        ("lora_digest", "another LoRA set"),
         ("kv_dtype", "kept in another type"),
         ("backend", "another backend"),
     ):
@@ -402,7 +401,6 @@ def flip_a_bit(path: Path) -> None:
         (lambda p: rewrite(p, lambda h: h["__metadata__"].pop("images")), ArtifactError, "images"),
         (lambda p: rewrite(p, lambda h: h.pop("__metadata__")), ArtifactError, "format is None"),
         (set_metadata("model_digest", "0" * 64), RequestError, "belong to other weights"),
-        (set_metadata("lora_digest", "f" * 64), RequestError, "belong to another LoRA set"),
         (set_metadata("dtype", "float16"), RequestError, "computed in another type"),
         (set_metadata("backend", "tensorrt"), RequestError, "computed by another backend"),
         (rename_tensor, RequestError, "another layout: k_ref.1 is not there"),

@@ -1,0 +1,247 @@
+"""What a pipeline is opened with, and what one call asks for; both check themselves."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ParamSpec, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.signature import MAX_POSITION
+from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.errors import RequestError
+
+__all__ = [
+    "CallArguments",
+    "RuntimeOptions",
+    "embeds_array",
+    "host_array",
+    "is_integer",
+    "output_size",
+    "prompt_may_come_first",
+]
+
+_DEFAULT_LATENT_SIDE = 128
+_MAX_SIDE = 2048
+_CALLBACK_TENSORS = ("latents", "prompt_embeds")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """How artifacts are opened.
+
+    Attributes:
+        backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backends.open_backend`.
+        device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
+        threads: CPU threads of the backend; None leaves it to the library.
+        backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
+            `{"compile_blocks": True}`.
+        kv_dtype: "fp8" takes the graphs that hand keys and values on in a quarter of float32's
+            bytes (half of 16 bits'), with a loss; None, or the graphs' own type, keeps them as they
+            are computed.
+        precision: "fp8", "nvfp4" or "fp8-weight-only" computes with weights that `klein-kv
+            quantize` made; None with the folder's own.
+        attention: "fp8" computes attention in float8 too, and keeps keys and values so.
+        reference_cache_bytes: budget of the reference store; 0 turns reuse off; None takes all that
+            weights and the largest request leave free of a GPU's memory, on a CPU a quarter of the
+            memory that is free now.
+        host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
+        prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
+        nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
+    """
+
+    backend: str = "auto"
+    device: str | None = None
+    threads: int | None = None
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    kv_dtype: str | None = None
+    precision: str | None = None
+    attention: str | None = None
+    reference_cache_bytes: int | None = None
+    host_cache_bytes: int = 0
+    prompt_cache_bytes: int | None = None
+    nvtx: bool = False
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """The same with other values for some.
+
+        Raises:
+            RequestError: no option of such a name.
+        """
+        known = [item.name for item in fields(self)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(known)}")
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallArguments:
+    """What `KleinKVPipeline.__call__` was asked for; see there for each.
+
+    Raises:
+        RequestError: arguments that contradict each other, or are out of range.
+    """
+
+    image: Any = None
+    prompt: str | list[str] | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 4
+    sigmas: list[float] | None = None
+    num_images_per_prompt: int = 1
+    generator: Any = None
+    latents: Any = None
+    prompt_embeds: Any = None
+    output_type: str = "pil"
+    attention_kwargs: dict[str, Any] | None = None
+    callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
+    max_sequence_length: int = 512
+    text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
+    references: Any = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        prompt = self.prompt
+        if (prompt is None) == (self.prompt_embeds is None):
+            got = "neither" if prompt is None else "both"
+            raise RequestError(f"expected one of prompt and prompt_embeds, got {got}")
+        texts = isinstance(prompt, list) and prompt and all(isinstance(x, str) for x in prompt)
+        if prompt is not None and not isinstance(prompt, str) and not texts:
+            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
+        if self.output_type not in ("pil", "np", "pt", "latent"):
+            raise RequestError(
+                f"output_type is {self.output_type!r}, expected 'pil', 'np', 'pt' or 'latent'"
+            )
+        names = self.callback_on_step_end_tensor_inputs or ()
+        if unknown := [name for name in names if name not in _CALLBACK_TENSORS]:
+            raise RequestError(
+                f"callback_on_step_end_tensor_inputs names {unknown}, expected some of "
+                f"{list(_CALLBACK_TENSORS)}"
+            )
+        _check_count("num_inference_steps", self.num_inference_steps, 50 if not self.sigmas else 0)
+        _check_count("num_images_per_prompt", self.num_images_per_prompt)
+        if self.images and self.references is not None:
+            raise RequestError("both image and references are given, expected one of them")
+
+    @property
+    def images(self) -> list[Any]:
+        """Reference images, in order."""
+        if self.image is None:
+            return []
+        return self.image if isinstance(self.image, list) else [self.image]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Texts, in order; empty where embeddings are given."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt or []
+
+
+def _check_count(name: str, value: object, most: int = 0) -> None:
+    if not is_integer(value) or value < 1 or (most and value > most):  # type: ignore[operator]
+        limit = f"1 to {most}" if most else "1 or more"
+        raise RequestError(f"{name} is {value!r}, expected {limit}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether a number is whole: Python's or numpy's integers, but no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def prompt_may_come_first(call: Callable[P, R]) -> Callable[P, R]:
+    """Lets `pipe("a prompt", image=...)` work although `image` is the first parameter."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[1] if len(args) > 1 else None
+        texts = isinstance(first, list) and first and all(isinstance(x, str) for x in first)
+        if isinstance(first, str) or texts:
+            if len(args) > 2 or "prompt" in kwargs:
+                raise RequestError(
+                    "the first argument is a prompt, and another prompt or positional argument "
+                    "follows; pass the rest by name"
+                )
+            kwargs["prompt"] = first
+            args = args[:1]  # type: ignore[assignment]
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def host_array(value: Any, name: str, dtype: str) -> NDArray[Any]:
+    """A numpy array of type `dtype` from a numpy array or a torch tensor.
+
+    Raises:
+        RequestError: not floating point, or not finite.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().float().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind != "f" and array.dtype != NUMPY_DTYPES["bfloat16"]:
+        raise RequestError(f"{name} has dtype {array.dtype}, expected floating point values")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name} holds values that are not finite")
+    return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype])
+
+
+def embeds_array(value: Any, config: ModelConfig, dtype: str) -> NDArray[Any]:
+    """Text embeddings of the caller's own, [B, T, D] of type `dtype`.
+
+    Raises:
+        RequestError: another shape, or not finite floating point values.
+    """
+    embeds = host_array(value, "prompt_embeds", dtype)
+    width = config.transformer.joint_attention_dim
+    if embeds.ndim != 3 or embeds.shape[2] != width or 0 in embeds.shape:
+        raise RequestError(
+            f"prompt_embeds has shape {embeds.shape}, expected [batch, tokens, {width}]"
+        )
+    if embeds.shape[1] > MAX_POSITION:
+        raise RequestError(
+            f"prompt_embeds has {embeds.shape[1]} tokens, expected at most {MAX_POSITION}"
+        )
+    return embeds
+
+
+def output_size(
+    config: ModelConfig,
+    height: int | None,
+    width: int | None,
+    first: tuple[int, int] | None,
+    noise: NDArray[Any] | None,
+) -> tuple[int, int]:
+    """Height and width of the output in pixels.
+
+    Args:
+        config: gives the pixels of a token.
+        height: as asked for, or None.
+        width: as asked for, or None.
+        first: size of the first reference, the default where there is one.
+        noise: latents of the caller's own, [B, C, h, w]: the default before all others.
+
+    Raises:
+        RequestError: not a multiple of a token's side, or above 2048.
+    """
+    unit = config.vae.multiple_of
+    for name, value in (("height", height), ("width", width)):
+        if value is None:
+            continue
+        if not is_integer(value) or not unit <= value <= _MAX_SIDE or value % unit:
+            raise RequestError(
+                f"{name} is {value!r}, expected a multiple of {unit} from {unit} to {_MAX_SIDE}"
+            )
+    if noise is not None and noise.ndim == 4:
+        if max(noise.shape[2:]) > MAX_POSITION:
+            raise RequestError(
+                f"latents has shape {noise.shape}, expected at most {MAX_POSITION} tokens a side"
+            )
+        default = noise.shape[2] * unit, noise.shape[3] * unit
+    else:
+        side = _DEFAULT_LATENT_SIDE * config.vae.scale_factor
+        default = first or (side, side)
+    return int(height or default[0]), int(width or default[1])
