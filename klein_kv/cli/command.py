@@ -15,6 +15,7 @@ from klein_kv.cli.generate import add_generate
 from klein_kv.cli.inspection import add_doctor, add_inspect
 from klein_kv.cli.plan import add_plan
 from klein_kv.cli.quantize import add_quantize
+from klein_kv.cli.setup import add_setup
 from klein_kv.cli.verify import add_verify
 from klein_kv.errors import KleinKVError
 
@@ -26,9 +27,11 @@ _EXTRA_OF = {
     "quantize": "export,cpu",
     "verify": "export,cpu",
     "build": "rtx",
+    "setup": "export,rtx",
 }
 # In the order of `klein-kv --help`.
 _VERBS = (
+    add_setup,
     add_fixture,
     add_export,
     add_quantize,

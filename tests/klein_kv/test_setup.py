@@ -1,0 +1,100 @@
+"""`klein-kv setup`: each stage once, and on from where it stopped."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.cli import main
+from klein_kv.engines import build
+from klein_kv.export import exporter
+from klein_kv.export.quantization import quantize
+
+STAGES = {"export": exporter, "quantize": quantize, "build": build}
+NAMES = {
+    "export": "export_checkpoint",
+    "quantize": "quantize_artifacts",
+    "build": "build_artifacts",
+}
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    def setup(*options: str) -> tuple[int, str, str]:
+        command = ["setup", str(tiny_checkpoint), str(tmp_path / "artifacts"), "--variant", "kv"]
+        code = main([*command, *options])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return setup
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_was_interrupted(
+    run: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = ("--precision", "fp8", "--gpu", "rtx5090", "--json")
+    for stage, module in STAGES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, NAMES[stage], interrupt)
+            assert run(*options)[0] == 130
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with caplog.at_level(logging.INFO, "klein_kv"):
+        code, out, _ = run(*options)
+    assert code == 0
+    assert caplog.text.count("there already") == 2  # export and quantize
+    value = json.loads(out)
+    assert set(value["seconds"]) == set(STAGES)
+    assert value["precision"] == "fp8"
+    assert 'precision="fp8"' in value["python"]
+    assert value["plan"]["plans"][0]["fits"]
+    folder = tmp_path / "artifacts"
+    assert Manifest.load(folder).precisions
+    engines = sorted(path.name for path in (folder / "engines" / "rtx5090-fp8").iterdir())
+    assert "cached_step.engine.zlib" in engines
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "klein_kv"):
+        assert run(*options)[0] == 0
+    assert caplog.text.count("unchanged") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpu", "voodoo2"), "voodoo2"),
+        (("--gpu", "rtx3090", "--precision", "fp8"), "takes compute capability 8.9"),
+        (("--gpu", "rtx4090", "--precision", "nvfp4"), "choose bf16 or fp8"),
+    ],
+)
+def test_refusals(
+    options: tuple[str, ...],
+    message: str,
+    run: Callable[..., tuple[int, str, str]],
+    tiny_bf16_artifacts: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "artifacts").symlink_to(tiny_bf16_artifacts)
+    code, _, err = run(*options)
+    assert code == 1
+    assert message in err
+
+
+def test_artifacts_of_another_kind_are_refused(
+    run: Callable[..., tuple[int, str, str]], tiny_artifacts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "artifacts").symlink_to(tiny_artifacts)
+    code, _, err = run()
+    assert code == 1
+    assert "holds kv weights in float32, expected kv in bfloat16" in err
