@@ -162,7 +162,7 @@ class KleinKVPipeline:
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(prompt_cache_bytes)
         self._prompts = PromptEncoder(
             self.session,
-            PromptTokenizer(artifacts / "tokenizer"),
+            PromptTokenizer(artifacts / "tokenizer", manifest.prompt),
             manifest.config.text_encoder,
             manifest.graphs_digest(self.graphs),
             self.prompt_cache,

@@ -10,19 +10,16 @@ from typing import Any
 import pytest
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.digest import file_digest
-from klein_kv.artifacts.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    FileRecord,
-    Manifest,
+from klein_kv.artifacts.digest import file_digest, inside
+from klein_kv.artifacts.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest
+from klein_kv.artifacts.signature import GRAPH_FILES
+from klein_kv.artifacts.weights import (
     graph_weights,
-    inside,
+    map_weight,
+    read_header,
     save_graph_weights,
     weights_file,
 )
-from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.artifacts.weights import map_weight, read_header
 from klein_kv.errors import ArtifactError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -68,6 +65,7 @@ def test_content(tiny_artifacts: Path) -> None:
     assert manifest.dtype == "float32"
     assert manifest.config.transformer.num_blocks == 3
     assert manifest.scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    assert manifest.prompt.prefix == "<|im_start|>user\n"
     assert "LICENSE.md" in manifest.licence
     on_disk = {
         path.relative_to(tiny_artifacts).as_posix()
@@ -136,7 +134,7 @@ def test_another_version(version: Any, folder: Path, edit: Callable[..., None]) 
 
 
 @pytest.mark.parametrize(
-    "key", ["model_id", "variant", "dtype", "config", "scheduler", "files", "licence"]
+    "key", ["model_id", "variant", "dtype", "config", "scheduler", "prompt", "files", "licence"]
 )
 def test_missing_key(key: str, folder: Path, edit: Callable[..., None]) -> None:
     edit(lambda value: value.pop(key))
@@ -156,6 +154,11 @@ def test_missing_key(key: str, folder: Path, edit: Callable[..., None]) -> None:
         lambda value: value["config"]["transformer"].update(num_layers=0),
         lambda value: value["config"]["transformer"].update(joint_attention_dim=33),
         lambda value: value["config"]["text_encoder"].update(layers=[99]),
+        lambda value: value.update(prompt=None),
+        lambda value: value["prompt"].pop("suffix"),
+        lambda value: value["prompt"].update(more=1),
+        lambda value: value["prompt"].update(padding_side="top"),
+        lambda value: value["prompt"].update(pad_id="0"),
         lambda value: value.update(files=[]),
         lambda value: value.update(files=None),
         lambda value: value["files"].update({WEIGHTS: "sha256:0"}),
