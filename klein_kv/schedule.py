@@ -85,10 +85,8 @@ class Schedule:
             dtype: "float32", "float16" or "bfloat16", that of the transformer.
 
         Raises:
-            RequestError: no such step or dtype.
+            RequestError: another dtype.
         """
-        if not 0 <= i < self.num_steps:
-            raise RequestError(f"step is {i}, expected 0 to {self.num_steps - 1}")
         value = round_to_dtype(self.timesteps[i : i + 1], dtype)
         value = round_to_dtype(value / _THOUSAND, dtype)
         value = round_to_dtype(value * _THOUSAND, dtype)

@@ -10,7 +10,7 @@ import errno
 import json
 import secrets
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class ImageParameters:
         fields["Model hash"] = self.model_digest.removeprefix("sha256:")[:10]
         fields["References"] = self.references
         fields["Version"] = f"klein-kv {self.version}"
-        line = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
+        line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items())
         return f"{self.prompt}\n{line}"
 
 
@@ -157,17 +157,15 @@ def save_png(
 def _chunks(parameters: ImageParameters) -> dict[str, Any]:
     """Options of `PIL.Image.Image.save`: the text chunks, and EXIF tags that say what made it.
 
-    All texts are iTXt, so every language and emoji survives. Half a surrogate pair, which no
-    encoding has a form for, becomes "?"; NUL, which ends a text in PNG, is dropped. EXIF has no
-    field for the digital source type (Exif 3.0, CIPA DC-008): it is in the XMP packet.
+    All texts are iTXt, so every language and emoji survives. EXIF has no field for the digital
+    source type (Exif 3.0, CIPA DC-008): it is in the XMP packet.
     """
     info = PngInfo()
-    info.add_itxt("parameters", _storable(parameters.text))
-    facts = {
-        name: _storable(value) if isinstance(value, str) else value
-        for name, value in asdict(parameters).items()
-    }
-    info.add_itxt(_CHUNK, json.dumps(facts, ensure_ascii=False))
+    parameters = replace(
+        parameters, prompt=_storable(parameters.prompt), model=_storable(parameters.model)
+    )
+    info.add_itxt("parameters", parameters.text)
+    info.add_itxt(_CHUNK, json.dumps(asdict(parameters), ensure_ascii=False))
     info.add_itxt(_XMP_CHUNK, _XMP.format(version=parameters.version))
     tags = Image.Exif()
     tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
@@ -175,11 +173,11 @@ def _chunks(parameters: ImageParameters) -> dict[str, Any]:
     return {"pnginfo": info, "exif": tags}
 
 
-def _quoted(value: object) -> str:
+def _quoted(text: str) -> str:
     """A value with a separator in it goes between quotes, as readers of this form expect."""
-    text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
 def _storable(text: str) -> str:
+    """Half a surrogate pair, which cannot be encoded, becomes "?"; NUL ends a text in PNG."""
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")

@@ -154,12 +154,6 @@ def test_model_timestep_equals_torch(dtype: str) -> None:
             assert got == expected[0].float().item()
 
 
-@pytest.mark.parametrize("i", [-1, 4])
-def test_model_timestep_of_no_step(i: int) -> None:
-    with pytest.raises(RequestError, match="0 to 3"):
-        make_schedule(KLEIN, 4, 1024).model_timestep(i, "bfloat16")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @given(values=st.lists(st.floats(width=32), min_size=1))
 def test_rounding_equals_torch(dtype: str, values: list[float]) -> None:
