@@ -8,8 +8,6 @@ tokenizer might treat in another way, against transformers in diffusers' own cal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
@@ -53,12 +51,23 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
     source = checkpoint / "tokenizer"
     tokenizer = _load(source)
     tokenizer.save_pretrained(artifacts / "tokenizer")
-    prefix, suffix = _texts_around(tokenizer, source)
     if tokenizer.pad_token is None:
         raise CheckpointError(
             f"tokenizer: {source} names no pad_token; expected one in tokenizer_config.json, since "
             "prompts are padded to a fixed length"
         )
+    parts = _render(tokenizer, _MARKER, source).split(_MARKER)
+    if len(parts) != 2:
+        raise CheckpointError(
+            f"tokenizer: the chat template of {source} writes the prompt {len(parts) - 1} times, "
+            "expected once; klein-kv reads templates that put texts around the prompt"
+        )
+    if "strftime_now" in tokenizer.get_chat_template():
+        raise CheckpointError(
+            f"tokenizer: the chat template of {source} reads the date (strftime_now), expected the "
+            "same text every day; use the template of the checkpoint's Qwen3 tokenizer"
+        )
+    prefix, suffix = parts
     prompt_format = PromptFormat(
         prefix=prefix,
         suffix=suffix,
@@ -72,7 +81,8 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
         ours = PromptTokenizer(artifacts / "tokenizer", prompt_format)
     except ArtifactError as error:
         raise CheckpointError(f"tokenizer: {source} cannot be saved: {error}") from error
-    _compare(ours, tokenizer, source)
+    for prompt in _PROBES:
+        _compare(ours, tokenizer, prompt, source)
     return prompt_format
 
 
@@ -117,46 +127,25 @@ def _render(tokenizer: Any, prompt: str, source: Path) -> str:
     return text
 
 
-def _texts_around(tokenizer: Any, source: Path) -> tuple[str, str]:
-    """What the chat template writes before and after a prompt, whatever the prompt."""
-    parts = _render(tokenizer, _MARKER, source).split(_MARKER)
-    if len(parts) != 2:
+def _compare(ours: PromptTokenizer, theirs: Any, prompt: str, source: Path) -> None:
+    """Refuses a tokenizer whose text or tokens of a prompt are others than the runtime's."""
+    text = _render(theirs, prompt, source)
+    expected = ours.prompt_format.prefix + prompt + ours.prompt_format.suffix
+    if text != expected:
         raise CheckpointError(
-            f"tokenizer: the chat template of {source} writes the prompt {len(parts) - 1} times, "
-            "expected once; klein-kv reads templates that put texts around the prompt"
+            f"tokenizer: the chat template of {source} makes {text!r:.200} of the prompt "
+            f"{prompt!r:.60}, expected {expected!r:.200}; klein-kv reads templates that put the "
+            "same texts around every prompt"
         )
-    if "strftime_now" in tokenizer.get_chat_template():
-        raise CheckpointError(
-            f"tokenizer: the chat template of {source} reads the date (strftime_now), expected the "
-            "same text every day; use the template of the checkpoint's Qwen3 tokenizer"
-        )
-    prefix, suffix = parts
-    for prompt in _PROBES:
-        text = _render(tokenizer, prompt, source)
-        if text != prefix + prompt + suffix:
+    for length in _LENGTHS:
+        encoding, _ = ours.encode(prompt, length)
+        tokens = theirs(text, padding="max_length", truncation=True, max_length=length)
+        if (
+            encoding.ids != tokens["input_ids"]
+            or encoding.attention_mask != tokens["attention_mask"]
+        ):
             raise CheckpointError(
-                f"tokenizer: the chat template of {source} makes {text!r:.200} of the prompt "
-                f"{prompt!r:.60}, expected {prefix + prompt + suffix!r:.200}; klein-kv reads "
-                "templates that put the same texts around every prompt"
+                f"tokenizer: {source} makes {tokens['input_ids'][:8]}... of {prompt!r:.60} in "
+                f"{length} tokens, expected {encoding.ids[:8]}..., the ids of the chat text alone; "
+                "klein-kv reads tokenizers that add no tokens of their own"
             )
-    return prefix, suffix
-
-
-def _compare(ours: PromptTokenizer, theirs: Any, source: Path) -> None:
-    for prompt in _PROBES:
-        text = _render(theirs, prompt, source)
-        for length in _LENGTHS:
-            encoding, _ = ours.encode(prompt, length)
-            expected = theirs(
-                text, padding="max_length", truncation=True, max_length=length, return_tensors="np"
-            )
-            same = np.array_equal([encoding.ids], expected["input_ids"]) and np.array_equal(
-                [encoding.attention_mask], expected["attention_mask"]
-            )
-            if not same:
-                raise CheckpointError(
-                    f"tokenizer: {source} gives {encoding.tokens[:8]}... for {prompt!r:.60} and "
-                    f"{length} tokens without transformers, expected the ids "
-                    f"{expected['input_ids'][0, :8].tolist()}...; klein-kv reads tokenizers that "
-                    "add no tokens of their own to the chat text"
-                )
