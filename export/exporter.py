@@ -24,17 +24,14 @@ from klein_kv.artifacts.config import (
     read_json,
 )
 from klein_kv.artifacts.digest import file_digest
-from klein_kv.artifacts.manifest import (
-    MANIFEST,
-    FileRecord,
-    Manifest,
-)
+from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.artifacts.weights import WeightIndex, WeightRef
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight
 from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight, read_single_file
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
+from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
@@ -157,7 +154,8 @@ def export_checkpoint(
     if dtype == "float16":
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
     with _staging(artifacts) as folder:
-        _write_tokenizer(whole.folder, folder)  # first: what it finds wrong costs no conversion
+        # First: what it finds wrong costs no conversion.
+        prompt = save_tokenizer(whole.folder, folder)
         placed = _place_weights(whole, folder, dtype)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         # diffusers builds the VAE from it where the torch backend runs it.
@@ -171,6 +169,7 @@ def export_checkpoint(
             dtype=dtype,
             config=whole.config,
             scheduler=whole.scheduler,
+            prompt=prompt,
             files=files,
             licence=licence,
             distilled=source.is_distilled,
@@ -289,26 +288,3 @@ def _write_graphs(
         save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
     return nodes
-
-
-def _write_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Saves the tokenizer in its fast form: whatever files it came in, one tokenizer.json."""
-    from transformers import AutoTokenizer
-
-    source = checkpoint / "tokenizer"
-    # Without them transformers makes a tokenizer with an empty vocabulary (5.23).
-    older = ("vocab.json", "merges.txt")
-    if not (source / "tokenizer.json").is_file() and not all((source / x).is_file() for x in older):
-        raise CheckpointError(
-            f"tokenizer: {source} has no tokenizer.json, and not both of {' and '.join(older)}; "
-            "download the whole checkpoint"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"tokenizer: {source} cannot be loaded: {error!r}") from error
-    if not tokenizer.chat_template:
-        raise CheckpointError(f"tokenizer: {source} has no chat template; klein prompts need one")
-    tokenizer.save_pretrained(folder / "tokenizer")

@@ -122,7 +122,7 @@ class KleinKVPipeline:
         )
         prompts = PromptEncoder(
             self.session,
-            PromptTokenizer(artifacts / "tokenizer"),
+            PromptTokenizer(artifacts / "tokenizer", manifest.prompt),
             manifest.config.text_encoder,
             self.prompt_cache,
         )

@@ -103,8 +103,8 @@ def encode_prompt(
     ops: TorchOps, artifacts: Path, manifest: Manifest, prompt: str, text_tokens: int = 512
 ) -> torch.Tensor:
     """Text embeddings [1, T, D] in the type of `ops`."""
-    tokens = PromptTokenizer(artifacts / "tokenizer")([prompt], text_tokens)
-    ids, mask = (torch.from_numpy(x).to(ops.device) for x in tokens)
+    tokenizer = PromptTokenizer(artifacts / "tokenizer", manifest.prompt)
+    ids, mask = (torch.from_numpy(x).to(ops.device) for x in tokenizer([prompt], text_tokens))
     return encode_text(ops, manifest.config.text_encoder, ids, mask)
 
 

@@ -1,4 +1,4 @@
-"""Digests that tell whether a file is the one it was.
+"""Whether a file is the one it was, and whether it lies in its folder.
 
 Files up to 256 MiB are hashed whole. A larger one (weights of tens of gigabytes) is hashed through
 its length, its first and last mebibyte and 64 blocks of 64 KiB spread evenly over it: enough to
@@ -7,9 +7,11 @@ of the digest says which of the two it is.
 """
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-__all__ = ["WHOLE_FILE_LIMIT", "combine_digests", "file_digest"]
+from klein_kv.errors import ArtifactError
+
+__all__ = ["WHOLE_FILE_LIMIT", "combine_digests", "file_digest", "inside"]
 
 WHOLE_FILE_LIMIT = 256 << 20
 _EDGE = 1 << 20
@@ -41,3 +43,23 @@ def combine_digests(digests: dict[str, str]) -> str:
     """One hex digest over named digests; order does not matter."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused where `name` would leave the folder.
+
+    Raises:
+        ArtifactError: an absolute path, one with `..`, or a link to a file elsewhere.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise ArtifactError(
+            f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
+        )
+    path = folder / pure
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} is a link to {path.resolve()}, outside the folder; copy the file itself there "
+            "(downloads from a hub: with a local folder, not through its cache)"
+        )
+    return path

@@ -6,15 +6,14 @@ stay inside the folder.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from operator import index
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig, tensor_bytes
-from klein_kv.artifacts.digest import combine_digests, file_digest
+from klein_kv.artifacts.config import DTYPES, ModelConfig
+from klein_kv.artifacts.digest import combine_digests, file_digest, inside
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
+from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
 from klein_kv.artifacts.signature import (
     KV_FLOAT8,
@@ -24,7 +23,7 @@ from klein_kv.artifacts.signature import (
     graph_sets,
     quantized_graph_sets,
 )
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import graph_weights, save_graph_weights, weights_file
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 
 __all__ = [
@@ -69,6 +68,7 @@ class Manifest:
         dtype: floating point type of graphs and weights.
         config: the three networks.
         scheduler: diffusers' scheduler configuration, as found.
+        prompt: how prompts are tokenized.
         files: records by path relative to the folder.
         licence: notice about the weights, for people.
         distilled: False for weights that need classifier-free guidance.
@@ -81,6 +81,7 @@ class Manifest:
     dtype: str
     config: ModelConfig
     scheduler: dict[str, Any]
+    prompt: PromptFormat
     files: dict[str, FileRecord]
     licence: str
     distilled: bool = True
@@ -248,6 +249,7 @@ class Manifest:
             "graphs": self.graphs.files,
             "config": self.config.to_dict(),
             "scheduler": self.scheduler,
+            "prompt": asdict(self.prompt),
             "precisions": self.precisions,
             "files": {
                 name: {"bytes": record.bytes, "digest": record.digest}
@@ -281,6 +283,7 @@ class Manifest:
                 dtype=value["dtype"],
                 config=ModelConfig.from_saved(value["config"]),
                 scheduler=value["scheduler"],
+                prompt=PromptFormat(**value["prompt"]),
                 files={
                     name: FileRecord(record["bytes"], record["digest"], record.get("sha256", ""))
                     for name, record in value["files"].items()
@@ -362,26 +365,6 @@ class Manifest:
                 )
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused where `name` would leave the folder.
-
-    Raises:
-        ArtifactError: an absolute path, one with `..`, or a link to a file elsewhere.
-    """
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
-        raise ArtifactError(
-            f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
-        )
-    path = folder / pure
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(
-            f"{path} is a link to {path.resolve()}, outside the folder; copy the file itself there "
-            "(downloads from a hub: with a local folder, not through its cache)"
-        )
-    return path
-
-
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -406,59 +389,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "upgrade klein-kv or export again"
         )
     return value
-
-
-def weights_file(graph_file: str) -> str:
-    """Path of the weight table beside a graph: `x/y.onnx` -> `x/y.weights.json`."""
-    return graph_file.removesuffix(".onnx") + ".weights.json"
-
-
-def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
-    """Writes the weight table of one graph: initializer -> file, offset, nbytes, dtype, shape."""
-    table = {
-        name: [ref.path.name, ref.offset, ref.nbytes, ref.dtype, list(ref.shape)]
-        for name, ref in weights.items()
-    }
-    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
-
-
-def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
-    """Where the initializers of one graph lie, by initializer name.
-
-    Args:
-        folder: the artifact folder.
-        file: the graph's path in it (`GraphSet.files`).
-
-    Raises:
-        ArtifactError: the table is unreadable or points outside its folder or file.
-    """
-    path = folder / weights_file(file)
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        refs = {
-            name: WeightRef(
-                inside(path.parent, file),
-                index(offset),
-                index(nbytes),
-                dtype,
-                tuple(map(index, shape)),
-            )
-            for name, (file, offset, nbytes, dtype, shape) in table.items()
-        }
-        sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
-        expected = {name: tensor_bytes(ref.dtype, ref.shape) for name, ref in refs.items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
-        raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
-    for name, ref in refs.items():
-        if (
-            not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes
-            or ref.nbytes != expected[name]
-            or min((0, *ref.shape)) < 0
-        ):
-            raise ArtifactError(
-                f"{path}: {name} of shape {ref.shape} and dtype {ref.dtype} is said to take bytes "
-                f"{ref.offset} to {ref.offset + ref.nbytes} of {ref.path.name}, which has "
-                f"{sizes[ref.path]}; export again"
-            )
-    return refs

@@ -7,6 +7,7 @@ file; the data is mapped when a backend asks for it. Only this format is read: n
 """
 
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import read_json, tensor_bytes
-from klein_kv.errors import CheckpointError
+from klein_kv.artifacts.digest import inside
+from klein_kv.errors import ArtifactError, CheckpointError
 
 __all__ = [
     "NUMPY_DTYPES",
     "WeightIndex",
     "WeightRef",
+    "graph_weights",
     "map_weight",
     "read_header",
     "read_metadata",
     "safetensors_header",
+    "save_graph_weights",
+    "weights_file",
 ]
 
 _DTYPES = {
@@ -335,3 +340,59 @@ def safetensors_header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def weights_file(graph_file: str) -> str:
+    """Path of the weight table beside a graph: `x/y.onnx` -> `x/y.weights.json`."""
+    return graph_file.removesuffix(".onnx") + ".weights.json"
+
+
+def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
+    """Writes the weight table of one graph: initializer -> file, offset, nbytes, dtype, shape."""
+    table = {
+        name: [ref.path.name, ref.offset, ref.nbytes, ref.dtype, list(ref.shape)]
+        for name, ref in weights.items()
+    }
+    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
+    """Where the initializers of one graph lie, by initializer name.
+
+    Args:
+        folder: the artifact folder.
+        file: the graph's path in it (`GraphSet.files`).
+
+    Raises:
+        ArtifactError: the table is unreadable or points outside its folder or file.
+    """
+    path = folder / weights_file(file)
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        refs = {
+            name: WeightRef(
+                inside(path.parent, file),
+                operator.index(offset),
+                operator.index(nbytes),
+                dtype,
+                tuple(map(operator.index, shape)),
+            )
+            for name, (file, offset, nbytes, dtype, shape) in table.items()
+        }
+        sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
+        expected = {name: tensor_bytes(ref.dtype, ref.shape) for name, ref in refs.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
+        raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
+    for name, ref in refs.items():
+        if (
+            not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes
+            or ref.nbytes != expected[name]
+            or min((0, *ref.shape)) < 0
+        ):
+            raise ArtifactError(
+                f"{path}: {name} of shape {ref.shape} and dtype {ref.dtype} is said to take bytes "
+                f"{ref.offset} to {ref.offset + ref.nbytes} of {ref.path.name}, which has "
+                f"{sizes[ref.path]}; export again"
+            )
+    return refs

@@ -12,7 +12,6 @@ releases of torch that computed in the narrow type itself are not reproduced.
 """
 
 import math
-import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ def initial_noise(
     `aten/src/ATen/native/cpu/DistributionTemplates.h` (`normal_fill`).
 
     Args:
-        shape: Batch first: [B, C, h, w].
+        shape: [B, C, h, w], positive; with a seed the values must be a multiple of 16.
         generator: A `torch.Generator`, which is advanced, drawn once for the whole tensor; or a
             list of B of them, each drawn for one item. A list of one counts as a single one.
         seed: 0 to 2**63 - 1; stands for one CPU generator with that seed. torch seeds its CPU
@@ -59,15 +58,14 @@ def initial_noise(
         RequestError: both `generator` and `seed`, or one of the arguments is not as above.
         BackendError: a generator was given and torch is not installed.
     """
-    sizes = _sizes(shape)
+    sizes = tuple(shape)
     if dtype not in _DTYPES:
         raise RequestError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
     if generator is not None:
         if seed is not None:
             raise RequestError("both generator and seed are given, expected one of them")
         return _torch_noise(sizes, generator, dtype)
-    chosen = random_seed() if seed is None else _seed(seed)
-    noise = _normal(math.prod(sizes), chosen, narrow=dtype != "float32").reshape(sizes)
+    noise = _normal(sizes, random_seed() if seed is None else seed)
     return noise.astype(np.float16) if dtype == "float16" else round_to_dtype(noise, dtype)
 
 
@@ -76,46 +74,19 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
-def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or any(size < 1 for size in sizes):
-        raise RequestError(f"noise shape is {shape!r}, expected positive integers, batch first")
-    return sizes
-
-
-def _seed(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+def _normal(sizes: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """Standard normal float32 values of the stream of `seed`, shaped `sizes`."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed!r}, expected an integer from 0 to 2**63 - 1")
-    if not 0 <= seed < 2**63:
-        raise RequestError(f"seed is {seed}, expected 0 to 2**63 - 1")
-    return int(seed)
-
-
-def _normal(count: int, seed: int, narrow: bool) -> NDArray[np.float32]:
-    """`count` standard normal float32 values of the stream of `seed`.
-
-    Args:
-        count: Number of values.
-        seed: Of the generator.
-        narrow: torch is to round them to 16 bits: the same numbers, but where `count` is not a
-            multiple of 16 the last row continues at another word of the stream.
-    """
+    count = math.prod(sizes)
+    if count < 1 or count % _LANES:  # torch fills an incomplete row of 16 in another way
+        raise RequestError(
+            f"noise shape is {sizes}, {count} values, expected a multiple of {_LANES}, as klein's "
+            "128 channels give; pass generator= with a torch.Generator instead of seed="
+        )
     # torch: mt19937(seed) keeps the low 32 bits. numpy promises RandomState's stream for good.
-    words = np.random.RandomState(seed & 0xFFFFFFFF)
-    if count < _LANES:
-        return _normal_scalars(count, words)
-    whole = count - count % _LANES
-    values = np.empty(count, dtype=np.float32)
-    if whole == count:
-        values[:] = _box_muller(_uniform(count, words))
-        return values
-    uniform = _uniform(whole if narrow else count, words)
-    values[:whole] = _box_muller(uniform[:whole])
-    values[-_LANES:] = _box_muller(_uniform(_LANES, words))  # overlaps what is already there
-    return values
+    words = np.random.RandomState(int(seed) & 0xFFFFFFFF)
+    return _box_muller(_uniform(count, words)).reshape(sizes)
 
 
 def _uniform(count: int, words: np.random.RandomState) -> NDArray[np.float32]:
@@ -130,21 +101,6 @@ def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - rows[:, 0]))
     angle = _TWO_PI * rows[:, 1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
-
-
-def _normal_scalars(count: int, words: np.random.RandomState) -> NDArray[np.float32]:
-    """Fewer than 16 values: torch draws pairs in float64, angle first, cosine first.
-
-    Source: torch, `ATen/core/DistributionsHelper.h` (`normal_distribution`).
-    """
-    pairs = (count + 1) // 2
-    halves = np.frombuffer(words.bytes(16 * pairs), dtype="<u4").astype(np.uint64).reshape(-1, 2)
-    bits = ((halves[:, 0] << np.uint64(32)) | halves[:, 1]) & np.uint64(2**53 - 1)
-    turns, squares = (bits.astype(np.float64) * 2.0**-53).reshape(pairs, 2).T
-    radius = np.sqrt(-2.0 * np.log1p(-squares))
-    angle = 2.0 * math.pi * turns
-    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return both.reshape(-1)[:count].astype(np.float32)
 
 
 def _torch_noise(sizes: tuple[int, ...], generator: Any, dtype: str) -> NDArray[Any]:

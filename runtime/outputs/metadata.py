@@ -6,13 +6,11 @@ marks the image as made by a model, where photo libraries and platforms look for
 words, for viewers that know nothing else.
 """
 
-import contextlib
 import errno
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from klein_kv import __version__
 from klein_kv.errors import CapacityError, RequestError
 
-__all__ = ["ImageParameters", "exif", "png_info", "read_metadata", "save_png"]
+__all__ = ["ImageParameters", "read_metadata", "save_png"]
 
 _CHUNK = "klein_kv"
 _XMP_CHUNK = "XML:com.adobe.xmp"
@@ -41,7 +39,6 @@ _XMP = """\
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="w"?>"""
-_MODEL_HASH_DIGITS = 10
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -79,53 +76,11 @@ class ImageParameters:
             fields["Seed"] = self.seed
         fields["Size"] = f"{self.width}x{self.height}"
         fields["Model"] = self.model
-        fields["Model hash"] = self.model_digest.removeprefix("sha256:")[:_MODEL_HASH_DIGITS]
+        fields["Model hash"] = self.model_digest.removeprefix("sha256:")[:10]
         fields["References"] = self.references
         fields["Version"] = f"klein-kv {self.version}"
-        line = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
+        line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items())
         return f"{self.prompt}\n{line}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts as JSON values."""
-        return {
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "steps": self.steps,
-            "width": self.width,
-            "height": self.height,
-            "references": self.references,
-            "model": self.model,
-            "model_digest": self.model_digest,
-            "version": self.version,
-        }
-
-
-def png_info(parameters: ImageParameters) -> PngInfo:
-    """The text chunks for `PIL.Image.Image.save(..., pnginfo=...)`.
-
-    All are iTXt, so every language and emoji survives. Half a surrogate pair, which no encoding
-    has a form for, becomes "?"; NUL, which ends a text in PNG, is dropped.
-    """
-    info = PngInfo()
-    info.add_itxt("parameters", _storable(parameters.text))
-    facts = {
-        name: _storable(value) if isinstance(value, str) else value
-        for name, value in parameters.to_dict().items()
-    }
-    info.add_itxt(_CHUNK, json.dumps(facts, ensure_ascii=False))
-    info.add_itxt(_XMP_CHUNK, _XMP.format(version=_storable(parameters.version)))
-    return info
-
-
-def exif(parameters: ImageParameters) -> Image.Exif:
-    """EXIF tags for `PIL.Image.Image.save(..., exif=...)`: what made the image.
-
-    EXIF has no field for the digital source type (Exif 3.0, CIPA DC-008): it is in the XMP packet.
-    """
-    tags = Image.Exif()
-    tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
-    tags[ExifTags.Base.Software] = f"klein-kv {parameters.version}"
-    return tags
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -149,11 +104,11 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(stored)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"the {_CHUNK} chunk of {path} is not JSON: {error}") from error
-    if not isinstance(facts, Mapping):
+    except (TypeError, ValueError):
+        facts = None
+    if not isinstance(facts, dict):
         raise RequestError(f"the {_CHUNK} chunk of {path} is not a JSON object")
-    return dict(facts)
+    return facts
 
 
 def save_png(
@@ -176,28 +131,22 @@ def save_png(
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise RequestError(f"image file is {path}, expected a name that ends in .png")
+    chunks = _chunks(parameters) if parameters else {}
     partial = path.with_name(f".klein-{secrets.token_hex(8)}.part")
     try:
         try:
             with partial.open("xb") as file:
-                facts = (
-                    {"pnginfo": png_info(parameters), "exif": exif(parameters)}
-                    if parameters
-                    else {}
-                )
-                image.save(file, format="PNG", **facts)
+                image.save(file, format="PNG", **chunks)
             partial.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in _FULL:
+            needed = image.width * image.height * len(image.getbands())
             raise CapacityError(
-                f"image cannot be written: {path}: {error.strerror}; about "
-                f"{_image_bytes(image) / 2**20:.1f} MiB are needed, "
-                f"{_free_bytes(path.parent) / 2**20:.1f} MiB are free; make room, or choose "
-                "another folder"
+                f"image cannot be written: {path}: {error.strerror}; about {needed / 2**20:.1f} "
+                f"MiB are needed, {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free; "
+                "make room, or choose another folder"
             ) from error
         raise RequestError(
             f"image cannot be written: {path}: {error.strerror or error}; expected an existing, "
@@ -205,22 +154,30 @@ def save_png(
         ) from error
 
 
-def _quoted(value: object) -> str:
+def _chunks(parameters: ImageParameters) -> dict[str, Any]:
+    """Options of `PIL.Image.Image.save`: the text chunks, and EXIF tags that say what made it.
+
+    All texts are iTXt, so every language and emoji survives. EXIF has no field for the digital
+    source type (Exif 3.0, CIPA DC-008): it is in the XMP packet.
+    """
+    info = PngInfo()
+    parameters = replace(
+        parameters, prompt=_storable(parameters.prompt), model=_storable(parameters.model)
+    )
+    info.add_itxt("parameters", parameters.text)
+    info.add_itxt(_CHUNK, json.dumps(asdict(parameters), ensure_ascii=False))
+    info.add_itxt(_XMP_CHUNK, _XMP.format(version=parameters.version))
+    tags = Image.Exif()
+    tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
+    tags[ExifTags.Base.Software] = f"klein-kv {parameters.version}"
+    return {"pnginfo": info, "exif": tags}
+
+
+def _quoted(text: str) -> str:
     """A value with a separator in it goes between quotes, as readers of this form expect."""
-    text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
 def _storable(text: str) -> str:
+    """Half a surrogate pair, which cannot be encoded, becomes "?"; NUL ends a text in PNG."""
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
-
-
-def _image_bytes(image: Image.Image) -> int:
-    return image.width * image.height * len(image.getbands())
-
-
-def _free_bytes(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0

@@ -252,7 +252,7 @@ def test_tokenizer_is_saved_in_its_fast_form(checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("quick")
 def test_scheduler_is_kept_as_found(checkpoint: Path, tmp_path: Path) -> None:
-    edit_json(checkpoint / "scheduler/scheduler_config.json", shift_terminal=0.02)
+    edit_json(checkpoint / "scheduler/scheduler_config.json", shift_terminal=0.0)
     artifacts = export_checkpoint(checkpoint, tmp_path / "artifacts").artifacts
     found = json.loads((checkpoint / "scheduler/scheduler_config.json").read_text())
     assert Manifest.load(artifacts).scheduler == found
@@ -405,7 +405,7 @@ def test_full_disk_is_a_capacity_error(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporter, "_write_tokenizer", fail)
+    monkeypatch.setattr(exporter, "save_tokenizer", fail)
     assert_refused(checkpoint, CapacityError, "cannot write .*artifacts: No space left on device")
 
 

@@ -46,19 +46,16 @@ def test_seed_gives_torch_noise(seed: int, dtype: str) -> None:
     assert_near(initial_noise(SHAPE, seed=seed, dtype=dtype), drawn(SHAPE, seed, dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 300), seed=st.integers(0, 2**63 - 1))
-def test_every_length(dtype: str, count: int, seed: int) -> None:
-    """Under 16 values torch draws otherwise, and the last row of 16 may overlap the one before."""
-    assert_near(
-        initial_noise((count,), seed=seed, dtype=dtype), drawn((count,), seed, dtype), dtype
-    )
+@given(rows=st.integers(1, 40), seed=st.integers(0, 2**63 - 1))
+def test_every_size_and_seed(rows: int, seed: int) -> None:
+    shape = (rows, 16)
+    assert_near(initial_noise(shape, seed=seed), drawn(shape, seed), "float32")
 
 
 def test_a_batch_is_one_draw() -> None:
-    noise = initial_noise((3, 4, 5, 7), seed=5)
-    assert_near(noise, drawn((3, 4, 5, 7), 5), "float32")
+    noise = initial_noise((3, 16, 5, 7), seed=5)
+    assert_near(noise, drawn((3, 16, 5, 7), 5), "float32")
 
 
 def test_result_types() -> None:
@@ -113,14 +110,10 @@ def test_without_a_seed_every_call_differs() -> None:
     assert 0 <= random_seed() < 2**32
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True, None])
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True])
 def test_bad_seed(seed: Any) -> None:
-    if seed is None:
-        with pytest.raises(RequestError, match="both"):
-            initial_noise(SHAPE, seed=1, generator=generator(1))
-    else:
-        with pytest.raises(RequestError, match=r"seed is .* 2\*\*63 - 1"):
-            initial_noise(SHAPE, seed=seed)
+    with pytest.raises(RequestError, match=r"seed is .* 2\*\*63 - 1"):
+        initial_noise(SHAPE, seed=seed)
 
 
 def test_numpy_integers_are_seeds() -> None:
@@ -128,26 +121,22 @@ def test_numpy_integers_are_seeds() -> None:
     np.testing.assert_array_equal(initial_noise(SHAPE, seed=seed), expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bad", [5, [], [5], "cpu"])
-def test_bad_generator(bad: Any) -> None:
-    with pytest.raises(RequestError, match=r"torch\.Generator"):
-        initial_noise(SHAPE, generator=bad)
-
-
-def test_wrong_number_of_generators() -> None:
-    with pytest.raises(RequestError, match="2 generators for a batch of 3"):
-        initial_noise((3, 4), generator=[generator(0), generator(1)])
-
-
-@pytest.mark.parametrize("shape", [(), (0, 3), (1, -2), (1, 2.5), 7])
-def test_bad_shape(shape: Any) -> None:
-    with pytest.raises(RequestError, match="noise shape"):
-        initial_noise(shape, seed=1)
-
-
-def test_bad_dtype() -> None:
-    with pytest.raises(RequestError, match="float64"):
-        initial_noise(SHAPE, seed=1, dtype="float64")
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        (SHAPE, {"seed": 1, "generator": generator(1)}, "both generator and seed"),
+        (SHAPE, {"generator": 5}, r"torch\.Generator"),
+        (SHAPE, {"generator": []}, r"torch\.Generator"),
+        (SHAPE, {"generator": [5]}, r"torch\.Generator"),
+        ((3, 16), {"generator": [generator(0)] * 2}, "2 generators for a batch of 3"),
+        ((1, 3, 5, 7), {"seed": 1}, "105 values, expected a multiple of 16"),
+        ((0, 16), {"seed": 1}, "0 values, expected a multiple of 16"),
+        (SHAPE, {"seed": 1, "dtype": "float64"}, "float64"),
+    ],
+)
+def test_bad_arguments(shape: tuple[int, ...], arguments: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        initial_noise(shape, **arguments)
 
 
 def test_seeds_and_the_other_light_modules_need_no_torch() -> None:
@@ -157,7 +146,7 @@ def test_seeds_and_the_other_light_modules_need_no_torch() -> None:
         "from klein_kv.artifacts import pixels\n"
         "from klein_kv.runtime.outputs import metadata\n"
         "noise.initial_noise((1, 128, 4, 4), seed=1)\n"
-        "heavy = {'torch', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
