@@ -1,12 +1,8 @@
 """The torch backend apart from its arithmetic, which the parity tests hold against diffusers."""
 
 import gc
-import json
-import shutil
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +20,12 @@ from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.signature import kv_names
-from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
+from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
-from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.pytorch import memory as torch_memory
 from klein_kv.runtime.backends.pytorch.backend import TorchBackend
-from klein_kv.runtime.backends.pytorch.weights import FolderWeights, whole_weights
+from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 from tests.conftest import load_ours
 
 Picture = Callable[..., Image.Image]
@@ -75,27 +70,32 @@ def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1, side: int =
     }
 
 
-def run_all(backend: TorchBackend, inputs: Arrays, dtype: str = "float32") -> Arrays:
-    """Outputs of the KV transformer graphs, as float32 arrays."""
-    narrow = torch_memory.TORCH_DTYPES[dtype]
-    x = {
-        name: backend.upload(value).to(narrow)
-        if value.dtype == np.float32 and name not in ("timestep", "sigma_step")
-        else backend.upload(value)
-        for name, value in inputs.items()
-    }
+def upload_all(
+    backend: TorchBackend, inputs: Arrays, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Inputs of a step, and references, on the device."""
+    x = {name: backend.upload(value) for name, value in inputs.items()}
+    for name in ("hidden_states", "encoder_hidden_states", "ref_hidden_states"):
+        x[name] = x[name].to(dtype)
     references = {name: x.pop(name) for name in ("ref_hidden_states", "ref_ids")}
-    first = backend.run("first_step", x | references)
+    return x, references
+
+
+def run_all(backend: TorchBackend, inputs: Arrays, dtype: torch.dtype = torch.float32) -> Arrays:
+    """Outputs of the KV transformer graphs, as float32 arrays."""
+    x, references = upload_all(backend, inputs, dtype)
     kv = backend.run("encode_references", references)
-    cached = backend.run("cached_step", x | kv)
-    again = backend.run("cached_step", x | kv)
-    outputs = {
-        **{f"first {name}": value for name, value in first.items()},
-        **{f"encode {name}": value for name, value in kv.items()},
-        **{f"cached {name}": value for name, value in cached.items()},
-        **{f"again {name}": value for name, value in again.items()},
+    runs = {
+        "first": backend.run("first_step", x | references),
+        "encode": kv,
+        "cached": backend.run("cached_step", x | kv),
+        "again": backend.run("cached_step", x | kv),
     }
-    return {name: backend.download(x.float()) for name, x in outputs.items()}
+    return {
+        f"{run} {name}": backend.download(tensor.float())
+        for run, outputs in runs.items()
+        for name, tensor in outputs.items()
+    }
 
 
 def assert_near(ours: Arrays, theirs: Arrays, bound: float) -> None:
@@ -133,43 +133,19 @@ def test_download_on_a_cpu_is_the_memory_itself(backend: TorchBackend) -> None:
         assert buffer[0].tolist() == [5, 5, 5]
 
 
-def test_view(backend: TorchBackend) -> None:
-    buffer = backend.upload(np.arange(12.0, dtype=np.float32).reshape(1, 6, 2))
-    view = backend.view(buffer, (1, 2, 3, 2))
-    assert view.data_ptr() == buffer.data_ptr()
-    assert backend.download(view).shape == (1, 2, 3, 2)
-
-
-def test_types_that_no_graph_takes(backend: TorchBackend) -> None:
+def test_views_parts_and_types_that_no_graph_takes(backend: TorchBackend) -> None:
+    array = np.arange(12.0, dtype=np.float32).reshape(1, 6, 2)
+    buffer = backend.upload(array)
+    view = backend.view(buffer, (2, 2), start=4)
+    assert view.data_ptr() == buffer.data_ptr() + 16
+    np.testing.assert_array_equal(backend.download(view), array[0, 2:4])
+    joined = backend.assemble((4, 2), [view, buffer[:, :2]])
+    np.testing.assert_array_equal(backend.download(joined), array[0, [2, 3, 0, 1]])
     with pytest.raises(BackendError, match="cannot upload complex64, expected one of float32"):
         backend.upload(np.zeros(3, np.complex64))
 
 
-# --- weights ---
-
-
-def test_weights_are_mapped_and_those_of_the_checkpoint(
-    tiny_artifacts: Path, tiny_theirs: Flux2KleinKVPipeline
-) -> None:
-    weights = FolderWeights(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu")
-    for component in ("transformer", "text_encoder"):
-        state = getattr(tiny_theirs, component).state_dict()
-        tensors = weights.load(component)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
-    tensors = weights.load("transformer")
-    assert tensors.keys() == tiny_theirs.transformer.state_dict().keys()
-    vae, theirs = weights.load("vae").state_dict(), tiny_theirs.vae.state_dict()
-    assert vae.keys() == theirs.keys()
-    assert all(torch.equal(vae[name], x) for name, x in theirs.items() if x.is_floating_point())
-    files = {str(path) for path in (tiny_artifacts / "transformer").glob("*.safetensors")}
-    address = tensors["x_embedder.weight"].data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(x, 16) for x in line.split()[0].split("-"))
-        if begin <= address < end:
-            assert line.split(maxsplit=5)[5] in files
-            break
-    else:
-        pytest.fail("the weights lie in no mapping")
+# --- weights and memory ---
 
 
 def test_graphs_share_weights_and_release_frees_them(
@@ -211,128 +187,6 @@ def test_memory_of_a_graph(backend: TorchBackend) -> None:
             call("plain_step")
 
 
-def test_tensors_of_files(tmp_path: Path) -> None:
-    """At any offset, as other libraries' headers have any length; and never written back."""
-    values = np.arange(40, dtype=np.float32)
-    path = tmp_path / "odd.bin"
-    path.write_bytes(b"\0" * 8 + values.tobytes() + b"\0" + values.tobytes())
-    files: dict[Path, torch.Tensor] = {}
-    for offset in (8, 169):
-        ref = WeightRef(path, offset, 160, "float32", (4, 10))
-        tensor = torch_memory.map_tensor(ref, files)
-        np.testing.assert_array_equal(tensor.numpy(), values.reshape(4, 10))
-        tensor.mul_(3)
-    assert path.read_bytes()[8:168] == values.tobytes()
-    missing = replace(ref, path=tmp_path / "gone")
-    with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
-        torch_memory.map_tensor(missing, files)
-    with pytest.raises(ArtifactError, match="holds float4_e2m1fn, expected one of float32"):
-        torch_memory.map_tensor(replace(ref, dtype="float4_e2m1fn"), files)
-
-
-class LateStream:
-    """In place of a CUDA stream: a copy that is on its way happens when someone waits for it."""
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def synchronize(self) -> None:
-        for target, source in self.pending:
-            target.copy_(source)
-        self.pending.clear()
-
-
-@pytest.mark.parametrize("nbytes", [0, 8, 1000, 1008, 5000])
-def test_pieces_of_an_upload(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way to a GPU, onto the CPU: no buffer is filled again before its copy is done."""
-    stream, empty, copy = LateStream(), torch.empty, torch.Tensor.copy_
-
-    def copy_late(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
-        if not non_blocking:
-            return copy(target, source)
-        stream.pending.append((target, source))
-        return target
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-        patch.setattr(torch.cuda, "current_stream", lambda _device: stream)
-        patch.setattr(torch.Tensor, "copy_", copy_late)
-        patch.setattr(torch_memory, "_STAGING_BYTES", 1000)
-        staging = torch_memory.Staging(CPU)
-        rng = np.random.default_rng(0)
-        values = [torch.from_numpy(rng.standard_normal(nbytes // 8)) for _ in range(3)]
-        copies = [staging.copy(x) for x in values]  # the buffers serve many tensors
-        assert len(stream.pending) <= 1
-    stream.synchronize()
-    assert all(torch.equal(x, y) for x, y in zip(copies, values, strict=True))
-
-
-def test_row_ranges_are_joined() -> None:
-    ref = WeightRef(Path("w"), 100, 240, "float32", (10, 6))
-    table = {"x[4:10]": ref.rows(4, 10), "x[0:4]": ref.rows(0, 4), "y": ref}
-    assert whole_weights(table) == {"x": ref, "y": ref}
-    assert whole_weights(table | {"x": ref})["x"] == ref
-    gap = {"x[0:4]": ref.rows(0, 4), "x[5:10]": ref.rows(5, 10)}
-    with pytest.raises(ArtifactError, match="x: row 5 is at byte 220 of w, expected row 4 at byte"):
-        whole_weights(gap)
-    with pytest.raises(ArtifactError, match="row 4 is at byte 8 of w, expected row 4 at byte 196"):
-        whole_weights(table | {"x[4:10]": replace(ref.rows(4, 10), offset=8)})
-    with pytest.raises(ArtifactError, match=r"row 4 .* expected row 0"):
-        whole_weights({"x[4:10]": ref.rows(4, 10)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"x_embedder.weight": None},
-            r"tensor x_embedder\.weight is missing, expected .* \(64, 128",
-        ),
-        ({"x_embedder.weight": [64, 64]}, r"x_embedder.weight is torch.float32 \(64, 64\) on cpu"),
-    ],
-)
-def test_folders_whose_weights_are_others(
-    change: dict[str, Any], message: str, tiny_artifacts: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(tiny_artifacts, tmp_path / "a", copy_function=shutil.copy))
-    for path in (folder / "transformer").glob("*.weights.json"):
-        table = json.loads(path.read_text())
-        for name, shape in change.items():
-            entry = table.pop(name, None)
-            if entry is not None and shape is not None:
-                table[name] = [*entry[:2], 4 * shape[0] * shape[1], entry[3], shape]
-        path.write_text(json.dumps(table))
-    backend = TorchBackend(FolderWeights(folder, Manifest.load(tiny_artifacts), device="cpu"))
-    with pytest.raises(ArtifactError, match=f"{message}.*export again"):
-        backend.run("first_step", {})
-
-
-def test_artifacts_without_the_vaes_configuration(tiny_artifacts: Path) -> None:
-    """Folders from before it was written run with the other backends."""
-    manifest = Manifest.load(tiny_artifacts)
-    files = {name: record for name, record in manifest.files.items() if name != "vae/config.json"}
-    weights = FolderWeights(tiny_artifacts, replace(manifest, files=files), device="cpu")
-    with pytest.raises(ArtifactError, match=r"has no vae/config.json, .*export again"):
-        TorchBackend(weights).run("vae_decoder", {})
-
-
-def test_vae_configuration_of_another_vae(tiny_artifacts: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_artifacts, tmp_path / "a", copy_function=shutil.copy)
-    path = tmp_path / "a/vae/config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"block_out_channels": [32, 32, 32, 32]}))
-    weights = FolderWeights(tmp_path / "a", Manifest.load(tiny_artifacts), device="cpu")
-    backend = TorchBackend(weights)
-    with pytest.raises(ArtifactError, match=r"the VAE's weights do not fit vae/config\.json"):
-        backend.run("vae_decoder", {})
-    path.write_text(json.dumps(config | {"block_out_channels": "wide"}))
-    with pytest.raises(ArtifactError, match="diffusers cannot build the model"):
-        backend.run("vae_decoder", {})
-
-
-# --- weights at hand ---
-
-
 def test_from_tensors_shares_memory(
     backend: TorchBackend, config: ModelConfig, tiny_theirs: Flux2KleinKVPipeline
 ) -> None:
@@ -362,37 +216,11 @@ def test_from_tensors_shares_memory(
             assert not value.requires_grad
 
 
-def test_from_tensors_checks(config: ModelConfig, tiny_theirs: Flux2KleinKVPipeline) -> None:
-    state = tiny_theirs.transformer.state_dict()
-
-    def make(**change: Any) -> TorchBackend:
-        return TorchBackend.from_tensors(config, "float32", device="cpu", **change)
-
-    name = "proj_out.weight"
-    with pytest.raises(BackendError, match=r"transformer: tensor proj_out.weight is missing"):
-        make(transformer={key: x for key, x in state.items() if key != name})
-    with pytest.raises(BackendError, match=r"is torch.float16 .*, expected torch.float32"):
-        make(transformer=state | {name: state[name].half()})
-    with pytest.raises(BackendError, match=r"\(1, 64\) on cpu, expected torch.float32 \(128, 64\)"):
-        make(transformer=state | {name: state[name][:1]})
-    with pytest.raises(BackendError, match="on meta, expected"):
-        make(transformer=state | {name: state[name].to("meta")})
-    empty = make()
-    for graph, part in (("cached_step", "transformer"), ("vae_decoder", "vae")):
-        with pytest.raises(BackendError, match=f"without the {part}'s weights; .* from_tensors"):
-            empty.run(graph, {})
-
-
 # --- devices and options ---
 
 
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_there(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_devices_that_are_not_there(tiny_artifacts: Path) -> None:
     for device in ("cuda", "cuda:1"):
         with pytest.raises(BackendError, match=rf"device is '{device}', torch .* sees 0 CUDA GPUs"):
             KleinKVPipeline.from_pretrained(tiny_artifacts, backend="torch", device=device)
@@ -410,93 +238,19 @@ def test_cuda_graphs_are_for_gpus(tiny_artifacts: Path) -> None:
     assert backend.graph_memory("first_step").kv_copies == 0
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
-def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
-    manifest = Manifest.load(tiny_artifacts)
-    with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
-        open_backend("auto", tiny_artifacts, manifest, "cpu", threads)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "device", "chosen"),
-    [
-        (True, "bfloat16", None, "torch-cuda"),
-        (True, "bfloat16", "cpu", "torch"),
-        (True, "float32", None, "onnxruntime"),
-        (True, "float32", "cuda:0", "torch-cuda"),
-        (True, "float32", "cpu", "onnxruntime"),
-        (False, "bfloat16", None, "torch"),
-        (False, "bfloat16", "cpu", "torch"),
-        (False, "float32", None, "onnxruntime"),
-    ],
-)
-def test_auto(
-    gpu: bool,
-    dtype: str,
-    device: str | None,
-    chosen: str,
-    tiny_artifacts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without engines bfloat16 goes through torch, for ONNX Runtime has none of it on a CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    manifest = replace(Manifest.load(tiny_artifacts), dtype=dtype)
-    assert open_backend("auto", tiny_artifacts, manifest, device, None).name == chosen
-
-
-@pytest.mark.parametrize("missing", ["torch", "diffusers"])
-def test_without_torch(missing: str, tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
-    with pytest.raises(BackendError, match=rf"needs {missing}, .* pip install 'klein-kv\[torch\]'"):
-        open_backend("torch", tiny_artifacts, manifest, "cpu", None)
-    with pytest.raises(BackendError, match=r"is bfloat16, .* export .* --dtype fp32"):
-        open_backend("auto", tiny_artifacts, manifest, "cpu", None)
-
-
-def test_quantized_graphs_are_not_for_torch(tiny_artifacts: Path) -> None:
-    """`auto` leaves them to ONNX Runtime, which says what it lacks for them here."""
-    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
-    graphs = replace(manifest.graphs, quantized=(("transformer", "fp8"),))
-    with pytest.raises(BackendError, match="torch backend does not compute precision 'fp8'; use"):
-        open_backend("torch", tiny_artifacts, manifest, "cpu", None, graphs)
-    with pytest.raises(BackendError, match="which ONNX Runtime does not compute on a CPU"):
-        open_backend("auto", tiny_artifacts, manifest, "cpu", None, graphs)
-
-
-def test_options_by_name(tiny_artifacts: Path) -> None:
-    def load(backend: str, **options: Any) -> Any:
-        return KleinKVPipeline.from_pretrained(
-            tiny_artifacts, backend=backend, device="cpu", backend_options=options
-        ).backend
-
-    assert load("torch", compile_blocks=True).name == "torch-compiled"
-    with pytest.raises(
-        BackendError, match=r"\['compiled'\] are none of the torch .*compile_blocks"
-    ):
-        load("torch", compiled=True)
-    with pytest.raises(BackendError, match="none of the onnxruntime backend, which has none"):
-        load("auto", compile_blocks=True)
-
-
 def test_errors_of_torch_become_the_projects(backend: TorchBackend, config: ModelConfig) -> None:
     inputs = {name: backend.upload(x) for name, x in step_inputs(config).items()}
     with pytest.raises(BackendError, match="encode_references failed in torch: "):
         backend.run("encode_references", inputs | {"ref_ids": inputs["ref_ids"][:3]})
 
-    def full(_inputs: Any) -> Any:
-        return torch.empty(1 << 55)
-
-    backend._loaded["cached_step"] = full
-    with pytest.raises(CapacityError, match=r"cached_step: out of memory .*use fewer references"):
-        backend.run("cached_step", {})
+    with pytest.raises(CapacityError, match=r"upload: out of memory .*use fewer references"):
+        backend.upload(np.broadcast_to(np.uint8(0), 1 << 55))
 
     def full_gpu(_inputs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
     backend._loaded["cached_step"] = full_gpu
-    with pytest.raises(CapacityError, match=r"out of memory \(CUDA out .* 9 GiB.\); use"):
+    with pytest.raises(CapacityError, match=r"step: out of memory \(CUDA out .* 9 GiB.\); use"):
         backend.run("cached_step", {})
 
 
@@ -592,8 +346,7 @@ def test_gpu_equals_cpu(
 
 @pytest.mark.gpu
 def test_gpu_pipeline_in_bfloat16(gpu: str, tiny_bf16_artifacts: Path, picture: Picture) -> None:
-    """Graphs, store and callbacks on a GPU, against the same in float32 on the CPU's rounding."""
-    manifest = Manifest.load(tiny_bf16_artifacts)
+    """An edit, and the same with known references, against the CPU's."""
     request = {
         "image": [picture(128, 160), picture(96, 96)],
         "height": 128,
@@ -603,17 +356,17 @@ def test_gpu_pipeline_in_bfloat16(gpu: str, tiny_bf16_artifacts: Path, picture: 
     }
     expected = load_ours(tiny_bf16_artifacts, "torch")("kite", **request).images
     for graphs in (False, True):
-        backend = open_torch(tiny_bf16_artifacts, gpu, cuda_graphs=graphs)
-        pipe = KleinKVPipeline(
-            tiny_bf16_artifacts, manifest, backend, reference_cache_bytes=1 << 28
+        pipe = KleinKVPipeline.from_pretrained(
+            tiny_bf16_artifacts,
+            backend="torch",
+            device=gpu,
+            backend_options={"cuda_graphs": graphs},
         )
         pipe.set_progress_bar_config(disable=True)
         results = [pipe("kite", **request).images for _ in range(3)]  # a miss, then hits
         np.testing.assert_array_equal(results[1], results[2])
         difference = np.abs(results[0].astype(np.float32) - expected.astype(np.float32))
         assert difference.max() < 0.3
-        stats = pipe.reference_store.stats
-        assert (stats.misses, stats.hits) == (1, 2)
 
 
 @pytest.mark.gpu
@@ -645,22 +398,15 @@ def test_gpu_loop_does_not_wait(gpu: str, tiny_bf16_artifacts: Path, config: Mod
     """torch reports every call that would wait for the device."""
     backend = open_torch(tiny_bf16_artifacts, gpu)
     inputs = step_inputs(config)
-    run_all(backend, inputs, "bfloat16")
-    wide = ("timestep", "sigma_step")
-    x = {
-        name: backend.upload(value).bfloat16()
-        if value.dtype == np.float32 and name not in wide
-        else backend.upload(value)
-        for name, value in inputs.items()
-    }
-    references = {name: x.pop(name) for name in ("ref_hidden_states", "ref_ids")}
+    run_all(backend, inputs, torch.bfloat16)
+    x, references = upload_all(backend, inputs, torch.bfloat16)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         outputs = backend.run("first_step", x | references)
         kv = {name: value for name, value in outputs.items() if "_ref." in name}
         for _ in range(3):
-            step = {name: backend.upload(inputs[name]) for name in wide}
+            step = {name: backend.upload(inputs[name]) for name in ("timestep", "sigma_step")}
             outputs = backend.run("cached_step", x | kv | step)
             x["hidden_states"] = outputs["latents"]
     finally:
