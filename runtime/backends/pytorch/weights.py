@@ -17,8 +17,6 @@ from klein_kv.runtime.backends.pytorch.memory import TORCH_DTYPES, Staging, find
 
 __all__ = ["FolderWeights", "GivenWeights", "whole_weights"]
 
-_VAE_CONFIG = "vae/config.json"
-
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -46,7 +44,6 @@ class FolderWeights:
         self.graphs = graphs or manifest.graphs
         self.device = find_device(device)
         self._artifacts = artifacts
-        self._has_vae_config = _VAE_CONFIG in manifest.files
         if self.graphs.quantized or self.graphs.attention:
             raise BackendError(
                 f"the torch backend does not compute precision {self.graphs.precision!r}; use "
@@ -80,24 +77,17 @@ class FolderWeights:
     def _vae(self) -> torch.nn.Module:
         from klein_kv.networks.vae import build_vae  # diffusers takes seconds to import
 
-        if not self._has_vae_config:
-            raise ArtifactError(
-                f"{self._artifacts} has no {_VAE_CONFIG}, which the torch backend needs; it was "
-                "exported by an older klein-kv, export again"
-            )
         try:
-            config = read_json(self._artifacts / _VAE_CONFIG, "vae config")
+            config = read_json(self._artifacts / "vae/config.json", "vae config")
             with torch.device("meta"):
                 vae = build_vae(config, TORCH_DTYPES[self.graphs.dtype])
             tensors = self._tensors("vae")
             tensors["bn.num_batches_tracked"] = torch.tensor(0)  # which no graph reads
             vae.load_state_dict(tensors, assign=True)
-        except CheckpointError as error:
-            raise ArtifactError(f"{self._artifacts}: {error}; export again") from error
-        except RuntimeError as error:
+        except (CheckpointError, RuntimeError) as error:
             raise ArtifactError(
-                f"{self._artifacts}: the VAE's weights do not fit {_VAE_CONFIG} ({error}); export "
-                "again"
+                f"{self._artifacts}/vae: config.json and the weights do not make a VAE: {error}; "
+                "export again"
             ) from error
         vae.enable_slicing()  # one image of a batch at a time: memory of one
         module: torch.nn.Module = vae.requires_grad_(False)
