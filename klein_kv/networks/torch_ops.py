@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
-from klein_kv.networks.split_attention import attend_apart
 
 __all__ = ["TorchOps"]
 
@@ -27,7 +26,7 @@ Block = Callable[..., Any]
 
 
 class TorchOps:
-    """Runs `model.py` and `text_model.py`.
+    """Runs `transformer.py` and `text_encoder.py`.
 
     Args:
         weights: the checkpoint's tensors, on the device to compute on.
@@ -35,8 +34,6 @@ class TorchOps:
         compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
             all blocks of that kind and all graphs, and once more, for any size, when a second size
             comes.
-        apart: attend to references and to the batch's own keys apart (`split_attention`), with
-            "flash" attention or "cudnn"'s; None joins them.
     """
 
     def __init__(
@@ -44,12 +41,10 @@ class TorchOps:
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         compile_blocks: bool = False,
-        apart: str | None = None,
     ) -> None:
         self.weights = weights
         self.dtype = dtype
         self._compile = compile_blocks
-        self._apart = apart
         self._constants: dict[object, tuple[NDArray[Any], torch.Tensor]] = {}
         self._blocks: dict[str, TorchOps] = {}
 
@@ -74,7 +69,7 @@ class TorchOps:
                 for key, tensor in self.weights.items()
                 if key.startswith(f"{name}.")
             }
-            self._blocks[name] = TorchOps(own, self.dtype, apart=self._apart)
+            self._blocks[name] = TorchOps(own, self.dtype)
         result: R = _compiled(function)(self._blocks[name], _KIND, *args, **kwargs)
         return result
 
@@ -159,15 +154,11 @@ class TorchOps:
         references: Sequence[torch.Tensor],
         like: torch.Tensor,
     ) -> torch.Tensor:
-        apart = self._apart is not None and bool(references)
-        if references and not apart:
+        if references:
             k_ref, v_ref = (self.expand_batch(x, like) for x in references)
             k, v = [k_ref, *k], [v_ref, *v]
         keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
-        if not apart:
-            return self.attention(q, keys, values)
-        pair = references[0], references[1]
-        return attend_apart(q, (keys, values), pair, cudnn=self._apart == "cudnn")
+        return self.attention(q, keys, values)
 
     def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         length = attention_mask.shape[1]

@@ -20,7 +20,7 @@ __all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "GraphMemory", "open_
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
-_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs", "attention", "split_attention")
+_TORCH_OPTIONS = ("compile_blocks", "cuda_graphs")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
@@ -148,14 +148,15 @@ def open_backend(
 
     Args:
         name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
-            is not "cpu", else "torch" where the device is a GPU that torch sees, or the artifacts
-            are bfloat16 and there is one, else "onnxruntime".
+            is not "cpu"; else "torch" where that is installed, for bfloat16 on any device and for
+            any type on a device "cuda" that torch sees; else, and for quantized graphs,
+            "onnxruntime".
         artifacts: the folder.
         manifest: its manifest.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own, a CPU for onnxruntime.
         threads: CPU threads; None leaves it to the library.
         graphs: which graphs of the folder; None takes the manifest's.
-        options: further arguments of `TorchBackend`; other backends have none.
+        options: `compile_blocks` and `cuda_graphs` of `TorchBackend`; other backends have none.
 
     Raises:
         BackendError: unknown backend, device or option, a missing library, or a type it cannot
@@ -168,15 +169,11 @@ def open_backend(
     kind, _, ordinal = (device or "").partition(":")
     if kind not in ("", "cpu", "cuda") or not (ordinal or "0").isdigit():
         raise BackendError(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise BackendError(f"threads is {threads!r}, expected a whole number of 1 or more")
+    graphs = graphs or manifest.graphs
     if name == "auto":
-        from klein_kv.artifacts.engine_manifest import find_engines
-
-        if kind != "cpu" and find_engines(artifacts):
-            name = "tensorrt"
-        elif kind == "cuda" or (kind == "" and manifest.dtype == "bfloat16"):
-            name = "torch" if _torch_has_gpu() else "onnxruntime"
-        else:
-            name = "onnxruntime"
+        name = _choose_backend(artifacts, graphs, kind)
     options = dict(options or {})
     known = _TORCH_OPTIONS if name == "torch" else ()
     unknown = sorted(options.keys() - set(known))
@@ -190,26 +187,38 @@ def open_backend(
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
     if name == "torch":
-        try:
-            from klein_kv.runtime.backends.pytorch.backend import TorchBackend
-        except ModuleNotFoundError as error:
+        if missing := _missing_for_torch():
             raise BackendError(
-                f"backend torch needs {error.name}, which is not installed; install it with "
-                "pip install 'klein-kv[torch]'"
-            ) from error
-        return TorchBackend(
-            artifacts, manifest, device=device, threads=threads, graphs=graphs, **options
-        )
-    from klein_kv.runtime.backends.ort.backend import OrtBackend
-    from klein_kv.runtime.backends.ort.device import CPU, cuda_device
+                f"backend torch needs {' and '.join(missing)}, which is not installed; install it "
+                "with pip install 'klein-kv[torch]'"
+            )
+        from klein_kv.runtime.backends.pytorch.backend import TorchBackend
+        from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 
-    place = cuda_device(int(ordinal or 0)) if kind == "cuda" else CPU
+        weights = FolderWeights(artifacts, manifest, graphs, device)
+        return TorchBackend(weights, threads=threads, **options)
+    from klein_kv.runtime.backends.ort.backend import OrtBackend
+    from klein_kv.runtime.backends.ort.device import CPU, OrtDevice
+
+    place = OrtDevice("cuda", int(ordinal or 0)) if kind == "cuda" else CPU
     return OrtBackend(artifacts, manifest, threads, graphs, device=place)
 
 
-def _torch_has_gpu() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
+def _choose_backend(artifacts: Path, graphs: GraphSet, kind: str) -> str:
+    """The backend that "auto" stands for; see `open_backend`."""
+    from klein_kv.artifacts.engine_manifest import find_engines
 
-    return bool(torch.cuda.is_available())
+    if kind != "cpu" and find_engines(artifacts):
+        return "tensorrt"
+    if graphs.quantized or graphs.attention or _missing_for_torch():
+        return "onnxruntime"
+    if kind == "cuda":
+        import torch
+
+        return "torch" if torch.cuda.is_available() else "onnxruntime"
+    return "torch" if graphs.dtype == "bfloat16" else "onnxruntime"
+
+
+def _missing_for_torch() -> list[str]:
+    """Libraries of the torch backend that are not installed."""
+    return [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]

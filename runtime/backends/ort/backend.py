@@ -14,7 +14,7 @@ import threading
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,24 +38,26 @@ from klein_kv.runtime.planning import memory
 __all__ = ["OrtBackend"]
 
 _log = logging.getLogger(__name__)
-
-
-class _Element(NamedTuple):
-    """A type of tensors: ONNX's number, and what numpy copies its values as."""
-
-    onnx: int
-    bits: Any
-
+_SESSION_OPTIONS = {
+    "disable_prepacking": "1",
+    "use_env_allocators": "1",
+    "intra_op.allow_spinning": "0",
+    "record_ep_graph_assignment_info": "1",
+}
 
 _ELEMENTS = {
-    NUMPY_DTYPES["float32"]: _Element(1, np.float32),
-    NUMPY_DTYPES["uint8"]: _Element(2, np.uint8),
-    NUMPY_DTYPES["int64"]: _Element(7, np.int64),
-    NUMPY_DTYPES["float16"]: _Element(10, np.float16),
-    NUMPY_DTYPES["bfloat16"]: _Element(16, np.uint16),
-    NUMPY_DTYPES["float8_e4m3fn"]: _Element(17, np.uint8),
+    NUMPY_DTYPES["float32"]: 1,
+    NUMPY_DTYPES["uint8"]: 2,
+    NUMPY_DTYPES["int64"]: 7,
+    NUMPY_DTYPES["float16"]: 10,
+    NUMPY_DTYPES["bfloat16"]: 16,
+    NUMPY_DTYPES["float8_e4m3fn"]: 17,
 }
-_DTYPES = {element.onnx: dtype for dtype, element in _ELEMENTS.items()}
+"""ONNX's numbers of types."""
+
+_DTYPES = {number: dtype for dtype, number in _ELEMENTS.items()}
+_BITS = {NUMPY_DTYPES["bfloat16"]: np.uint16, NUMPY_DTYPES["float8_e4m3fn"]: np.uint8}
+"""What ONNX Runtime takes for types that numpy has not of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +105,6 @@ class OrtBackend:
                 f"{artifacts} is {manifest.dtype}, which ONNX Runtime does not compute on a "
                 f"{device.kind.upper()}; export the checkpoint again with --dtype fp32"
             )
-        whole = isinstance(threads, int) and not isinstance(threads, bool)
-        if threads is not None and (not whole or threads < 1):
-            raise BackendError(f"threads is {threads!r}, expected a whole number of 1 or more")
         self.name = device.backend
         self._device = device
         self._cuda = cuda
@@ -127,26 +126,18 @@ class OrtBackend:
         *,
         eager: bool = False,
     ) -> None:
-        if graph not in self._sessions:
-            self._load_once(graph)
+        self._session(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        session = self._sessions.get(graph) or self._load_once(graph)
-        device, binding = self._device, session.io_binding()
+        session, device = self._session(graph), self._device
+        binding = session.io_binding()
         for name, buffer in inputs.items():
-            if isinstance(buffer, _View):
-                value = buffer.buffer
-                element = value.element_type()
-                binding.bind_input(
-                    name,
-                    device.kind,
-                    device.index,
-                    element,
-                    buffer.shape,
-                    value.data_ptr() + buffer.start * _DTYPES[element].itemsize,
-                )
-            else:
+            if not isinstance(buffer, _View):
                 binding.bind_ortvalue_input(name, buffer)
+                continue
+            element = buffer.buffer.element_type()
+            pointer = buffer.buffer.data_ptr() + buffer.start * _DTYPES[element].itemsize
+            binding.bind_input(name, device.kind, device.index, element, buffer.shape, pointer)
         names = [output.name for output in session.get_outputs()]
         for name in names:
             binding.bind_output(name, device.kind, device.index)
@@ -164,9 +155,9 @@ class OrtBackend:
         # Memory of its own: `OrtValue.numpy()` keeps that alive as long as any view of it, but not
         # an array that was lent to `ortvalue_from_numpy` (onnxruntime 1.31).
         buffer = self._ort.OrtValue.ortvalue_from_shape_and_type(
-            array.shape, element.onnx, self._device.kind, self._device.index
+            array.shape, element, self._device.kind, self._device.index
         )
-        buffer.update_inplace(np.ascontiguousarray(array).view(element.bits))
+        buffer.update_inplace(_bits(np.ascontiguousarray(array)))
         return buffer
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
@@ -176,10 +167,8 @@ class OrtBackend:
         dtype = _DTYPES[buffer.element_type()]
         if dtype == NUMPY_DTYPES["bfloat16"]:  # `OrtValue.numpy()` does not know it
             bits = np.empty(buffer.shape(), np.uint16)
-            host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                bits, _ELEMENTS[dtype].onnx
-            )
-            host.update_inplace(buffer)
+            make = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+            make(bits, _ELEMENTS[dtype]).update_inplace(buffer)
             return bits.view(dtype)
         array: NDArray[Any] = buffer.numpy()
         return array.view(dtype)  # float8 comes as bytes
@@ -232,7 +221,7 @@ class OrtBackend:
         for graph in list(self._sessions):
             self.release(graph)
 
-    def _load_once(self, graph: str) -> Any:
+    def _session(self, graph: str) -> Any:
         # Requests may come from several threads: a weight that the second of them placed anew
         # would free the memory that the first one's session reads.
         with self._loading:
@@ -241,10 +230,8 @@ class OrtBackend:
     def _load(self, graph: str) -> Any:
         device, file = self._device, self._graphs.files[graph]
         options = self._ort.SessionOptions()
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        for key, value in _SESSION_OPTIONS.items():
+            options.add_session_config_entry(f"session.{key}", value)
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -275,20 +262,22 @@ class OrtBackend:
         if not self._device.is_host:
             # Sessions take no memory that ONNX Runtime owns; through DLPack it is somebody's.
             return self._ort.OrtValue.from_dlpack(self.upload(array))
-        element = _ELEMENTS[array.dtype]
-        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            array.view(element.bits), element.onnx
-        )
+        make = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+        return make(_bits(array), _ELEMENTS[array.dtype])
 
     def _check(self, graph: str, session: Any) -> None:
         signature = self._graphs.signature(graph, self._config)
         expected = [spec.name for spec in (*signature.inputs, *signature.outputs)]
-        found = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
-        if sorted(found) != sorted(expected):
+        names = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
+        if sorted(names) != sorted(expected):
             raise ArtifactError(
-                f"{self._graphs.files[graph]}: tensors are {sorted(found)[:4]}..., expected "
+                f"{self._graphs.files[graph]}: tensors are {sorted(names)[:4]}..., expected "
                 f"{sorted(expected)[:4]}...; it was not exported by this version, export again"
             )
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    return array.view(_BITS.get(array.dtype, array.dtype))
 
 
 def _import_onnxruntime(device: OrtDevice) -> Any:
@@ -297,6 +286,6 @@ def _import_onnxruntime(device: OrtDevice) -> Any:
     except ImportError as error:
         raise BackendError(
             "backend onnxruntime is not installed; install it with pip install "
-            f"'klein-kv[{device.extra}]'"
+            f"'klein-kv[{device.kind}]'"
         ) from error
     return onnxruntime

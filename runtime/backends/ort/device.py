@@ -19,7 +19,6 @@ __all__ = [
     "CPU",
     "OrtDevice",
     "check_assignment",
-    "cuda_device",
     "free_memory",
     "give_back_memory",
     "open_device",
@@ -37,74 +36,70 @@ _SHAPE_OPS = frozenset(
 """Integers about shapes: the CUDA provider leaves these few numbers to the CPU on purpose."""
 
 
+# The ONNX model y = x, float32 [1]: onnx is not among what the runtime needs.
+_IDENTITY = bytes.fromhex(
+    "08083a3b0a100a017812017922084964656e746974791205656d7074795a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a00100d"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class OrtDevice:
     """One device of ONNX Runtime.
 
     Attributes:
-        backend: name of the backend on it; results of another one round differently.
-        kind: ONNX Runtime's name for it, "cpu" or "cuda".
+        kind: ONNX Runtime's name for it, "cpu" or "cuda"; also the extra of this package that
+            brings its provider.
         index: its number among those of its kind.
-        provider: the execution provider.
-        options: the provider's options, as pairs.
-        arena: name of its memory in `OrtMemoryInfo`.
-        is_host: its memory is the host's, so that weights need not be copied to it.
-        dtypes: types of graphs that the provider computes.
-        extra: the extra of this package that brings it.
     """
 
-    backend: str
-    kind: str
-    index: int
-    provider: str
-    options: tuple[tuple[str, str], ...]
-    arena: str
-    is_host: bool
-    dtypes: tuple[str, ...]
-    extra: str
+    kind: str = "cpu"
+    index: int = 0
+
+    @property
+    def is_host(self) -> bool:
+        """Its memory is the host's, so that weights need not be copied to it."""
+        return self.kind == "cpu"
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend on it; results of another one round differently."""
+        return "onnxruntime" if self.is_host else "onnxruntime-cuda"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Types of graphs that it computes."""
+        return ("float32", "float16") if self.is_host else ("float32", "float16", "bfloat16")
+
+    @property
+    def provider(self) -> str:
+        """Its execution provider."""
+        return f"{self.kind.upper()}ExecutionProvider"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The provider's options.
+
+        Memory is taken as it is asked for, since doubling the arena would take up to twice the
+        weights; float32 is not cut to TF32; convolutions are chosen without trying all on every
+        shape.
+        """
+        if self.is_host:
+            return {}
+        return {
+            "device_id": str(self.index),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
 
     @property
     def providers(self) -> list[tuple[str, dict[str, str]]]:
         """As `InferenceSession` takes them; it adds the CPU provider for shapes by itself."""
-        return [(self.provider, dict(self.options))]
+        return [(self.provider, self.options)]
 
 
-CPU = OrtDevice(
-    backend="onnxruntime",
-    kind="cpu",
-    index=0,
-    provider="CPUExecutionProvider",
-    options=(),
-    arena="Cpu",
-    is_host=True,
-    dtypes=("float32", "float16"),
-    extra="cpu",
-)
-
-
-def cuda_device(index: int = 0) -> OrtDevice:
-    """A CUDA GPU.
-
-    Options: memory is taken as it is asked for, since doubling the arena would take up to twice the
-    weights; float32 is not cut to TF32; convolutions are chosen without trying all on every shape.
-    """
-    options = {
-        "device_id": str(index),
-        "arena_extend_strategy": "kSameAsRequested",
-        "use_tf32": "0",
-        "cudnn_conv_algo_search": "HEURISTIC",
-    }
-    return OrtDevice(
-        backend="onnxruntime-cuda",
-        kind="cuda",
-        index=index,
-        provider="CUDAExecutionProvider",
-        options=tuple(options.items()),
-        arena="Cuda",
-        is_host=False,
-        dtypes=("float32", "float16", "bfloat16"),
-        extra="cuda",
-    )
+CPU = OrtDevice()
 
 
 def open_device(onnxruntime: Any, device: OrtDevice) -> None:
@@ -118,7 +113,7 @@ def open_device(onnxruntime: Any, device: OrtDevice) -> None:
         raise BackendError(
             f"device is {device.kind!r}, and the installed onnxruntime {onnxruntime.__version__} "
             f"has no {device.provider}, only {', '.join(available)}; it is in onnxruntime-gpu: pip "
-            f"uninstall onnxruntime, then pip install 'klein-kv[{device.extra}]'"
+            f"uninstall onnxruntime, then pip install 'klein-kv[{device.kind}]'"
         )
     try:
         _share_arena(onnxruntime, device)
@@ -126,7 +121,7 @@ def open_device(onnxruntime: Any, device: OrtDevice) -> None:
         raise BackendError(
             f"{device.provider} of onnxruntime {onnxruntime.__version__} cannot start on device "
             f"{device.index}: {error}; it needs an NVIDIA driver, and CUDA and cuDNN of its own "
-            f"version (pip install 'klein-kv[{device.extra}]' brings these)"
+            f"version (pip install 'klein-kv[{device.kind}]' brings these)"
         ) from error
 
 
@@ -138,7 +133,7 @@ def _share_arena(onnxruntime: Any, device: OrtDevice) -> None:
     references: 1.45 GB at the peak against 1.92 GB.
     """
     info = onnxruntime.OrtMemoryInfo(
-        device.arena,
+        device.kind.capitalize(),
         onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
         device.index,
         onnxruntime.OrtMemType.DEFAULT,
@@ -146,14 +141,14 @@ def _share_arena(onnxruntime: Any, device: OrtDevice) -> None:
     if device.is_host:
         onnxruntime.create_and_register_allocator(info, None)
         return
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints what it does not find
+    not_found = io.StringIO()
+    with contextlib.redirect_stdout(not_found):  # it prints the libraries that it does not find
         onnxruntime.preload_dlls()
-    if said.getvalue():
-        _log.info("%s", said.getvalue().strip())
+    if not_found.getvalue():
+        _log.info("%s", not_found.getvalue().strip())
     as_requested = onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1})
     onnxruntime.create_and_register_allocator_v2(
-        device.provider, info, dict(device.options), as_requested
+        device.provider, info, device.options, as_requested
     )
 
 
@@ -167,7 +162,7 @@ def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.
     """
-    cuda = cuda or load_cuda(device.extra)
+    cuda = cuda or load_cuda(device.kind)
     before = cuda.call("cudaGetDevice")  # of this thread, whose it stays
     cuda.call("cudaSetDevice", device.index)
     try:
@@ -178,7 +173,7 @@ def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
 
 
 def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
-    """Returns what the device's arena holds and nobody uses.
+    """Returns what a GPU's arena holds and nobody uses.
 
     ONNX Runtime does this at the end of a run, if asked: an empty graph is run for it. Regions go
     back whole, and weights have regions of their own.
@@ -189,8 +184,7 @@ def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
     binding.bind_ortvalue_input("x", value)
     binding.bind_ortvalue_output("y", value)
     options = onnxruntime.RunOptions()
-    kind = "cpu" if device.is_host else "gpu"
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"{kind}:{device.index}")
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{device.index}")
     session.run_with_iobinding(binding, options)
 
 
@@ -200,28 +194,8 @@ def _empty_session(onnxruntime: Any, device: OrtDevice) -> Any:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(
-        _identity_model(), options, providers=device.providers, enable_fallback=0
+        _IDENTITY, options, providers=device.providers, enable_fallback=0
     )
-
-
-def _identity_model() -> bytes:
-    """The ONNX model y = x, float32 [1], from the field numbers of onnx.proto3."""
-
-    def message(*fields: tuple[int, bytes | int]) -> bytes:
-        encoded = b""
-        for number, value in fields:
-            if isinstance(value, int):
-                encoded += bytes([number << 3, value])
-            else:
-                encoded += bytes([number << 3 | 2, len(value)]) + value
-        return encoded
-
-    shape = message((1, message((1, 1))))
-    type_ = message((1, message((1, 1), (2, shape))))
-    node = message((1, b"x"), (2, b"y"), (4, b"Identity"))
-    ends = [message((1, name), (2, type_)) for name in (b"x", b"y")]
-    graph = message((1, node), (2, b"empty"), (11, ends[0]), (12, ends[1]))
-    return message((1, 8), (7, graph), (8, message((2, 13))))
 
 
 def check_assignment(session: Any, device: OrtDevice, file: str) -> None:

@@ -13,12 +13,10 @@ ones replay.
 
 import logging
 import math
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -31,13 +29,8 @@ _MOST_SHAPES = 16
 
 Tensors = dict[str, torch.Tensor]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-class Captured(Protocol):
-    """Work that was captured."""
-
-    def replay(self) -> None:
-        """Enqueues it on the current stream."""
+Replay = Callable[[], None]
+"""Enqueues captured work on the current stream."""
 
 
 class CudaCapture:
@@ -50,27 +43,23 @@ class CudaCapture:
             # Of its own: torch's default for captures is on the first GPU that captured.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, work: Callable[[], Tensors]) -> tuple[Captured, Tensors]:
-        """Captures without running: the graph, and the tensors that it writes."""
+    def __call__(self, work: Callable[[], Tensors]) -> tuple[Replay, Tensors]:
+        """Captures without running: what replays the work, and the tensors that it writes."""
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads may allocate meanwhile.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             outputs = work()
-        return graph, outputs
+        return graph.replay, outputs
 
 
 @dataclass(slots=True)
 class _Shape:
-    """Buffers of one combination of input shapes, and the graph once it is captured."""
+    """Buffers of one combination of input shapes, and what replays it once it is captured."""
 
     inputs: Tensors
-    graph: Captured | None = None
-    outputs: Tensors | None = None
+    captured: tuple[Replay, Tensors] | None = None
 
 
 class StepGraphs:
@@ -86,35 +75,32 @@ class StepGraphs:
         self,
         function: Graph,
         kv_names: list[str],
-        capture: Callable[[Callable[[], Tensors]], tuple[Captured, Tensors]],
+        capture: Callable[[Callable[[], Tensors]], tuple[Replay, Tensors]],
     ) -> None:
         self._function = function
         self._kv = _KvPlace(kv_names)
         self._capture = capture
         self._shapes: OrderedDict[Shapes, _Shape] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
         """Runs, captures or replays; outputs are the caller's own."""
-        with self._lock:
-            if self._kv.hold(inputs):
-                self._shapes.clear()  # their graphs read the former place
-            key: Shapes = tuple(sorted((name, tuple(x.shape)) for name, x in inputs.items()))
-            shape = self._shapes.get(key)
-            if shape is None:
-                return self._first(key, inputs)
-            self._shapes.move_to_end(key)
-            for name, buffer in shape.inputs.items():
-                buffer.copy_(inputs[name], non_blocking=True)
-            if shape.graph is None:
-                shape.graph, shape.outputs = self._capture(
-                    lambda: self._function(shape.inputs | self._kv.views(inputs))
-                )
-                _log.info("captured a step, the graph of %d shapes", len(self._shapes))
-            shape.graph.replay()
-            assert shape.outputs is not None  # noqa: S101 - set with the graph
-            # The next replay writes to the same memory.
-            return {name: output.clone() for name, output in shape.outputs.items()}
+        if self._kv.hold(inputs):
+            self._shapes.clear()  # their graphs read the former place
+        key: Shapes = tuple(sorted((name, tuple(x.shape)) for name, x in inputs.items()))
+        shape = self._shapes.get(key)
+        if shape is None:
+            return self._first(key, inputs)
+        self._shapes.move_to_end(key)
+        for name, buffer in shape.inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
+        if shape.captured is None:
+            step_inputs = shape.inputs | self._kv.views(inputs)
+            shape.captured = self._capture(lambda: self._function(step_inputs))
+            _log.info("captured a step, the graph of %d shapes", len(self._shapes))
+        replay, outputs = shape.captured
+        replay()
+        # The next replay writes to the same memory.
+        return {name: output.clone() for name, output in outputs.items()}
 
     def _first(self, key: Shapes, inputs: Mapping[str, torch.Tensor]) -> Tensors:
         small = {
@@ -144,16 +130,15 @@ class _KvPlace:
             Whether the place moved.
         """
         kv = {name: x for name, x in inputs.items() if name in self.names}
-        moved = any(name not in self._buffers for name in kv) or any(
-            self._buffers[name].numel() < x.numel() for name, x in kv.items()
+        moved = any(
+            name not in self._buffers or self._buffers[name].numel() < x.numel()
+            for name, x in kv.items()
         )
         if moved:
             self._held.clear()
             self._buffers.clear()  # before the new ones are made: both may not fit
-            self._buffers = {
-                name: torch.empty(x.numel(), dtype=x.dtype, device=x.device)
-                for name, x in kv.items()
-            }
+            for name, x in kv.items():
+                self._buffers[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
         for name, x in kv.items():
             last = self._held.get(name)
             if last is None or last() is not x:

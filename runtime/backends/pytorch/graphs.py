@@ -1,7 +1,6 @@
 """The graphs of `artifacts.signature` as functions of torch tensors: no files, no device policy.
 
-A graph takes the inputs of its signature by name and gives its outputs by name. The networks are
-`klein_kv.networks.transformer` and `text_model` computed by `TorchOps`, and diffusers' VAE.
+The networks are `klein_kv.networks` computed by `TorchOps`, and diffusers' VAE.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,21 +19,13 @@ from klein_kv.networks.transformer import (
     encode_references,
 )
 
-__all__ = ["COMPONENTS", "Graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
+__all__ = ["Graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
 
-Graph = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+Inputs = Mapping[str, torch.Tensor]
+Outputs = dict[str, torch.Tensor]
+
+Graph = Callable[[Inputs], Outputs]
 """Inputs of a graph's signature by name -> its outputs by name, on the same device."""
-
-COMPONENTS = {
-    "first_step": "transformer",
-    "cached_step": "transformer",
-    "plain_step": "transformer",
-    "encode_references": "transformer",
-    "text_encoder": "text_encoder",
-    "vae_encoder": "vae",
-    "vae_decoder": "vae",
-}
-"""Whose weights each graph uses."""
 
 
 def transformer_graph(
@@ -52,11 +43,11 @@ def transformer_graph(
     names = kv_names(net.num_blocks, kv_dtype)
     packed = kv_dtype == KV_FLOAT8
 
-    def encode(x: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def encode(x: Inputs) -> list[torch.Tensor]:
         kv = encode_references(ops, net, x["ref_hidden_states"], x["ref_ids"])
         return quantize_references(ops, kv) if packed else kv
 
-    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(x: Inputs) -> Outputs:
         if graph == "encode_references":
             return dict(zip(names, encode(x), strict=True))
         step = StepInputs(
@@ -88,7 +79,7 @@ def transformer_graph(
 def text_encoder_graph(config: ModelConfig, ops: TorchOps) -> Graph:
     """`text_encoder`, up to its last tapped block."""
 
-    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(x: Inputs) -> Outputs:
         states = encode_text(ops, config.text_encoder, x["input_ids"], x["attention_mask"])
         return {"encoder_hidden_states": states}
 
@@ -96,12 +87,7 @@ def text_encoder_graph(config: ModelConfig, ops: TorchOps) -> Graph:
 
 
 def vae_graph(graph: str, vae: torch.nn.Module) -> Graph:
-    """`vae_encoder` or `vae_decoder`.
-
-    Args:
-        graph: which of the two.
-        vae: diffusers' `AutoencoderKLFlux2` with its weights.
-    """
+    """`vae_encoder` or `vae_decoder` of diffusers' `AutoencoderKLFlux2`."""
     from klein_kv.networks.vae import VaeDecoder, VaeEncoder  # diffusers takes seconds to import
 
     if graph == "vae_encoder":
@@ -109,7 +95,7 @@ def vae_graph(graph: str, vae: torch.nn.Module) -> Graph:
         return lambda x: {"ref_hidden_states": encoder(x["image"]).contiguous()}
     decoder = VaeDecoder(vae)
 
-    def run(x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(x: Inputs) -> Outputs:
         image, sample = decoder(x["latents"])
         return {"image": image.contiguous(), "sample": sample}
 

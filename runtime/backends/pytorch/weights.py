@@ -1,7 +1,8 @@
-"""The weights that each graph of an artifact folder needs, as torch takes them."""
+"""The weights that the graphs need, as torch takes them: an artifact folder's, or given ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,188 +13,169 @@ from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, BackendError, CheckpointError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.backends.pytorch.graphs import COMPONENTS
-from klein_kv.runtime.backends.pytorch.memory import TORCH_DTYPES, DeviceWeights
+from klein_kv.runtime.backends.pytorch.memory import TORCH_DTYPES, Staging, find_device, map_tensor
 
 __all__ = ["FolderWeights", "GivenWeights", "whole_weights"]
-
-_VAE_CONFIG = "vae/config.json"
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-def _parameters(component: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    if component == "transformer":
-        return transformer_parameters(config.transformer)
-    return text_encoder_parameters(config.text_encoder)
-
-
 class FolderWeights:
-    """Weights of an artifact folder, on the device while a graph holds them.
+    """Weights of an artifact folder.
 
     Args:
-        artifacts: the folder.
-        manifest: its manifest.
-        graphs: which of its graphs.
-        device: where the weights go.
+        artifacts: the folder, its manifest checked.
+        manifest: the manifest.
+        graphs: which graphs of the folder; None takes the manifest's.
+        device: "cpu", "cuda" or "cuda:N"; None for the first GPU, else the CPU.
+
+    Raises:
+        BackendError: no such device, or graphs of a precision that torch does not compute.
     """
 
     def __init__(
-        self, artifacts: Path, manifest: Manifest, graphs: GraphSet, device: torch.device
+        self,
+        artifacts: Path,
+        manifest: Manifest,
+        graphs: GraphSet | None = None,
+        device: str | None = None,
     ) -> None:
-        self.on_device = DeviceWeights(device)
+        self.config = manifest.config
+        self.graphs = graphs or manifest.graphs
+        self.device = find_device(device)
         self._artifacts = artifacts
-        self._manifest = manifest
-        self._files = graphs.files
+        if self.graphs.quantized or self.graphs.attention:
+            raise BackendError(
+                f"the torch backend does not compute precision {self.graphs.precision!r}; use "
+                "engines, ONNX Runtime, or `klein-kv verify --precision` to simulate it"
+            )
 
-    def tensors(self, graph: str) -> dict[str, torch.Tensor]:
-        """What `graph` reads of the transformer's or the text encoder's weights.
-
-        Raises:
-            ArtifactError: the folder does not hold them.
-            BackendError: they are of a type that torch does not compute with.
-        """
-        whole, used = self._find(graph)
-        shapes = _parameters(COMPONENTS[graph], self._manifest.config)
-        refs = {name: ref for name, ref in whole.items() if name in used}
-        for name, ref in refs.items():
-            if ref.shape != shapes.get(name):
-                raise ArtifactError(
-                    f"{self._artifacts}: {name} has shape {ref.shape}, expected "
-                    f"{shapes.get(name, 'no such tensor')}; export again"
-                )
-        return self.on_device.load(refs)
-
-    def vae(self, graph: str) -> torch.nn.Module:
-        """diffusers' VAE with the weights that `graph` reads; the others are on "meta".
+    def load(self, component: str) -> Any:
+        """The tensors of "transformer" or "text_encoder" by name; for "vae" diffusers' module.
 
         Raises:
-            ArtifactError: the folder does not hold them, or not the VAE's configuration.
+            ArtifactError: the folder does not hold them as the networks need them.
         """
+        if component == "vae":
+            return self._vae()
+        tensors, dtype = self._tensors(component), TORCH_DTYPES[self.graphs.dtype]
+        try:
+            return _checked(component, tensors, self.config, dtype, self.device)
+        except BackendError as error:
+            raise ArtifactError(f"{self._artifacts}: {error}; export again") from error
+
+    def nbytes(self, component: str) -> int:
+        """Bytes that a component takes on the device; none on a CPU, which maps files.
+
+        Raises:
+            ArtifactError: the folder does not hold it.
+        """
+        if self.device.type == "cpu":
+            return 0
+        return sum(ref.nbytes for ref in self._refs(component).values())
+
+    def _vae(self) -> torch.nn.Module:
         from klein_kv.networks.vae import build_vae  # diffusers takes seconds to import
 
-        if _VAE_CONFIG not in self._manifest.files:
-            raise ArtifactError(
-                f"{self._artifacts} has no {_VAE_CONFIG}, which the torch backend needs; it was "
-                "exported by an older klein-kv, export again"
-            )
         try:
-            config = read_json(self._artifacts / _VAE_CONFIG, "vae config")
+            config = read_json(self._artifacts / "vae/config.json", "vae config")
             with torch.device("meta"):
-                vae = build_vae(config, TORCH_DTYPES[self._manifest.dtype])
-        except CheckpointError as error:
-            raise ArtifactError(f"{self._artifacts}: {error}; export again") from error
-        whole, used = self._find(graph)
-        tensors = self.on_device.load({name: whole[name] for name in used})
-        try:
-            vae.load_state_dict(tensors, strict=False, assign=True)
-        except RuntimeError as error:
+                vae = build_vae(config, TORCH_DTYPES[self.graphs.dtype])
+            tensors = self._tensors("vae")
+            tensors["bn.num_batches_tracked"] = torch.tensor(0)  # which no graph reads
+            vae.load_state_dict(tensors, assign=True)
+        except (CheckpointError, RuntimeError) as error:
             raise ArtifactError(
-                f"{self._artifacts}: the VAE's weights do not fit {_VAE_CONFIG} ({error}); export "
-                "again"
+                f"{self._artifacts}/vae: config.json and the weights do not make a VAE: {error}; "
+                "export again"
             ) from error
-        if vae.use_slicing is False:
-            vae.enable_slicing()  # one image of a batch at a time: memory of one
+        vae.enable_slicing()  # one image of a batch at a time: memory of one
         module: torch.nn.Module = vae.requires_grad_(False)
         return module
 
-    def nbytes(self, graph: str) -> dict[WeightRef, int]:
-        """Bytes of each tensor that `graph` takes on the device; none on a CPU, which maps files.
+    def _refs(self, component: str) -> dict[str, WeightRef]:
+        tables = [
+            graph_weights(self._artifacts, file)
+            for file in self.graphs.files.values()
+            if file.startswith(f"{component}/")
+        ]
+        return whole_weights({key: ref for table in tables for key, ref in table.items()})
 
-        Raises:
-            ArtifactError: the folder does not hold them.
-        """
-        if self.on_device.device.type == "cpu":
-            return {}
-        whole, used = self._find(graph)
-        return {ref: ref.nbytes for name, ref in whole.items() if name in used}
-
-    def _find(self, graph: str) -> tuple[dict[str, WeightRef], set[str]]:
-        """All weights of the graph's component, and the names of those that it reads."""
-        tables = {
-            name: graph_weights(self._artifacts, file)
-            for name, file in self._files.items()
-            if COMPONENTS[name] == COMPONENTS[graph]
-        }
-        whole = whole_weights(item for table in tables.values() for item in table.items())
-        return whole, {key.partition("[")[0] for key in tables[graph]}
+    def _tensors(self, component: str) -> dict[str, torch.Tensor]:
+        files: dict[Path, torch.Tensor] = {}
+        refs = self._refs(component)
+        # In the order of the files, which are read as they are copied.
+        names = sorted(refs, key=lambda name: (refs[name].path, refs[name].offset))
+        tensors = {name: map_tensor(refs[name], files) for name in names}
+        if self.device.type == "cpu":
+            return tensors
+        staging = Staging(self.device)
+        return {name: staging.copy(tensor) for name, tensor in tensors.items()}
 
 
 class GivenWeights:
-    """Weights that somebody else holds on the device.
-
-    Args:
-        config: shapes of the networks.
-        dtype: type of all tensors.
-        device: where they lie.
-        components: tensors by name of "transformer" and "text_encoder"; None for one that is not
-            there.
-        vae: diffusers' module.
+    """Weights that somebody else holds on the device; see `TorchBackend.from_tensors`.
 
     Raises:
         BackendError: a tensor is missing, has another shape or type, or lies elsewhere.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        components: Mapping[str, Tensors | None],
-        vae: torch.nn.Module | None,
+        self, components: Mapping[str, Any], config: ModelConfig, dtype: str, device: str | None
     ) -> None:
-        self._components: dict[str, dict[str, torch.Tensor]] = {}
-        self._vae = vae
-        for component, tensors in components.items():
-            if tensors is None:
-                continue
-            shapes = _parameters(component, config)
-            for name, shape in shapes.items():
-                expected = f"{dtype} {shape} on {device}"
-                tensor = tensors.get(name)
-                if tensor is None:
-                    raise BackendError(
-                        f"{component}: tensor {name} is missing, expected {expected}"
-                    )
-                if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
-                    raise BackendError(
-                        f"{component}: {name} is {tensor.dtype} {tuple(tensor.shape)} on "
-                        f"{tensor.device}, expected {expected}"
-                    )
-            self._components[component] = {name: tensors[name].detach() for name in shapes}
+        self.config = config
+        self.graphs = GraphSet("kv", dtype)
+        self.device = find_device(device)
+        self._components = {name: given for name, given in components.items() if given is not None}
+        for name in self._components.keys() - {"vae"}:
+            self._components[name] = _checked(
+                name, self._components[name], config, TORCH_DTYPES[dtype], self.device
+            )
 
-    def tensors(self, graph: str) -> dict[str, torch.Tensor]:
-        """The transformer's or the text encoder's tensors.
+    def load(self, component: str) -> Any:
+        """What was given, as `FolderWeights.load` returns it.
 
         Raises:
-            BackendError: they were not given.
+            BackendError: it was not given.
         """
-        if COMPONENTS[graph] not in self._components:
-            raise self._absent(graph)
-        return self._components[COMPONENTS[graph]]
+        if component not in self._components:
+            raise BackendError(
+                f"this backend was made without the {component}'s weights; give them to "
+                "from_tensors"
+            )
+        return self._components[component]
 
-    def vae(self, graph: str) -> torch.nn.Module:
-        """The module that was given.
-
-        Raises:
-            BackendError: none was.
-        """
-        if self._vae is None:
-            raise self._absent(graph)
-        return self._vae
-
-    def nbytes(self, _graph: str) -> dict[WeightRef, int]:
-        """Nothing: what somebody else holds is not the backend's to free."""
-        return {}
-
-    def _absent(self, graph: str) -> BackendError:
-        return BackendError(
-            f"{graph} cannot be run: this backend was made without the {COMPONENTS[graph]}'s "
-            "weights; give them to from_tensors"
-        )
+    def nbytes(self, _component: str) -> int:
+        """None: what somebody else holds is not the backend's to free."""
+        return 0
 
 
-def whole_weights(table: Iterable[tuple[str, WeightRef]]) -> dict[str, WeightRef]:
+def _checked(
+    component: str, tensors: Tensors, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tensors that a network reads.
+
+    Raises:
+        BackendError: one is missing, has another shape or type, or lies elsewhere.
+    """
+    if component == "transformer":
+        shapes = transformer_parameters(config.transformer)
+    else:
+        shapes = text_encoder_parameters(config.text_encoder)
+    for name, shape in shapes.items():
+        expected = f"expected {dtype} {shape} on {device}"
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise BackendError(f"{component}: tensor {name} is missing, {expected}")
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+            raise BackendError(
+                f"{component}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                f"{expected}"
+            )
+    return {name: tensors[name].detach() for name in shapes}
+
+
+def whole_weights(table: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
     """Joins the row ranges that graphs name apart: `x[0:8]` and `x[8:24]` make `x`.
 
     Args:
@@ -205,30 +187,23 @@ def whole_weights(table: Iterable[tuple[str, WeightRef]]) -> dict[str, WeightRef
     Raises:
         ArtifactError: rows are missing, or are not neighbours in the file.
     """
-    whole: dict[str, WeightRef] = {}
-    parts: dict[str, dict[tuple[int, int], WeightRef]] = {}
-    for key, ref in table:
+    whole = {name: ref for name, ref in table.items() if "[" not in name}
+    parts: dict[str, list[tuple[int, WeightRef]]] = {}
+    for key, ref in table.items():
         name, _, span = key.partition("[")
-        if span:
-            first, _, last = span.rstrip("]").partition(":")
-            parts.setdefault(name, {})[int(first), int(last)] = ref
-        else:
-            whole[name] = ref
-    for name, rows in parts.items():
         if name not in whole:
-            whole[name] = _join(name, rows)
+            parts.setdefault(name, []).append((int(span.partition(":")[0]), ref))
+    for name, ranges in parts.items():
+        ranges.sort(key=lambda part: part[0])
+        start = ranges[0][1]
+        rows, offset = 0, start.offset
+        for row, ref in ranges:
+            if (row, ref.offset, ref.path) != (rows, offset, start.path):
+                raise ArtifactError(
+                    f"{name}: row {row} is at byte {ref.offset} of {ref.path.name}, expected row "
+                    f"{rows} at byte {offset} of {start.path.name}; export again"
+                )
+            rows, offset = rows + ref.shape[0], offset + ref.nbytes
+        shape, nbytes = (rows, *start.shape[1:]), offset - start.offset
+        whole[name] = WeightRef(start.path, start.offset, nbytes, start.dtype, shape)
     return whole
-
-
-def _join(name: str, rows: Mapping[tuple[int, int], WeightRef]) -> WeightRef:
-    start = rows[min(rows)]
-    end, offset = 0, start.offset
-    for (first, last), ref in sorted(rows.items(), key=lambda item: item[0]):
-        if first != end or ref.offset != offset or ref.path != start.path:
-            raise ArtifactError(
-                f"{name}: rows {first} to {last} at byte {ref.offset} of {ref.path.name} do not "
-                f"follow row {end}, which ends at byte {offset} of {start.path.name}; export again"
-            )
-        end, offset = last, offset + ref.nbytes
-    shape = (end, *start.shape[1:])
-    return WeightRef(start.path, start.offset, offset - start.offset, start.dtype, shape)

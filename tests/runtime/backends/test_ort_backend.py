@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +38,19 @@ def feeds(backend: OrtBackend) -> dict[str, Any]:
 # --- buffers ---
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.uint8])
-@pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
-def test_upload_and_download(dtype: type, shape: tuple[int, ...], backend: OrtBackend) -> None:
-    array = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
-    back = backend.download(backend.upload(array))
-    assert back.dtype == dtype
-    np.testing.assert_array_equal(back, array)
-
-
-def test_strided_arrays_are_packed(backend: OrtBackend) -> None:
-    array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
-    np.testing.assert_array_equal(backend.download(backend.upload(array)), array)
-
-
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, object])
 def test_other_types_are_refused(dtype: Any, backend: OrtBackend) -> None:
     with pytest.raises(BackendError, match="cannot upload"):
         backend.upload(np.zeros(3, dtype))
 
 
-def test_a_buffer_does_not_follow_the_array(backend: OrtBackend) -> None:
-    array = np.ones(4, np.float32)
+def test_a_buffer_is_a_copy_and_its_download_is_not(backend: OrtBackend) -> None:
+    array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
+    expected = array.copy()
     buffer = backend.upload(array)
-    array[:] = 2
-    assert (backend.download(buffer) == 1).all()
+    array[:] = -1
+    np.testing.assert_array_equal(backend.download(buffer), expected)
+    assert backend.download(buffer).ctypes.data == buffer.data_ptr()
 
 
 def test_downloaded_memory_outlives_the_buffer(backend: OrtBackend) -> None:
@@ -73,16 +60,6 @@ def test_downloaded_memory_outlives_the_buffer(backend: OrtBackend) -> None:
     other = [np.full(1 << 16, -1, np.float32) for _ in range(8)]
     assert [view[::4096].tolist() for view in views] == [[i] * 16 for i in range(8)]
     del other
-
-
-def test_download_copies_nothing(backend: OrtBackend) -> None:
-    buffer = backend.upload(np.ones(4, np.float32))
-    assert backend.download(buffer).ctypes.data == buffer.data_ptr()
-
-
-def test_view_has_another_shape(backend: OrtBackend) -> None:
-    buffer = backend.view(backend.upload(np.arange(6, dtype=np.float32)), (1, 2, 3))
-    np.testing.assert_array_equal(backend.download(buffer), [[[0, 1, 2], [3, 4, 5]]])
 
 
 def test_every_run_gives_new_buffers(backend: OrtBackend) -> None:
@@ -112,17 +89,17 @@ def test_tensors_are_the_signatures(graph: str, backend: OrtBackend) -> None:
         assert got == [(spec.name, types[spec.dtype], spec.shape) for spec in specs]
 
 
-def test_graphs_are_loaded_once_and_given_back(tiny_artifacts: Path) -> None:
+def test_a_released_graph_is_loaded_again(tiny_artifacts: Path) -> None:
     backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
-    assert not backend._sessions
-    first = backend.run("encode_references", feeds(backend))
+    inputs = feeds(backend)
+    first = backend.run("encode_references", inputs)
     session = backend._sessions["encode_references"]
-    backend.run("encode_references", feeds(backend))
+    backend.run("encode_references", inputs)
     assert backend._sessions == {"encode_references": session}
     backend.release("encode_references")
     backend.release("encode_references")
-    assert not backend._sessions
-    again = backend.run("encode_references", feeds(backend))
+    again = backend.run("encode_references", inputs)
+    assert backend._sessions["encode_references"] is not session
     np.testing.assert_array_equal(first["k_ref.0"].numpy(), again["k_ref.0"].numpy())
 
 
@@ -141,16 +118,6 @@ def test_threads_load_a_graph_once(tiny_artifacts: Path, monkeypatch: pytest.Mon
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: backend.run("encode_references", inputs), range(4)))
     assert loaded == ["encode_references"]
-
-
-def test_graphs_share_one_copy_of_the_weights(tiny_artifacts: Path) -> None:
-    backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
-    backend._load("first_step")
-    held = dict(backend._weights)
-    backend._load("cached_step")
-    backend._load("encode_references")
-    assert backend._weights == held
-    assert backend._sessions.keys() == {"first_step", "cached_step", "encode_references"}
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2])
@@ -174,14 +141,6 @@ def test_wrong_inputs(backend: OrtBackend) -> None:
 
 
 # --- refused ---
-
-
-def test_bfloat16_is_refused(tiny_artifacts: Path) -> None:
-    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
-    with pytest.raises(
-        BackendError, match=r"is bfloat16.*export the checkpoint again with --dtype"
-    ):
-        OrtBackend(tiny_artifacts, manifest)
 
 
 def test_missing_library(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

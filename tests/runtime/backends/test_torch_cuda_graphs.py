@@ -35,17 +35,15 @@ class Recorder:
     def capture(self, work: Callable[[], Tensors]) -> tuple[Any, Tensors]:
         self.captures += 1
         outputs = work()
-        recorder = self
 
-        class Captured:
-            def replay(self) -> None:
-                recorder.replays += 1
-                for name, value in work().items():
-                    outputs[name].copy_(value)
+        def replay() -> None:
+            self.replays += 1
+            for name, value in work().items():
+                outputs[name].copy_(value)
 
         for value in outputs.values():
             value.fill_(float("nan"))  # capturing computes nothing
-        return Captured(), outputs
+        return replay, outputs
 
 
 @pytest.fixture

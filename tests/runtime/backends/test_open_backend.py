@@ -1,0 +1,84 @@
+"""Which backend is opened, with which options."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.errors import BackendError
+from klein_kv.runtime.backends.backend import open_backend
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
+    manifest = Manifest.load(tiny_artifacts)
+    with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
+        open_backend("auto", tiny_artifacts, manifest, "cpu", threads)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "device", "chosen"),
+    [
+        (True, "bfloat16", None, "torch-cuda"),
+        (True, "bfloat16", "cpu", "torch"),
+        (True, "float32", None, "onnxruntime"),
+        (True, "float32", "cuda:0", "torch-cuda"),
+        (True, "float32", "cpu", "onnxruntime"),
+        (False, "bfloat16", None, "torch"),
+        (False, "bfloat16", "cpu", "torch"),
+        (False, "float32", None, "onnxruntime"),
+    ],
+)
+def test_auto(
+    gpu: bool,
+    dtype: str,
+    device: str | None,
+    chosen: str,
+    tiny_artifacts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without engines bfloat16 goes through torch, for ONNX Runtime has none of it on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    manifest = replace(Manifest.load(tiny_artifacts), dtype=dtype)
+    assert open_backend("auto", tiny_artifacts, manifest, device, None).name == chosen
+
+
+@pytest.mark.parametrize("missing", ["torch", "diffusers"])
+def test_without_torch(missing: str, tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
+    with pytest.raises(BackendError, match=rf"needs {missing}, .* pip install 'klein-kv\[torch\]'"):
+        open_backend("torch", tiny_artifacts, manifest, "cpu", None)
+    with pytest.raises(BackendError, match=r"is bfloat16, .* export .* --dtype fp32"):
+        open_backend("auto", tiny_artifacts, manifest, "cpu", None)
+
+
+def test_quantized_graphs_are_not_for_torch(tiny_artifacts: Path) -> None:
+    """`auto` leaves them to ONNX Runtime, which says what it lacks for them here."""
+    manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
+    graphs = replace(manifest.graphs, quantized=(("transformer", "fp8"),))
+    with pytest.raises(BackendError, match="torch backend does not compute precision 'fp8'; use"):
+        open_backend("torch", tiny_artifacts, manifest, "cpu", None, graphs)
+    with pytest.raises(BackendError, match="which ONNX Runtime does not compute on a CPU"):
+        open_backend("auto", tiny_artifacts, manifest, "cpu", None, graphs)
+
+
+def test_options_by_name(tiny_artifacts: Path) -> None:
+    def load(backend: str, **options: Any) -> Any:
+        return KleinKVPipeline.from_pretrained(
+            tiny_artifacts, backend=backend, device="cpu", backend_options=options
+        ).backend
+
+    assert load("torch", compile_blocks=True).name == "torch-compiled"
+    with pytest.raises(
+        BackendError, match=r"\['compiled'\] are none of the torch .*compile_blocks"
+    ):
+        load("torch", compiled=True)
+    with pytest.raises(BackendError, match="none of the onnxruntime backend, which has none"):
+        load("auto", compile_blocks=True)
