@@ -26,13 +26,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stand-ins are the tests'
 
 import numpy as np
-from checkout import use_checkout
 
-use_checkout()
-
-from klein_kv.artifacts.weights import WeightRef, map_weight  # noqa: E402
-from klein_kv.runtime.backends.trt.memory import CudaMemory  # noqa: E402
-from tests.runtime.backends.fake_cuda import FakeCuda  # noqa: E402
+from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.runtime.backends.trt.memory import CudaMemory
+from tests.runtime.backends.fake_cuda import FakeCuda
 
 PIECE = 64 << 20
 

@@ -7,29 +7,22 @@ of noise, of smooth colours, and of photographs.
     bf16_kv    float32 pipelines whose K/V were rounded to bfloat16
     bf16       diffusers' Flux2KleinKVPipeline in bfloat16: all arithmetic
 
-Then the transformer's seconds per edit with float32 and with float8 K/V, in turn: 512x512 output,
-four 512x512 references, new ones and known ones.
+    python benchmarks/kv_dtype.py [--size tiny] [--work DIR]
 
-    python benchmarks/kv_dtype.py [--size tiny] [--rounds 3] [--threads 2] [--work DIR]
-
-The last line on stdout is one JSON document.
+The last line on stdout is one JSON document. What it does to the time: `edit.py --kv-dtype fp8`.
 """
 
 import argparse
 import json
-import sys
 import tempfile
-import warnings
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinKVPipeline
-from loop import PROMPT, prepare
-from loop import pictures as edit_pictures
+from contenders import PROMPT, load_diffusers, pictures
+from edit import parse_arguments, prepare
 from PIL import Image
 from skimage import data
 
@@ -37,49 +30,32 @@ from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.weights import NUMPY_DTYPES
 
 SIDE = 256
-COUNTS = (2, 4)
-KINDS = ("noise", "smooth", "photographs")
 BF16 = NUMPY_DTYPES["bfloat16"]
 
 
-def pictures(kind: str, count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    if kind == "noise":
-        size = (SIDE, SIDE, 3)
-        return [Image.fromarray(rng.integers(0, 256, size, np.uint8)) for _ in range(count)]
-    if kind == "smooth":
-        coarse = [rng.integers(0, 256, (6, 8, 3), np.uint8) for _ in range(count)]
-        return [Image.fromarray(x).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for x in coarse]
-    photographs = (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())
-    return [
-        Image.fromarray(x).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        for x in photographs[:count]
-    ]
-
-
-def open_ours(folder: Path, threads: int, kv_dtype: str | None = None) -> KleinKVPipeline:
-    pipe = KleinKVPipeline.from_pretrained(folder, threads=threads, kv_dtype=kv_dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def open_theirs(folder: Path, threads: int) -> Any:
-    torch.set_num_threads(threads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = Flux2KleinKVPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def references(count: int) -> dict[str, list[Image.Image]]:
+    """Pictures by kind."""
+    random = np.random.default_rng(0)
+    noise = [random.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for _ in range(count)]
+    photographs = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    return {
+        "noise": [Image.fromarray(pixels) for pixels in noise],
+        "smooth": pictures(count, SIDE),
+        "photographs": [
+            Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            for pixels in photographs[:count]
+        ],
+    }
 
 
 def rounded(pipe: KleinKVPipeline, images: list[Image.Image]) -> Any:
     """References whose keys and values went through bfloat16."""
-    references = pipe.encode_references(images)
+    encoded = pipe.encode_references(images)
     kv = {
-        name: pipe.backend.upload(references.array(name).astype(BF16).astype(np.float32))
-        for name in references.kv
+        name: pipe.backend.upload(encoded.array(name).astype(BF16).astype(np.float32))
+        for name in encoded.kv
     }
-    return replace(references, kv=kv)
+    return replace(encoded, kv=kv)
 
 
 def error(latents: Any, exact: Any) -> dict[str, float]:
@@ -90,79 +66,47 @@ def error(latents: Any, exact: Any) -> dict[str, float]:
     }
 
 
-def seconds(pipes: dict[str, KleinKVPipeline], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Transformer seconds by pipeline, of first and repeated edits."""
-    images = edit_pictures()
-    times: dict[str, dict[str, list[float]]] = {n: {"first": [], "repeated": []} for n in pipes}
-    for i in range(rounds + 1):
-        for name, pipe in pipes.items():
-            pipe.reference_store.clear()
-            for kind in ("first", "repeated"):
-                pipe(PROMPT, image=images, height=2 * SIDE, width=2 * SIDE, output_type="latent")
-                if i > 0:  # one to warm up
-                    times[name][kind].append(sum(pipe.timings.steps))
-                    print(f"{name:8} {kind:9} {times[name][kind][-1]:.2f} s", file=sys.stderr)
-    return times
+def measure(checkpoint: Path, artifacts: Path) -> list[dict[str, Any]]:
+    exact, packed = (
+        KleinKVPipeline.from_pretrained(artifacts, kv_dtype=kv_dtype) for kv_dtype in (None, "fp8")
+    )
+    theirs = load_diffusers("diffusers_kv", checkpoint, dtype=torch.bfloat16)
+    for pipe in (exact, packed, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    shape = (1, exact.config.transformer.in_channels, SIDE // 16, SIDE // 16)
+    noise = np.random.default_rng(1).standard_normal(shape, np.float32).astype(BF16)
+    bf16 = torch.from_numpy(noise.astype(np.float32)).bfloat16()
+    size = {"height": SIDE, "width": SIDE, "output_type": "latent"}
+    request = {"prompt": PROMPT, "latents": noise.astype(np.float32), **size}
+    rows = []
+    for count in (2, 4):
+        for kind, images in references(count).items():
+            whole = exact(image=images, **request).images
+            latents = {
+                "float8": packed(image=images, **request).images,
+                "bf16_kv": exact(references=rounded(exact, images), **request).images,
+                "bf16": theirs(image=images, prompt=PROMPT, latents=bf16, **size).images.float(),
+            }
+            errors = {name: error(value, whole) for name, value in latents.items()}
+            rows.append({"references": kind, "count": count, **errors})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny", help="tiny or small")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep checkpoint and artifacts here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        work = args.work or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        checkpoint, artifacts = prepare(work, args.size)
-        exact, packed = (open_ours(artifacts, args.threads, kv) for kv in (None, "fp8"))
-        theirs = open_theirs(checkpoint, args.threads)
-        shape = (1, exact.config.transformer.in_channels, SIDE // 16, SIDE // 16)
-        noise = np.random.default_rng(1).standard_normal(shape, np.float32)
-        noise = noise.astype(BF16).astype(np.float32)  # the same for all
-        options = {"height": SIDE, "width": SIDE, "output_type": "latent"}
-        results = []
-        for kind in KINDS:
-            for count in COUNTS:
-                images = pictures(kind, count)
-                request = {"prompt": PROMPT, "latents": noise, **options}
-                whole = exact(image=images, **request).images
-                bf16 = torch.from_numpy(noise).bfloat16()
-                theirs_whole = theirs(image=images, prompt=PROMPT, latents=bf16, **options).images
-                errors = {
-                    "float8": error(packed(image=images, **request).images, whole),
-                    "bf16_kv": error(
-                        exact(references=rounded(exact, images), **request).images, whole
-                    ),
-                    "bf16": error(theirs_whole.float().numpy(), whole),
-                }
-                for name, value in errors.items():
-                    print(
-                        f"{count} {kind:12} {name:8} relative {value['relative']:.2g}, largest "
-                        f"{value['largest']:.2g}",
-                        file=sys.stderr,
-                    )
-                results.append({"references": kind, "count": count, **errors})
-        del theirs
-        times = seconds({"float32": exact, "float8": packed}, args.rounds)
-    ranges = {
-        name: {
-            part: [f(row[name][part] for row in results) for f in (min, max)]
-            for part in ("relative", "largest")
-        }
-        for name in ("float8", "bf16_kv", "bf16")
-    }
-    document = {
-        "benchmark": "kv_dtype",
-        "size": args.size,
-        "output": [SIDE, SIDE],
-        "results": results,
-        "ranges": ranges,
-        "transformer_seconds": times,
-        "versions": {p: version(p) for p in ("onnxruntime", "torch", "diffusers")},
-    }
-    print(json.dumps(document))
+        options = parse_arguments(["--size", args.size, "--dtype", "fp32"])
+        prepare(options, args.work or Path(scratch))
+        rows = measure(options.checkpoint, options.artifacts)
+    for row in rows:
+        for name in ("float8", "bf16_kv", "bf16"):
+            relative, largest = row[name]["relative"], row[name]["largest"]
+            where = f"{row['count']} {row['references']:12} {name:8}"
+            print(f"{where} relative {relative:.2g}, largest {largest:.2g}")
+    print(json.dumps({"benchmark": "kv_dtype", "size": args.size, "results": rows}))
 
 
 if __name__ == "__main__":
