@@ -1,33 +1,35 @@
 """Those who edit in `edit.py`: klein-kv, and diffusers' pipelines with a watch on their stages.
 
-A contender makes an edit by its name, and tells its seconds, stages, image and memory. `Worker`
+A contender makes an edit by its name, and tells its image, seconds, stages and memory. `Worker`
 puts one into a process of its own.
 """
 
 import contextlib
 import functools
 import multiprocessing
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["PROMPT", "TYPES", "Worker", "open_diffusers", "open_drawn", "open_klein_kv", "pictures"]
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.config import TransformerConfig
+from klein_kv.artifacts.manifest import Manifest
 
 PROMPT = "the same scene at night, photograph"
 PIPELINES = {"diffusers_kv": "Flux2KleinKVPipeline", "diffusers_plain": "Flux2KleinPipeline"}
+ONCE = ("text", "vae_encode", "vae_decode")  # stages beside the steps
 TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def pictures(count: int, side: int) -> list[Image.Image]:
     """Smooth random pictures, all different."""
-    random = np.random.default_rng(0)
-    coarse = [random.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(count)]
+    coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
     return [Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC) for x in coarse]
 
 
@@ -55,20 +57,19 @@ class KleinKV:
         with measured(device if self._torch else "cpu") as result:
             result["image"] = pipe(**request(self._args), seed=0).images[0]
         if device != "cpu" and not (self._torch or self._args.checkpoint):
-            # What is held; diffusers' process, if there were one, would count too.
+            # What it holds; diffusers' process, if there were one, would count too.
             result["device_bytes"] = self._free - pipe.backend.available_memory()
         if name == self.names[-1]:
             pipe.reference_store.clear()  # whoever comes next has the memory
         timings = pipe.timings
-        result["stages"] = {
-            "text": timings.text,
-            "vae_encode": timings.vae_encode,
-            **of_steps(timings.steps),
-            "vae_decode": timings.vae_decode,
+        once = {stage: [getattr(timings, stage)] for stage in ONCE}
+        return result | {
+            "stages": {**once, "steps": list(timings.steps)},
+            "hit": bool(self._args.references) and timings.first_step == 0,
+            "backend": pipe.backend.name,
+            "dtype": pipe.manifest.dtype,
+            "net": pipe.config.transformer,
         }
-        result["hit"] = timings.first_step == 0
-        result["backend"] = pipe.backend.name
-        return result
 
 
 class Diffusers:
@@ -81,7 +82,7 @@ class Diffusers:
         pipe.set_progress_bar_config(disable=True)
         self._watch(pipe.text_encoder, "forward", "text")
         self._watch(pipe.vae, "encode", "vae_encode")
-        self._watch(pipe.transformer, "forward", "step")
+        self._watch(pipe.transformer, "forward", "steps")
         self._watch(pipe.vae, "decode", "vae_decode")
 
     def edit(self, name: str) -> dict[str, Any]:
@@ -92,29 +93,28 @@ class Diffusers:
         options["generator"] = torch.Generator().manual_seed(0)
         with measured(self._args.device) as result:
             result["image"] = self._pipe(**request(self._args), **options).images[0]
-        seconds: dict[str, list[float]] = {}
+        stages: dict[str, list[float]] = {}
         for stage, start, end in self._spans:
-            value = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-            seconds.setdefault(stage, []).append(value)
-        steps = of_steps(seconds.pop("step"))
-        result["stages"] = {stage: sum(values) for stage, values in seconds.items()} | steps
-        return result
+            seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+            stages.setdefault(stage, []).append(seconds)
+        transformer = self._pipe.transformer
+        return result | {
+            "stages": stages,
+            "hit": False,
+            "backend": "diffusers",
+            "dtype": str(transformer.dtype).removeprefix("torch."),
+            "net": TransformerConfig.from_dict(transformer.config),
+        }
 
     def _watch(self, module: Any, method: str, stage: str) -> None:
-        call = getattr(module, method)
-
-        @functools.wraps(call)
         def watched(*args: Any, **options: Any) -> Any:
             start = mark(self._args.device)
             result = call(*args, **options)
             self._spans.append((stage, start, mark(self._args.device)))
             return result
 
-        setattr(module, method, watched)
-
-
-def of_steps(steps: Any) -> dict[str, float]:
-    return {"first_step": steps[0], "later_steps": sum(steps[1:])}
+        call = getattr(module, method)
+        setattr(module, method, functools.wraps(call)(watched))
 
 
 def mark(device: str) -> Any:
@@ -124,17 +124,13 @@ def mark(device: str) -> Any:
     import torch
 
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
 @contextlib.contextmanager
 def measured(device: str) -> Iterator[dict[str, Any]]:
-    """Adds an edit's seconds and the most memory in use while it ran.
-
-    Args:
-        device: a GPU whose memory torch counts, or "cpu".
-    """
+    """Adds an edit's seconds and the most memory in use, on a GPU too where torch counts it."""
     process, result = Path("/proc/self"), dict[str, Any]()
     with contextlib.suppress(OSError):  # then it is the most that the process ever used
         (process / "clear_refs").write_text("5")
@@ -152,8 +148,6 @@ def measured(device: str) -> Iterator[dict[str, Any]]:
 
 
 def open_klein_kv(args: Any) -> KleinKV:
-    from klein_kv import KleinKVPipeline
-
     pipe = KleinKVPipeline.from_pretrained(
         args.artifacts,
         backend=args.backend,
@@ -182,46 +176,47 @@ def open_diffusers(args: Any, name: str) -> Diffusers:
 
 
 def open_drawn(args: Any) -> list[Any]:
-    """Everyone in this process, on the same random weights, drawn on the device.
-
-    The folders give shapes, tokenizer and scheduler alone.
-    """
+    """Everyone on the same random weights; the folders give shapes, tokenizer and scheduler."""
     import torch
     from transformers import AutoConfig, Qwen3ForCausalLM
 
-    from klein_kv import KleinKVPipeline
-    from klein_kv.artifacts.manifest import Manifest
     from klein_kv.export.checkpoints import random_model
     from klein_kv.runtime.backends.pytorch.backend import TorchBackend
 
     torch.set_num_threads(args.threads)
-    dtype, shapes = getattr(torch, TYPES[args.dtype]), random_model.SIZES[args.size]
-    with torch.device(args.device):  # not on "meta": it has buffers that no state holds
-        config = AutoConfig.from_pretrained(args.checkpoint / "text_encoder")
+    device, dtype = args.device, getattr(torch, TYPES[args.dtype])
+    shapes = random_model.SIZES[args.size]
+    config = AutoConfig.from_pretrained(args.checkpoint / "text_encoder")
+    with torch.device(device):  # not on "meta": it has buffers that no state holds
         text_encoder = Qwen3ForCausalLM._from_config(config, dtype=dtype).eval()
-    modules = {
-        "transformer": random_model.transformer_on_meta(shapes, dtype).to_empty(device=args.device),
-        "text_encoder": text_encoder,
-        "vae": random_model.vae_on_meta(shapes, dtype).to_empty(device=args.device),
-    }
-    generator = torch.Generator(args.device).manual_seed(0)
-    for module in modules.values():
+    transformer = random_model.transformer_on_meta(shapes, dtype).to_empty(device=device)
+    vae = random_model.vae_on_meta(shapes, dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in (transformer, text_encoder, vae):
         random_model.fill_random(module.requires_grad_(False), generator)
     manifest = Manifest.load(args.artifacts)
     backend = TorchBackend.from_tensors(
         manifest.config,
         TYPES[args.dtype],
-        device=args.device,
-        transformer=modules["transformer"].state_dict(),
+        device=device,
+        transformer=transformer.state_dict(),
         text_encoder=text_encoder.state_dict(),
-        vae=modules["vae"],
+        vae=vae,
         **compiling(args),
     )
-    ours = KleinKVPipeline(args.artifacts, manifest, backend, prompt_cache_bytes=0)
+    opened: list[Any] = [
+        KleinKV(KleinKVPipeline(args.artifacts, manifest, backend, prompt_cache_bytes=0), args)
+    ]
     if args.compile:
-        modules["transformer"].compile_repeated_blocks()
-    pipes = [(name, load_diffusers(name, args.checkpoint, **modules)) for name in args.others]
-    return [KleinKV(ours, args), *(Diffusers(name, pipe, args) for name, pipe in pipes)]
+        transformer.compile_repeated_blocks()
+    modules = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    for name in names(args):
+        opened.append(Diffusers(name, load_diffusers(name, args.checkpoint, **modules), args))
+    return opened
+
+
+def names(args: Any) -> list[str]:
+    return list(PIPELINES) if args.plain else ["diffusers_kv"]
 
 
 def compiling(args: Any) -> dict[str, bool]:
@@ -240,32 +235,20 @@ class Worker:
     """A contender in a process of its own, made there by `opener(*arguments)`."""
 
     def __init__(self, opener: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._end, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, opener, arguments), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its death is seen
-        self.names: tuple[str, ...] = self._receive()
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.names: tuple[str, ...] = self._pool.submit(_open, opener, arguments).result()
 
-    def edit(self, name: str) -> dict[str, Any]:
-        self._end.send(name)
-        result: dict[str, Any] = self._receive()
-        return result
-
-    def close(self) -> None:
-        self._end.close()
-        self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            return self._end.recv()
-        except EOFError:
-            sys.exit("edit.py: a contender failed; its error stands above")
+    def edit(self, name: str) -> Any:
+        return self._pool.submit(_edit, name).result()
 
 
-def serve(end: Any, opener: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    contender = opener(*arguments)
-    end.send(contender.names)
-    with contextlib.suppress(EOFError):  # closed: the benchmark is over
-        while True:
-            end.send(contender.edit(end.recv()))
+_OPENED: list[Any] = []  # in a worker's process: its contender
+
+
+def _open(opener: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    _OPENED.append(opener(*arguments))
+    return _OPENED[0].names
+
+
+def _edit(name: str) -> Any:
+    return _OPENED[0].edit(name)

@@ -10,13 +10,11 @@
     python benchmarks/edit.py --artifacts DIR --checkpoint DIR --backend tensorrt --device cuda
     python benchmarks/edit.py --size 9b-shapes --device cuda    # full size, random weights
 
-Contenders are processes of their own that take turns, so that whatever else the machine does hits
-all alike. With `--drawn`, and at 9b-shapes, they share one process and the same random weights,
-drawn on the device, on the torch backend. Given --artifacts alone only klein-kv runs, given
---checkpoint alone only diffusers. Every round also measures how fast the machine multiplies
-matrices: the share of that speed which a transformer reaches says what is left to gain.
-
-The last line on stdout is one JSON document; `table.py` makes tables and plots of them.
+Contenders are processes that take turns, so that whatever else the machine does hits all alike.
+With --drawn, and at 9b-shapes, they share one process and random weights drawn on the device.
+Given --artifacts alone only klein-kv runs, given --checkpoint alone only diffusers. Every round
+also measures how fast the machine multiplies matrices: the share of that speed which a transformer
+reaches says what is left to gain. The last line on stdout is one JSON document.
 """
 
 import argparse
@@ -30,15 +28,16 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import contenders
 import numpy as np
-from contenders import PIPELINES, TYPES, Worker, open_diffusers, open_drawn, open_klein_kv
+from contenders import PIPELINES, TYPES, Worker
 from limits import edit_operations, matrix_speed
 from table import markdown
 
-from klein_kv.artifacts.config import TransformerConfig, read_json
 from klein_kv.artifacts.manifest import Manifest
 
 TEXT_TOKENS, TOKEN_SIDE = 512, 16  # a prompt's tokens; pixels of an image token
@@ -69,15 +68,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile on both sides, CUDA graphs on ours")
     add("--offload", action="store_true", help="diffusers keeps idle networks in host memory")
     args = parser.parse_args(argv)
-    args.drawn |= args.size == "9b-shapes" and not (args.artifacts or args.checkpoint)
-    if args.drawn and (args.artifacts or args.checkpoint or args.backend not in ("auto", "torch")):
+    folders = args.artifacts or args.checkpoint
+    args.drawn |= args.size == "9b-shapes" and not folders
+    if args.drawn and (folders or args.backend not in ("auto", "torch")):
         parser.error(
-            "weights drawn on the device run on --backend torch; for --artifacts, --checkpoint or "
-            f"--backend {args.backend} leave out --drawn and --size 9b-shapes"
+            f"random weights run on --backend torch, got {args.backend}; other backends need "
+            "--artifacts, without --drawn or --size 9b-shapes"
         )
     if args.rounds < 1 or args.references < 0:
         parser.error("expected at least 1 of --rounds and 0 of --references")
-    args.others = list(PIPELINES) if args.plain else ["diffusers_kv"]
     return args
 
 
@@ -94,58 +93,67 @@ def prepare(args: argparse.Namespace, work: Path) -> None:
 
     args.checkpoint = work / f"{args.size}-checkpoint"
     args.artifacts = work / f"{args.size}-{args.dtype}"
+    work.mkdir(parents=True, exist_ok=True)
     if not args.checkpoint.exists():
         make_fixture(args.checkpoint, args.size, 0)
     if not args.artifacts.exists():
         export_checkpoint(args.checkpoint, args.artifacts, dtype=TYPES[args.dtype])
 
 
-def open_contenders(args: argparse.Namespace) -> list[Any]:
+def open_all(args: argparse.Namespace) -> list[Any]:
     if args.drawn:
-        return open_drawn(args)
-    contenders = [Worker(open_klein_kv, args)] if args.artifacts else []
+        return contenders.open_drawn(args)
+    opened = [Worker(contenders.open_klein_kv, args)] if args.artifacts else []
     if args.checkpoint and importlib.util.find_spec("diffusers"):
-        contenders += [Worker(open_diffusers, args, name) for name in args.others]
-    return contenders
+        opened += [Worker(contenders.open_diffusers, args, name) for name in contenders.names(args)]
+    return opened
 
 
 def take_turns(args: argparse.Namespace) -> tuple[dict[str, list[Any]], list[dict[str, float]]]:
     """Results by edit, and the matrix speeds, of every round but the one to warm up."""
-    contenders = open_contenders(args)
-    results: dict[str, list[Any]] = {name: [] for x in contenders for name in x.names}
+    turns = [(contender, name) for contender in open_all(args) for name in contender.names]
+    results: dict[str, list[Any]] = {name: [] for _, name in turns}
     speeds = []
     for i in range(args.rounds + 1):
         speeds.append(matrix_speed(args.device, args.threads))
-        for contender, name in ((x, name) for x in contenders for name in x.names):
-            results[name].append(contender.edit(name))
+        for contender, name in turns:
+            result = contender.edit(name)
+            results[name].append(result)
             label = f"round {i}" if i else "warm-up"
-            seconds = results[name][-1]["seconds"]
-            print(f"{label:8} {name:16} {seconds:8.3f} s", file=sys.stderr)
-    for worker in () if args.drawn else contenders:
-        worker.close()
+            print(f"{label:8} {name:16} {result['seconds']:8.3f} s", file=sys.stderr)
     return {name: values[1:] for name, values in results.items()}, speeds[1:]
 
 
-def summary(results: list[Any], dtype: str, operations: int, speed: float) -> dict[str, Any]:
-    """One edit over the rounds: medians, the most memory, and the transformer's speed."""
-    stages = {
-        stage: statistics.median(result["stages"].get(stage, 0.0) for result in results)
-        for stage in STAGES
-    }
-    seconds = [result["seconds"] for result in results]
-    rate = operations / (stages["first_step"] + stages["later_steps"])
+def summary(
+    args: argparse.Namespace, name: str, rounds: list[Any], speed: dict[str, float]
+) -> dict[str, Any]:
+    """One edit: medians over its rounds, the most memory, and the transformer's speed."""
+    one, seconds = rounds[0], [result["seconds"] for result in rounds]
+    by_round = []
+    for stages in (result["stages"] for result in rounds):
+        text, encode, decode = (sum(stages.get(x, ())) for x in contenders.ONCE)
+        by_round.append((text, encode, stages["steps"][0], sum(stages["steps"][1:]), decode))
+    medians = [statistics.median(values) for values in zip(*by_round, strict=True)]
+    operations = edit_operations(
+        one["net"],
+        name,
+        steps=args.steps,
+        image=(args.output // TOKEN_SIDE) ** 2,
+        text=TEXT_TOKENS,
+        references=args.references * (args.reference_size // TOKEN_SIDE) ** 2,
+    )
+    rate = operations / (medians[2] + medians[3])
+    limit = speed["float32" if one["dtype"] == "float32" else "bfloat16"]
     return {
-        "backend": results[0].get("backend", "diffusers"),
-        "dtype": dtype,
+        **{key: one[key] for key in ("backend", "dtype", "hit")},
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
-        "stages": stages,
-        "hit": all(result.get("hit", False) for result in results),
+        "stages": dict(zip(STAGES, medians, strict=True)),
         "transformer_operations": operations,
         "operations_per_second": rate,
-        "share_of_matrix_speed": rate / speed,
-        "peak_host_bytes": max(result["host_bytes"] for result in results),
-        "peak_device_bytes": max(result.get("device_bytes", 0) for result in results) or None,
+        "share_of_matrix_speed": rate / limit,
+        "peak_host_bytes": max(result["host_bytes"] for result in rounds),
+        "peak_device_bytes": max(result.get("device_bytes", 0) for result in rounds) or None,
     }
 
 
@@ -160,64 +168,41 @@ def ratio(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def largest_difference(ours: list[Any], others: list[Any]) -> int:
+    """Of any pixel in any round, of 255."""
+    pairs = zip(ours, others, strict=True)
+    return max(int(np.abs(np.int16(a["image"]) - np.int16(b["image"])).max()) for a, b in pairs)
+
+
 def report(
     args: argparse.Namespace, results: dict[str, list[Any]], speeds: list[dict[str, float]]
 ) -> dict[str, Any]:
-    if args.artifacts:
-        manifest = Manifest.load(args.artifacts)
-        net, ours = manifest.config.transformer, manifest.dtype
-    else:
-        config = read_json(args.checkpoint / "transformer" / "config.json", "transformer config")
-        net, ours = TransformerConfig.from_dict(config), ""
     speed = {dtype: statistics.median(x[dtype] for x in speeds) for dtype in speeds[0]}
-    edits = {}
-    for name, rounds in results.items():
-        dtype = TYPES[args.dtype] if name in PIPELINES else ours
-        operations = edit_operations(
-            net,
-            name,
-            steps=args.steps,
-            image=(args.output // TOKEN_SIDE) ** 2,
-            text=TEXT_TOKENS,
-            references=args.references * (args.reference_size // TOKEN_SIDE) ** 2,
-        )
-        limit = speed["float32" if dtype == "float32" else "bfloat16"]
-        edits[name] = summary(rounds, dtype, operations, limit)
+    edits = {name: summary(args, name, rounds, speed) for name, rounds in results.items()}
+    order = [name for name in (*PIPELINES, "first", "repeated") if name in edits]
     one, *more = results
-    differences = {
-        f"{one} to {name}": max(
-            int(np.abs(np.int16(a["image"]) - np.int16(b["image"])).max())
-            for a, b in zip(results[one], results[name], strict=True)
-        )
-        for name in more
-    }
-    order = [*(name for name in PIPELINES if name in edits), "first", "repeated"]
-    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if {a, b} <= set(edits)]
     return {
         "edits": edits,
-        "ratios": {f"{a} / {b}": ratio(edits[a], edits[b]) for a, b in pairs},
+        "ratios": {f"{a} / {b}": ratio(edits[a], edits[b]) for a, b in combinations(order, 2)},
         "matrix_speed": speed,
-        "largest_pixel_difference": differences,
+        "largest_pixel_difference": {
+            f"{one} to {name}": largest_difference(results[one], results[name]) for name in more
+        },
     }
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What runs on what machine; "load" is that of the minute before."""
-    cpu = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if ":" in line
-    )
+    cpu = Path("/proc/cpuinfo").read_text()
     machine: dict[str, Any] = {
-        "cpu": cpu.get("model name", platform.machine()),
-        "bf16": sorted({"avx512_bf16", "amx_bf16"} & set(cpu.get("flags", "").split())),
+        "cpu": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.machine(),
+        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if f" {name} " in cpu],
         "load": os.getloadavg()[0],
     }
     if args.device != "cpu":
         import torch
 
-        properties = torch.cuda.get_device_properties(torch.device(args.device))
-        machine |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
+        machine["gpu"] = torch.cuda.get_device_properties(torch.device(args.device)).name
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -235,9 +220,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        work = args.work or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        prepare(args, work)
+        prepare(args, args.work or Path(scratch))
         document = describe(args)
         document |= report(args, *take_turns(args))
     print(markdown([document]))

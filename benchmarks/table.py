@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load", "markdown", "plot"]
-
 COLOURS = {
     "text": "#d08b2c",
     "vae_encode": "#b3483d",
@@ -24,6 +22,7 @@ COLOURS = {
     "vae_decode": "#3d9a50",
     "rest": "#b8bcc4",
 }
+PLAN = ("seconds", "ideal_seconds", "ratio", "kernels", "scratch_bytes")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -34,41 +33,30 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-        benchmark = document["benchmark"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} holds no result ({type(error).__name__}: {error})") from error
-    if benchmark not in ("edit", "build"):
-        raise ValueError(f"{path} is of {benchmark!r}, expected a result of edit.py or build.py")
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} holds no JSON document in its last line: {error}") from error
+    if not isinstance(document, dict) or document.get("benchmark") not in ("edit", "build"):
+        raise ValueError(f"{path} holds {document!r:.60}, expected what edit.py or build.py wrote")
     return document
 
 
 def markdown(documents: Sequence[dict[str, Any]]) -> str:
-    """A section for every result, and a comparison of edits if there are several."""
-    edits = [document for document in documents if document["benchmark"] == "edit"]
-    sections = [
-        edit_section(x) if x["benchmark"] == "edit" else build_section(x) for x in documents
-    ]
-    if len(edits) > 1:
-        sections.append(comparison(edits))
-    return "\n\n".join(sections)
+    """A section for every result."""
+    sections = {"edit": edit_section, "build": build_section}
+    return "\n\n".join(sections[document["benchmark"]](document) for document in documents)
 
 
 def edit_section(document: dict[str, Any]) -> str:
     options, speed = document["options"], document["matrix_speed"]
     rows = []
     for name, edit in document["edits"].items():
-        memory = (edit[f"peak_{place}_bytes"] for place in ("host", "device"))
-        rows.append(
-            (
-                name,
-                f"{edit['backend']} {edit['dtype']}",
-                spread(edit["median_seconds"], edit["seconds"]),
-                *(f"{seconds:.2f}" for seconds in stages(edit).values()),
-                f"{edit['operations_per_second'] / 1e9:.0f} ({share(edit)})",
-                " + ".join(f"{nbytes / 1e9:.2f}" for nbytes in memory if nbytes),
-            )
-        )
-    names = (stage.replace("_", " ") for stage in COLOURS)
+        row = [name, by(edit), spread(edit["median_seconds"], edit["seconds"])]
+        row += [f"{seconds:.2f}" for seconds in stages(edit).values()]
+        rate, share = edit["operations_per_second"] / 1e9, edit["share_of_matrix_speed"]
+        memory = [edit[f"peak_{place}_bytes"] or 0 for place in ("host", "device")]
+        row += [f"{rate:.0f} ({share:.0%})", *(f"{nbytes / 1e9:.2f}" for nbytes in memory)]
+        rows.append(row)
+    names = [stage.replace("_", " ") for stage in COLOURS]
     rates = listed({name: f"{rate / 1e9:.0f}" for name, rate in speed.items()})
     pairs = [
         (pair, spread(x["median"], (x["min"], x["max"])), f"{x['operations']:.2f}")
@@ -80,47 +68,23 @@ def edit_section(document: dict[str, Any]) -> str:
         f"before; matrix products: {rates} GFLOP/s. {options['output']} pixels square, "
         f"{options['references']} references of {options['reference_size']}, {options['steps']} "
         f"steps; median and range of {options['rounds']} rounds. {listed(document['versions'])}.",
-        table(("edit", "by", "seconds", *names, "GFLOP/s (share)", "peak GB"), rows),
+        table(("edit", "by", "seconds", *names, "GFLOP/s (share)", "GB host", "device"), rows),
         table(("ratio", "of seconds", "of operations"), pairs),
         f"Largest difference of pixels: {listed(document['largest_pixel_difference'])} (of 255).",
     ]
     return "\n\n".join(parts if pairs else parts[:3])
 
 
-def comparison(documents: Iterable[dict[str, Any]]) -> str:
-    """A row per result: seconds and share of the matrix speed of klein-kv and diffusers."""
-    names = ("first", "repeated", "diffusers_kv")
-    rows = []
-    for document in documents:
-        edits, ratio = document["edits"], document["ratios"].get("diffusers_kv / first")
-        cells = [
-            f"{edit['median_seconds']:.2f} ({share(edit)})" if (edit := edits.get(name)) else ""
-            for name in names
-        ]
-        last = f"{ratio['median']:.2f}" if ratio else ""
-        rows.append((place(document), by(edits), *cells, last))
-    return table(("machine", "by", *names, "diffusers_kv / first"), rows)
-
-
 def build_section(document: dict[str, Any]) -> str:
     rows = [
-        (
-            recipe,
-            graph,
-            f"{1e3 * plan['seconds']:.1f}",
-            f"{1e3 * plan['ideal_seconds']:.1f}",
-            f"{plan['ratio']:.3f}",
-            str(plan["kernels"]),
-            f"{plan['scratch_bytes'] / 1e9:.2f}",
-        )
+        (recipe, graph, *(f"{plan[key]:.4g}" for key in PLAN))
         for recipe, build in document["build"].items()
         for graph, plan in build["plans"].items()
     ]
-    head = ("recipe", "graph", "plan, ms", "ideal, ms", "plan / ideal", "kernels", "scratch, GB")
     return (
         f"Kernel plans at size {document['size']}, a model and no measurement: each kernel that "
         "TensorRT chose is priced at the GPU's peak throughput or bandwidth.\n\n"
-        + table(head, rows)
+        + table(("recipe", "graph", *PLAN), rows)
     )
 
 
@@ -128,13 +92,8 @@ def place(document: dict[str, Any]) -> str:
     return str(document["machine"].get("gpu") or document["machine"]["cpu"])
 
 
-def by(edits: dict[str, Any]) -> str:
-    edit = next(iter(edits.values()))
+def by(edit: dict[str, Any]) -> str:
     return f"{edit['backend']} {edit['dtype']}"
-
-
-def share(edit: dict[str, Any]) -> str:
-    return f"{edit['share_of_matrix_speed']:.0%}"
 
 
 def stages(edit: dict[str, Any]) -> dict[str, float]:
@@ -178,7 +137,7 @@ def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_xlabel("seconds")
-        axis.set_title(f"{place(document)}; {by(edits)}", fontsize=10)
+        axis.set_title(f"{place(document)}; {by(next(iter(edits.values())))}", fontsize=10)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
