@@ -2,8 +2,8 @@
 
 Two questions. How much Python runs per denoising step: the steps of whole edits, less the time that
 the stand-ins themselves take (they compute nothing here). And how fast weights go from their files
-to the device: several threads that read into pinned memory, against one thread that copies mapped
-pages, in turn; a "device copy" is a memcpy that lets other threads run, as a DMA does.
+to the device, through pinned memory; a "device copy" is a memcpy that lets other threads run, as a
+DMA does.
 
     python benchmarks/executor.py [--edits 20] [--rounds 5] [--gigabytes 1]
 
@@ -11,7 +11,6 @@ The last line on stdout is one JSON document.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -25,16 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stand-ins are the tests'
 
-import numpy as np
-from checkout import use_checkout
 
-use_checkout()
-
-from klein_kv.artifacts.weights import WeightRef, map_weight  # noqa: E402
-from klein_kv.runtime.backends.trt.memory import CudaMemory  # noqa: E402
-from tests.runtime.backends.fake_cuda import FakeCuda  # noqa: E402
-
-PIECE = 64 << 20
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.runtime.backends.trt.memory import CudaMemory
+from tests.runtime.backends.fake_cuda import FakeCuda
 
 
 class Timed:
@@ -100,29 +93,8 @@ def steps(edits: int) -> dict[str, Any]:
         return {"cached_steps": len(own), "median": statistics.median(own), "most": max(own)}
 
 
-def one_thread(memory: CudaMemory, targets: dict[WeightRef, int]) -> None:
-    """What `Staging.upload_weights` replaced: mapped pages through two buffers in turn."""
-    cuda = memory.cuda
-    staging = [int(cuda.call("cudaHostAlloc", PIECE, 0)) for _ in range(2)]
-    events = [cuda.call("cudaEventCreateWithFlags", 2) for _ in staging]
-    turn = 0
-    for ref, target in sorted(targets.items(), key=lambda item: item[0].offset):
-        source = map_weight(ref).reshape(-1).view(np.uint8)
-        for start in range(0, ref.nbytes, PIECE):
-            piece = source[start : start + PIECE]
-            cuda.call("cudaEventSynchronize", events[turn])
-            ctypes.memmove(staging[turn], piece.ctypes.data, piece.nbytes)
-            memory.copy(target + start, staging[turn], piece.nbytes, "HostToDevice")
-            cuda.call("cudaEventRecord", events[turn], memory.stream)
-            turn = 1 - turn
-    memory.synchronize()
-    for pointer, event in zip(staging, events, strict=True):
-        cuda.call("cudaFreeHost", pointer)
-        cuda.call("cudaEventDestroy", event)
-
-
-def uploads(rounds: int, nbytes: int) -> dict[str, Any]:
-    """Bytes per second of both ways, from the page cache."""
+def upload(rounds: int, nbytes: int) -> dict[str, Any]:
+    """Bytes per second from the page cache to the device."""
     each = 32 << 20
     with tempfile.NamedTemporaryFile() as file:
         for _ in range(nbytes // each):
@@ -133,21 +105,12 @@ def uploads(rounds: int, nbytes: int) -> dict[str, Any]:
         memory = CudaMemory(FakeCuda().cuda)
         slab = memory.allocate((nbytes,), "uint8")
         targets = {ref: slab.pointer + i * each for i, ref in enumerate(refs)}
-        seconds: dict[str, list[float]] = {"one thread": [], "several threads": []}
+        seconds = []
         for _ in range(rounds + 1):
-            for name, upload in (
-                ("one thread", lambda: one_thread(memory, targets)),
-                ("several threads", lambda: memory.staging.upload_weights(targets)),
-            ):
-                start = time.perf_counter()
-                upload()
-                seconds[name].append(time.perf_counter() - start)
-    rates = {name: nbytes / statistics.median(values[1:]) for name, values in seconds.items()}
-    return {
-        "bytes": nbytes,
-        "bytes_per_second": rates,
-        "ratio": rates["several threads"] / rates["one thread"],
-    }
+            start = time.perf_counter()
+            memory.staging.upload_weights(targets)
+            seconds.append(time.perf_counter() - start)
+    return {"bytes": nbytes, "bytes_per_second": nbytes / statistics.median(seconds[1:])}
 
 
 def main() -> None:
@@ -156,16 +119,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     args = parser.parse_args()
-    document = {
+    document: dict[str, Any] = {
         "step": steps(args.edits),
-        "upload": uploads(args.rounds, int(args.gigabytes * 1e9)),
+        "upload": upload(args.rounds, int(args.gigabytes * 1e9)),
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.processor() or platform.machine(),
     }
-    step, upload = document["step"], document["upload"]
-    print(f"Python per cached step: median {1e3 * step['median']:.3f} ms")
-    for name, rate in upload["bytes_per_second"].items():
-        print(f"weights, {name:16} {rate / 1e9:.2f} GB/s")
+    print(f"Python per cached step: median {1e3 * document['step']['median']:.3f} ms")
+    print(f"weights: {document['upload']['bytes_per_second'] / 1e9:.2f} GB/s")
     print(json.dumps(document))
 
 

@@ -1,4 +1,4 @@
-"""Two real photographs of different sizes, as references for the demo and the benchmarks.
+"""Two real photographs of different sizes, as references for the demo.
 
 They come out of scikit-image's wheel, so nothing is downloaded: "astronaut" (Eileen Collins, NASA,
 public domain) and "coffee" (Rachel Michetti, CC0).
@@ -7,35 +7,24 @@ public domain) and "coffee" (Rachel Michetti, CC0).
 """
 
 import sys
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from PIL import Image
+from skimage import data
 
-__all__ = ["photographs"]
-
-# Name, box to crop (left, top, right, bottom) and size to write (width, height), all in pixels.
-_PHOTOGRAPHS = (
-    ("astronaut.png", (24, 0, 424, 500), (256, 320)),
-    ("coffee.png", (0, 0, 600, 400), (384, 256)),
-)
-
-
-def photographs(folder: Path) -> list[Path]:
-    """Write the photographs as RGB files into `folder`, made if need be; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, box, size in _PHOTOGRAPHS:
-        with as_file(files("skimage") / "data" / name) as source, Image.open(source) as image:
-            photograph = image.convert("RGB").crop(box).resize(size, Image.Resampling.LANCZOS)
-        path = folder / name
-        photograph.save(path)
-        paths.append(path)
-    return paths
+# Box to crop (left, top, right, bottom) and size to write (width, height), in pixels.
+PHOTOGRAPHS = {
+    "astronaut": ((24, 0, 424, 500), (256, 320)),
+    "coffee": ((0, 0, 600, 400), (384, 256)),
+}
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python benchmarks/photos.py OUT")
-    for written in photographs(Path(sys.argv[1])):
-        print(written)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (box, size) in PHOTOGRAPHS.items():
+        photograph = Image.fromarray(getattr(data, name)()).crop(box)
+        photograph.resize(size, Image.Resampling.LANCZOS).save(folder / f"{name}.png")
+        print(folder / f"{name}.png")
