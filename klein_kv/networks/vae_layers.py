@@ -27,7 +27,7 @@ def vae_scratch(
         width: pixels.
     """
     return max(
-        (2 * shape[1] + shape[0]) * (batch * height * width // 4 ** _level(name, levels))
+        (2 * shape[1] + shape[0]) * (batch * height * width >> 2 * _level(name, levels))
         for name, shape in shapes.items()
         if name.endswith(".conv1.weight")
     )
