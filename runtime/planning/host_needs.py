@@ -25,7 +25,7 @@ EXPORT_MEMORY = 630_000_000
 """Peak memory of an export, most of it libraries: 0.6 GB where weights are linked, 0.63 GB where
 they are converted (docs/checkpoints.md)."""
 
-BUILD_MEMORY, BUILD_DISK = 1_700_000_000, 150_000_000
+BUILD_MEMORY, BUILD_DISK = 1_700_000_000, 74_000_000
 """Peak memory of a build with shared weights, and the engines that it writes: those of recipe
 `default` (docs/engines.md). Recipes of one shape take half. Both follow the number of kernels."""
 
