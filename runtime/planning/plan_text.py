@@ -44,12 +44,12 @@ def text_from_plans(plans: Plans) -> str:
     lines += _stages("first edit", shown.first)
     if shown.again is not None:
         lines += _stages("repeated edit", shown.again)
-    if any(edit.choices for edit in plans.edits):
+    refused = [edit for edit in plans.edits if not edit.first.fits]
+    if refused:
         lines += ["", "what would fit instead:"]
-    for edit in plans.edits:
-        if not edit.first.fits:
-            choices = "; ".join(f"{x.text} ({_gb(x.plan.peak)})" for x in edit.choices)
-            lines += _wrapped(f"{_title(edit)}: {choices or 'nothing that was tried'}")
+    for edit in refused:
+        choices = "; ".join(f"{x.text} ({_gb(x.plan.peak)})" for x in edit.choices)
+        lines += _wrapped(f"{_title(edit)}: {choices or 'nothing that was tried'}")
     lines += ["", f"{'host':34} {'memory':>8} {'disk':>8}  GB"]
     for need in plans.host:
         memory, disk = _gb(need.memory), _gb(need.disk, 3)

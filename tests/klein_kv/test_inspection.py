@@ -12,7 +12,7 @@ import pytest
 from klein_kv.artifacts.engine_manifest import EngineManifest, EngineRecord, ProfileRecord
 from klein_kv.artifacts.targets import GPUS
 from klein_kv.cli import main
-from klein_kv.engines.plan.kernel_plan import KernelPlan
+from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand
 from klein_kv.engines.plan.kernel_price import price_plan
 
 LINES = (Path(__file__).parents[1] / "engines/plan/single_block_lines.txt").read_text()
@@ -92,12 +92,14 @@ def test_another_gpu_has_another_price(inspect: Callable[..., Any]) -> None:
 
 
 def test_weights_that_are_copied_are_named(engines: Path, inspect: Callable[..., Any]) -> None:
-    plan = PLANS["cached_step"]
-    kernel = next(x for x in plan.kernels if "ConcTranReshMove" in x.name)
-    copied = replace(plan, weights=(kernel.inputs[0].name,))
     assert "copies a weight" not in inspect()[1]
-    (engines / "cached_step.layers.json").write_text(copied.to_json())
-    assert f"cached_step: {kernel.name} copies a weight at every run" in inspect()[1]
+    weight = Operand("to_out.weight", (4096, 16384), (1, 4096), "BFloat16")
+    turned = Operand("turned", (16384, 4096), (4096, 1), "BFloat16")
+    transpose = Kernel("__myl_Tran_1", "kgen", (weight,), (), (turned,), (), 0)
+    plan = PLANS["cached_step"]
+    plan = replace(plan, kernels=(*plan.kernels, transpose), weights=(weight.name,))
+    (engines / "cached_step.layers.json").write_text(plan.to_json())
+    assert "cached_step: __myl_Tran_1 copies a weight at every run" in inspect()[1]
 
 
 def test_a_changed_engine_is_refused(engines: Path, inspect: Callable[..., Any]) -> None:
