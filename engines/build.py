@@ -36,8 +36,8 @@ from klein_kv.engines.build_task import (
     make_task,
 )
 from klein_kv.engines.builder import BuiltEngine, build_engine
+from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
-from klein_kv.engines.rewrite.graph_quantization import check_applied
 from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 

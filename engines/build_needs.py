@@ -1,18 +1,9 @@
 """What a build needs of the host: memory, and disk. No TensorRT is imported."""
 
-__all__ = [
-    "EMBEDDED_FACTOR",
-    "ENGINE_BYTES",
-    "SHARED_BUILD_MEMORY",
-    "embedded_build_memory",
-]
+__all__ = ["EMBEDDED_FACTOR", "ENGINE_BYTES", "embedded_build_memory"]
 
 EMBEDDED_FACTOR = 3.1
 """Peak memory of a build with embedded weights, in weight bytes (measured, TensorRT-RTX 1.7.1)."""
-
-SHARED_BUILD_MEMORY = 1_700_000_000
-"""Peak memory of a build with shared weights: recipe `default` of the 9B shapes (measured; recipes
-of one shape take half). It follows the number of kernels, not the weights."""
 
 ENGINE_BYTES = 128 << 20
 """Disk set aside for the code of one engine; the largest measured has 80 MB."""

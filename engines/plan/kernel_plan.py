@@ -2,7 +2,8 @@
 
 With `ProfilingVerbosity.DETAILED` the builder logs "Engine Layer Information", one line per kernel
 with every operand's dimensions, strides and type. Without a GPU it is the only look into an engine
-(reading a serialized one needs a device), and it is enough to price a plan: see `plan_cost`.
+(reading a serialized one needs a device), and it is enough to see what is computed in low precision
+(`applied`), and to price a plan (`kernel_price`).
 """
 
 import json
@@ -103,12 +104,6 @@ class Kernel:
         """The name without what makes it unique: equal for equal kernels of different blocks."""
         found = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
         return found[1] if found else self.name
-
-    @property
-    def block(self) -> str:
-        """The transformer block it belongs to: the scope of its first ONNX node, or ""."""
-        scopes = [name.rpartition("/")[0] for name in self.onnx_layers]
-        return next((scope for scope in scopes if scope), "")
 
     @property
     def is_attention(self) -> bool:

@@ -1,23 +1,32 @@
-"""What one kernel of a plan costs: arithmetic, memory traffic, seconds by the roofline model."""
+"""What a kernel plan costs on a GPU: a model, not a measurement.
+
+Every kernel takes as long as its arithmetic at peak throughput or its memory traffic at peak
+bandwidth, whichever is longer, and kernels run one after the other. Real kernels reach neither
+peak; launches, caches and overlapping streams are left out. What the price shows well is time that
+no multiplication needs: copies, transposes, elementwise passes.
+"""
 
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.targets import Gpu
-from klein_kv.engines.plan.kernel_plan import Kernel, Operand
+from klein_kv.engines.plan.applied import find_product, product_format
+from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand
 from klein_kv.errors import BuildError
 
 __all__ = [
-    "KernelCost",
+    "KernelPrice",
+    "PlanPrice",
     "blends_modulation",
     "copies_weight",
     "moves_block_scales",
     "price_kernel",
-    "product_format",
+    "price_plan",
 ]
 
 _PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
@@ -25,30 +34,104 @@ _PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "F
 _PARTIAL = re.compile("Slic|Gath")
 
 
-@dataclass(frozen=True, slots=True)
-class KernelCost:
+class KernelPrice(NamedTuple):
     """One kernel: `flops` of matrix products, bytes it moves, seconds by the model."""
 
-    kernel: Kernel
     flops: int
     bytes: int
     seconds: float
     ideal_seconds: float
 
-    @property
-    def overhead(self) -> float:
-        """Seconds beyond the necessary arithmetic."""
-        return self.seconds - self.ideal_seconds
+
+@dataclass(frozen=True, slots=True)
+class PlanPrice:
+    """A whole engine.
+
+    Attributes:
+        graph: the graph's name.
+        engine: which build.
+        gpu: name of the GPU that it is priced for.
+        kernels: number of launches.
+        attention_kernels: fused attentions among them.
+        flops: of matrix products, attention and convolutions: all that is necessary.
+        bytes: memory traffic of all kernels.
+        seconds: plan time.
+        ideal_seconds: `flops` at peak throughput.
+        ratio: plan time over ideal time; 1 is a plan of multiplications alone.
+        scratch_bytes: activation memory.
+        weight_copies: kernels that write a whole weight anew at every run.
+        blended_modulations: kernels that write a modulation per token instead of one vector.
+        native_products: matrix products on low-precision numbers, by format.
+        float8_attentions: fused attention kernels on float8 numbers.
+        block_scale_moves: nvfp4 weights whose block scales are brought into another order per run.
+    """
+
+    graph: str
+    engine: str
+    gpu: str
+    kernels: int
+    attention_kernels: int
+    flops: int
+    bytes: int
+    seconds: float
+    ideal_seconds: float
+    ratio: float
+    scratch_bytes: int
+    weight_copies: tuple[str, ...]
+    blended_modulations: tuple[str, ...]
+    native_products: dict[str, int]
+    float8_attentions: int
+    block_scale_moves: int
 
 
-def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelCost:
+def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
+    """Prices every kernel of a plan.
+
+    Raises:
+        BuildError: the plan has no concrete sizes, or the GPU no figure for its type.
+    """
+    if not plan.kernels:
+        raise BuildError(
+            f"there is no kernel plan of {plan.graph}: its builder reported none ({plan.engine})"
+        )
+    if not plan.known:
+        raise BuildError(
+            f"the kernel plan of {plan.graph} has no concrete sizes, because its engine takes "
+            "dynamic shapes; build a recipe of one shape, such as static-1024-4ref, to price it"
+        )
+    weights = frozenset(plan.weights)
+    prices = [price_kernel(kernel, gpu) for kernel in plan.kernels]
+    attentions = [kernel for kernel in plan.kernels if kernel.is_attention]
+    formats = [product_format(kernel) for kernel in plan.kernels if not kernel.is_attention]
+    seconds, ideal = sum(x.seconds for x in prices), sum(x.ideal_seconds for x in prices)
+    return PlanPrice(
+        graph=plan.graph,
+        engine=plan.engine,
+        gpu=gpu.name,
+        kernels=len(prices),
+        attention_kernels=len(attentions),
+        flops=sum(x.flops for x in prices),
+        bytes=sum(x.bytes for x in prices),
+        seconds=seconds,
+        ideal_seconds=ideal,
+        ratio=seconds / ideal if ideal else float("inf"),
+        scratch_bytes=plan.scratch_bytes,
+        weight_copies=tuple(k.name for k in plan.kernels if copies_weight(k, weights)),
+        blended_modulations=tuple(k.name for k in plan.kernels if blends_modulation(k)),
+        native_products=dict(Counter(name for name in formats if name is not None)),
+        float8_attentions=sum(product_format(kernel) == "fp8" for kernel in attentions),
+        block_scale_moves=sum(moves_block_scales(kernel) for kernel in plan.kernels),
+    )
+
+
+def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelPrice:
     """Prices one kernel.
 
     Raises:
         BuildError: the GPU has no figure for the type of a matrix product.
     """
     flops, dtype = _matrix_flops(kernel)
-    moved = _bytes_read(kernel, exact=flops > 0) + sum(o.nbytes for o in kernel.outputs)
+    moved = _bytes_read(kernel, exact=flops > 0) + sum(x.nbytes for x in kernel.outputs)
     ideal = 0.0
     if flops:
         precision = _PRECISION.get(dtype, dtype)
@@ -59,91 +142,7 @@ def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelCost:
                 f"known: {', '.join(gpu.tflops)}"
             )
         ideal = flops / peak
-    return KernelCost(kernel, flops, moved, max(ideal, moved / (gpu.bandwidth * 1e9)), ideal)
-
-
-def product_format(kernel: Kernel) -> str | None:
-    """Format of a product or an attention on low-precision numbers: "fp8", "nvfp4", or None."""
-    if kernel.is_attention:
-        return "fp8" if [x.dtype for x in kernel.inputs[:3]] == ["FP8"] * 3 else None
-    if kernel.kind not in ("gemm", "runtime_fusion"):
-        return None
-    found = _product(kernel)
-    types = {_PRECISION.get(x.dtype) for x in found[:2]} if found is not None else set()
-    return {"fp8": "fp8", "fp4": "nvfp4"}.get(str(types.pop())) if len(types) == 1 else None
-
-
-def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
-    """Two per multiply-add of a product, attention or convolution, and the operands' type."""
-    if kernel.is_attention:
-        q, k = kernel.inputs[0], kernel.inputs[1]
-        # q [..., S, D], k [..., D, K]: scores, then the product with v.
-        return 4 * q.elements * k.dims[-1], q.dtype
-    if kernel.kind == "correlation":
-        kernels = [c for c in kernel.constants if len(c.dims) == 4 and c.elements > 1]
-        if not kernels or not kernel.outputs:
-            return 0, ""
-        weight = max(kernels, key=lambda operand: operand.elements)
-        channels = kernel.outputs[0].dims[1]  # [B, C, H, W] whatever the strides say
-        return 2 * kernel.outputs[0].elements * (weight.elements // channels), weight.dtype
-    if kernel.kind in ("gemm", "runtime_fusion") or "Fc" in kernel.operation:
-        return _product_flops(kernel)
-    return 0, ""
-
-
-def _product_flops(kernel: Kernel) -> tuple[int, str]:
-    found = _product(kernel)
-    if found is None:
-        return 0, ""
-    a, b, out = found
-    # The narrower operand sets the rate: FP8 and FP4 products name both.
-    return 2 * out.elements * a.dims[-1], b.dtype
-
-
-def _product(kernel: Kernel) -> tuple[Operand, Operand, Operand] | None:
-    """Finds [.., M, K] x [.., K, N] = [.., M, N] among the operands."""
-    operands = [o for o in (*kernel.inputs, *kernel.constants) if len(o.dims) >= 2]
-    for out in kernel.outputs:
-        if len(out.dims) < 2:
-            continue
-        for a in operands:
-            for b in operands:
-                if (
-                    a is not b
-                    and a.dims[-1] == b.dims[-2]
-                    and (a.dims[-2], b.dims[-1]) == out.dims[-2:]
-                ):
-                    return a, b, out
-    return None
-
-
-def _bytes_read(kernel: Kernel, exact: bool) -> int:
-    """Bytes of the inputs, through slices and gathers only what is used of them.
-
-    The builder names an operand whole even where a kernel reads a slice. An elementwise kernel
-    cannot read more of a sliced operand than fits in its largest output beside what it copies
-    whole. A tensor that is listed twice is read through two slices.
-    """
-    inputs = [*kernel.inputs, *kernel.constants]
-    if exact or not _PARTIAL.search(kernel.operation):
-        return sum(operand.nbytes for operand in _distinct(inputs))
-    room = max((operand.elements for operand in kernel.outputs), default=0)
-    sliced = [operand for operand in inputs if operand.elements > room]
-    whole = [operand for operand in inputs if operand.elements <= room]
-    if "Conc" in kernel.operation:
-        # What is concatenated whole leaves that much less room for the slices.
-        shared = sum(o.elements for o in _distinct(whole) if o.elements * 16 > room)
-        room = room - shared if shared < room else room
-    counted = Counter(operand.name for operand in sliced)
-    total = sum(operand.nbytes for operand in _distinct(whole))
-    for operand in _distinct(sliced):
-        used = min(operand.elements, counted[operand.name] * room)
-        total += operand.nbytes * used // operand.elements
-    return total
-
-
-def _distinct(operands: Iterable[Operand]) -> list[Operand]:
-    return list({operand.name: operand for operand in operands}.values())
+    return KernelPrice(flops, moved, max(ideal, moved / (gpu.bandwidth * 1e9)), ideal)
 
 
 def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
@@ -152,7 +151,7 @@ def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
     A gather reads rows of a weight (the token embedding) and writes less than it. Block scales are
     not counted; see `moves_block_scales`.
     """
-    if kernel.is_attention or _matrix_flops(kernel)[0]:
+    if _matrix_flops(kernel)[0]:
         return False
     largest = max((operand.elements for operand in kernel.outputs), default=0)
     return any(
@@ -178,9 +177,59 @@ def moves_block_scales(kernel: Kernel) -> bool:
 
 def blends_modulation(kernel: Kernel) -> bool:
     """Whether a kernel of the modulation writes more than a few vectors: [tokens, dim]."""
-    if not any("modulation" in name for name in kernel.onnx_layers):
-        return False
-    return any(
+    modulation = bool(kernel.onnx_layers) and all("modulation" in x for x in kernel.onnx_layers)
+    return modulation and any(
         len(operand.dims) > 1 and prod(operand.dims[:-1]) > 16 and operand.dims[-1] > 1
         for operand in kernel.outputs
-    ) and all("modulation" in name for name in kernel.onnx_layers)
+    )
+
+
+def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
+    """Two per multiply-add of a product, attention or convolution, and the operands' type."""
+    if kernel.is_attention:
+        q, k = kernel.inputs[0], kernel.inputs[1]
+        # q [..., S, D], k [..., D, K]: scores, then the product with v.
+        return 4 * q.elements * k.dims[-1], q.dtype
+    if kernel.kind == "correlation":
+        kernels = [c for c in kernel.constants if len(c.dims) == 4 and c.elements > 1]
+        if not kernels or not kernel.outputs:
+            return 0, ""
+        weight = max(kernels, key=lambda operand: operand.elements)
+        channels = kernel.outputs[0].dims[1]  # [B, C, H, W] whatever the strides say
+        return 2 * kernel.outputs[0].elements * (weight.elements // channels), weight.dtype
+    if kernel.kind in ("gemm", "runtime_fusion") or "Fc" in kernel.operation:
+        product = find_product(kernel)
+        if product is not None:
+            a, b, out = product
+            # The narrower operand sets the rate: FP8 and FP4 products name both.
+            return 2 * out.elements * a.dims[-1], b.dtype
+    return 0, ""
+
+
+def _bytes_read(kernel: Kernel, exact: bool) -> int:
+    """Bytes of the inputs, through slices and gathers only what is used of them.
+
+    The builder names an operand whole even where a kernel reads a slice. An elementwise kernel
+    cannot read more of a sliced operand than fits in its largest output beside what it copies
+    whole. A tensor that is listed twice is read through two slices.
+    """
+    inputs = [*kernel.inputs, *kernel.constants]
+    if exact or not _PARTIAL.search(kernel.operation):
+        return sum(operand.nbytes for operand in _distinct(inputs))
+    room = max((operand.elements for operand in kernel.outputs), default=0)
+    sliced = [operand for operand in inputs if operand.elements > room]
+    whole = [operand for operand in inputs if operand.elements <= room]
+    if "Conc" in kernel.operation:
+        # What is concatenated whole leaves that much less room for the slices.
+        shared = sum(x.elements for x in _distinct(whole) if x.elements * 16 > room)
+        room = room - shared if shared < room else room
+    listed = Counter(operand.name for operand in sliced)
+    total = sum(operand.nbytes for operand in _distinct(whole))
+    for operand in _distinct(sliced):
+        used = min(operand.elements, listed[operand.name] * room)
+        total += operand.nbytes * used // operand.elements
+    return total
+
+
+def _distinct(operands: Iterable[Operand]) -> list[Operand]:
+    return list({operand.name: operand for operand in operands}.values())

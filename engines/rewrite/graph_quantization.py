@@ -1,22 +1,13 @@
-"""What of a graph is quantized, and whether an engine's kernels are.
-
-TensorRT takes Q/DQ nodes as a permission, not as an order: where it finds no kernel it dequantizes
-and multiplies in 16 bits, without a word. So what the graph asks for is counted before a build, and
-looked for in the kernel plan afterwards.
-"""
+"""What a graph asks to be computed in low precision; `engines.plan.applied` looks for it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from klein_kv.engines.plan.kernel_plan import KernelPlan
-from klein_kv.engines.plan.kernel_price import product_format
-from klein_kv.errors import BuildError
-
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["QuantizedNodes", "check_applied", "find_quantized"]
+__all__ = ["QuantizedNodes", "find_quantized"]
 
 _SHAPE_ONLY = ("Reshape", "Transpose")
 _FLOAT8, _FLOAT4 = 17, 23
@@ -59,32 +50,3 @@ def find_quantized(model: "onnx.ModelProto") -> QuantizedNodes:
         elif node.op_type == "Attention" and all(source(name) for name in node.input[:3]):
             attentions.append(node.name)
     return QuantizedNodes(products, tuple(attentions))
-
-
-def check_applied(graph: str, engine: str, nodes: QuantizedNodes, plan: KernelPlan) -> None:
-    """Refuses an engine that does not compute in low precision what the graph asks for.
-
-    Args:
-        graph: the graph's name, for the message.
-        engine: which build, for the message.
-        nodes: what `find_quantized` gave.
-        plan: what the builder reported.
-
-    Raises:
-        BuildError: with the layers that fell back.
-    """
-    native: dict[str, str] = {}
-    for kernel in plan.kernels:
-        if (kind := product_format(kernel)) is not None:
-            native |= dict.fromkeys(kernel.onnx_layers, kind)
-    missing = [name for name, kind in nodes.products.items() if native.get(name) != kind]
-    missing += [name for name in nodes.attentions if native.get(name) != "fp8"]
-    if missing:
-        wanted = len(nodes.products) + len(nodes.attentions)
-        raise BuildError(
-            f"{graph}: quantization was not applied: for {engine}, {len(missing)} of {wanted} "
-            f"quantized products and attentions are no kernels of low precision: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Sizes may be too "
-            "small or odd for such kernels, or the GPU has none: keep these layers in an override "
-            "of the quantization recipe, or build another precision"
-        )

@@ -1,12 +1,42 @@
-"""`klein-kv inspect` and `klein-kv doctor`: what lies there, and what the machine has."""
+"""`klein-kv inspect` and `klein-kv doctor`: what lies there, and what this machine can run."""
 
 import argparse
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from klein_kv import __version__
 from klein_kv.cli.arguments import AddVerb, Result
 from klein_kv.errors import RequestError
 
+if TYPE_CHECKING:
+    from klein_kv.artifacts.engine_manifest import EngineRecord
+    from klein_kv.artifacts.signature import TensorSpec
+    from klein_kv.engines.plan.kernel_price import PlanPrice
+
 __all__ = ["add_doctor", "add_inspect"]
+
+# Distribution, what it is for, and the extra that brings it.
+_DISTRIBUTIONS = (
+    ("onnxruntime", "runs artifacts on a CPU", "cpu"),
+    ("onnxruntime-gpu", "runs artifacts on a CUDA GPU", "cuda"),
+    ("tensorrt-rtx-cu13", "builds and runs engines for RTX GPUs", "rtx"),
+    ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
+    ("cuda-python", "device memory and streams for engines", "rtx"),
+    ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
+    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
+    ("transformers", "export of the tokenizer, verify", "export"),
+    ("onnx", "export", "export"),
+    ("onnx_ir", "export", "export"),
+    ("safetensors", "fixture checkpoints", "export"),
+)
+_PRICE_NOTE = "times are a model (peak throughput and bandwidth), not a measurement"
 
 
 def add_inspect(add: AddVerb) -> None:
@@ -14,30 +44,9 @@ def add_inspect(add: AddVerb) -> None:
     sub = add("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
     sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]")
     sub.add_argument("--gpu", help="engines: price the kernel plans for this GPU")
-    sub.add_argument("--html", type=Path, metavar="PAGE", help="engines: write one page of plans")
-    sub.add_argument("--compare", type=Path, metavar="ENGINES", help="engines: a second build")
     sub.add_argument(
         "--polygraphy", action="store_true", help="print commands that compare a graph's outputs"
     )
-
-
-def _inspect(args: argparse.Namespace) -> Result:
-    from klein_kv.inspection import inspect_artifacts, polygraphy_commands
-
-    if (args.folder / "engine.json").exists():
-        from klein_kv.engines.plan.inspection import inspect_engines
-
-        value, text = inspect_engines(args.folder, args.gpu, args.html, args.compare)
-        return value, text, 0
-    if args.gpu or args.html or args.compare:
-        raise RequestError(
-            f"{args.folder} holds no engines; expected a folder below ARTIFACTS/engines"
-        )
-    if args.polygraphy:
-        value, text = polygraphy_commands(args.folder)
-        return value, text, 0
-    value, text = inspect_artifacts(args.folder)
-    return value, text, 0
 
 
 def add_doctor(add: AddVerb) -> None:
@@ -45,8 +54,245 @@ def add_doctor(add: AddVerb) -> None:
     add("doctor", _doctor, "Show versions, devices, and what is missing.")
 
 
-def _doctor(_args: argparse.Namespace) -> Result:
-    from klein_kv.inspection import examine_machine
+def _inspect(args: argparse.Namespace) -> Result:
+    if (args.folder / "engine.json").exists():
+        return _inspect_engines(args.folder, args.gpu)
+    if args.gpu:
+        raise RequestError(
+            f"{args.folder} holds no engines; expected a folder below ARTIFACTS/engines"
+        )
+    return _polygraphy(args.folder) if args.polygraphy else _inspect_artifacts(args.folder)
 
-    value, text = examine_machine()
-    return value, text, 0 if value["ready"] else 1
+
+# Artifacts ------------------------------------------------------------------------------------
+
+
+def _inspect_artifacts(folder: Path) -> Result:
+    from klein_kv.artifacts.manifest import Manifest, graph_weights
+    from klein_kv.artifacts.quantized_weights import load_quantized
+    from klein_kv.artifacts.signature import distinct_graphs
+
+    manifest = Manifest.load(folder)
+    lines = [
+        f"model     {manifest.model_id}, variant {manifest.variant}, {manifest.dtype}",
+        f"digest    {manifest.model_digest}",
+        f"licence   {manifest.licence}",
+    ]
+    precisions: dict[str, Any] = {}
+    for name, networks in manifest.precisions.items():
+        parts = {part: load_quantized(folder, part, files) for part, files in networks.items()}
+        components = {
+            part: {"files": networks[part], "layers": len(x.linears), "bytes": x.nbytes}
+            for part, x in parts.items()
+        }
+        precisions[name] = {"digest": manifest.precision_digest(name), "components": components}
+        what = ", ".join(
+            f"{part} {len(x.linears)} layers in {networks[part]}, {x.nbytes / 1e9:.3f} GB"
+            for part, x in parts.items()
+        )
+        lines.append(f"precision {name}: {what}")
+    graphs: dict[str, Any] = {}
+    for label, graph, held in distinct_graphs(manifest.graph_sets):
+        file, signature = held.files[graph], held.signature(graph, manifest.config)
+        weights = graph_weights(folder, file)
+        size, weight_bytes = manifest.files[file].bytes, sum(w.nbytes for w in weights.values())
+        graphs[label] = {
+            "file": file,
+            "bytes": size,
+            "weights": len(weights),
+            "weight_bytes": weight_bytes,
+            "inputs": [asdict(spec) for spec in signature.inputs],
+            "outputs": [asdict(spec) for spec in signature.outputs],
+        }
+        lines.append(
+            f"\n{label}: {file}, {size / 1e6:.2f} MB, reads {weight_bytes / 1e9:.3f} GB of weights"
+        )
+        for arrow, specs in (("<-", signature.inputs), ("->", signature.outputs)):
+            lines += [f"  {arrow} {line}" for line in _tensor_lines(specs)]
+    value = {
+        "artifacts": str(folder),
+        "model_id": manifest.model_id,
+        "variant": manifest.variant,
+        "dtype": manifest.dtype,
+        "model_digest": manifest.model_digest,
+        "config": manifest.config.to_dict(),
+        "graphs": graphs,
+        "precisions": precisions,
+        "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
+    }
+    return value, "\n".join(lines), 0
+
+
+def _tensor_lines(specs: "tuple[TensorSpec, ...]") -> list[str]:
+    """One line per tensor; the keys and values of all blocks share one."""
+    from klein_kv.artifacts.signature import is_kv
+
+    named = [(spec.name, spec) for spec in specs if not is_kv(spec.name)]
+    for kind in ("_ref.", "_ref_scale."):
+        kv = [spec for spec in specs if kind in spec.name]
+        if kv:
+            named.append((f"{kv[0].name} ... {kv[-1].name}", kv[0]))
+    return [
+        f"{name:32} {spec.dtype:13} [{', '.join(str(axis) for axis in spec.shape)}]"
+        for name, spec in named
+    ]
+
+
+def _polygraphy(folder: Path) -> Result:
+    """Commands that compare each graph between ONNX Runtime and TensorRT, for debugging.
+
+    Polygraphy is no part of the runtime: it lets engine files bring host code.
+    """
+    from klein_kv.artifacts.manifest import Manifest
+    from klein_kv.artifacts.signature import distinct_graphs
+
+    manifest = Manifest.load(folder)
+    sizes = {"batch": 1, "image_tokens": 256, "ref_tokens": 256, "text_tokens": 64}
+    unit = manifest.config.vae.multiple_of
+    sizes |= {"grid_height": 16, "grid_width": 16, "height": 16 * unit, "width": 16 * unit}
+    commands = {}
+    for label, graph, held in distinct_graphs(manifest.graph_sets):
+        shapes = " ".join(
+            f"{spec.name}:[{','.join(str(axis) for axis in spec.concrete(sizes))}]"
+            for spec in held.signature(graph, manifest.config).inputs
+        )
+        path = shlex.quote(str(folder / held.files[graph]))
+        commands[label] = f"polygraphy run {path} --onnxrt --trt --input-shapes {shapes}"
+    return {"commands": commands}, "\n\n".join(commands.values()), 0
+
+
+# Engines --------------------------------------------------------------------------------------
+
+
+def _inspect_engines(folder: Path, gpu: str | None) -> Result:
+    from klein_kv.artifacts.engine_manifest import EngineManifest
+    from klein_kv.artifacts.targets import find_target
+    from klein_kv.engines.plan.kernel_plan import KernelPlan
+    from klein_kv.engines.plan.kernel_price import price_plan
+
+    manifest = EngineManifest.load(folder)
+    target = find_target(gpu or manifest.target)
+    if target.gpu is None:
+        raise RequestError(
+            f"no figures are known for {target.name}; name another GPU with --gpu, e.g. rtx5090"
+        )
+    engines: dict[str, Any] = {}
+    prices: dict[str, PlanPrice] = {}
+    unpriced: dict[str, str] = {}
+    for graph, record in manifest.engines.items():
+        manifest.read_engine(folder, graph)  # refuses a changed file
+        engines[graph] = {
+            "file": record.file,
+            "bytes": record.bytes,
+            "sha256": record.sha256,
+            "scratch_bytes": record.scratch_bytes,
+            "build_seconds": record.seconds,
+            "weights": len(record.weights),
+            "profiles": [profile.symbols for profile in record.profiles],
+        }
+        plan = KernelPlan.load(folder / record.layers)
+        if plan.known:
+            prices[graph] = price_plan(plan, target.gpu)
+        else:
+            unpriced[graph] = "no price: its shapes are dynamic (build a recipe of one shape)"
+    value = {
+        "engines_of": manifest.title,
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "weights": manifest.weights,
+        "engines": engines,
+        "note": _PRICE_NOTE,
+        "plans": [asdict(price) for price in prices.values()],
+        "unpriced": unpriced,
+    }
+    lines = [
+        f"{manifest.title}, priced for {target.gpu.name}",
+        f"{'engine':17} {'MB':>6} {'built s':>7} {'shapes':>6} {'scratch GB':>10} {'plan ms':>8} "
+        f"{'ideal ms':>8} {'ratio':>6} {'kernels':>7} {'attention':>9}  low precision",
+        *(_engine_row(record, prices.get(graph)) for graph, record in manifest.engines.items()),
+        f"ideal: matrix products and attention alone; {_PRICE_NOTE}",
+        *(f"{graph}: {reason}" for graph, reason in unpriced.items()),
+    ]
+    for graph, price in prices.items():
+        for what, kernels in (
+            ("copies a weight", price.weight_copies),
+            ("spreads a modulation over tokens", price.blended_modulations),
+        ):
+            lines += [f"{graph}: {name} {what} at every run" for name in kernels]
+    return value, "\n".join(lines), 0
+
+
+def _engine_row(record: "EngineRecord", price: "PlanPrice | None") -> str:
+    row = (
+        f"{record.graph:17} {record.bytes / 1e6:6.2f} {record.seconds:7.1f} "
+        f"{len(record.profiles):6} {record.scratch_bytes / 1e9:10.3f}"
+    )
+    if price is None:
+        return row
+    native = [f"{count} {name}" for name, count in sorted(price.native_products.items())]
+    if price.float8_attentions:
+        native.append(f"{price.float8_attentions} attention fp8")
+    if price.block_scale_moves:
+        native.append(f"{price.block_scale_moves} block scales reordered")
+    return (
+        f"{row} {price.seconds * 1e3:8.2f} {price.ideal_seconds * 1e3:8.2f} {price.ratio:6.4f} "
+        f"{price.kernels:7} {price.attention_kernels:9}  {', '.join(native) or '-'}"
+    )
+
+
+# The machine ----------------------------------------------------------------------------------
+
+
+def _doctor(_args: argparse.Namespace) -> Result:
+    import psutil
+
+    packages = {name: _version(name) for name, _, _ in _DISTRIBUTIONS}
+    memory, gpus = psutil.virtual_memory(), _gpus()
+    torch_ready = packages["torch"] and packages["diffusers"]
+    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready)
+    value = {
+        "klein_kv": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "gpus": gpus,
+        "packages": packages,
+        "ready": ready,
+    }
+    lines = [
+        f"klein-kv {__version__}, Python {value['python']}, {value['platform']}",
+        f"{value['cpus']} CPUs, {memory.total / 1e9:.1f} GB memory, "
+        f"{memory.available / 1e9:.1f} GB free",
+        "GPU: " + ("; ".join(gpus) if gpus else "no NVIDIA driver found"),
+    ]
+    for name, purpose, extra in _DISTRIBUTIONS:
+        state = packages[name] or f"missing: pip install 'klein-kv[{extra}]'"
+        lines.append(f"  {name:18} {state:40} {purpose}")
+    lines.append(
+        "ready to run artifacts"
+        if ready
+        else "no backend is installed; pip install 'klein-kv[cpu]' is the smallest"
+    )
+    return value, "\n".join(lines), 0 if ready else 1
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    """Name, driver and memory of each GPU, as nvidia-smi tells them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -22,7 +22,6 @@ def add_plan(add: AddVerb) -> None:
     sub.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     sub.add_argument("--attention", choices=("fp8",), help="default: bf16")
     sub.add_argument("--batch", type=int, default=1)
-    sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--engines", type=Path, help="folder of engines (default: the best suited)")
 
 
@@ -40,7 +39,6 @@ def _plan(args: argparse.Namespace) -> Result:
         kv_dtype=args.kv_dtype,
         attention=args.attention,
         batch=args.batch,
-        steps=args.steps,
         memory=args.memory,
         engines=args.engines,
     )

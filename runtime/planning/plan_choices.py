@@ -5,19 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from klein_kv.runtime.planning.memory_plan import (
-    PRECISIONS,
-    Footprint,
-    MemoryPlan,
-    Request,
-    edit_stages,
-)
+from klein_kv.runtime.planning.footprint import PRECISIONS, Footprint
+from klein_kv.runtime.planning.memory_plan import MemoryPlan
+from klein_kv.runtime.planning.request import Request, edit_stages
 
 __all__ = ["Choice", "what_fits"]
 
 _SMALLEST_SIDE = 128
 _SMALLEST_REFERENCE = 64
 _PRECISIONS = ("fp8", "nvfp4")
+
+_Planner = Callable[[Footprint, Request], MemoryPlan]
+_Changes = Iterator[tuple[str, Footprint, Request]]
+"""Changed requests, the least change first, each with its text for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,7 @@ class Choice:
         return {"change": self.text, "peak": self.plan.peak}
 
 
-def what_fits(
-    plan: MemoryPlan, make: Callable[[Footprint, Request], MemoryPlan], *, device: bool = True
-) -> list[Choice]:
+def what_fits(plan: MemoryPlan, make: _Planner, *, device: bool = True) -> list[Choice]:
     """Changes that make a request fit, each by itself; if none does, several together.
 
     Args:
@@ -51,88 +49,67 @@ def what_fits(
     Returns:
         The least change of each kind; empty where nothing helps.
     """
-    footprint, request = plan.footprint, plan.request
-    kinds: list[Iterator[tuple[str, Footprint, Request]]] = [
-        ((_count(len(less.references)), footprint, less) for less in _fewer(request)),
-        ((text, footprint, less) for text, less in _smaller_references(footprint, request)),
-        _smaller(footprint, request),
-        ((f"batch {less.batch}", footprint, less) for less in _batches(request)),
-    ]
-    if device:
-        kinds.insert(1, _eight_bits(footprint, request))
-        kinds.insert(2, ((text, less, request) for text, less in _quantized(footprint)))
-    found = [choice for kind in kinds if (choice := _first(kind, make))]
-    if found or not device:
-        return found
-    together = _first(_together(footprint, request), make)
-    return [together] if together else []
+    in_fewer_bits = (_eight_bits, _quantized) if device else ()
+    kinds = (_fewer_references, *in_fewer_bits, _smaller_references, _smaller_output, _fewer_images)
+    choices = [_first(kind(plan.footprint, plan.request), make) for kind in kinds]
+    if device and not any(choices):
+        choices = [_first(_together(plan.footprint, plan.request), make)]
+    return [choice for choice in choices if choice is not None]
 
 
-def _first(
-    kind: Iterator[tuple[str, Footprint, Request]],
-    make: Callable[[Footprint, Request], MemoryPlan],
-) -> Choice | None:
-    for text, footprint, request in kind:
+def _first(changes: _Changes, make: _Planner) -> Choice | None:
+    for text, footprint, request in changes:
         plan = make(footprint, request)
         if plan.fits:
             return Choice(text, plan)
     return None
 
 
-def _count(references: int) -> str:
-    if not references:
-        return "no references"
-    return f"{references} reference{'s' if references > 1 else ''}"
-
-
-def _fewer(request: Request) -> Iterator[Request]:
+def _fewer_references(footprint: Footprint, request: Request) -> _Changes:
     if request.kv_held:
         return
-    plain = "plain_step" in request.stages
-    for count in reversed(range(len(request.references))):
-        kept = request.references[:count]
-        if count:
-            yield replace(request, references=kept)
-            continue
-        none = edit_stages("plain" if plain else "kv", 0)
-        if not set(none).isdisjoint(request.stages):  # an edit, not the encoding of references
-            same = tuple(stage for stage in none if stage in (*request.stages, "cached_step"))
-            yield replace(request, references=(), stages=same)
+    for count in reversed(range(1, len(request.references))):
+        text = f"{count} reference{'s' * (count > 1)}"
+        yield text, footprint, replace(request, references=request.references[:count])
+    none = edit_stages("plain" if "plain_step" in request.stages else "kv", 0)
+    # An edit, not the encoding of references alone.
+    if request.references and not set(none).isdisjoint(request.stages):
+        stages = tuple(stage for stage in none if stage in (*request.stages, "cached_step"))
+        yield "no references", footprint, replace(request, references=(), stages=stages)
 
 
-def _eight_bits(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
+def _eight_bits(footprint: Footprint, request: Request) -> _Changes:
     if footprint.kv_bytes(request) and not footprint.kv_dtype.startswith("float8"):
         yield "fp8 K/V", replace(footprint, kv_dtype="float8_e4m3fn"), request
 
 
-def _quantized(footprint: Footprint) -> Iterator[tuple[str, Footprint]]:
+def _quantized(footprint: Footprint, request: Request) -> _Changes:
     own, text = footprint.precision, footprint.text_precision
     for precision in _PRECISIONS:
         if PRECISIONS[precision] < PRECISIONS[own]:
-            yield f"{precision} transformer", footprint.quantized(precision, text)
+            yield f"{precision} transformer", footprint.quantized(precision, text), request
     if PRECISIONS["fp8"] < PRECISIONS[text]:
-        yield "fp8 text encoder", footprint.quantized(own, "fp8")
+        yield "fp8 text encoder", footprint.quantized(own, "fp8"), request
 
 
-def _smaller_references(footprint: Footprint, request: Request) -> Iterator[tuple[str, Request]]:
+def _smaller_references(footprint: Footprint, request: Request) -> _Changes:
     """All references by eighths of their sides."""
-    unit = footprint.config.vae.multiple_of
     if request.kv_held or not request.references:
         return
+    unit = footprint.config.vae.multiple_of
     for eighths in reversed(range(1, 8)):
         sizes = tuple(
-            (_part(height, eighths, unit), _part(width, eighths, unit))
+            (
+                max(_SMALLEST_REFERENCE, height * eighths // 8 // unit * unit),
+                max(_SMALLEST_REFERENCE, width * eighths // 8 // unit * unit),
+            )
             for height, width in request.references
         )
         height, width = max(sizes, key=math.prod)
-        yield f"references up to {width}x{height}", replace(request, references=sizes)
+        yield f"references up to {width}x{height}", footprint, replace(request, references=sizes)
 
 
-def _part(side: int, eighths: int, unit: int) -> int:
-    return max(_SMALLEST_REFERENCE, side * eighths // 8 // unit * unit)
-
-
-def _smaller(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
+def _smaller_output(footprint: Footprint, request: Request) -> _Changes:
     unit = footprint.config.vae.multiple_of
     longest = max(request.height, request.width)
     for side in range(longest - unit, _SMALLEST_SIDE - 1, -unit):
@@ -143,19 +120,19 @@ def _smaller(footprint: Footprint, request: Request) -> Iterator[tuple[str, Foot
         yield f"{width}x{height}", footprint, replace(request, height=height, width=width)
 
 
-def _batches(request: Request) -> Iterator[Request]:
+def _fewer_images(footprint: Footprint, request: Request) -> _Changes:
     for batch in reversed(range(1, request.batch)):
-        yield replace(request, batch=batch)
+        yield f"batch {batch}", footprint, replace(request, batch=batch)
 
 
-def _together(footprint: Footprint, request: Request) -> Iterator[tuple[str, Footprint, Request]]:
+def _together(footprint: Footprint, request: Request) -> _Changes:
     """Smaller weights, keys and values in eight bits; one image at a time; fewer references."""
     packed = replace(footprint, kv_dtype="float8_e4m3fn")
     single = replace(request, batch=1)
     requests = [("", request)]
     if request.batch > 1:
         requests.append(("batch 1 with ", single))
-    requests += [(f"{_count(len(less.references))} with ", less) for less in _fewer(single)]
+    requests += [(f"{text} with ", less) for text, _, less in _fewer_references(footprint, single)]
     for text, less in requests:
         for precision in _PRECISIONS:
             if PRECISIONS[precision] <= PRECISIONS[footprint.precision]:

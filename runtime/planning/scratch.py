@@ -50,22 +50,13 @@ def estimate_scratch(
         sizes: of the symbols of the graph's signature.
         vae_shapes: weights of "vae_encoder" and "vae_decoder".
     """
-    return ITEM_SIZE[dtype] * _elements(graph, config, sizes, vae_shapes)
-
-
-def _elements(
-    graph: str,
-    config: ModelConfig,
-    sizes: Mapping[str, int],
-    vae_shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
-) -> int:
-    batch = sizes["batch"]
+    item, batch = ITEM_SIZE[dtype], sizes["batch"]
     if graph == "text_encoder":
         text = config.text_encoder
         width = 4 * text.hidden_size + 3 * text.intermediate_size
-        return batch * sizes["text_tokens"] * width
+        return item * batch * sizes["text_tokens"] * width
     if graph.startswith("vae_"):
-        return vae_scratch(
+        return item * vae_scratch(
             vae_shapes[graph],
             config.vae.num_levels,
             batch=batch if graph == "vae_decoder" else 1,
@@ -78,8 +69,10 @@ def _elements(
     row = 6 * net.inner_dim + 3 * net.mlp_hidden_dim
     rows = batch * (sizes["image_tokens"] + sizes["text_tokens"])
     denoise = rows * row + 2 * batch * references * net.inner_dim
-    if graph == "plain_step":
-        return (rows + batch * references) * row
-    if graph == "cached_step":
-        return denoise
-    return references * row if graph == "encode_references" else max(denoise, references * row)
+    elements = {
+        "plain_step": (rows + batch * references) * row,
+        "cached_step": denoise,
+        "encode_references": references * row,
+        "first_step": max(denoise, references * row),
+    }
+    return item * elements[graph]

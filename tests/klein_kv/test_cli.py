@@ -148,7 +148,7 @@ def test_interrupt_is_no_traceback(capsys, monkeypatch, tiny_artifacts):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("klein_kv.inspection.Manifest.load", interrupted)
+    monkeypatch.setattr("klein_kv.artifacts.manifest.Manifest.load", interrupted)
     code, _, errors = run(capsys, "inspect", tiny_artifacts)
     assert (code, errors.strip()) == (130, "klein-kv inspect: interrupted")
 

@@ -1,27 +1,29 @@
 """The plan of device memory: what it adds up, what stays, what is loaded."""
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.errors import RequestError
-from klein_kv.runtime.planning.memory_plan import (
+from klein_kv.networks.text_encoder import text_encoder_parameters
+from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.runtime.planning.footprint import (
     COMPONENTS,
-    RESERVED,
     Footprint,
-    MemoryPlan,
-    Request,
+    block_weights,
     component_of,
-    edit_stages,
-    make_plan,
-    size_text,
+    text_block_weights,
 )
+from klein_kv.runtime.planning.memory_plan import RESERVED, MemoryPlan, make_plan, size_text
+from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.planning.scratch import estimate_scratch
-from tests.klein_configs import KLEIN_9B
+from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 SHAPES = {
     "vae_encoder": {"encoder.down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)},
@@ -237,6 +239,20 @@ def test_quantized_weights_are_smaller() -> None:
     assert (both.precision, both.text_precision) == ("nvfp4", "fp8")
     with pytest.raises(RequestError, match="precision is 'int3'"):
         FOOTPRINT.quantized("int3", "bf16")
+
+
+@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B], ids=["9b", "4b"])
+def test_block_weights_are_those_of_the_checkpoint(config: ModelConfig) -> None:
+    def matrices(shapes: dict[str, tuple[int, ...]], *prefixes: str) -> int:
+        return sum(
+            prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and shape[1:]
+        )
+
+    blocks = ("transformer_blocks.", "single_transformer_blocks.")
+    shapes = transformer_parameters(config.transformer)
+    assert block_weights(config.transformer) == matrices(shapes, *blocks)
+    shapes = text_encoder_parameters(config.text_encoder)
+    assert text_block_weights(config.text_encoder) == matrices(shapes, "model.layers.")
 
 
 def test_bad_requests() -> None:

@@ -5,14 +5,10 @@ from typing import Any
 
 import pytest
 
-from klein_kv.runtime.planning.memory_plan import (
-    Footprint,
-    MemoryPlan,
-    Request,
-    edit_stages,
-    make_plan,
-)
+from klein_kv.runtime.planning.footprint import Footprint
+from klein_kv.runtime.planning.memory_plan import MemoryPlan, make_plan
 from klein_kv.runtime.planning.plan_choices import Choice, what_fits
+from klein_kv.runtime.planning.request import Request, edit_stages
 from tests.klein_configs import KLEIN_9B
 from tests.runtime.planning.test_memory_plan import FOOTPRINT, GB, request
 

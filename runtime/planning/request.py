@@ -1,0 +1,101 @@
+"""What is to be made: sizes of an edit, and the graphs that it runs."""
+
+import math
+from dataclasses import dataclass, replace
+
+from klein_kv.artifacts.config import ModelConfig
+from klein_kv.errors import RequestError
+
+__all__ = ["Request", "edit_stages", "flagship_request"]
+
+_FLAGSHIP_SIDE, _FLAGSHIP_REFERENCES = 1024, 4
+"""The edit that a GPU should keep the references of: as large as klein takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be made.
+
+    Attributes:
+        height: pixels of the output.
+        width: pixels of the output.
+        references: (height, width) of each reference image, in pixels.
+        stages: graphs that run, in order.
+        batch: images at once.
+        prompts: of them, whose texts are encoded at once.
+        text_tokens: prompt tokens.
+        kv_held: keys and values are on the device from the start; else `first_step` or
+            `encode_references` makes them.
+        kv_kept: they stay after the steps, if they fit beside the VAE.
+    """
+
+    height: int
+    width: int
+    references: tuple[tuple[int, int], ...]
+    stages: tuple[str, ...]
+    batch: int = 1
+    prompts: int = 1
+    text_tokens: int = 512
+    kv_held: bool = False
+    kv_kept: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "batch", "prompts", "text_tokens"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+    def ref_tokens(self, config: ModelConfig) -> int:
+        """R, tokens of all references."""
+        unit = config.vae.multiple_of
+        return sum((height // unit) * (width // unit) for height, width in self.references)
+
+    def sizes(self, graph: str, config: ModelConfig) -> dict[str, int]:
+        """Sizes of the symbols of one graph's signature.
+
+        The VAE encoder sees one reference at a time: the largest counts.
+        """
+        unit = config.vae.multiple_of
+        height, width = self.height, self.width
+        if graph == "vae_encoder":
+            height, width = max(self.references, key=math.prod, default=(0, 0))
+        grid = height // unit, width // unit
+        return {
+            "batch": self.prompts if graph == "text_encoder" else self.batch,
+            "text_tokens": self.text_tokens,
+            "image_tokens": grid[0] * grid[1],
+            "ref_tokens": self.ref_tokens(config),
+            "grid_height": grid[0],
+            "grid_width": grid[1],
+            "height": height,
+            "width": width,
+        }
+
+    def runs(self, graph: str, config: ModelConfig) -> list[dict[str, int]]:
+        """Sizes of each different run of one graph: the VAE encoder has one per reference size."""
+        if graph != "vae_encoder":
+            return [self.sizes(graph, config)]
+        sizes = dict.fromkeys(self.references)
+        return [replace(self, references=(size,)).sizes(graph, config) for size in sizes]
+
+
+def edit_stages(variant: str, references: int, *, known: bool = False) -> tuple[str, ...]:
+    """The graphs that a request runs, in order, each once.
+
+    Args:
+        variant: "kv" or "plain".
+        references: number of reference images.
+        known: their keys and values (for plain weights, their tokens) are at hand.
+    """
+    encode = ("vae_encoder",) if references and not known else ()
+    if variant == "plain":
+        return ("text_encoder", *encode, "plain_step", "vae_decoder")
+    first = ("first_step",) if encode else ()
+    return ("text_encoder", *encode, *first, "cached_step", "vae_decoder")
+
+
+def flagship_request(variant: str, config: ModelConfig) -> Request:
+    """A first edit of 1024x1024 pixels with four references of that size."""
+    unit = config.vae.multiple_of
+    side = -(-_FLAGSHIP_SIDE // unit) * unit
+    references = ((side, side),) * _FLAGSHIP_REFERENCES
+    return Request(side, side, references, edit_stages(variant, len(references)))
