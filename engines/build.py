@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from klein_kv.artifacts.engine_manifest import (
+from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
     PACKED_SUFFIX,
     EngineManifest,
@@ -24,10 +24,10 @@ from klein_kv.artifacts.engine_manifest import (
     WeightInput,
     write_atomic,
 )
+from klein_kv.artifacts.engines.targets import Target, compute_capability, find_target
+from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.artifacts.targets import Target, compute_capability, find_target
-from klein_kv.artifacts.trt_module import load_module, module_version
 from klein_kv.engines.build_needs import ENGINE_BYTES
 from klein_kv.engines.build_task import (
     BuildTask,

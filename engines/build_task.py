@@ -9,7 +9,7 @@ from typing import Any
 
 from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.digest import file_digest
-from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.signature import GraphSet

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from klein_kv.artifacts.engine_manifest import TensorInfo
+from klein_kv.artifacts.engines.engine_manifest import TensorInfo
+from klein_kv.artifacts.engines.targets import Target, compute_capability
 from klein_kv.artifacts.numbers import FP8_MAX
-from klein_kv.artifacts.targets import Target, compute_capability
 from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.build_needs import EMBEDDED_FACTOR, embedded_build_memory
 from klein_kv.engines.progress import make_monitor

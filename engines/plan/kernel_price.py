@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from klein_kv.artifacts.engines.targets import Gpu
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
-from klein_kv.artifacts.targets import Gpu
 from klein_kv.engines.plan.applied import find_product, product_format
 from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand
 from klein_kv.errors import BuildError

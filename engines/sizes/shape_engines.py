@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
-from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.engines.build import build_artifacts
 from klein_kv.engines.sizes.recipe import Range, Recipe, ShapeProfile, Size, SizeRange
 from klein_kv.errors import ArtifactError, RequestError

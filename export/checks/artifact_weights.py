@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from klein_kv.artifacts.config import ModelConfig, tensor_bytes
-from klein_kv.artifacts.manifest import Manifest, graph_weights
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.weights import WeightRef, graph_weights
 from klein_kv.errors import ArtifactError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters

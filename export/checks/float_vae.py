@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.manifest import Manifest, graph_weights
-from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, BackendError
 
 __all__ = ["FloatVae"]

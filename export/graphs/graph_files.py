@@ -7,10 +7,9 @@ import onnx_ir as ir
 
 from klein_kv.artifacts.attention_scales import attention_scales
 from klein_kv.artifacts.config import ModelConfig
-from klein_kv.artifacts.manifest import save_graph_weights, weights_file
 from klein_kv.artifacts.quantized_weights import QuantizedComponent
 from klein_kv.artifacts.signature import GraphSet, distinct_graphs, quantized_graph_sets
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import WeightRef, save_graph_weights, weights_file
 from klein_kv.export.graphs.onnx_ops import IR_DTYPES
 from klein_kv.export.graphs.transformer_graphs import (
     quantized_transformer_graph,

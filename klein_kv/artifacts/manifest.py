@@ -23,7 +23,6 @@ from klein_kv.artifacts.signature import (
     graph_sets,
     quantized_graph_sets,
 )
-from klein_kv.artifacts.weights import graph_weights, save_graph_weights, weights_file
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 
 __all__ = [
@@ -31,10 +30,6 @@ __all__ = [
     "MANIFEST",
     "FileRecord",
     "Manifest",
-    "graph_weights",
-    "inside",
-    "save_graph_weights",
-    "weights_file",
 ]
 
 MANIFEST = "klein.json"

@@ -16,7 +16,7 @@ from klein_kv.cli.arguments import AddVerb, Result
 from klein_kv.errors import RequestError
 
 if TYPE_CHECKING:
-    from klein_kv.artifacts.engine_manifest import EngineRecord
+    from klein_kv.artifacts.engines.engine_manifest import EngineRecord
     from klein_kv.artifacts.signature import TensorSpec
     from klein_kv.engines.plan.kernel_price import PlanPrice
 
@@ -68,9 +68,10 @@ def _inspect(args: argparse.Namespace) -> Result:
 
 
 def _inspect_artifacts(folder: Path) -> Result:
-    from klein_kv.artifacts.manifest import Manifest, graph_weights
+    from klein_kv.artifacts.manifest import Manifest
     from klein_kv.artifacts.quantized_weights import load_quantized
     from klein_kv.artifacts.signature import distinct_graphs
+    from klein_kv.artifacts.weights import graph_weights
 
     manifest = Manifest.load(folder)
     lines = [
@@ -165,8 +166,8 @@ def _polygraphy(folder: Path) -> Result:
 
 
 def _inspect_engines(folder: Path, gpu: str | None) -> Result:
-    from klein_kv.artifacts.engine_manifest import EngineManifest
-    from klein_kv.artifacts.targets import find_target
+    from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+    from klein_kv.artifacts.engines.targets import find_target
     from klein_kv.engines.plan.kernel_plan import KernelPlan
     from klein_kv.engines.plan.kernel_price import price_plan
 

@@ -43,8 +43,8 @@ def add_setup(add: AddVerb) -> None:
 
 
 def _setup(args: argparse.Namespace) -> Result:
+    from klein_kv.artifacts.engines.targets import find_target
     from klein_kv.artifacts.manifest import Manifest
-    from klein_kv.artifacts.targets import find_target
     from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
     from klein_kv.runtime.planning.plan_text import text_from_plans
 

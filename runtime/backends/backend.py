@@ -206,7 +206,7 @@ def open_backend(
 
 def _choose_backend(artifacts: Path, graphs: GraphSet, kind: str) -> str:
     """The backend that "auto" stands for; see `open_backend`."""
-    from klein_kv.artifacts.engine_manifest import find_engines
+    from klein_kv.artifacts.engines.engine_manifest import find_engines
 
     if kind != "cpu" and find_engines(artifacts):
         return "tensorrt"

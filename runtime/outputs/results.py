@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.artifacts.config import VaeConfig
-from klein_kv.artifacts.manifest import graph_weights
 from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.artifacts.weights import map_weight
+from klein_kv.artifacts.weights import graph_weights, map_weight
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session

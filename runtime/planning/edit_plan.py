@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST
-from klein_kv.artifacts.engine_set import EngineFolder, EngineSet, open_engines
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST
+from klein_kv.artifacts.engines.engine_set import EngineFolder, EngineSet, open_engines
+from klein_kv.artifacts.engines.targets import find_target
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.signature import KV_FLOAT8, KV_STATIC_FLOAT8, GraphSet
-from klein_kv.artifacts.targets import find_target
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.runtime.planning.footprint import (
     Footprint,

@@ -11,8 +11,8 @@ from klein_kv.artifacts.config import (
     TransformerConfig,
     dtype_name,
 )
-from klein_kv.artifacts.manifest import Manifest, graph_weights
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.weights import WeightRef, graph_weights
 from klein_kv.errors import RequestError
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.planning.scratch import load_vae_shapes

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig
-from klein_kv.artifacts.manifest import graph_weights
+from klein_kv.artifacts.weights import graph_weights
 from klein_kv.networks.vae_layers import vae_scratch
 
 __all__ = ["estimate_scratch", "load_vae_shapes"]

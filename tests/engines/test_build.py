@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.targets import GPUS, compute_capability, find_target
+from klein_kv.artifacts.engines.trt_module import load_module
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.artifacts.targets import GPUS, compute_capability, find_target
-from klein_kv.artifacts.trt_module import load_module
 from klein_kv.engines import build, builder
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.build_log import BuildLog, make_logger

@@ -10,11 +10,11 @@ import onnx
 import pytest
 
 from klein_kv.artifacts.digest import file_digest
-from klein_kv.artifacts.engine_manifest import EngineManifest
-from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import EngineRecord
+from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.signature import KV_FLOAT8, KV_STATIC_FLOAT8
-from klein_kv.artifacts.targets import GPUS
 from klein_kv.engines import build
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.plan.kernel_plan import KernelPlan

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KV_STATIC_FLOAT8
 from klein_kv.errors import ArtifactError, RequestError

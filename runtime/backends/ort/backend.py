@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef, map_weight
+from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory
 from klein_kv.runtime.backends.ort.device import (

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from klein_kv.artifacts.config import ModelConfig, read_json
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import WeightRef, graph_weights
 from klein_kv.errors import ArtifactError, BackendError, CheckpointError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters

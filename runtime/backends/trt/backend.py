@@ -19,11 +19,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.engine_set import EngineFolder, open_engines
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.engines.engine_set import EngineFolder, open_engines
+from klein_kv.artifacts.engines.trt_module import load_module, module_version
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
-from klein_kv.artifacts.trt_module import load_module, module_version
-from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
+from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef, graph_weights
 from klein_kv.errors import BackendError, BuildError
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned, load_cuda

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.signature import Signature, TensorSpec, is_kv
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import BackendError

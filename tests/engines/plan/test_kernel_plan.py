@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_kv.artifacts.targets import GPUS
+from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.engines.plan.applied import check_applied, product_format
 from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand, parse_line
 from klein_kv.engines.plan.kernel_price import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
 from klein_kv.engines.sizes import shape_engines
 from klein_kv.engines.sizes.recipe import Size
 from klein_kv.engines.sizes.shape_engines import build_shape, prune_shapes, shape_recipe

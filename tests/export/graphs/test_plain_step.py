@@ -14,8 +14,9 @@ from diffusers import Flux2KleinPipeline
 from numpy.typing import NDArray
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import PLAIN_GRAPH_FILES, make_signature
+from klein_kv.artifacts.weights import graph_weights
 from klein_kv.errors import RequestError
 from klein_kv.export import exporter
 from klein_kv.export.exporter import export_checkpoint

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.attention_scales import AttentionScales, attention_scales, block_names
 from klein_kv.artifacts.config import ModelConfig, tensor_bytes
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import QuantizedLinear, is_block_linear
 from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
 from klein_kv.artifacts.signature import (
@@ -26,7 +26,7 @@ from klein_kv.artifacts.signature import (
     GraphSet,
     quantized_graph_sets,
 )
-from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.export.checks.artifact_weights import component_weights
 from klein_kv.export.checks.samples import make_samples

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from klein_kv.artifacts.config import DTYPES
-from klein_kv.artifacts.engine_manifest import (
+from klein_kv.artifacts.engines.engine_manifest import (
     EngineManifest,
     EngineRecord,
     ProfileRecord,
@@ -13,8 +13,9 @@ from klein_kv.artifacts.engine_manifest import (
     WeightInput,
     write_atomic,
 )
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
+from klein_kv.artifacts.weights import graph_weights
 from tests.runtime.backends.fake_trt import SCRATCH, engine_blob
 
 __all__ = ["make_engines"]

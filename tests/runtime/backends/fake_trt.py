@@ -26,9 +26,9 @@ import onnx
 import onnxruntime
 
 from klein_kv.artifacts.config import ITEM_SIZE
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, Signature
-from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights
 from klein_kv.runtime.backends.trt.cuda import ALIGNMENT
 from tests.runtime.backends.fake_cuda import FakeCuda
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv.artifacts.manifest import FileRecord, Manifest, graph_weights
+from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.signature import KV_STATIC_FLOAT8, GraphSet
+from klein_kv.artifacts.weights import graph_weights
 from klein_kv.cli import main
 from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts

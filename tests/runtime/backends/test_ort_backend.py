@@ -17,8 +17,9 @@ import pytest
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.digest import file_digest
-from klein_kv.artifacts.manifest import MANIFEST, Manifest, weights_file
+from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES, make_signature
+from klein_kv.artifacts.weights import weights_file
 from klein_kv.errors import ArtifactError, BackendError, KleinKVError
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 

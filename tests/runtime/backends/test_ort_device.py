@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES, kv_names
-from klein_kv.artifacts.weights import NUMPY_DTYPES
+from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights
 from klein_kv.errors import ArtifactError, BackendError, RequestError
 from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort.backend import OrtBackend

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv.artifacts.engine_manifest import EngineManifest, EngineRecord
-from klein_kv.artifacts.manifest import Manifest, graph_weights
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest, EngineRecord
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES, kv_names, make_signature
+from klein_kv.artifacts.weights import graph_weights
 from klein_kv.errors import ArtifactError, BackendError, BuildError, CapacityError, RequestError
 from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort import device as ort_device

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.manifest import graph_weights
 from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.artifacts.weights import WeightRef, map_weight
+from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.backends.trt.memory import CudaMemory

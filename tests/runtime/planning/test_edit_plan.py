@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.signature import KV_STATIC_FLOAT8

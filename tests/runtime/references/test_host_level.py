@@ -74,7 +74,7 @@ def machine(tiny_artifacts: Path, engines: Path) -> Callable[..., KleinKVPipelin
 
 
 def _kv_dtype(engines: Path) -> str | None:
-    from klein_kv.artifacts.engine_manifest import EngineManifest
+    from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 
     return EngineManifest.load(engines).kv_dtype
 

@@ -3,8 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from klein_kv.artifacts import targets
-from klein_kv.artifacts.targets import GPUS, TARGETS, compute_capability, find_target, local_sm
+from klein_kv.artifacts.engines import targets
+from klein_kv.artifacts.engines.targets import (
+    GPUS,
+    TARGETS,
+    compute_capability,
+    find_target,
+    local_sm,
+)
 from klein_kv.errors import BackendError, BuildError
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klein_kv.artifacts.manifest import inside
+from klein_kv.artifacts.digest import inside
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, RequestError
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST, EngineManifest
-from klein_kv.artifacts.engine_record import ProfileRecord
-from klein_kv.artifacts.engine_set import open_engines
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
+from klein_kv.artifacts.engines.engine_set import open_engines
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import make_signature
 from klein_kv.errors import ArtifactError, BuildError, RequestError

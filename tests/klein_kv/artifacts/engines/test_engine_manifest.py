@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_kv.artifacts.engine_manifest import (
+from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
     EngineManifest,
     EngineRecord,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein_kv.artifacts.config import DTYPES
-from klein_kv.artifacts.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
-from klein_kv.artifacts.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, RequestError

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.engine_record import (
+from klein_kv.artifacts.digest import inside
+from klein_kv.artifacts.engines.engine_record import (
     EngineRecord,
     ProfileRecord,
     TensorInfo,
     WeightInput,
     record_from_json,
 )
-from klein_kv.artifacts.manifest import inside
 from klein_kv.errors import ArtifactError, BuildError
 
 __all__ = [

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.trt_module import MODULES, load_module
+from klein_kv.artifacts.engines.trt_module import MODULES, load_module
 from klein_kv.engines.build_log import BuildLog
 from klein_kv.errors import BackendError, RequestError
 

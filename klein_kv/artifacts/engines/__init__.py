@@ -1,0 +1,1 @@
+"""What a folder of engines says of itself, and which engine serves a request."""
