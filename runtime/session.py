@@ -21,7 +21,6 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import (
     ArtifactError,
-    BackendError,
     CapacityError,
     KleinKVError,
     RequestError,
@@ -41,7 +40,16 @@ from klein_kv.runtime.planning.memory_plan import (
 )
 from klein_kv.runtime.planning.plan_choices import what_fits
 from klein_kv.runtime.planning.scratch import load_vae_shapes
-from klein_kv.runtime.timings import COPIES, LOADING, HostClock, Span, Timings, timings_from_spans
+from klein_kv.runtime.timings import (
+    COPIES,
+    LOADING,
+    HostClock,
+    Recording,
+    Span,
+    Timings,
+    nvtx_ranges,
+    timings_from_spans,
+)
 
 __all__ = ["Session"]
 
@@ -113,7 +121,7 @@ class Session:
         self._spans: list[Span] | None = None
         self._thread = 0  # whose spans are recorded
         self._range: Callable[[str], contextlib.AbstractContextManager[object]] = (
-            _nvtx_ranges() if nvtx else contextlib.nullcontext
+            nvtx_ranges() if nvtx else contextlib.nullcontext
         )
 
     @property
@@ -428,48 +436,9 @@ class Session:
         spans = self._spans
         if spans is None or threading.get_ident() != self._thread:
             return self._range(stage)
-        return _Recorded(spans, stage, self._clock, self._range(stage))
-
-
-class _Recorded:
-    """Adds a span: what the device does in a `with` block."""
-
-    __slots__ = ("_clock", "_range", "_spans", "_stage", "_start")
-
-    def __init__(
-        self,
-        spans: list[Span],
-        stage: str,
-        clock: DeviceClock | HostClock,
-        nvtx: contextlib.AbstractContextManager[object],
-    ) -> None:
-        self._spans, self._stage, self._clock, self._range = spans, stage, clock, nvtx
-        self._start: object = None
-
-    def __enter__(self) -> None:
-        self._range.__enter__()
-        self._start = self._clock.mark()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._spans.append(Span(self._stage, self._start, self._clock.mark()))
-        self._range.__exit__(kind, error, trace)
+        return Recording(spans, stage, self._clock, self._range(stage))
 
 
 def _passing(stage: Stage) -> int:
     """Bytes of a stage that are neither weights nor keys and values."""
     return sum(stage.parts.get(part, 0) for part in ("scratch", "activations", "images"))
-
-
-def _nvtx_ranges() -> Callable[[str], Any]:
-    try:
-        import nvtx
-    except ImportError as error:
-        raise BackendError(
-            "NVTX ranges need the nvtx package; install it with pip install 'klein-kv[nvtx]'"
-        ) from error
-
-    def mark(stage: str) -> Any:
-        return nvtx.annotate(stage, domain="klein_kv")
-
-    return mark

@@ -5,13 +5,35 @@ between two of them is what the device needed, whenever the host queued it. Else
 host's clock. What is loaded when its graph first runs counts for that graph.
 """
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "timings_from_spans"]
+from klein_kv.errors import BackendError
+from klein_kv.runtime.backends.backend import DeviceClock
+
+__all__ = [
+    "COPIES",
+    "LOADING",
+    "HostClock",
+    "Recording",
+    "Span",
+    "Timings",
+    "nvtx_ranges",
+    "timings_from_spans",
+]
+    "COPIES",
+    "LOADING",
+    "HostClock",
+    "Recording",
+    "Span",
+    "Timings",
+    "nvtx_ranges",
+    "timings_from_spans",
+]
 
 COPIES = "copies"
 LOADING = "load"
@@ -134,3 +156,47 @@ class HostClock:
     def elapsed(self, start: Any, end: Any) -> float:
         """Seconds between two marks."""
         return float(end - start)
+
+
+class Recording:
+    """Adds a span: what the device does in a `with` block."""
+
+    __slots__ = ("_clock", "_range", "_spans", "_stage", "_start")
+
+    def __init__(
+        self,
+        spans: list[Span],
+        stage: str,
+        clock: DeviceClock | HostClock,
+        nvtx: contextlib.AbstractContextManager[object],
+    ) -> None:
+        self._spans, self._stage, self._clock, self._range = spans, stage, clock, nvtx
+        self._start: object = None
+
+    def __enter__(self) -> None:
+        self._range.__enter__()
+        self._start = self._clock.mark()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._spans.append(Span(self._stage, self._start, self._clock.mark()))
+        self._range.__exit__(kind, error, trace)
+
+
+def nvtx_ranges() -> Callable[[str], Any]:
+    """Gives NVTX ranges of the domain klein_kv, by name.
+
+    Raises:
+        BackendError: nvtx is not installed.
+    """
+    try:
+        import nvtx
+    except ImportError as error:
+        raise BackendError(
+            "NVTX ranges need the nvtx package; install it with pip install 'klein-kv[nvtx]'"
+        ) from error
+
+    def mark(stage: str) -> Any:
+        return nvtx.annotate(stage, domain="klein_kv")
+
+    return mark

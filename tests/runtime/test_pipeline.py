@@ -329,12 +329,12 @@ def test_bad_backend_options(options: dict[str, Any], message: str, tiny_artifac
         KleinKVPipeline.from_pretrained(tiny_artifacts, **options)
 
 
-def test_bfloat16_artifacts_say_what_to_do(tiny_bf16_artifacts: Path) -> None:
+def test_onnxruntime_refuses_bfloat16_on_a_cpu(tiny_bf16_artifacts: Path) -> None:
     with pytest.raises(
         BackendError,
         match=r"is bfloat16, which ONNX Runtime does not compute on a CPU; export .*--dtype fp32",
     ):
-        KleinKVPipeline.from_pretrained(tiny_bf16_artifacts)
+        KleinKVPipeline.from_pretrained(tiny_bf16_artifacts, backend="onnxruntime")
 
 
 def test_checkpoint_is_not_an_artifact_folder(tiny_checkpoint: Path) -> None:
