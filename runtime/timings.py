@@ -25,15 +25,6 @@ __all__ = [
     "nvtx_ranges",
     "timings_from_spans",
 ]
-    "COPIES",
-    "LOADING",
-    "HostClock",
-    "Recording",
-    "Span",
-    "Timings",
-    "nvtx_ranges",
-    "timings_from_spans",
-]
 
 COPIES = "copies"
 LOADING = "load"
