@@ -18,7 +18,8 @@ from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt, PromptEncoder
 from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs, no_references
 from klein_kv.runtime.options import CallArguments, embeds_array, host_array, output_size
 from klein_kv.runtime.outputs.results import decode_latents, vae_latents
-from klein_kv.runtime.planning.memory_plan import MemoryPlan, Request, edit_stages
+from klein_kv.runtime.planning.memory_plan import MemoryPlan
+from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.references.reference_encoder import PreparedReferences, ReferenceEncoder
 from klein_kv.runtime.references.reference_set import ReferenceSet
 from klein_kv.runtime.session import Session

@@ -31,7 +31,7 @@ from klein_kv.runtime.options import (
     prompt_may_come_first,
 )
 from klein_kv.runtime.planning.memory import default_prompt_bytes
-from klein_kv.runtime.planning.memory_plan import Request
+from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
 from klein_kv.runtime.references.reference_encoder import (
     ReferenceEncoder,

@@ -26,19 +26,11 @@ from klein_kv.errors import (
     RequestError,
 )
 from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
+from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.memory import reference_budget
-from klein_kv.runtime.planning.memory_plan import (
-    COMPONENTS,
-    Footprint,
-    MemoryPlan,
-    Request,
-    Stage,
-    component_of,
-    flagship_request,
-    make_plan,
-    size_text,
-)
+from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
 from klein_kv.runtime.planning.plan_choices import what_fits
+from klein_kv.runtime.planning.request import Request, flagship_request
 from klein_kv.runtime.planning.scratch import load_vae_shapes
 from klein_kv.runtime.timings import (
     COPIES,
@@ -149,7 +141,7 @@ class Session:
         if memory.weights:
             self._loaded.add(graph)
         if stage is not None and memory.keeps_scratch:
-            self._kept_scratch = max(self._kept_scratch, _passing(stage))
+            self._kept_scratch = max(self._kept_scratch, stage.passing)
         if self.plan is not None and memory.kv_copies:
             self._kept_kv = max(self._kept_kv, memory.kv_copies * self.plan.kv_bytes)
         return outputs
@@ -288,7 +280,7 @@ class Session:
         besides = 0
         if any(weights.values()):
             stages = self._make(request, available).stages
-            besides = max(_passing(stage) for stage in stages) + available // _MARGIN
+            besides = max(stage.passing for stage in stages) + available // _MARGIN
         return reference_budget(available, weights, besides, footprint.kv_bytes(request))
 
     def _component_weights(self) -> dict[str, int]:
@@ -372,7 +364,7 @@ class Session:
                 _log.info("%s makes room for %s", graph, stage.name)
                 self.release(graph)
         needed = self._weights(self._loaded | {stage.name}) - self._weights(self._loaded)
-        needed += _passing(stage)
+        needed += stage.passing
         if stage.name in ("first_step", "encode_references"):
             needed += stage.parts.get("kv", 0)
         missing = needed - self.backend.available_memory()
@@ -383,7 +375,7 @@ class Session:
         """Releases what the request does not need, then reference sets, if it lacks memory."""
         stages = plan.request.stages
         needed = self._weights(self._loaded | set(stages)) - self._weights(self._loaded)
-        needed += max(_passing(stage) for stage in plan.stages)
+        needed += max(stage.passing for stage in plan.stages)
         needed += 0 if plan.request.kv_held else plan.kv_bytes
         own = {component_of(graph) for graph in stages}
         for graph in sorted(self._loaded):
@@ -437,8 +429,3 @@ class Session:
         if spans is None or threading.get_ident() != self._thread:
             return self._range(stage)
         return Recording(spans, stage, self._clock, self._range(stage))
-
-
-def _passing(stage: Stage) -> int:
-    """Bytes of a stage that are neither weights nor keys and values."""
-    return sum(stage.parts.get(part, 0) for part in ("scratch", "activations", "images"))

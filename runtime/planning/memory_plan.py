@@ -15,22 +15,10 @@ from typing import Any
 
 from klein_kv.artifacts.signature import TensorSpec, is_kv, make_signature
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
-from klein_kv.runtime.planning.request import Request, edit_stages, flagship_request
+from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.planning.scratch import estimate_scratch
 
-__all__ = [
-    "COMPONENTS",
-    "RESERVED",
-    "Footprint",
-    "MemoryPlan",
-    "Request",
-    "Stage",
-    "component_of",
-    "edit_stages",
-    "flagship_request",
-    "make_plan",
-    "size_text",
-]
+__all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 
 RESERVED = 600_000_000
 """Bytes that the CUDA context and the library's code take; an estimate, not measured."""

@@ -15,7 +15,7 @@ from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Buffer
-from klein_kv.runtime.planning.memory_plan import Request
+from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.reference_file import load_references, read_reference_digest
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
 from klein_kv.runtime.references.reference_store import ReferenceStore

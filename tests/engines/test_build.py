@@ -23,7 +23,7 @@ from klein_kv.engines import build, builder
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.plan.kernel_plan import KernelPlan
-from klein_kv.engines.plan.plan_cost import price_plan
+from klein_kv.engines.plan.kernel_price import price_plan
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.export import exporter

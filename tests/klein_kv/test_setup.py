@@ -50,6 +50,7 @@ def test_goes_on_where_it_was_interrupted(
             patch.setattr(module, NAMES[stage], interrupt)
             assert run(*options)[0] == 130
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    caplog.clear()
     with caplog.at_level(logging.INFO, "klein_kv"):
         code, out, _ = run(*options)
     assert code == 0

@@ -14,7 +14,8 @@ from klein_kv.errors import BackendError, CapacityError
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.backends.trt.cuda import aligned
 from klein_kv.runtime.pipeline import KleinKVPipeline
-from klein_kv.runtime.planning.memory_plan import MemoryPlan, component_of, size_text
+from klein_kv.runtime.planning.footprint import component_of
+from klein_kv.runtime.planning.memory_plan import MemoryPlan, size_text
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt

@@ -28,23 +28,18 @@ class Gpu:
             of the operands: "bf16", "fp16", "fp8", "fp4". A type that is absent has no figure.
         bandwidth: memory bandwidth, 1e9 B/s.
         memory: device memory, 1e9 B.
-        host_bandwidth: peak of the link to host memory, one way, 1e9 B/s.
     """
 
     name: str
     tflops: dict[str, float]
     bandwidth: float
     memory: float
-    host_bandwidth: float
 
     def peak(self, precision: str) -> float | None:
         """FLOP/s for operands of this type, or None where no figure is known."""
         value = self.tflops.get(precision)
         return None if value is None else value * 1e12
 
-
-# 16 lanes of 16 or 32 GT/s, 128 of 130 bits of which are data (PCI Express 4.0, 5.0).
-_PCIE4, _PCIE5 = 31.5, 63.0
 
 GPUS = {
     # NVIDIA's figures for the GeForce RTX 5090 (RTX Blackwell GPU Architecture whitepaper).
@@ -53,7 +48,6 @@ GPUS = {
         {"bf16": 209.5, "fp16": 209.5, "fp8": 419.0, "fp4": 1676.0},
         1792,
         32,
-        _PCIE5,
     ),
     # Derived from NVIDIA's "1801 AI TOPS" (FP4 with sparsity): dense FP4 is half of it, and FP8 and
     # BF16 a quarter and an eighth of dense FP4, as on the RTX 5090 (3352 AI TOPS). Memory:
@@ -63,15 +57,12 @@ GPUS = {
         {"bf16": 112.6, "fp16": 112.6, "fp8": 225.1, "fp4": 900.5},
         960,
         16,
-        _PCIE5,
     ),
     # hmc-tech.com and waredb.com, "GeForce RTX 4090": tensor FP16 and FP8 with FP32 accumulation.
-    "rtx4090": Gpu(
-        "GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3}, 1008, 24, _PCIE4
-    ),
+    "rtx4090": Gpu("GeForce RTX 4090", {"bf16": 165.2, "fp16": 165.2, "fp8": 330.3}, 1008, 24),
     # 142 TFLOP/s is the dense FP16 figure with FP16 accumulation (Tom's Hardware's table of the
     # RTX 3090); with FP32 accumulation GeForce cards run at half of it.
-    "rtx3090": Gpu("GeForce RTX 3090", {"bf16": 71.0, "fp16": 71.0}, 936, 24, _PCIE4),
+    "rtx3090": Gpu("GeForce RTX 3090", {"bf16": 71.0, "fp16": 71.0}, 936, 24),
 }
 """GPUs with figures; other targets build as well and have no price."""
 

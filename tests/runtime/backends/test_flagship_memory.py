@@ -22,7 +22,8 @@ from klein_kv.artifacts.weights import graph_weights
 from klein_kv.cli import main
 from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
-from klein_kv.runtime.planning.memory_plan import RESERVED, flagship_request
+from klein_kv.runtime.planning.memory_plan import RESERVED
+from klein_kv.runtime.planning.request import flagship_request
 from tests.conftest import KleinExport, MadeOnce
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import make_engines
@@ -242,5 +243,5 @@ def test_the_plan_shows_how_many_sets_stay(artifacts: Path, capsys: Any) -> None
     assert main(["plan", str(artifacts), "--refs", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if re.match(r"\w+/\w+ +4 ", line)]
-    kept = {row[0]: int(row[7]) for row in rows}
+    kept = {row[0]: int(row[5]) for row in rows}
     assert kept == {"bf16/bf16": 1, "fp8/fp8": 1, "nvfp4/fp8": 1}
