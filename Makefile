@@ -29,7 +29,7 @@ lint: .venv/.installed
 		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(CURDIR)/$(BIN)/python -p klein_kv
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/edit.py
 
 # Random weights end to end: checkpoint, graphs, engines, three images, proof against diffusers.
 demo: .venv/.installed

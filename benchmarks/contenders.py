@@ -10,7 +10,6 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,19 +203,12 @@ def open_drawn(args: Any) -> list[Any]:
         vae=vae,
         **compiling(args),
     )
-    opened: list[Any] = [
-        KleinKV(KleinKVPipeline(args.artifacts, manifest, backend, prompt_cache_bytes=0), args)
-    ]
+    ours = KleinKVPipeline(args.artifacts, manifest, backend, prompt_cache_bytes=0)
     if args.compile:
         transformer.compile_repeated_blocks()
     modules = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    for name in names(args):
-        opened.append(Diffusers(name, load_diffusers(name, args.checkpoint, **modules), args))
-    return opened
-
-
-def names(args: Any) -> list[str]:
-    return list(PIPELINES) if args.plain else ["diffusers_kv"]
+    pipes = [(name, load_diffusers(name, args.checkpoint, **modules)) for name in args.pipelines]
+    return [KleinKV(ours, args), *(Diffusers(name, pipe, args) for name, pipe in pipes)]
 
 
 def compiling(args: Any) -> dict[str, bool]:
@@ -232,23 +224,28 @@ def load_diffusers(name: str, checkpoint: Path, **options: Any) -> Any:
 
 
 class Worker:
-    """A contender in a process of its own, made there by `opener(*arguments)`."""
+    """A contender in a process of its own; an EOFError means that it wrote its error and died."""
 
     def __init__(self, opener: Callable[..., Any], *arguments: Any) -> None:
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.names: tuple[str, ...] = self._pool.submit(_open, opener, arguments).result()
+        context = multiprocessing.get_context("spawn")
+        self._end, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, opener, arguments), daemon=True)
+        self._process.start()
+        other.close()  # so that its death is seen
+        self.names: tuple[str, ...] = self._end.recv()
 
     def edit(self, name: str) -> Any:
-        return self._pool.submit(_edit, name).result()
+        self._end.send(name)
+        return self._end.recv()
+
+    def close(self) -> None:
+        self._end.close()
+        self._process.join()
 
 
-_OPENED: list[Any] = []  # in a worker's process: its contender
-
-
-def _open(opener: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    _OPENED.append(opener(*arguments))
-    return _OPENED[0].names
-
-
-def _edit(name: str) -> Any:
-    return _OPENED[0].edit(name)
+def serve(end: Any, opener: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    contender = opener(*arguments)
+    end.send(contender.names)
+    with contextlib.suppress(EOFError):  # closed, or its parent died
+        while True:
+            end.send(contender.edit(end.recv()))

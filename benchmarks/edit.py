@@ -10,16 +10,14 @@
     python benchmarks/edit.py --artifacts DIR --checkpoint DIR --backend tensorrt --device cuda
     python benchmarks/edit.py --size 9b-shapes --device cuda    # full size, random weights
 
-Contenders are processes that take turns, so that whatever else the machine does hits all alike.
-With --drawn, and at 9b-shapes, they share one process and random weights drawn on the device.
-Given --artifacts alone only klein-kv runs, given --checkpoint alone only diffusers. Every round
-also measures how fast the machine multiplies matrices: the share of that speed which a transformer
-reaches says what is left to gain. The last line on stdout is one JSON document.
+Contenders are processes that take turns, so that whatever else the machine does hits all alike;
+with random weights drawn on the device they share one. --artifacts alone runs klein-kv alone,
+--checkpoint alone diffusers. Each round also measures how fast the machine multiplies matrices: the
+share of it that a transformer reaches says what is left to gain. Last on stdout: a line of JSON.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import platform
@@ -36,12 +34,11 @@ import contenders
 import numpy as np
 from contenders import PIPELINES, TYPES, Worker
 from limits import edit_operations, matrix_speed
-from table import markdown
+from table import STAGES, markdown
 
 from klein_kv.artifacts.manifest import Manifest
 
 TEXT_TOKENS, TOKEN_SIDE = 512, 16  # a prompt's tokens; pixels of an image token
-STAGES = ("text", "vae_encode", "first_step", "later_steps", "vae_decode")
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "tensorrt-rtx-cu13", "tensorrt")
 
 
@@ -68,13 +65,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile on both sides, CUDA graphs on ours")
     add("--offload", action="store_true", help="diffusers keeps idle networks in host memory")
     args = parser.parse_args(argv)
+    args.pipelines = list(PIPELINES) if args.plain else ["diffusers_kv"]
     folders = args.artifacts or args.checkpoint
     args.drawn |= args.size == "9b-shapes" and not folders
     if args.drawn and (folders or args.backend not in ("auto", "torch")):
-        parser.error(
-            f"random weights run on --backend torch, got {args.backend}; other backends need "
-            "--artifacts, without --drawn or --size 9b-shapes"
-        )
+        parser.error("--drawn and --size 9b-shapes are for --backend torch without --artifacts")
     if args.rounds < 1 or args.references < 0:
         parser.error("expected at least 1 of --rounds and 0 of --references")
     return args
@@ -104,8 +99,8 @@ def open_all(args: argparse.Namespace) -> list[Any]:
     if args.drawn:
         return contenders.open_drawn(args)
     opened = [Worker(contenders.open_klein_kv, args)] if args.artifacts else []
-    if args.checkpoint and importlib.util.find_spec("diffusers"):
-        opened += [Worker(contenders.open_diffusers, args, name) for name in contenders.names(args)]
+    if args.checkpoint:
+        opened += [Worker(contenders.open_diffusers, args, name) for name in args.pipelines]
     return opened
 
 
@@ -121,6 +116,8 @@ def take_turns(args: argparse.Namespace) -> tuple[dict[str, list[Any]], list[dic
             results[name].append(result)
             label = f"round {i}" if i else "warm-up"
             print(f"{label:8} {name:16} {result['seconds']:8.3f} s", file=sys.stderr)
+    for worker in {contender for contender, _ in turns if isinstance(contender, Worker)}:
+        worker.close()
     return {name: values[1:] for name, values in results.items()}, speeds[1:]
 
 
@@ -134,6 +131,7 @@ def summary(
         text, encode, decode = (sum(stages.get(x, ())) for x in contenders.ONCE)
         by_round.append((text, encode, stages["steps"][0], sum(stages["steps"][1:]), decode))
     medians = [statistics.median(values) for values in zip(*by_round, strict=True)]
+    rest = max(0.0, statistics.median(seconds) - sum(medians))  # what no stage accounts for
     operations = edit_operations(
         one["net"],
         name,
@@ -148,7 +146,7 @@ def summary(
         **{key: one[key] for key in ("backend", "dtype", "hit")},
         "seconds": seconds,
         "median_seconds": statistics.median(seconds),
-        "stages": dict(zip(STAGES, medians, strict=True)),
+        "stages": dict(zip(STAGES, (*medians, rest), strict=True)),
         "transformer_operations": operations,
         "operations_per_second": rate,
         "share_of_matrix_speed": rate / limit,
@@ -194,15 +192,15 @@ def report(
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What runs on what machine; "load" is that of the minute before."""
     cpu = Path("/proc/cpuinfo").read_text()
-    machine: dict[str, Any] = {
-        "cpu": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.machine(),
+    machine = {
+        "name": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.machine(),
         "bf16": [name for name in ("avx512_bf16", "amx_bf16") if f" {name} " in cpu],
         "load": os.getloadavg()[0],
     }
     if args.device != "cpu":
         import torch
 
-        machine["gpu"] = torch.cuda.get_device_properties(torch.device(args.device)).name
+        machine["name"] = torch.cuda.get_device_properties(torch.device(args.device)).name
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

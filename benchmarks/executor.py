@@ -24,7 +24,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stand-ins are the tests'
 
-
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.runtime.backends.trt.memory import CudaMemory
 from tests.runtime.backends.fake_cuda import FakeCuda

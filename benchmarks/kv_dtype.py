@@ -51,7 +51,7 @@ def rounded(pipe: KleinKVPipeline, images: list[Image.Image]) -> Any:
 
 
 def measure(checkpoint: Path, artifacts: Path) -> list[dict[str, Any]]:
-    """A row for every kind and number of references, with the errors of each way."""
+    """A row for every kind and number of references."""
     exact = KleinKVPipeline.from_pretrained(artifacts)
     packed = KleinKVPipeline.from_pretrained(artifacts, kv_dtype="fp8")
     theirs = load_diffusers("diffusers_kv", checkpoint, dtype=torch.bfloat16)

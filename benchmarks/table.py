@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {
+STAGES = {  # and their colours
     "text": "#d08b2c",
     "vae_encode": "#b3483d",
     "first_step": "#1f4e79",
@@ -26,11 +26,7 @@ PLAN = ("seconds", "ideal_seconds", "ratio", "kernels", "scratch_bytes")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result document: the last line of a file.
-
-    Raises:
-        ValueError: the file holds no result of `edit.py` or `build.py`.
-    """
+    """A result: the last line of a file. Raises a ValueError where that is none."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError) as error:
@@ -47,16 +43,16 @@ def markdown(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def edit_section(document: dict[str, Any]) -> str:
-    options, speed = document["options"], document["matrix_speed"]
+    machine, options, speed = (document[key] for key in ("machine", "options", "matrix_speed"))
     rows = []
     for name, edit in document["edits"].items():
         row = [name, by(edit), spread(edit["median_seconds"], edit["seconds"])]
-        row += [f"{seconds:.2f}" for seconds in stages(edit).values()]
+        row += [f"{seconds:.2f}" for seconds in edit["stages"].values()]
         rate, share = edit["operations_per_second"] / 1e9, edit["share_of_matrix_speed"]
         memory = [edit[f"peak_{place}_bytes"] or 0 for place in ("host", "device")]
         row += [f"{rate:.0f} ({share:.0%})", *(f"{nbytes / 1e9:.2f}" for nbytes in memory)]
         rows.append(row)
-    names = [stage.replace("_", " ") for stage in COLOURS]
+    names = [stage.replace("_", " ") for stage in STAGES]
     rates = listed({name: f"{rate / 1e9:.0f}" for name, rate in speed.items()})
     pairs = [
         (pair, spread(x["median"], (x["min"], x["max"])), f"{x['operations']:.2f}")
@@ -64,7 +60,7 @@ def edit_section(document: dict[str, Any]) -> str:
     ]
     parts = [
         f"    {document['command']}",
-        f"{place(document)}, {options['threads']} threads, load {document['machine']['load']:.1f} "
+        f"{machine['name']}, {options['threads']} threads, load {machine['load']:.1f} "
         f"before; matrix products: {rates} GFLOP/s. {options['output']} pixels square, "
         f"{options['references']} references of {options['reference_size']}, {options['steps']} "
         f"steps; median and range of {options['rounds']} rounds. {listed(document['versions'])}.",
@@ -88,18 +84,8 @@ def build_section(document: dict[str, Any]) -> str:
     )
 
 
-def place(document: dict[str, Any]) -> str:
-    return str(document["machine"].get("gpu") or document["machine"]["cpu"])
-
-
 def by(edit: dict[str, Any]) -> str:
     return f"{edit['backend']} {edit['dtype']}"
-
-
-def stages(edit: dict[str, Any]) -> dict[str, float]:
-    """Median seconds by stage; "rest" is what no stage accounts for."""
-    rest = edit["median_seconds"] - sum(edit["stages"].values())
-    return {**edit["stages"], "rest": max(0.0, rest)}
 
 
 def spread(median: float, values: Sequence[float]) -> str:
@@ -130,14 +116,13 @@ def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(len(documents), squeeze=False).flat
     for axis, document in zip(axes, documents, strict=True):
         edits, left = document["edits"], [0.0] * len(document["edits"])
-        for stage, colour in COLOURS.items():
-            widths = [stages(edit)[stage] for edit in edits.values()]
-            label = stage.replace("_", " ")
-            axis.barh(list(edits), widths, left=left, color=colour, label=label)
+        for stage, colour in STAGES.items():
+            widths = [edit["stages"][stage] for edit in edits.values()]
+            axis.barh(list(edits), widths, left=left, color=colour, label=stage)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_xlabel("seconds")
-        axis.set_title(f"{place(document)}; {by(next(iter(edits.values())))}", fontsize=10)
+        axis.set_title(f"{document['machine']['name']}: {document['command']}", fontsize=8)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
