@@ -71,7 +71,7 @@ def build_artifacts(
         force: build even what has not changed.
         progress: show bars; None shows them on a terminal.
         kv_dtype: type that the engines are to hand keys and values on in, the artifacts' own or
-            `signature.KV_FLOAT8`; None for the artifacts'. In a quantized precision, float8 means
+            `KVFormat.FP8_PER_HEAD`; None for the artifacts'. In a quantized precision, float8 means
             constant scales.
         precision: see `Recipe.precision`; None takes the recipe's.
         attention: see `Recipe.attention`; None takes the recipe's.

@@ -7,13 +7,7 @@ import onnx_ir as ir
 from klein_kv.artifacts.attention_scales import AttentionScales, kv_scales
 from klein_kv.artifacts.config import ModelConfig, TransformerConfig
 from klein_kv.artifacts.numbers import QuantizedLinear
-from klein_kv.artifacts.signature import (
-    KV_FLOAT8,
-    KV_STATIC_FLOAT8,
-    GraphSet,
-    kv_names,
-    make_signature,
-)
+from klein_kv.artifacts.signature import GraphSet, KVFormat, kv_names, make_signature
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.export.graphs.onnx_ops import OnnxOps
 from klein_kv.export.graphs.quantized_onnx_ops import QuantizedOnnxOps
@@ -49,7 +43,7 @@ def transformer_graph(
         The model; its weights are external data in the safetensors files, and no weight is read.
     """
     ops = OnnxOps(make_signature(graph, config, dtype, kv_dtype), dtype, weights)
-    codec = _DynamicFloat8(ops) if kv_dtype == KV_FLOAT8 else _AsComputed()
+    codec = _DynamicFloat8(ops) if kv_dtype == KVFormat.FP8_PER_HEAD else _AsComputed()
     return _write_transformer(ops, graph, config.transformer, kv_dtype, codec)
 
 
@@ -87,7 +81,7 @@ def quantized_transformer_graph(
         None if graphs.attention is None else scales,
     )
     codec = _AsComputed()
-    if kv_dtype == KV_STATIC_FLOAT8:
+    if kv_dtype == KVFormat.FP8_CONSTANT:
         codec = _StaticFloat8(ops, config.transformer, scales)
     return _write_transformer(ops, graph, config.transformer, kv_dtype, codec)
 

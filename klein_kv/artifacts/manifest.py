@@ -16,10 +16,9 @@ from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
 from klein_kv.artifacts.signature import (
-    KV_FLOAT8,
-    KV_STATIC_FLOAT8,
     VARIANTS,
     GraphSet,
+    KVFormat,
     graph_sets,
     quantized_graph_sets,
 )
@@ -143,7 +142,7 @@ class Manifest:
         """The graphs that hand reference keys and values on in a type.
 
         Args:
-            kv_dtype: the graphs' own floating point type, or `signature.KV_FLOAT8`.
+            kv_dtype: the graphs' own floating point type, or `KVFormat.FP8_PER_HEAD`.
 
         Raises:
             ArtifactError: the folder was exported before there were such graphs.
@@ -172,8 +171,9 @@ class Manifest:
         """The graphs to run or to build.
 
         Args:
-            kv_dtype: type of reference keys and values: the folder's own, or `signature.KV_FLOAT8`,
-                whose scales are constants in a quantized precision; None for the folder's own.
+            kv_dtype: type of reference keys and values: the folder's own, or
+                `KVFormat.FP8_PER_HEAD`, whose scales are constants in a quantized precision; None
+                for the folder's own.
             precision: a quantized one; None for the folder's own.
             attention: "fp8" for attention in float8, which a quantized precision has.
 
@@ -182,7 +182,7 @@ class Manifest:
             RequestError: there are no such graphs.
         """
         if precision is not None:
-            packed = KV_STATIC_FLOAT8 if kv_dtype == KV_FLOAT8 else None
+            packed = KVFormat.FP8_CONSTANT if kv_dtype == KVFormat.FP8_PER_HEAD else None
             return self.quantized_graphs(precision, packed, attention)
         if attention is not None:
             raise RequestError(
@@ -205,7 +205,7 @@ class Manifest:
         Args:
             precision: which.
             kv_dtype: None for keys and values in the graphs' own type, or
-                `signature.KV_STATIC_FLOAT8`.
+                `KVFormat.FP8_CONSTANT`.
             attention: "fp8" for attention in float8, whose keys and values are float8 as well.
 
         Raises:
@@ -213,7 +213,7 @@ class Manifest:
             RequestError: the precision has no such graphs.
         """
         held = self.precision_files(precision)
-        kv_dtype = KV_STATIC_FLOAT8 if attention is not None else kv_dtype
+        kv_dtype = KVFormat.FP8_CONSTANT if attention is not None else kv_dtype
         sets = quantized_graph_sets(self.variant, self.dtype, self.precisions[precision])
         for graphs in sets:
             if (graphs.kv_dtype, graphs.attention) == (kv_dtype, attention):

@@ -12,6 +12,7 @@ where diffusers has one. Symbols:
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, TransformerConfig
 from klein_kv.errors import RequestError
@@ -19,12 +20,11 @@ from klein_kv.errors import RequestError
 __all__ = [
     "FLOAT8_KV_FILES",
     "GRAPH_FILES",
-    "KV_FLOAT8",
-    "KV_STATIC_FLOAT8",
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
     "VARIANTS",
     "GraphSet",
+    "KVFormat",
     "Signature",
     "TensorSpec",
     "distinct_graphs",
@@ -54,12 +54,24 @@ PLAIN_GRAPH_FILES = {
 VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 """Kinds of weights, and the graphs of each."""
 
-KV_FLOAT8 = "float8_e4m3fn"
-"""Type of reference keys and values that are handed on in eight bits, with a scale per head."""
 
-KV_STATIC_FLOAT8 = "float8_e4m3fn static"
-"""The same type, with scales that are constants of the graphs: what attention in float8 reads. Only
-graphs of a quantized precision have it, and its scales are that precision's."""
+class KVFormat(StrEnum):
+    """How reference keys and values are handed on where that is not in the graphs' own type.
+
+    The values are what `engines.json` and saved sets name them.
+    """
+
+    FP8_PER_HEAD = "float8_e4m3fn"
+    """Float8, each with a tensor of scales, one per head, that go along."""
+
+    FP8_CONSTANT = "float8_e4m3fn static"
+    """Float8 whose scales are constants of the graphs."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the numbers."""
+        return "float8_e4m3fn"
+
 
 _FLOAT8_KV = "_fp8_kv"
 
@@ -79,8 +91,8 @@ class GraphSet:
     Attributes:
         variant: a key of `VARIANTS`.
         dtype: floating point type of inputs, outputs and activations.
-        kv_dtype: type that reference keys and values are handed on in, `dtype`, `KV_FLOAT8` or
-            `KV_STATIC_FLOAT8`; None for `dtype`.
+        kv_dtype: type that reference keys and values are handed on in, `dtype` or a `KVFormat`;
+            None for `dtype`.
         quantized: (component, name of its quantized files) of quantized networks, sorted.
         attention: "fp8" where the transformer's attention is computed in float8.
     """
@@ -94,7 +106,7 @@ class GraphSet:
     @property
     def files(self) -> dict[str, str]:
         """Path of each graph relative to the folder, by the graph's name."""
-        if self.variant == "kv" and self.kv_dtype == KV_FLOAT8:
+        if self.variant == "kv" and self.kv_dtype == KVFormat.FP8_PER_HEAD:
             return FLOAT8_KV_FILES
         files, quantized = dict(VARIANTS[self.variant]), dict(self.quantized)
         for graph, file in files.items():
@@ -109,7 +121,7 @@ class GraphSet:
     def _suffix(self) -> str:
         if self.attention is not None:
             return "_fp8_attention"
-        return "_static_fp8_kv" if self.kv_dtype == KV_STATIC_FLOAT8 else ""
+        return "_static_fp8_kv" if self.kv_dtype == KVFormat.FP8_CONSTANT else ""
 
     @property
     def precision(self) -> str | None:
@@ -140,7 +152,7 @@ MAX_POSITION = 4096
 
 def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
     """All sets of graphs that an export writes, the one with `kv_dtype` None first."""
-    types = (None, KV_FLOAT8) if variant == "kv" else (None,)
+    types = (None, KVFormat.FP8_PER_HEAD) if variant == "kv" else (None,)
     return [GraphSet(variant, dtype, kv_dtype) for kv_dtype in types]
 
 
@@ -160,8 +172,8 @@ def quantized_graph_sets(variant: str, dtype: str, networks: Mapping[str, str]) 
     own = GraphSet(variant, dtype, None, quantized)
     if variant != "kv" or networks.get("transformer", "").endswith("-weight-only"):
         return [own]
-    packed = GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized)
-    return [own, packed, GraphSet(variant, dtype, KV_STATIC_FLOAT8, quantized, "fp8")]
+    packed = GraphSet(variant, dtype, KVFormat.FP8_CONSTANT, quantized)
+    return [own, packed, GraphSet(variant, dtype, KVFormat.FP8_CONSTANT, quantized, "fp8")]
 
 
 def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphSet]]:
@@ -258,7 +270,7 @@ def kv_names(num_blocks: int, kv_dtype: str | None = None) -> list[str]:
     `k_ref.0`, `k_ref_scale.0`, `v_ref.0`, ...
     """
     parts = ["k_ref", "k_ref_scale", "v_ref", "v_ref_scale"]
-    if kv_dtype != KV_FLOAT8:
+    if kv_dtype != KVFormat.FP8_PER_HEAD:
         parts = ["k_ref", "v_ref"]
     return [f"{part}.{block}" for block in range(num_blocks) for part in parts]
 
@@ -274,15 +286,14 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
     Args:
         net: gives blocks and heads.
         dtype: the floating point type of the graphs.
-        kv_dtype: type of keys and values, `dtype`, `KV_FLOAT8` or `KV_STATIC_FLOAT8`; None for
-            `dtype`.
+        kv_dtype: type of keys and values, `dtype` or a `KVFormat`; None for `dtype`.
 
     Raises:
         RequestError: another `kv_dtype`.
     """
-    if kv_dtype not in (None, dtype, KV_FLOAT8, KV_STATIC_FLOAT8):
+    if kv_dtype not in (None, dtype, *KVFormat):
         raise RequestError(
-            f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, {KV_FLOAT8!r} or {KV_STATIC_FLOAT8!r}"
+            f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, '" + "' or '".join(KVFormat) + "'"
         )
     stored = _numbers(dtype, kv_dtype)
     heads = net.num_attention_heads
@@ -296,7 +307,7 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
 
 
 def _numbers(dtype: str, kv_dtype: str | None) -> str:
-    return dtype if kv_dtype is None else kv_dtype.partition(" ")[0]
+    return dtype if kv_dtype in (None, dtype) else KVFormat(kv_dtype).dtype
 
 
 def make_signature(
@@ -308,7 +319,7 @@ def make_signature(
         graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
         config: the checkpoint's configuration.
         dtype: the floating point type of the graph, e.g. "bfloat16".
-        kv_dtype: type of reference keys and values, `dtype` or `KV_FLOAT8`; None for `dtype`.
+        kv_dtype: type of reference keys and values, `dtype` or a `KVFormat`; None for `dtype`.
 
     Raises:
         KeyError: no graph of that name.

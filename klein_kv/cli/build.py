@@ -35,7 +35,7 @@ def add_build(add: AddVerb) -> None:
 
 
 def _build(args: argparse.Namespace) -> Result:
-    from klein_kv.artifacts.signature import KV_FLOAT8
+    from klein_kv.artifacts.signature import KVFormat
     from klein_kv.engines.build import build_artifacts
     from klein_kv.engines.sizes.recipe import Size
     from klein_kv.engines.sizes.shape_engines import DEFAULT_LIMIT, build_shape, shape_recipe
@@ -45,7 +45,7 @@ def _build(args: argparse.Namespace) -> Result:
         "graphs": args.graph,
         "module": args.backend,
         "force": args.force,
-        "kv_dtype": KV_FLOAT8 if args.kv_dtype == "fp8" else None,
+        "kv_dtype": KVFormat.FP8_PER_HEAD if args.kv_dtype == "fp8" else None,
         "precision": args.precision,
         "attention": args.attention,
     }

@@ -15,7 +15,7 @@ from klein_kv.artifacts.engines.engine_set import EngineFolder, EngineSet, open_
 from klein_kv.artifacts.engines.targets import find_target
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.artifacts.signature import KV_FLOAT8, KV_STATIC_FLOAT8, GraphSet
+from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.runtime.planning.footprint import (
     Footprint,
@@ -213,7 +213,7 @@ def _footprint(
     return replace(
         footprint,
         weights=weights,
-        kv_dtype=KV_FLOAT8 if packed else base.kv_dtype,
+        kv_dtype=KVFormat.FP8_PER_HEAD if packed else base.kv_dtype,
         attention=options.attention,
     )
 
@@ -318,6 +318,10 @@ def _graphs(manifest: Manifest, footprint: Footprint) -> GraphSet:
     networks = {"text_encoder": footprint.text_precision, "transformer": footprint.precision}
     quantized = tuple((part, name) for part, name in networks.items() if name in PRECISION_FORMATS)
     kv = None
-    if footprint.kv_dtype == KV_FLOAT8:
-        kv = KV_STATIC_FLOAT8 if footprint.precision in PRECISION_FORMATS else KV_FLOAT8
+    if footprint.kv_dtype == KVFormat.FP8_PER_HEAD:
+        kv = (
+            KVFormat.FP8_CONSTANT
+            if footprint.precision in PRECISION_FORMATS
+            else KVFormat.FP8_PER_HEAD
+        )
     return GraphSet(manifest.variant, manifest.dtype, kv, quantized, footprint.attention)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.runtime.planning.footprint import PRECISIONS, Footprint
 from klein_kv.runtime.planning.memory_plan import MemoryPlan
 from klein_kv.runtime.planning.request import Request, edit_stages
@@ -80,7 +81,7 @@ def _fewer_references(footprint: Footprint, request: Request) -> _Changes:
 
 def _eight_bits(footprint: Footprint, request: Request) -> _Changes:
     if footprint.kv_bytes(request) and not footprint.kv_dtype.startswith("float8"):
-        yield "fp8 K/V", replace(footprint, kv_dtype="float8_e4m3fn"), request
+        yield "fp8 K/V", replace(footprint, kv_dtype=KVFormat.FP8_PER_HEAD), request
 
 
 def _quantized(footprint: Footprint, request: Request) -> _Changes:
@@ -127,7 +128,7 @@ def _fewer_images(footprint: Footprint, request: Request) -> _Changes:
 
 def _together(footprint: Footprint, request: Request) -> _Changes:
     """Smaller weights, keys and values in eight bits; one image at a time; fewer references."""
-    packed = replace(footprint, kv_dtype="float8_e4m3fn")
+    packed = replace(footprint, kv_dtype=KVFormat.FP8_PER_HEAD)
     single = replace(request, batch=1)
     requests = [("", request)]
     if request.batch > 1:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from klein_kv.artifacts.config import TransformerConfig
-from klein_kv.artifacts.signature import KV_FLOAT8, GraphSet, TensorSpec
+from klein_kv.artifacts.signature import GraphSet, KVFormat, TensorSpec
 from klein_kv.artifacts.weights import (
     WeightRef,
     map_weight,
@@ -166,7 +166,7 @@ def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
         images, size, checksum = metadata["images"], (int(height), int(width)), metadata["crc32"]
     except (CheckpointError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
-    if metadata["format"] == _OLDER_FORMAT and origin.kv_dtype == KV_FLOAT8:
+    if metadata["format"] == _OLDER_FORMAT and origin.kv_dtype == KVFormat.FP8_PER_HEAD:
         raise RequestError(
             f"the references in {path} are float8 as an earlier klein-kv laid them out; encode the "
             "images again"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import DTYPES, dtype_name
-from klein_kv.artifacts.signature import KV_FLOAT8, TensorSpec
+from klein_kv.artifacts.signature import KVFormat, TensorSpec
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session
@@ -30,7 +30,7 @@ class KVOrigin:
     Attributes:
         model_digest: graphs and weights (`Manifest.model_digest`).
         dtype: type that the graphs compute in.
-        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KV_FLOAT8`.
+        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KVFormat.FP8_PER_HEAD`.
         backend: what computes them; another one rounds differently.
     """
 
@@ -82,7 +82,7 @@ def check_kv_dtype(name: str | None, dtype: str) -> str:
         RequestError: another type.
     """
     if name == "fp8":
-        return KV_FLOAT8
+        return KVFormat.FP8_PER_HEAD
     if name is not None and DTYPES.get(name) != dtype:
         own = dtype_name(dtype)
         raise RequestError(

@@ -14,7 +14,7 @@ from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.artifacts.manifest import FileRecord, Manifest
-from klein_kv.artifacts.signature import KV_FLOAT8, KV_STATIC_FLOAT8
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.engines import build
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.plan.applied import check_applied
@@ -81,10 +81,12 @@ def price(folder: Path, record: EngineRecord) -> PlanPrice:
 def test_every_product_is_native_and_no_weight_is_copied(
     artifacts: Path, precision: str, kind: str
 ) -> None:
-    options = {"own K/V": {}, "fp8 K/V": {"kv_dtype": KV_FLOAT8}}.get(kind, {"attention": "fp8"})
+    options = {"own K/V": {}, "fp8 K/V": {"kv_dtype": KVFormat.FP8_PER_HEAD}}.get(
+        kind, {"attention": "fp8"}
+    )
     graphs = GRAPHS if kind == "fp8 attention" else GRAPHS[2:]
     records = built(artifacts, graphs, precision=precision, **options)
-    kv_dtype = None if kind == "own K/V" else KV_STATIC_FLOAT8
+    kv_dtype = None if kind == "own K/V" else KVFormat.FP8_CONSTANT
     folder = engine_folder(
         artifacts, "rtx5090", precision, "tiny", kv_dtype, options.get("attention")
     )
@@ -136,7 +138,7 @@ def test_dynamic_shapes_stay_native(artifacts: Path) -> None:
             recipe=DYNAMIC,
             graphs=["cached_step"],
             precision=precision,
-            kv_dtype=KV_FLOAT8,
+            kv_dtype=KVFormat.FP8_PER_HEAD,
             progress=False,
         )
         assert records[0].inputs[-1].shape == (1, -1, 2, 32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
-from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 
@@ -29,12 +29,12 @@ class Subject:
         self.net, self.dtype = manifest.config.transformer, manifest.dtype
         self.backends = {
             kv_dtype: OrtBackend(artifacts, manifest, 1, manifest.graphs_with(kv_dtype))
-            for kv_dtype in (manifest.dtype, KV_FLOAT8)
+            for kv_dtype in (manifest.dtype, KVFormat.FP8_PER_HEAD)
         }
         self.ops = TorchOps({"unused": torch.zeros(1)}, getattr(torch, self.dtype))
 
     def run(self, graph: str, inputs: dict[str, Array], packed: bool) -> dict[str, Array]:
-        backend = self.backends[KV_FLOAT8 if packed else self.dtype]
+        backend = self.backends[KVFormat.FP8_PER_HEAD if packed else self.dtype]
         buffers = {name: backend.upload(array) for name, array in inputs.items()}
         return {name: backend.download(x) for name, x in backend.run(graph, buffers).items()}
 
@@ -92,7 +92,7 @@ def test_what_references_become_is_rounded_at_the_end(subject: Subject, count: i
     inputs = references(subject, count)
     whole = subject.run("encode_references", inputs, packed=False)
     packed = subject.run("encode_references", inputs, packed=True)
-    assert list(packed) == kv_names(BLOCKS, KV_FLOAT8)
+    assert list(packed) == kv_names(BLOCKS, KVFormat.FP8_PER_HEAD)
     for name, expected in subject.pack(whole).items():
         got = packed[name]
         assert got.dtype == ("float32" if "_scale." in name else "float8_e4m3fn")

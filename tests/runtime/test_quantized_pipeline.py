@@ -12,7 +12,7 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import KV_STATIC_FLOAT8
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
@@ -131,7 +131,7 @@ def test_engines_are_those_of_the_graphs(artifacts: Path) -> None:
     with pytest.raises(ArtifactError, match="these are engines of rtx5090 bf16 default"):
         opened(artifacts / "engines" / "a")
     save_engines(artifacts, "b", precision="fp8")
-    save_engines(artifacts, "c", precision="fp8", kv_dtype=KV_STATIC_FLOAT8, attention="fp8")
+    save_engines(artifacts, "c", precision="fp8", kv_dtype=KVFormat.FP8_CONSTANT, attention="fp8")
     for graphs in (fp8, attention, manifest.graphs):
         # Past the choice of the folder, to the check of the library.
         with pytest.raises(Exception, match="the engines were built with tensorrt_rtx 0"):

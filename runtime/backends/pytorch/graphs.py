@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from klein_kv.artifacts.config import ModelConfig
-from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.networks.kv_float8 import dequantize_references, quantize_references
 from klein_kv.networks.text_encoder import encode_text
 from klein_kv.networks.torch_ops import TorchOps
@@ -37,11 +37,11 @@ def transformer_graph(
         graph: which of them.
         config: the checkpoint's configuration.
         ops: the transformer's weights, and how to compute.
-        kv_dtype: type that keys and values are handed on in, `KV_FLOAT8` or None.
+        kv_dtype: type that keys and values are handed on in, `KVFormat.FP8_PER_HEAD` or None.
     """
     net = config.transformer
     names = kv_names(net.num_blocks, kv_dtype)
-    packed = kv_dtype == KV_FLOAT8
+    packed = kv_dtype == KVFormat.FP8_PER_HEAD
 
     def encode(x: Inputs) -> list[torch.Tensor]:
         kv = encode_references(ops, net, x["ref_hidden_states"], x["ref_ids"])

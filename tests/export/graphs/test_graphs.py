@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig
-from klein_kv.artifacts.signature import GRAPH_FILES, KV_FLOAT8, kv_names, make_signature
+from klein_kv.artifacts.signature import GRAPH_FILES, KVFormat, kv_names, make_signature
 from klein_kv.artifacts.weights import WeightRef, read_header
 from klein_kv.export.graphs.onnx_ops import OPSET
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
@@ -63,7 +63,7 @@ def weights_of(graph: str, config: ModelConfig, dtype: str) -> dict[str, WeightR
 
 def kv_dtype_of(graph: str) -> tuple[str, str | None]:
     """The graph's own name, and the type of its keys and values."""
-    return graph.removesuffix(FLOAT8), KV_FLOAT8 if graph.endswith(FLOAT8) else None
+    return graph.removesuffix(FLOAT8), KVFormat.FP8_PER_HEAD if graph.endswith(FLOAT8) else None
 
 
 def build(graph: str, config: ModelConfig, dtype: str) -> ir.Model:

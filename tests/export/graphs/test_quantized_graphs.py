@@ -20,12 +20,7 @@ from klein_kv.artifacts.config import ModelConfig, tensor_bytes
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import QuantizedLinear, is_block_linear
 from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
-from klein_kv.artifacts.signature import (
-    KV_FLOAT8,
-    KV_STATIC_FLOAT8,
-    GraphSet,
-    quantized_graph_sets,
-)
+from klein_kv.artifacts.signature import GraphSet, KVFormat, quantized_graph_sets
 from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.export.checks.artifact_weights import component_weights
@@ -55,8 +50,8 @@ that round otherwise in the graph than in the simulation are all the difference 
 
 SETS = {
     "float32": (None, None),
-    "static K/V": (KV_STATIC_FLOAT8, None),
-    "attention": (KV_STATIC_FLOAT8, "fp8"),
+    "static K/V": (KVFormat.FP8_CONSTANT, None),
+    "attention": (KVFormat.FP8_CONSTANT, "fp8"),
 }
 
 
@@ -307,7 +302,7 @@ def test_files_of_a_precision(fp8: Quantized) -> None:
     assert first[name] == fp8.layers.linears[name].weight
     assert first["x_embedder.weight"].path.name != "fp8.safetensors"
     with pytest.raises(RequestError, match="no graphs with keys and values in float8_e4m3fn and"):
-        fp8.manifest.quantized_graphs("fp8", KV_FLOAT8)
+        fp8.manifest.quantized_graphs("fp8", KVFormat.FP8_PER_HEAD)
     with pytest.raises(ArtifactError, match="hold no precision 'nvfp4'"):
         fp8.manifest.quantized_graphs("nvfp4")
 

@@ -4,9 +4,8 @@ import pytest
 
 from klein_kv.artifacts.signature import (
     GRAPH_FILES,
-    KV_FLOAT8,
-    KV_STATIC_FLOAT8,
     MAX_POSITION,
+    KVFormat,
     is_kv,
     kv_names,
     kv_tensors,
@@ -75,14 +74,19 @@ def test_dtype_is_that_of_the_activations(dtype: str) -> None:
 
 def test_every_block_has_its_own_tensors() -> None:
     assert kv_names(2) == ["k_ref.0", "v_ref.0", "k_ref.1", "v_ref.1"]
-    assert kv_names(1, KV_FLOAT8) == ["k_ref.0", "k_ref_scale.0", "v_ref.0", "v_ref_scale.0"]
+    assert kv_names(1, KVFormat.FP8_PER_HEAD) == [
+        "k_ref.0",
+        "k_ref_scale.0",
+        "v_ref.0",
+        "v_ref_scale.0",
+    ]
 
 
 @pytest.mark.parametrize("graph", GRAPH_FILES)
 def test_keys_and_values_in_eight_bits(graph: str) -> None:
     whole = make_signature(graph, KLEIN_9B, "bfloat16")
     assert make_signature(graph, KLEIN_9B, "bfloat16", "bfloat16") == whole
-    packed = make_signature(graph, KLEIN_9B, "bfloat16", KV_FLOAT8)
+    packed = make_signature(graph, KLEIN_9B, "bfloat16", KVFormat.FP8_PER_HEAD)
     for ours, theirs in ((packed.inputs, whole.inputs), (packed.outputs, whole.outputs)):
         expected = {}
         for spec in theirs:
@@ -96,7 +100,7 @@ def test_keys_and_values_in_eight_bits(graph: str) -> None:
 
 def test_float8_with_constant_scales_hands_on_numbers_alone() -> None:
     whole = make_signature("cached_step", KLEIN_9B, "bfloat16")
-    packed = make_signature("cached_step", KLEIN_9B, "bfloat16", KV_STATIC_FLOAT8)
+    packed = make_signature("cached_step", KLEIN_9B, "bfloat16", KVFormat.FP8_CONSTANT)
     assert [spec.name for spec in packed.inputs] == [spec.name for spec in whole.inputs]
     assert {spec.dtype for spec in packed.inputs if is_kv(spec.name)} == {"float8_e4m3fn"}
     assert packed.outputs == whole.outputs
@@ -106,8 +110,8 @@ def test_graphs_of_quantized_precisions() -> None:
     networks = {"transformer": "nvfp4", "text_encoder": "fp8"}
     own, packed, attention = quantized_graph_sets("kv", "bfloat16", networks)
     assert (own.kv_dtype, own.attention, own.precision) == (None, None, "nvfp4")
-    assert (packed.kv_dtype, packed.attention) == (KV_STATIC_FLOAT8, None)
-    assert (attention.kv_dtype, attention.attention) == (KV_STATIC_FLOAT8, "fp8")
+    assert (packed.kv_dtype, packed.attention) == (KVFormat.FP8_CONSTANT, None)
+    assert (attention.kv_dtype, attention.attention) == (KVFormat.FP8_CONSTANT, "fp8")
     assert (own.kv_numbers, packed.kv_numbers) == ("bfloat16", "float8_e4m3fn")
     assert own.files == GRAPH_FILES | {
         "text_encoder": "text_encoder/fp8.model.onnx",

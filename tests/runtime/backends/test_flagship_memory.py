@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from klein_kv.artifacts.manifest import FileRecord, Manifest
-from klein_kv.artifacts.signature import KV_STATIC_FLOAT8, GraphSet
+from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.artifacts.weights import graph_weights
 from klein_kv.cli import main
 from klein_kv.runtime.backends.trt import staging
@@ -62,7 +62,11 @@ def quantize_tables(artifacts: Path, precision: str) -> None:
     files = dict(manifest.files)
     networks = {"transformer": precision, "text_encoder": "fp8"}
     places: dict[str, dict[str, tuple[int, int]]] = {component: {} for component in networks}
-    for kv_dtype, attention in ((None, None), (KV_STATIC_FLOAT8, None), (KV_STATIC_FLOAT8, "fp8")):
+    for kv_dtype, attention in (
+        (None, None),
+        (KVFormat.FP8_CONSTANT, None),
+        (KVFormat.FP8_CONSTANT, "fp8"),
+    ):
         graphs = GraphSet(
             "kv", manifest.dtype, kv_dtype, tuple(sorted(networks.items())), attention
         )

@@ -13,7 +13,7 @@ import pytest
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
-from klein_kv.artifacts.signature import KV_STATIC_FLOAT8
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.artifacts.weights import WeightIndex, read_header
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BuildError, RequestError
@@ -225,7 +225,7 @@ def test_quantized_weights_are_those_of_the_files(
 
 
 NVFP4: dict[str, Any] = {"precision": "nvfp4"}
-STATIC = NVFP4 | {"kv_dtype": KV_STATIC_FLOAT8}
+STATIC = NVFP4 | {"kv_dtype": KVFormat.FP8_CONSTANT}
 ATTENTION = STATIC | {"attention": "fp8"}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import KV_FLOAT8
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.trt import pinned
 from klein_kv.runtime.backends.trt.backend import TrtBackend
@@ -41,7 +41,7 @@ def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PinnedStore.__init__, "__defaults__", (PAGE,))
 
 
-@pytest.fixture(scope="module", params=[None, KV_FLOAT8], ids=["exact", "float8"])
+@pytest.fixture(scope="module", params=[None, KVFormat.FP8_PER_HEAD], ids=["exact", "float8"])
 def engines(
     request: pytest.FixtureRequest, tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -165,7 +165,7 @@ def test_engines_and_graphs_must_agree_on_keys_and_values(
     tiny_artifacts: Path, engines: Path
 ) -> None:
     manifest = Manifest.load(tiny_artifacts)
-    other = manifest.graphs_with(manifest.dtype if _kv_dtype(engines) else KV_FLOAT8)
+    other = manifest.graphs_with(manifest.dtype if _kv_dtype(engines) else KVFormat.FP8_PER_HEAD)
     with pytest.raises(ArtifactError, match="choose other engines"):
         TrtBackend(
             tiny_artifacts,

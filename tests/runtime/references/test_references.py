@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import KV_FLOAT8, kv_names
+from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.runtime.references import reference_file
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
@@ -253,7 +253,7 @@ def test_float8_is_a_quarter_and_the_same_each_time(
 
     kept = fp8.encode_references(images)  # what `first_step` gave out
     encoded = keeps_nothing.encode_references(images)  # what `encode_references` gives out
-    assert list(kept.kv) == kv_names(3, KV_FLOAT8)
+    assert list(kept.kv) == kv_names(3, KVFormat.FP8_PER_HEAD)
     for name, array in arrays(kept).items():
         assert_same_bits(array.view(np.uint8), arrays(encoded)[name].view(np.uint8))
         assert array.dtype == ("float32" if "_scale." in name else "float8_e4m3fn")
@@ -286,7 +286,7 @@ def test_float8_file_is_plain_safetensors(
     references = fp8.encode_references(picture(64, 64, seed=55))
     references.save(path)
     held = load_file(path)
-    assert set(held) == set(kv_names(3, KV_FLOAT8))
+    assert set(held) == set(kv_names(3, KVFormat.FP8_PER_HEAD))
     for name, array in arrays(references).items():
         if "_scale." in name:
             assert_same_bits(held[name].numpy(), array)
@@ -318,9 +318,9 @@ def test_folders_without_such_graphs_say_so(tiny_artifacts: Path) -> None:
     older = replace(manifest, files={k: v for k, v in manifest.files.items() if "fp8_kv" not in k})
     assert older.graph_sets == [older.graphs]
     with pytest.raises(ArtifactError, match="lists no graphs with keys and values in float8"):
-        older.graphs_with(KV_FLOAT8)
+        older.graphs_with(KVFormat.FP8_PER_HEAD)
     with pytest.raises(RequestError, match="plain weights keep no keys"):
-        replace(manifest, variant="plain").graphs_with(KV_FLOAT8)
+        replace(manifest, variant="plain").graphs_with(KVFormat.FP8_PER_HEAD)
 
 
 def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
