@@ -1,21 +1,23 @@
 """What diffusers computes on a checkpoint, for comparison; its weights one part at a time."""
 
 import gc
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from numpy.typing import NDArray
 from PIL import Image
 
+from klein_kv.artifacts.positions import grid_ids, text_ids
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checks.graph_runs import PROMPT
 
 __all__ = ["DiffusersRun"]
 
-_log = logging.getLogger(__name__)
 _PIPELINES = {"kv": Flux2KleinKVPipeline, "plain": Flux2KleinPipeline}
 _TEXT = ("text_encoder", "tokenizer")
 _DENOISER = ("transformer", "vae")
@@ -31,6 +33,7 @@ class DiffusersRun:
     Args:
         checkpoint: a folder in diffusers layout.
         variant: "kv" or "plain".
+        layers: hidden states of the text encoder to read.
         dtype: type of weights and activations.
         device: where it runs.
 
@@ -39,15 +42,20 @@ class DiffusersRun:
     """
 
     def __init__(
-        self, checkpoint: Path, variant: str, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Path,
+        variant: str,
+        layers: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.variant = variant
+        self._variant = variant
+        self._layers = layers
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         # The K/V pipeline is not to be had without a transformer; the text's part is the same.
         self._pipe = self._load(Flux2KleinPipeline, _DENOISER)
-        self._cache: Any = None
 
     def _load(self, pipeline: Any, without: tuple[str, ...]) -> Any:
         try:
@@ -68,79 +76,87 @@ class DiffusersRun:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        self._pipe = self._load(_PIPELINES[self.variant], _TEXT)
+        self._pipe = self._load(_PIPELINES[self._variant], _TEXT)
 
     def _tensor(self, array: Array) -> torch.Tensor:
         """Floats in the pipeline's type, integers as they are."""
-        if array.dtype == np.int64:
-            return torch.from_numpy(array).to(self._device)
-        return torch.from_numpy(array.astype(np.float32)).to(self._device, self._dtype)
+        tensor = torch.from_numpy(array).to(self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
-    def encode_prompt(self, prompt: str, length: int, layers: tuple[int, ...]) -> Array:
-        """Text embeddings [1, length, D]."""
-        embeds, _ = self._pipe.encode_prompt(
-            prompt, max_sequence_length=length, text_encoder_out_layers=layers
-        )
-        return _array(embeds)
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
 
-    def encode_image(self, pixels: NDArray[np.uint8]) -> Array:
-        """Reference tokens [1, h, w, C] of an image [1, H, W, 3]."""
-        normal = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-        latent = self._pipe._encode_vae_image(normal.to(self._device, self._dtype), None)
-        return _array(latent.permute(0, 2, 3, 1))
+        Args:
+            graph: any but "vae_decoder"; after the text encoder, call `load_denoiser`.
+            inputs: of the graph, in float32.
 
-    def _denoise(self, step: dict[str, Array], hidden: Any, ids: Any, **options: Any) -> Any:
-        time = torch.from_numpy(step["timestep"] / np.float32(1000))
+        Returns:
+            Its outputs, but for latents that a step gives.
+        """
+        if graph == "text_encoder":
+            embeds, _ = self._pipe.encode_prompt(
+                PROMPT,
+                max_sequence_length=inputs["input_ids"].shape[1],
+                text_encoder_out_layers=self._layers,
+            )
+            return {"encoder_hidden_states": _array(embeds)}
+        x = {name: self._tensor(array) for name, array in inputs.items()}
+        if graph == "vae_encoder":
+            normal = x["image"].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            latent = self._pipe._encode_vae_image(normal.to(self._dtype), None)
+            return {"ref_hidden_states": _array(latent.permute(0, 2, 3, 1))}
+        if graph == "cached_step":
+            cache = self._cache(x)
+            return {
+                "noise_pred": _array(self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0])
+            }
+        references, ids = x["ref_hidden_states"], x["ref_ids"]
+        count = references.shape[1]
+        if graph == "encode_references":  # whatever the step is, keys and values are the same
+            x |= self._any_step()
+        latents, img_ids = x["hidden_states"], x["img_ids"]
+        if graph == "plain_step":  # plain weights take references as tokens of the image
+            x["hidden_states"] = torch.cat([latents, references], dim=1)
+            x["img_ids"] = torch.cat([img_ids, ids])
+            return {"noise_pred": _array(self._denoise(x)[0][:, : latents.shape[1]])}
+        x["hidden_states"] = torch.cat([references, latents], dim=1)
+        x["img_ids"] = torch.cat([ids, img_ids])
+        noise, cache = self._denoise(x, kv_cache_mode="extract", num_ref_tokens=count)
+        outputs = {} if graph == "encode_references" else {"noise_pred": _array(noise)}
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            outputs |= {f"k_ref.{i}": _array(layer.k_ref), f"v_ref.{i}": _array(layer.v_ref)}
+        return outputs
+
+    def _cache(self, x: Mapping[str, torch.Tensor]) -> Flux2KVCache:
+        config = self._pipe.transformer.config
+        cache = Flux2KVCache(config.num_layers, config.num_single_layers)
+        cache.num_ref_tokens = x["k_ref.0"].shape[1]
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            layer.store(x[f"k_ref.{i}"], x[f"v_ref.{i}"])
+        return cache
+
+    def _any_step(self) -> dict[str, torch.Tensor]:
+        config = self._pipe.transformer.config
+        channels, width = config.in_channels, config.joint_attention_dim
+        arrays = {
+            "hidden_states": np.zeros((1, 1, channels), np.float32),
+            "encoder_hidden_states": np.zeros((1, 1, width), np.float32),
+            "timestep": np.zeros(1, np.float32),
+            "img_ids": grid_ids(1, 1),
+            "txt_ids": text_ids(1),
+        }
+        return {name: self._tensor(array) for name, array in arrays.items()}
+
+    def _denoise(self, x: Mapping[str, torch.Tensor], **options: Any) -> Any:
         return self._pipe.transformer(
-            hidden_states=hidden,
-            encoder_hidden_states=self._tensor(step["encoder_hidden_states"]),
-            timestep=time.to(self._device, self._dtype),
-            img_ids=ids[None],
-            txt_ids=self._tensor(step["txt_ids"])[None],
+            hidden_states=x["hidden_states"],
+            encoder_hidden_states=x["encoder_hidden_states"],
+            timestep=x["timestep"] / 1000,
+            img_ids=x["img_ids"][None],
+            txt_ids=x["txt_ids"][None],
             return_dict=False,
             **options,
         )
-
-    def first_step(
-        self, step: dict[str, Array], references: dict[str, Array]
-    ) -> tuple[Array, Array]:
-        """noise_pred [1, S, C], and keys and values [2 * blocks, 1, R, H, D]."""
-        latents, ref = (
-            self._tensor(x) for x in (step["hidden_states"], references["ref_hidden_states"])
-        )
-        ids = torch.cat([self._tensor(references["ref_ids"]), self._tensor(step["img_ids"])])
-        noise, cache = self._denoise(
-            step,
-            torch.cat([ref, latents], dim=1),
-            ids,
-            kv_cache_mode="extract",
-            num_ref_tokens=ref.shape[1],
-        )
-        self._cache = cache
-        layers = [*cache.double_block_caches, *cache.single_block_caches]
-        kv = np.stack([_array(x) for layer in layers for x in (layer.k_ref, layer.v_ref)])
-        return _array(noise), kv
-
-    def cached_step(self, step: dict[str, Array]) -> Array:
-        """noise_pred [1, S, C] on the keys and values of `first_step`."""
-        (noise,) = self._denoise(
-            step,
-            self._tensor(step["hidden_states"]),
-            self._tensor(step["img_ids"]),
-            kv_cache=self._cache,
-            kv_cache_mode="cached",
-        )
-        self._cache = None
-        return _array(noise)
-
-    def plain_step(self, step: dict[str, Array], references: dict[str, Array]) -> Array:
-        """noise_pred [1, S, C] of plain weights, which take references as tokens of the image."""
-        latents, ref = (
-            self._tensor(x) for x in (step["hidden_states"], references["ref_hidden_states"])
-        )
-        ids = torch.cat([self._tensor(step["img_ids"]), self._tensor(references["ref_ids"])])
-        (noise,) = self._denoise(step, torch.cat([latents, ref], dim=1), ids)
-        return _array(noise[:, : latents.shape[1]])
 
     def images(
         self, embeds: Array, references: list[Image.Image], size: tuple[int, int], seed: int
@@ -152,10 +168,10 @@ class DiffusersRun:
             kept[:] = [_array(tensors["latents"])]
             return {}
 
-        options = {} if self.variant == "kv" else {"guidance_scale": 1.0}
+        options = {} if self._variant == "kv" else {"guidance_scale": 1.0}
         images = self._pipe(
             image=references or None,
-            prompt_embeds=self._tensor(embeds),
+            prompt_embeds=self._tensor(embeds.astype(np.float32)),
             generator=torch.Generator().manual_seed(seed),
             height=size[0],
             width=size[1],

@@ -1,0 +1,327 @@
+"""`klein-kv verify ARTIFACTS --against FP32_ARTIFACTS`: what a machine computes, checked part by part.
+
+Engines, graphs or the torch backend are compared with the float32 artifacts of the same checkpoint,
+run by ONNX Runtime on the CPU: neither diffusers nor torch is needed. Then the loop makes an image
+twice. A check that fails is noted and the next one runs; the report is written after each, so that
+a library that ends the process leaves what was found, and what was under way.
+"""
+
+import contextlib
+import json
+import logging
+import platform
+import re
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.engine_manifest import EngineManifest, find_engines, write_atomic
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import is_kv
+from klein_kv.errors import ArtifactError, KleinKVError
+from klein_kv.export.checks.compare import compare
+from klein_kv.export.checks.graph_runs import (
+    PROMPT,
+    GraphRuns,
+    Row,
+    Sizes,
+    compare_outputs,
+    smallest_sizes,
+)
+from klein_kv.export.checks.tolerances import EXACT, output_tolerance
+from klein_kv.inspection import examine_machine
+from klein_kv.runtime.backends.ort.backend import OrtBackend
+from klein_kv.runtime.pipeline import KleinKVPipeline
+
+__all__ = ["Check", "Report", "verify_against"]
+
+_log = logging.getLogger(__name__)
+
+_EXACT_BACKENDS = ("onnxruntime", "torch")
+"""On a CPU: all graphs of a network run the same kernels, so two ways to a number are one."""
+_HOMES = re.compile(r"(/home/|/Users/|[A-Za-z]:\\+Users\\+)[^/\\\s'\":]+")
+_STEPS, _FLATTEST = 4, 1e-3
+"""Standard deviation of an image in 0..1 below which it shows nothing."""
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: what was checked.
+        status: "passed", "failed", or "running" if the process ended during this check.
+        seconds: how long it took.
+        message: why it failed.
+        measured: numbers.
+    """
+
+    name: str
+    status: str = "running"
+    seconds: float = 0.0
+    message: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def hold(self, rows: list[Row]) -> None:
+        """Notes comparisons.
+
+        Raises:
+            ArtifactError: one is out of tolerance.
+        """
+        self.measured["rows"] = [row.to_dict() for row in rows]
+        failed = [row for row in rows if not row.ok]
+        if failed:
+            raise ArtifactError(
+                "; ".join(
+                    f"{row.name} is off by {row.difference.relative:.3g} (relative), "
+                    f"{row.difference.max:.3g} at most, expected {row.tolerance.bound:.3g}"
+                    for row in failed
+                )
+            )
+
+
+class Report:
+    """Checks of one run, and what they ran on; names nothing that is the user's.
+
+    Args:
+        out: file to keep up to date; None keeps none.
+        hidden: text -> what stands for it.
+
+    Attributes:
+        checks: in the order in which they began.
+        facts: versions, GPU, digests.
+    """
+
+    def __init__(self, out: Path | None, hidden: Mapping[str, str]) -> None:
+        self.checks: list[Check] = []
+        self.facts: dict[str, Any] = {}
+        self._out = out
+        self._hidden = {str(Path.home()): "~", platform.node(): "HOST", **hidden}
+        self._hidden.pop("", None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.status == "passed" for check in self.checks)
+
+    @contextlib.contextmanager
+    def check(self, name: str) -> Iterator[Check]:
+        """Notes what happens in the block as one check; whatever it raises ends the block alone."""
+        check = Check(name)
+        self.checks.append(check)
+        self._save()
+        start = time.perf_counter()
+        try:
+            yield check
+            check.status = "passed"
+        except Exception as error:  # noqa: BLE001 - the report is where all of them go
+            check.status, check.message = "failed", _words(error)
+        check.seconds = time.perf_counter() - start
+        _log.info("%s  %7.2f s  %s", check.status, check.seconds, name)
+        self._save()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        value = {"format": "klein-kv verify", "format_version": 1, "ok": self.ok, **self.facts}
+        cleaned: dict[str, Any] = self._clean(
+            value | {"checks": [asdict(check) for check in self.checks]}
+        )
+        return cleaned
+
+    def to_text(self) -> str:
+        """A line for each check and each comparison."""
+        lines = []
+        for check in self.checks:
+            lines.append(f"{check.status:8} {check.name}  {self._clean(check.message)}".rstrip())
+            lines += [
+                f"         {row['name']:40} relative {row['relative'] or 0:9.2e}, "
+                f"tolerance {row['tolerance']:g}"
+                for row in check.measured.get("rows", [])
+            ]
+        count = sum(check.status == "passed" for check in self.checks)
+        return "\n".join([*lines, f"{count} of {len(self.checks)} checks passed"])
+
+    def _save(self) -> None:
+        if self._out is not None:
+            write_atomic(self._out, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    def _clean(self, value: Any) -> Any:
+        if isinstance(value, str):
+            for text in sorted(self._hidden, key=len, reverse=True):
+                value = value.replace(text, self._hidden[text])
+            return _HOMES.sub("~", value)
+        if isinstance(value, Mapping):
+            return {self._clean(key): self._clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._clean(item) for item in value]
+        return value
+
+
+def _words(error: Exception) -> str:
+    """An error of ours is its message; of another one the last calls say where it came from."""
+    if isinstance(error, KleinKVError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    calls = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    return f"{type(error).__name__}: {error} (in {', '.join(calls)})"
+
+
+def verify_against(
+    artifacts: Path, reference: Path, *, out: Path | None = None, **options: Any
+) -> Report:
+    """Checks everything that can be checked, and goes on when something fails.
+
+    Args:
+        artifacts: what is checked: graphs, or the engines below it.
+        reference: float32 artifacts of the same checkpoint.
+        out: file of the report, kept up to date from check to check.
+        options: of `KleinKVPipeline.from_pretrained`: backend, device, threads, precision,
+            kv_dtype, attention.
+    """
+    artifacts, reference = artifacts.resolve(), reference.resolve()
+    report = Report(out, {str(artifacts): "ARTIFACTS", str(reference): "FP32_ARTIFACTS"})
+    report.facts["options"] = {name: value for name, value in options.items() if value is not None}
+    with report.check("machine"):
+        report.facts["machine"] = examine_machine()[0]
+    pipe = None
+    with report.check("artifacts and backend open"):
+        pipe = KleinKVPipeline.from_pretrained(artifacts, prompt_cache_bytes=0, **options)
+        pipe.set_progress_bar_config(disable=True)
+        report.facts |= _facts(pipe)
+    if pipe is None:
+        return report
+    with contextlib.closing(pipe):
+        theirs = runs = None
+        with report.check("float32 artifacts open"):
+            theirs = _open_reference(reference, pipe)
+        with report.check("inputs"):
+            runs = GraphRuns(pipe, smallest_sizes(pipe))
+            report.facts["sizes"] = asdict(runs.sizes)
+        if runs is not None:
+            _check_graphs(report, pipe, theirs, runs)
+            _check_loop(report, pipe, runs.sizes)
+    return report
+
+
+def _facts(pipe: KleinKVPipeline) -> dict[str, Any]:
+    """What was checked: digests and types, and the record of every engine."""
+    manifest, graphs = pipe.manifest, pipe.graphs
+    value: dict[str, Any] = {
+        "backend": pipe.backend.name,
+        "artifacts": {
+            "digest": manifest.graphs_digest(graphs),
+            "variant": manifest.variant,
+            "dtype": manifest.dtype,
+            "precision": graphs.precision,
+            "kv_dtype": graphs.kv_dtype,
+            "attention": graphs.attention,
+            "config": manifest.config.to_dict(),
+        },
+    }
+    if pipe.backend.name != "tensorrt":
+        return value
+    value["engines"] = []
+    for folder in find_engines(pipe.artifacts):
+        engines = asdict(EngineManifest.load(folder))
+        for record in engines["engines"].values():
+            for name in ("inputs", "outputs", "weights", "layers"):
+                del record[name]
+        value["engines"].append(engines)
+    return value
+
+
+def _open_reference(folder: Path, pipe: KleinKVPipeline) -> OrtBackend:
+    manifest, ours = Manifest.load(folder), pipe.manifest
+    if manifest.dtype != "float32":
+        raise ArtifactError(
+            f"{folder} is {manifest.dtype}, expected float32; export the checkpoint with "
+            "--dtype fp32"
+        )
+    if (manifest.config, manifest.variant) != (ours.config, ours.variant):
+        raise ArtifactError(
+            f"{folder} holds another model: its configuration or variant differs; export it from "
+            "the same checkpoint"
+        )
+    return OrtBackend(folder, manifest)
+
+
+def _check_graphs(
+    report: Report, pipe: KleinKVPipeline, theirs: OrtBackend | None, runs: GraphRuns
+) -> None:
+    """Every graph against its reference, then the transformer's against each other."""
+    results: dict[str, dict[str, Array]] = {}
+    for graph in pipe.graphs.files:
+        with report.check(f"{graph} runs"):
+            results[graph] = runs.run(graph)
+        if theirs is not None and graph in results:
+            with report.check(f"{graph} computes what float32 does") as check:
+                feeds = {name: theirs.upload(x) for name, x in runs.inputs(graph).items()}
+                outputs = theirs.run(graph, feeds)
+                expected = {name: theirs.download(x) for name, x in outputs.items()}
+                check.hold(compare_outputs(pipe, graph, results[graph], expected))
+                theirs.release(graph)
+        if graph == "text_encoder":  # it does not fit beside the transformer everywhere
+            with report.check("text_encoder is released"):
+                pipe.backend.release(graph)
+    if {"encode_references", "first_step", "cached_step"} <= results.keys():
+        first, cached = results["first_step"], results["cached_step"]
+        kv = results["encode_references"]
+        exact = EXACT if pipe.backend.name in _EXACT_BACKENDS else None
+        with report.check("first_step and encode_references give the same K/V") as check:
+            keys = {name: x for name, x in first.items() if is_kv(name)}
+            check.hold(compare_outputs(pipe, "encode_references", kv, keys, exact))
+        with report.check("cached_step on this K/V repeats first_step") as check:
+            expected = {name: x for name, x in first.items() if not is_kv(name)}
+            check.hold(compare_outputs(pipe, "cached_step", cached, expected, exact))
+        with report.check("cached_step leaves K/V as it was") as check:
+            check.hold(compare_outputs(pipe, "encode_references", runs.kept_kv(), kv, EXACT))
+    with report.check("graphs are released"):  # the loop plans its memory itself
+        for graph in pipe.graphs.files:
+            pipe.backend.release(graph)
+
+
+def _check_loop(report: Report, pipe: KleinKVPipeline, sizes: Sizes) -> None:
+    """The same edit twice: the second one finds its references, and is the same image."""
+    images: list[Array] = []
+    height, width = sizes.output
+    for name in ("an edit", "the same edit again"):
+        with report.check(name) as check:
+            out: Any = pipe(
+                prompt=PROMPT,
+                image=sizes.pictures(),
+                height=height,
+                width=width,
+                num_inference_steps=_STEPS,
+                max_sequence_length=sizes.text_tokens,
+                seed=11,
+                output_type="np",
+            )
+            check.measured["timings"] = pipe.timings.to_dict()
+            image = np.asarray(out.images)
+            if not np.isfinite(image).all() or float(image.std()) < _FLATTEST:
+                raise ArtifactError(
+                    f"the image has the standard deviation {float(image.std()):.2g}, expected "
+                    f"finite values and at least {_FLATTEST:g}"
+                )
+            images.append(image)
+    if len(images) < 2:
+        return
+    with report.check("a hit equals a miss") as check:
+        timings = pipe.timings
+        if pipe.manifest.variant == "kv" and len(timings.cached_steps) != _STEPS:
+            raise ArtifactError(
+                f"the second edit took {timings.to_text()}; expected {_STEPS} cached steps"
+            )
+        step = "cached_step" if pipe.manifest.variant == "kv" else "plain_step"
+        allowed = output_tolerance(pipe.graphs, pipe.config, step, "latents")
+        if pipe.backend.name in _EXACT_BACKENDS:
+            allowed = EXACT
+        check.hold([Row("image", compare(images[1], images[0]), allowed)])
