@@ -1,30 +1,22 @@
-"""`klein-kv verify ARTIFACTS --against FP32_ARTIFACTS`: what a machine computes, checked part by part.
+"""`klein-kv verify ARTIFACTS --against FP32_ARTIFACTS`: what a machine computes, part by part.
 
 Engines, graphs or the torch backend are compared with the float32 artifacts of the same checkpoint,
-run by ONNX Runtime on the CPU: neither diffusers nor torch is needed. Then the loop makes an image
-twice. A check that fails is noted and the next one runs; the report is written after each, so that
-a library that ends the process leaves what was found, and what was under way.
+run by ONNX Runtime on the CPU; diffusers is not needed, nor torch but for its backend. Then the
+loop makes an image twice. A check that fails is noted in the report and the next one runs.
 """
 
 import contextlib
-import json
-import logging
-import platform
-import re
-import time
-import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.engine_manifest import EngineManifest, find_engines, write_atomic
+from klein_kv.artifacts.engine_manifest import EngineManifest, find_engines
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import is_kv
-from klein_kv.errors import ArtifactError, KleinKVError
+from klein_kv.errors import ArtifactError
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,
@@ -34,144 +26,20 @@ from klein_kv.export.checks.graph_runs import (
     compare_outputs,
     smallest_sizes,
 )
+from klein_kv.export.checks.report import Report
 from klein_kv.export.checks.tolerances import EXACT, output_tolerance
 from klein_kv.inspection import examine_machine
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 from klein_kv.runtime.pipeline import KleinKVPipeline
 
-__all__ = ["Check", "Report", "verify_against"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["verify_against"]
 
 _EXACT_BACKENDS = ("onnxruntime", "torch")
 """On a CPU: all graphs of a network run the same kernels, so two ways to a number are one."""
-_HOMES = re.compile(r"(/home/|/Users/|[A-Za-z]:\\+Users\\+)[^/\\\s'\":]+")
 _STEPS, _FLATTEST = 4, 1e-3
 """Standard deviation of an image in 0..1 below which it shows nothing."""
 
 Array = NDArray[Any]
-
-
-@dataclass(slots=True)
-class Check:
-    """One check.
-
-    Attributes:
-        name: what was checked.
-        status: "passed", "failed", or "running" if the process ended during this check.
-        seconds: how long it took.
-        message: why it failed.
-        measured: numbers.
-    """
-
-    name: str
-    status: str = "running"
-    seconds: float = 0.0
-    message: str = ""
-    measured: dict[str, Any] = field(default_factory=dict)
-
-    def hold(self, rows: list[Row]) -> None:
-        """Notes comparisons.
-
-        Raises:
-            ArtifactError: one is out of tolerance.
-        """
-        self.measured["rows"] = [row.to_dict() for row in rows]
-        failed = [row for row in rows if not row.ok]
-        if failed:
-            raise ArtifactError(
-                "; ".join(
-                    f"{row.name} is off by {row.difference.relative:.3g} (relative), "
-                    f"{row.difference.max:.3g} at most, expected {row.tolerance.bound:.3g}"
-                    for row in failed
-                )
-            )
-
-
-class Report:
-    """Checks of one run, and what they ran on; names nothing that is the user's.
-
-    Args:
-        out: file to keep up to date; None keeps none.
-        hidden: text -> what stands for it.
-
-    Attributes:
-        checks: in the order in which they began.
-        facts: versions, GPU, digests.
-    """
-
-    def __init__(self, out: Path | None, hidden: Mapping[str, str]) -> None:
-        self.checks: list[Check] = []
-        self.facts: dict[str, Any] = {}
-        self._out = out
-        self._hidden = {str(Path.home()): "~", platform.node(): "HOST", **hidden}
-        self._hidden.pop("", None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return all(check.status == "passed" for check in self.checks)
-
-    @contextlib.contextmanager
-    def check(self, name: str) -> Iterator[Check]:
-        """Notes what happens in the block as one check; whatever it raises ends the block alone."""
-        check = Check(name)
-        self.checks.append(check)
-        self._save()
-        start = time.perf_counter()
-        try:
-            yield check
-            check.status = "passed"
-        except Exception as error:  # noqa: BLE001 - the report is where all of them go
-            check.status, check.message = "failed", _words(error)
-        check.seconds = time.perf_counter() - start
-        _log.info("%s  %7.2f s  %s", check.status, check.seconds, name)
-        self._save()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
-        value = {"format": "klein-kv verify", "format_version": 1, "ok": self.ok, **self.facts}
-        cleaned: dict[str, Any] = self._clean(
-            value | {"checks": [asdict(check) for check in self.checks]}
-        )
-        return cleaned
-
-    def to_text(self) -> str:
-        """A line for each check and each comparison."""
-        lines = []
-        for check in self.checks:
-            lines.append(f"{check.status:8} {check.name}  {self._clean(check.message)}".rstrip())
-            lines += [
-                f"         {row['name']:40} relative {row['relative'] or 0:9.2e}, "
-                f"tolerance {row['tolerance']:g}"
-                for row in check.measured.get("rows", [])
-            ]
-        count = sum(check.status == "passed" for check in self.checks)
-        return "\n".join([*lines, f"{count} of {len(self.checks)} checks passed"])
-
-    def _save(self) -> None:
-        if self._out is not None:
-            write_atomic(self._out, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-
-    def _clean(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for text in sorted(self._hidden, key=len, reverse=True):
-                value = value.replace(text, self._hidden[text])
-            return _HOMES.sub("~", value)
-        if isinstance(value, Mapping):
-            return {self._clean(key): self._clean(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._clean(item) for item in value]
-        return value
-
-
-def _words(error: Exception) -> str:
-    """An error of ours is its message; of another one the last calls say where it came from."""
-    if isinstance(error, KleinKVError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    calls = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-    return f"{type(error).__name__}: {error} (in {', '.join(calls)})"
 
 
 def verify_against(
@@ -191,7 +59,7 @@ def verify_against(
     report.facts["options"] = {name: value for name, value in options.items() if value is not None}
     with report.check("machine"):
         report.facts["machine"] = examine_machine()[0]
-    pipe = None
+    pipe: KleinKVPipeline | None = None
     with report.check("artifacts and backend open"):
         pipe = KleinKVPipeline.from_pretrained(artifacts, prompt_cache_bytes=0, **options)
         pipe.set_progress_bar_config(disable=True)
@@ -199,7 +67,8 @@ def verify_against(
     if pipe is None:
         return report
     with contextlib.closing(pipe):
-        theirs = runs = None
+        theirs: OrtBackend | None = None
+        runs: GraphRuns | None = None
         with report.check("float32 artifacts open"):
             theirs = _open_reference(reference, pipe)
         with report.check("inputs"):
@@ -260,10 +129,11 @@ def _check_graphs(
     results: dict[str, dict[str, Array]] = {}
     for graph in pipe.graphs.files:
         with report.check(f"{graph} runs"):
+            inputs = runs.inputs(graph)  # before a graph can write into them
             results[graph] = runs.run(graph)
         if theirs is not None and graph in results:
             with report.check(f"{graph} computes what float32 does") as check:
-                feeds = {name: theirs.upload(x) for name, x in runs.inputs(graph).items()}
+                feeds = {name: theirs.upload(x) for name, x in inputs.items()}
                 outputs = theirs.run(graph, feeds)
                 expected = {name: theirs.download(x) for name, x in outputs.items()}
                 check.hold(compare_outputs(pipe, graph, results[graph], expected))

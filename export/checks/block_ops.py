@@ -10,56 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from klein_kv.artifacts.attention_scales import AttentionScales
 from klein_kv.artifacts.numbers import QuantizedLinear
+from klein_kv.export.checks.compare import Difference
 from klein_kv.networks.quantized_torch_ops import QuantizedOps
 from klein_kv.networks.torch_ops import TorchOps
 
-__all__ = ["BlockTrace", "ComparingOps", "ErrorSum", "ForcedOps", "TracingOps"]
+__all__ = ["BlockTrace", "ComparingOps", "ForcedOps", "TracingOps"]
 
 _STARTS = (".to_k.weight", ".add_k_proj.weight", ".to_qkv_mlp_proj.weight", "proj_out.weight")
 """Ends of the names of the layers that first read the norm at the beginning of a block."""
-
-
-@dataclass(slots=True)
-class ErrorSum:
-    """Error of one quantity, added up over many tensors."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    other: float = 0.0
-    product: float = 0.0
-    largest: float = 0.0
-
-    def add(self, got: torch.Tensor, expected: torch.Tensor) -> None:
-        """Adds one pair of tensors of the same shape."""
-        a, b = got.double().flatten(), expected.double().flatten()
-        difference = a - b
-        self.signal += float(b @ b)
-        self.other += float(a @ a)
-        self.noise += float(difference @ difference)
-        self.product += float(a @ b)
-        if difference.numel():
-            self.largest = max(self.largest, float(difference.abs().max()))
-
-    @property
-    def snr(self) -> float:
-        """Signal-to-noise ratio in dB; infinite without an error."""
-        if self.noise == 0:
-            return float("inf")
-        if self.signal == 0 or not np.isfinite(self.noise):
-            return float("-inf")
-        return float(10 * np.log10(self.signal / self.noise))
-
-    @property
-    def cosine(self) -> float:
-        """Cosine similarity of all pairs as one long vector."""
-        norm = float(np.sqrt(self.signal * self.other))
-        return self.product / norm if norm else float(self.signal == self.other)
 
 
 @dataclass(slots=True)
@@ -190,7 +153,7 @@ class ComparingOps(QuantizedOps):
         weights: Mapping[str, torch.Tensor],
         dtype: torch.dtype,
         quantized: Mapping[str, QuantizedLinear],
-        errors: dict[str, ErrorSum],
+        errors: dict[str, Difference],
         attention: Mapping[str, AttentionScales] | None = None,
     ) -> None:
         super().__init__(weights, dtype, quantized, attention)
@@ -203,5 +166,5 @@ class ComparingOps(QuantizedOps):
         if weight in self.quantized:
             w = self.weights[weight]
             w = (w if part is None else w[part[0] : part[1]]).float()
-            self._errors.setdefault(weight, ErrorSum()).add(out, F.linear(rows.float(), w))
+            self._errors.setdefault(weight, Difference()).add(out, F.linear(rows.float(), w))
         return out

@@ -80,7 +80,7 @@ class DiffusersRun:
 
     def _tensor(self, array: Array) -> torch.Tensor:
         """Floats in the pipeline's type, integers as they are."""
-        tensor = torch.from_numpy(array).to(self._device)
+        tensor = torch.tensor(array, device=self._device)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,8 +11,7 @@ the noise floor below which nothing can be told. Errors are given
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,11 @@ from klein_kv.export.checks.artifact_weights import (
     component_parameters,
     component_weights,
 )
-from klein_kv.export.checks.block_ops import (
-    BlockTrace,
-    ComparingOps,
-    ErrorSum,
-    ForcedOps,
-    TracingOps,
-)
+from klein_kv.export.checks.block_ops import ComparingOps, ForcedOps, TracingOps
+from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
-from klein_kv.export.checks.image_metrics import lpips_distance, lpips_missing, psnr, ssim
 from klein_kv.export.checks.samples import Sample
+from klein_kv.export.checks.tolerances import TOLERANCES, Tolerance
 from klein_kv.export.checks.torch_loop import (
     LoopRequest,
     encode_prompt,
@@ -49,55 +43,53 @@ from klein_kv.export.checks.torch_loop import (
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
-__all__ = ["LEAST_SNR", "ErrorRow", "ImageRow", "QualityReport", "measure_quality"]
+__all__ = ["ErrorRow", "ImageRow", "QualityReport", "measure_quality"]
 
-_log = logging.getLogger(__name__)
-
-LEAST_SNR = {"fp8": 15.0, "nvfp4": 8.0}
-"""A layer's signal-to-noise ratio in dB below which something other than rounding is at work. A
-scale that is off by 2 gives 6 dB or less, exchanged halves of bytes about 0; rounding normally
-distributed numbers gives about 28 (fp8) and 17 (nvfp4)."""
-
-STEPS = 4
+_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """Errors of one quantity.
+    """Errors of one quantity, added up over all requests.
 
     Attributes:
         name: layer, block, or what came out.
         fp32: of the precision against float32; for a layer against its own weight.
-        bf16: of the precision against bfloat16; None for a layer.
-        floor: of bfloat16 against float32; None for a layer.
+        floor: of bfloat16 against float32; nothing is added to it for a layer.
+        tolerance: of a layer: a larger error is more than rounding.
     """
 
     name: str
-    fp32: ErrorSum
-    bf16: ErrorSum | None = None
-    floor: ErrorSum | None = None
+    fp32: Difference = field(default_factory=Difference)
+    floor: Difference = field(default_factory=Difference)
+    tolerance: Tolerance | None = None
+
+    def add(self, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
+        """Adds what float32, bfloat16 and the precision gave."""
+        self.fp32.add(subject, judge)
+        self.floor.add(floor, judge)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """Likeness of one image.
+    """Likeness of the images of one request to those of float32.
 
     Attributes:
         name: the request.
-        pair: what is compared, e.g. "fp8 to fp32".
         psnr: dB, infinite for equal images.
         ssim: 1 for equal images.
-        lpips: 0 for equal images; None where LPIPS cannot run.
+        floor_psnr: of bfloat16's image.
+        floor_ssim: of bfloat16's image.
     """
 
     name: str
-    pair: str
     psnr: float
     ssim: float
-    lpips: float | None
+    floor_psnr: float
+    floor_ssim: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class QualityReport:
     """Everything that was measured.
 
@@ -109,38 +101,32 @@ class QualityReport:
         blocks: by block.
         ends: text, keys and values, latents.
         images: by request.
-        lpips_missing: why there is no LPIPS; "" if there is.
-        least: `LEAST_SNR` of each layer's format, by name.
     """
 
     precision: str
     reference: str
     samples: int
-    layers: list[ErrorRow]
-    blocks: list[ErrorRow]
-    ends: list[ErrorRow]
-    images: list[ImageRow]
-    lpips_missing: str
-    least: dict[str, float] = field(default_factory=dict)
+    layers: list[ErrorRow] = field(default_factory=list)
+    blocks: list[ErrorRow] = field(default_factory=list)
+    ends: list[ErrorRow] = field(default_factory=list)
+    images: list[ImageRow] = field(default_factory=list)
 
     @property
     def failed(self) -> list[ErrorRow]:
         """Layers whose error is larger than rounding explains."""
-        return [row for row in self.layers if not row.fp32.snr >= self.least[row.name]]
+        return [
+            row
+            for row in self.layers
+            if row.tolerance is not None and not row.fp32.relative <= row.tolerance.bound
+        ]
 
-
-@dataclass(slots=True)
-class _Errors:
-    """Three comparisons of one quantity, added up."""
-
-    fp32: ErrorSum = field(default_factory=ErrorSum)
-    bf16: ErrorSum = field(default_factory=ErrorSum)
-    floor: ErrorSum = field(default_factory=ErrorSum)
-
-    def add(self, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
-        self.fp32.add(subject, judge)
-        self.bf16.add(subject, floor)
-        self.floor.add(floor, judge)
+    def row(self, rows: list[ErrorRow], name: str) -> ErrorRow:
+        """The row of that name, a new one if there is none."""
+        for row in rows:
+            if row.name == name:
+                return row
+        rows.append(ErrorRow(name))
+        return rows[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +138,11 @@ class _Networks:
     subject: ComparingOps
 
     @property
-    def all(self) -> tuple[TorchOps, TorchOps, TorchOps]:
-        return self.judge, self.floor, self.subject
+    def quiet(self) -> tuple[TorchOps, TorchOps, TorchOps]:
+        """The three, without comparing layers: that is done once, on the inputs of float32."""
+        ops = self.subject
+        subject = QuantizedOps(ops.weights, ops.dtype, ops.quantized, ops.attention_scales)
+        return self.judge, self.floor, subject
 
 
 def measure_quality(
@@ -194,49 +183,52 @@ def measure_quality(
         component: load_quantized(artifacts, component, name)
         for component, name in manifest.precisions[precision].items()
     }
-    label = precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else "")
-    layer_errors: dict[str, ErrorSum] = {}
-    networks = {
-        component: _networks(
-            artifacts, manifest, component, parts.get(component), checkpoint, device, layer_errors
-        )
-        for component in ("transformer", "text_encoder")
-    }
+    layers: dict[str, Difference] = {}
+    text, transformer = (
+        _networks(artifacts, manifest, name, parts.get(name), checkpoint, device, layers)
+        for name in ("text_encoder", "transformer")
+    )
     scales = None
     if kv or attention:
         own = component_weights(artifacts, manifest, "transformer")
         scales = attention_scales(manifest.config.transformer, parts["transformer"].attention, own)
     if attention:
-        networks["transformer"].subject.attention_scales = scales
-    measured = _Measured(label)
+        transformer.subject.attention_scales = scales
+    report = QualityReport(
+        precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else ""),
+        "the artifacts' own weights" if checkpoint is None else str(checkpoint),
+        len(samples),
+    )
     vae = FloatVae(artifacts, manifest)
-    progress: Any = tqdm(total=len(samples) * (STEPS + 1), desc="measuring", disable=None)
+    progress: Any = tqdm(total=len(samples) * (_STEPS + 1), desc="measuring", disable=None)
     with torch.inference_mode(), progress as bar:
         for i, sample in enumerate(samples):
-            request = prepare_request(sample, manifest, vae, STEPS)
+            request = prepare_request(sample, manifest, vae, _STEPS)
             texts = [
                 encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens)
-                for ops in networks["text_encoder"].all
+                for ops in (text.judge, text.floor, text.subject)
             ]
-            measured.end("text embeddings").add(*texts)
+            report.row(report.ends, "text embeddings").add(*texts)
             bar.update()
-            finals = _run(networks["transformer"], manifest, request, texts, scales, measured, bar)
-            name = f"request {i + 1}, {len(sample.images)} references"
-            measured.image(name, *(_decode(vae, request, x) for x in finals))
-    formats = {
-        name: linear.format for part in parts.values() for name, linear in part.linears.items()
-    }
-    return QualityReport(
-        precision=label,
-        reference="the artifacts' own weights" if checkpoint is None else str(checkpoint),
-        samples=len(samples),
-        layers=[ErrorRow(name, layer_errors[name]) for name in formats if name in layer_errors],
-        blocks=[ErrorRow(n, e.fp32, e.bf16, e.floor) for n, e in measured.blocks.items()],
-        ends=[ErrorRow(n, e.fp32, e.bf16, e.floor) for n, e in measured.ends.items()],
-        images=measured.images,
-        lpips_missing=measured.lpips_missing,
-        least={name: LEAST_SNR[kind] for name, kind in formats.items()},
-    )
+            finals = _run(transformer, manifest, request, texts, scales, report, bar)
+            judge, floor, subject = (
+                vae.decode(x.float().cpu().reshape(1, *request.grid, -1).numpy())[0] for x in finals
+            )
+            report.images.append(
+                ImageRow(
+                    f"request {i + 1}, {len(sample.images)} references",
+                    psnr(subject, judge),
+                    ssim(subject, judge),
+                    psnr(floor, judge),
+                    ssim(floor, judge),
+                )
+            )
+    for part in parts.values():
+        for name, linear in part.linears.items():
+            if name in layers:
+                tolerance = TOLERANCES["layer", linear.format]
+                report.layers.append(ErrorRow(name, layers[name], tolerance=tolerance))
+    return report
 
 
 def _networks(
@@ -246,7 +238,7 @@ def _networks(
     quantized: QuantizedComponent | None,
     checkpoint: Path | None,
     device: str,
-    errors: dict[str, ErrorSum],
+    errors: dict[str, Difference],
 ) -> _Networks:
     own: Mapping[str, WeightRef] = component_weights(artifacts, manifest, component)
     reference = own
@@ -258,41 +250,12 @@ def _networks(
         )
         reference = index
     dtype: torch.dtype = getattr(torch, manifest.dtype)
-    weights = MappedWeights(own, dtype, device)
     linears = {} if quantized is None else quantized.linears
     return _Networks(
         TorchOps(MappedWeights(reference, torch.float32, device), torch.float32),
         TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16),
-        ComparingOps(weights, dtype, linears, errors),
+        ComparingOps(MappedWeights(own, dtype, device), dtype, linears, errors),
     )
-
-
-class _Measured:
-    """Errors by name, and images."""
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-        self.blocks: dict[str, _Errors] = {}
-        self.ends: dict[str, _Errors] = {}
-        self.images: list[ImageRow] = []
-        self.lpips_missing = lpips_missing()
-
-    def end(self, name: str) -> _Errors:
-        return self.ends.setdefault(name, _Errors())
-
-    def image(self, name: str, judge: Any, floor: Any, subject: Any) -> None:
-        for pair, a, b in (
-            (f"{self.precision} to fp32", subject, judge),
-            (f"{self.precision} to bf16", subject, floor),
-            ("bf16 to fp32", floor, judge),
-        ):
-            lpips = None if self.lpips_missing else lpips_distance(a, b)
-            self.images.append(ImageRow(name, pair, psnr(a, b), ssim(a, b), lpips))
-
-
-def _decode(vae: FloatVae, request: LoopRequest, latents: torch.Tensor) -> Any:
-    grid = latents.float().cpu().reshape(1, *request.grid, -1)
-    return vae.decode(grid.numpy())[0]
 
 
 def _run(
@@ -301,63 +264,47 @@ def _run(
     request: LoopRequest,
     texts: Sequence[torch.Tensor],
     scales: Mapping[str, AttentionScales] | None,
-    measured: _Measured,
+    report: QualityReport,
     bar: Any,
 ) -> list[torch.Tensor]:
     """Three whole loops, and the blocks of each of their steps; returns the final latents."""
     keys: list[list[torch.Tensor]] = [[], [], []]
     if manifest.variant == "kv":
-        keys = [reference_kv(ops, manifest, request) for ops in _free(networks)]
-        if scales is not None:
-            keys[2] = _round_kv(keys[2], kv_scales(manifest.config.transformer, scales))
+        keys = [reference_kv(ops, manifest, request) for ops in networks.quiet]
+        if scales is not None:  # as graphs hand them on in float8 with constant scales
+            constants = kv_scales(manifest.config.transformer, scales)
+            keys[2] = [
+                round_to_fp8(x, scale).to(x.dtype)
+                for x, scale in zip(keys[2], constants, strict=True)
+            ]
         if request.references is not None:
             for three in zip(*keys, strict=True):
-                measured.end("reference keys and values").add(*three)
-            _blocks(networks, measured, lambda ops: reference_kv(ops, manifest, request))
+                report.row(report.ends, "reference keys and values").add(*three)
+            _blocks(networks, report, lambda ops: reference_kv(ops, manifest, request))
     latents = [request.noise] * 3
     for step in range(request.schedule.num_steps):
         before = latents[0]
         latents = [
             run_step(ops, manifest, request, step, x, text, kv)
-            for ops, x, text, kv in zip(_free(networks), latents, texts, keys, strict=True)
+            for ops, x, text, kv in zip(networks.quiet, latents, texts, keys, strict=True)
         ]
-        measured.end(f"latents after step {step + 1}").add(*latents)
-        _blocks(
-            networks,
-            measured,
-            lambda ops, step=step, before=before: run_step(
-                ops, manifest, request, step, before, texts[0], keys[0]
-            ),
-        )
+        report.row(report.ends, f"latents after step {step + 1}").add(*latents)
+
+        def again(ops: Any, step: int = step, before: torch.Tensor = before) -> object:
+            return run_step(ops, manifest, request, step, before, texts[0], keys[0])
+
+        _blocks(networks, report, again)
         bar.update()
     return latents
 
 
-def _free(networks: _Networks) -> tuple[TorchOps, TorchOps, TorchOps]:
-    """The three, without comparing layers: that is done once, on the inputs of float32."""
-    judge, floor, subject = networks.judge, networks.floor, networks.subject
-    return (
-        judge,
-        floor,
-        QuantizedOps(subject.weights, subject.dtype, subject.quantized, subject.attention_scales),
-    )
-
-
-def _round_kv(kv: Sequence[torch.Tensor], scales: Sequence[float]) -> list[torch.Tensor]:
-    """Keys and values as graphs hand them on in float8 with constant scales."""
-    return [round_to_fp8(x, scale).to(x.dtype) for x, scale in zip(kv, scales, strict=True)]
-
-
-def _blocks(networks: _Networks, measured: _Measured, run: Any) -> None:
+def _blocks(networks: _Networks, report: QualityReport, run: Callable[[Any], object]) -> None:
     tracing = TracingOps(networks.judge)
     run(tracing)
-    trace: BlockTrace = tracing.trace
-    outputs = []
-    for ops in (networks.floor, networks.subject):
-        forced = ForcedOps(ops, trace)
-        run(forced)
-        outputs.append(forced.outputs)
-    for i, block in trace.starts():
+    floor, subject = (ForcedOps(ops, tracing.trace) for ops in (networks.floor, networks.subject))
+    run(floor)
+    run(subject)
+    for i, block in tracing.trace.starts():
         if block:
-            errors = measured.blocks.setdefault(block, _Errors())
-            errors.add(trace.streams[i], *(held[i] for held in outputs))
+            judge = tracing.trace.streams[i]
+            report.row(report.blocks, block).add(judge, floor.outputs[i], subject.outputs[i])

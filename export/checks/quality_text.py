@@ -1,10 +1,9 @@
 """A quality report as plain values for JSON, and as tables for people."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-from klein_kv.export.checks.block_ops import ErrorSum
+from klein_kv.export.checks.compare import Difference
 from klein_kv.export.checks.quality import ErrorRow, QualityReport
 
 __all__ = ["dict_from_report", "text_from_report"]
@@ -14,44 +13,45 @@ _WORST = 5
 
 def dict_from_report(report: QualityReport) -> dict[str, Any]:
     """Plain values; infinite ratios (no error at all) become null."""
+    both = f"{report.precision} to fp32", "bf16 to fp32"
+    blocks, ends = (
+        [
+            {"name": row.name, both[0]: _values(row.fp32), both[1]: _values(row.floor)}
+            for row in rows
+        ]
+        for rows in (report.blocks, report.ends)
+    )
     return {
         "ok": not report.failed,
         "precision": report.precision,
         "reference": report.reference,
         "samples": report.samples,
         "layers": [
-            {"name": row.name, "least_snr": report.least[row.name], **_values(row.fp32)}
-            for row in report.layers
-        ],
-        "blocks": [_row(row, report.precision) for row in report.blocks],
-        "end_to_end": [_row(row, report.precision) for row in report.ends],
-        "images": [
             {
                 "name": row.name,
-                "pair": row.pair,
-                "psnr": _finite(row.psnr),
-                "ssim": row.ssim,
-                "lpips": row.lpips,
+                "least_snr": None
+                if row.tolerance is None
+                else -20 * math.log10(row.tolerance.bound),
+                **_values(row.fp32),
             }
-            for row in report.images
+            for row in report.layers
         ],
-        "lpips_missing": report.lpips_missing,
+        "blocks": blocks,
+        "end_to_end": ends,
+        "images": [
+            {"name": row.name, "pair": pair, "psnr": _finite(likeness[0]), "ssim": likeness[1]}
+            for row in report.images
+            for pair, likeness in zip(
+                both, ((row.psnr, row.ssim), (row.floor_psnr, row.floor_ssim)), strict=True
+            )
+        ],
     }
 
 
-def _row(row: ErrorRow, precision: str) -> dict[str, Any]:
-    pairs = {
-        f"{precision} to fp32": row.fp32,
-        f"{precision} to bf16": row.bf16,
-        "bf16 to fp32": row.floor,
-    }
-    return {"name": row.name} | {name: _values(e) for name, e in pairs.items() if e is not None}
-
-
-def _values(error: ErrorSum) -> dict[str, Any]:
+def _values(error: Difference) -> dict[str, Any]:
     return {
         "snr_db": _finite(error.snr),
-        "max_abs": _finite(error.largest),
+        "max_abs": _finite(error.max),
         "cosine": _finite(error.cosine),
     }
 
@@ -61,34 +61,27 @@ def _finite(value: float) -> float | None:
 
 
 def text_from_report(report: QualityReport) -> str:
-    """Tables: the worst layers, every block, what came out, images."""
-    precision = report.precision
+    """Tables: every block, what came out, the worst layers, images."""
+    worst = sorted(report.layers, key=lambda row: row.fp32.snr)[:_WORST]
+    title = f"the {len(worst)} worst of {len(report.layers)} layers"
     lines = [
-        f"{precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
+        f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
         "SNR in dB (each 6 halve the error), largest difference, cosine",
         "",
-        *_table("blocks, on their inputs in fp32", report.blocks, precision),
+        *_table("blocks, on their inputs in fp32", report.blocks, report.precision),
         "",
-        *_table("end to end", report.ends, precision),
+        *_table("end to end", report.ends, report.precision),
         "",
+        f"{title}, on their own inputs, to their own weights",
     ]
-    worst = sorted(report.layers, key=lambda row: row.fp32.snr)[:_WORST]
-    width = max([len(row.name) for row in worst] + [28])
-    lines.append(
-        f"{f'the {len(worst)} worst of {len(report.layers)} layers':{width}} "
-        f"{'SNR':>7} {'largest':>9} {'cosine':>9}   on their own inputs, to their own weights"
-    )
     for row in worst:
         mark = "  FAILED" if row in report.failed else ""
-        lines.append(f"{row.name:{width}} {_columns(row.fp32)}{mark}")
-    lines += ["", f"{'images':28} {'':16} {'PSNR':>7} {'SSIM':>8} {'LPIPS':>8}"]
-    for image in report.images:
-        lpips = "-" if image.lpips is None else f"{image.lpips:.4f}"
-        lines.append(
-            f"{image.name:28} {image.pair:>16} {image.psnr:7.2f} {image.ssim:8.5f} {lpips:>8}"
-        )
-    if report.lpips_missing:
-        lines.append(f"no LPIPS: {report.lpips_missing}")
+        lines.append(f"{row.name:48} {_columns(row.fp32)}{mark}")
+    lines += ["", f"{'images to those of fp32':28} {'PSNR':>7} {'SSIM':>8} {'bf16':>9} {'SSIM':>8}"]
+    lines += [
+        f"{row.name:28} {row.psnr:7.2f} {row.ssim:8.5f} {row.floor_psnr:9.2f} {row.floor_ssim:8.5f}"
+        for row in report.images
+    ]
     if report.failed:
         lines.append(
             f"{len(report.failed)} layers have a larger error than rounding explains: their "
@@ -99,18 +92,11 @@ def text_from_report(report: QualityReport) -> str:
 
 def _table(title: str, rows: list[ErrorRow], precision: str) -> list[str]:
     width = max([len(row.name) for row in rows] + [28, len(title)])
-    heads = (f"{precision} to fp32", f"{precision} to bf16", "bf16 to fp32")
-    lines = [f"{title:{width}} " + " | ".join(f"{head:^27}" for head in heads)]
-    pick: tuple[Callable[[ErrorRow], ErrorSum | None], ...] = (
-        lambda row: row.fp32,
-        lambda row: row.bf16,
-        lambda row: row.floor,
-    )
-    for row in rows:
-        cells = (_columns(error) if (error := get(row)) else "" for get in pick)
-        lines.append(f"{row.name:{width}} " + " | ".join(f"{cell:27}" for cell in cells))
-    return lines
+    head = f"{title:{width}} {precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
+    return [head] + [
+        f"{row.name:{width}} {_columns(row.fp32):27} | {_columns(row.floor)}" for row in rows
+    ]
 
 
-def _columns(error: ErrorSum) -> str:
-    return f"{error.snr:7.2f} {error.largest:9.2e} {error.cosine:9.6f}"
+def _columns(error: Difference) -> str:
+    return f"{error.snr:7.2f} {error.max:9.2e} {error.cosine:9.6f}"

@@ -21,7 +21,6 @@ from klein_kv.errors import CapacityError
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.diffusers_run import DiffusersRun
 from klein_kv.export.checks.graph_runs import (
-    PROMPT,
     GraphRuns,
     Row,
     compare_outputs,
@@ -82,9 +81,9 @@ def verify_artifacts(
         results = {}
         for graph in ours.graphs.files:
             if graph != "vae_decoder":  # seen in whole runs
-                results[graph] = runs.run(graph), runs.inputs(graph)
+                results[graph] = runs.inputs(graph), runs.run(graph)
                 ours.backend.release(graph)
-        embeds = results["text_encoder"][0]["encoder_hidden_states"]
+        embeds = results["text_encoder"][1]["encoder_hidden_states"]
         images = list(_our_images(ours, runs, embeds))
         ours.close()
         theirs = DiffusersRun(checkpoint, ours.manifest.variant, layers, dtype, place)
@@ -122,11 +121,11 @@ def _rows(
     images: list[tuple[Array, Array]],
     embeds: Array,
 ) -> Iterator[Row]:
-    for graph, (outputs, inputs) in results.items():
-        expected = theirs.run(graph, inputs)
+    for graph, (inputs, outputs) in results.items():
+        rows = compare_outputs(ours, graph, outputs, theirs.run(graph, inputs))
         if graph == "text_encoder":
             theirs.load_denoiser()
-        yield from compare_outputs(ours, graph, outputs, expected)
+        yield from rows
     dtype, config = ours.manifest.dtype, ours.config
     for count, pair in enumerate(images):
         expected_pair = theirs.images(

@@ -19,7 +19,7 @@ def add_verify(add: AddVerb) -> None:
         "--against",
         type=Path,
         metavar="FP32_ARTIFACTS",
-        help="compare with these on the CPU instead, without diffusers and torch, and check the loop",
+        help="compare with these on the CPU, without diffusers, and run the loop",
     )
     sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
@@ -81,7 +81,8 @@ def _verify_against(args: argparse.Namespace) -> Result:
 
 
 def _verify_precision(args: argparse.Namespace) -> Result:
-    from klein_kv.export.checks.quality import dict_from_report, measure_quality, text_from_report
+    from klein_kv.export.checks.quality import measure_quality
+    from klein_kv.export.checks.quality_text import dict_from_report, text_from_report
     from klein_kv.export.checks.samples import make_samples
 
     report = measure_quality(
