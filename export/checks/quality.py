@@ -11,7 +11,8 @@ the noise floor below which nothing can be told. Errors are given
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from tqdm import tqdm
 
 from klein_kv.artifacts.attention_scales import AttentionScales, attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
+from klein_kv.artifacts.numbers import QuantizedLinear
+from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightIndex, WeightRef
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
     component_weights,
 )
-from klein_kv.export.checks.block_ops import ComparingOps, ForcedOps, TracingOps
+from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
 from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
@@ -43,9 +45,16 @@ from klein_kv.export.checks.torch_loop import (
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
-__all__ = ["ErrorRow", "ImageRow", "QualityReport", "measure_quality"]
+__all__ = [
+    "ErrorRow",
+    "ImageRow",
+    "QualityReport",
+    "dict_from_report",
+    "measure_quality",
+    "text_from_report",
+]
 
-_STEPS = 4
+_STEPS, _WORST = 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +138,6 @@ class QualityReport:
         return rows[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Networks:
-    """The three ways to compute one network."""
-
-    judge: TorchOps
-    floor: TorchOps
-    subject: ComparingOps
-
-    @property
-    def quiet(self) -> tuple[TorchOps, TorchOps, TorchOps]:
-        """The three, without comparing layers: that is done once, on the inputs of float32."""
-        ops = self.subject
-        subject = QuantizedOps(ops.weights, ops.dtype, ops.quantized, ops.attention_scales)
-        return self.judge, self.floor, subject
-
-
 def measure_quality(
     artifacts: Path,
     precision: str,
@@ -183,21 +176,29 @@ def measure_quality(
         component: load_quantized(artifacts, component, name)
         for component, name in manifest.precisions[precision].items()
     }
-    layers: dict[str, Difference] = {}
-    text, transformer = (
-        _networks(artifacts, manifest, name, parts.get(name), checkpoint, device, layers)
-        for name in ("text_encoder", "transformer")
-    )
     scales = None
     if kv or attention:
         own = component_weights(artifacts, manifest, "transformer")
         scales = attention_scales(manifest.config.transformer, parts["transformer"].attention, own)
-    if attention:
-        transformer.subject.attention_scales = scales
     report = QualityReport(
         precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else ""),
         "the artifacts' own weights" if checkpoint is None else str(checkpoint),
         len(samples),
+    )
+    layers: dict[str, Difference] = {}
+    text, transformer = (
+        _networks(
+            artifacts,
+            manifest,
+            component,
+            {} if component not in parts else parts[component].linears,
+            checkpoint,
+            device,
+            report,
+            layers,
+            scales if attention and component == "transformer" else None,
+        )
+        for component in ("text_encoder", "transformer")
     )
     vae = FloatVae(artifacts, manifest)
     progress: Any = tqdm(total=len(samples) * (_STEPS + 1), desc="measuring", disable=None)
@@ -205,8 +206,7 @@ def measure_quality(
         for i, sample in enumerate(samples):
             request = prepare_request(sample, manifest, vae, _STEPS)
             texts = [
-                encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens)
-                for ops in (text.judge, text.floor, text.subject)
+                encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens) for ops in text
             ]
             report.row(report.ends, "text embeddings").add(*texts)
             bar.update()
@@ -235,11 +235,14 @@ def _networks(
     artifacts: Path,
     manifest: Manifest,
     component: str,
-    quantized: QuantizedComponent | None,
+    linears: Mapping[str, QuantizedLinear],
     checkpoint: Path | None,
     device: str,
-    errors: dict[str, Difference],
-) -> _Networks:
+    report: QualityReport,
+    layers: dict[str, Difference],
+    attention: Mapping[str, AttentionScales] | None,
+) -> tuple[TorchOps, TorchOps, TorchOps]:
+    """A network in float32, which is the judge, in bfloat16 and in the precision."""
     own: Mapping[str, WeightRef] = component_weights(artifacts, manifest, component)
     reference = own
     if checkpoint is not None:
@@ -250,16 +253,22 @@ def _networks(
         )
         reference = index
     dtype: torch.dtype = getattr(torch, manifest.dtype)
-    linears = {} if quantized is None else quantized.linears
-    return _Networks(
-        TorchOps(MappedWeights(reference, torch.float32, device), torch.float32),
-        TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16),
-        ComparingOps(MappedWeights(own, dtype, device), dtype, linears, errors),
-    )
+    weights = MappedWeights(own, dtype, device)
+    exact = MappedWeights(reference, torch.float32, device)
+    floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
+    comparing = ComparingOps(weights, dtype, linears, layers, attention)
+    if component == "text_encoder":  # it has no blocks that could be run alone
+        return TorchOps(exact, torch.float32), floor, comparing
+
+    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
+        report.row(report.blocks, block).add(judge, *others)
+
+    judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
+    return judge, floor, QuantizedOps(weights, dtype, linears, attention)
 
 
 def _run(
-    networks: _Networks,
+    networks: tuple[TorchOps, TorchOps, TorchOps],
     manifest: Manifest,
     request: LoopRequest,
     texts: Sequence[torch.Tensor],
@@ -267,10 +276,10 @@ def _run(
     report: QualityReport,
     bar: Any,
 ) -> list[torch.Tensor]:
-    """Three whole loops, and the blocks of each of their steps; returns the final latents."""
+    """Three whole loops; returns the final latents."""
     keys: list[list[torch.Tensor]] = [[], [], []]
     if manifest.variant == "kv":
-        keys = [reference_kv(ops, manifest, request) for ops in networks.quiet]
+        keys = [reference_kv(ops, manifest, request) for ops in networks]
         if scales is not None:  # as graphs hand them on in float8 with constant scales
             constants = kv_scales(manifest.config.transformer, scales)
             keys[2] = [
@@ -280,31 +289,103 @@ def _run(
         if request.references is not None:
             for three in zip(*keys, strict=True):
                 report.row(report.ends, "reference keys and values").add(*three)
-            _blocks(networks, report, lambda ops: reference_kv(ops, manifest, request))
     latents = [request.noise] * 3
     for step in range(request.schedule.num_steps):
-        before = latents[0]
         latents = [
             run_step(ops, manifest, request, step, x, text, kv)
-            for ops, x, text, kv in zip(networks.quiet, latents, texts, keys, strict=True)
+            for ops, x, text, kv in zip(networks, latents, texts, keys, strict=True)
         ]
         report.row(report.ends, f"latents after step {step + 1}").add(*latents)
-
-        def again(ops: Any, step: int = step, before: torch.Tensor = before) -> object:
-            return run_step(ops, manifest, request, step, before, texts[0], keys[0])
-
-        _blocks(networks, report, again)
         bar.update()
     return latents
 
 
-def _blocks(networks: _Networks, report: QualityReport, run: Callable[[Any], object]) -> None:
-    tracing = TracingOps(networks.judge)
-    run(tracing)
-    floor, subject = (ForcedOps(ops, tracing.trace) for ops in (networks.floor, networks.subject))
-    run(floor)
-    run(subject)
-    for i, block in tracing.trace.starts():
-        if block:
-            judge = tracing.trace.streams[i]
-            report.row(report.blocks, block).add(judge, floor.outputs[i], subject.outputs[i])
+def dict_from_report(report: QualityReport) -> dict[str, Any]:
+    """Plain values; infinite ratios (no error at all) become null."""
+    both = f"{report.precision} to fp32", "bf16 to fp32"
+    blocks, ends = (
+        [
+            {"name": row.name, both[0]: _values(row.fp32), both[1]: _values(row.floor)}
+            for row in rows
+        ]
+        for rows in (report.blocks, report.ends)
+    )
+    return {
+        "ok": not report.failed,
+        "precision": report.precision,
+        "reference": report.reference,
+        "samples": report.samples,
+        "layers": [
+            {
+                "name": row.name,
+                "least_snr": None
+                if row.tolerance is None
+                else -20 * math.log10(row.tolerance.bound),
+                **_values(row.fp32),
+            }
+            for row in report.layers
+        ],
+        "blocks": blocks,
+        "end_to_end": ends,
+        "images": [
+            {"name": row.name, "pair": pair, "psnr": _finite(likeness[0]), "ssim": likeness[1]}
+            for row in report.images
+            for pair, likeness in zip(
+                both, ((row.psnr, row.ssim), (row.floor_psnr, row.floor_ssim)), strict=True
+            )
+        ],
+    }
+
+
+def _values(error: Difference) -> dict[str, Any]:
+    return {
+        "snr_db": _finite(error.snr),
+        "max_abs": _finite(error.max),
+        "cosine": _finite(error.cosine),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def text_from_report(report: QualityReport) -> str:
+    """Tables: every block, what came out, the worst layers, images."""
+    worst = sorted(report.layers, key=lambda row: row.fp32.snr)[:_WORST]
+    title = f"the {len(worst)} worst of {len(report.layers)} layers"
+    lines = [
+        f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
+        "SNR in dB (each 6 halve the error), largest difference, cosine",
+        "",
+        *_table("blocks, on their inputs in fp32", report.blocks, report.precision),
+        "",
+        *_table("end to end", report.ends, report.precision),
+        "",
+        f"{title}, on their own inputs, to their own weights",
+    ]
+    for row in worst:
+        mark = "  FAILED" if row in report.failed else ""
+        lines.append(f"{row.name:48} {_columns(row.fp32)}{mark}")
+    lines += ["", f"{'images to those of fp32':28} {'PSNR':>7} {'SSIM':>8} {'bf16':>9} {'SSIM':>8}"]
+    lines += [
+        f"{row.name:28} {row.psnr:7.2f} {row.ssim:8.5f} {row.floor_psnr:9.2f} {row.floor_ssim:8.5f}"
+        for row in report.images
+    ]
+    if report.failed:
+        lines.append(
+            f"{len(report.failed)} layers have a larger error than rounding explains: their "
+            "numbers or scales are damaged, or the calibration's requests were too unlike these"
+        )
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: list[ErrorRow], precision: str) -> list[str]:
+    width = max([len(row.name) for row in rows] + [28, len(title)])
+    head = f"{title:{width}} {precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
+    return [head] + [
+        f"{row.name:{width}} {_columns(row.fp32):27} | {_columns(row.floor)}" for row in rows
+    ]
+
+
+def _columns(error: Difference) -> str:
+    return f"{error.snr:7.2f} {error.max:9.2e} {error.cosine:9.6f}"

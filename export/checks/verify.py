@@ -7,20 +7,25 @@ float32 and float16 artifacts are held against diffusers in float32, so that the
 whole error; bfloat16 ones against diffusers in bfloat16, on the same device.
 """
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from numpy.typing import NDArray
+from PIL import Image
 
 from klein_kv.artifacts.config import ITEM_SIZE
+from klein_kv.artifacts.positions import grid_ids, text_ids
 from klein_kv.artifacts.weights import WeightIndex
-from klein_kv.errors import CapacityError
+from klein_kv.errors import CapacityError, CheckpointError
 from klein_kv.export.checks.compare import compare
-from klein_kv.export.checks.diffusers_run import DiffusersRun
 from klein_kv.export.checks.graph_runs import (
+    PROMPT,
     GraphRuns,
     Row,
     compare_outputs,
@@ -30,11 +35,176 @@ from klein_kv.export.checks.tolerances import run_tolerance
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.planning.memory import available_memory
 
-__all__ = ["text_from_rows", "verify_artifacts"]
+__all__ = ["DiffusersRun", "text_from_rows", "verify_artifacts"]
 
 _SEED, _MOST_REFERENCES = 0, 2
+_PIPELINES = {"kv": Flux2KleinKVPipeline, "plain": Flux2KleinPipeline}
+_TEXT = ("text_encoder", "tokenizer")
+_DENOISER = ("transformer", "vae")
 
 Array = NDArray[Any]
+
+
+class DiffusersRun:
+    """diffusers' pipeline on one checkpoint.
+
+    The text encoder is loaded first, and dropped by `load_denoiser`.
+
+    Args:
+        checkpoint: a folder in diffusers layout.
+        variant: "kv" or "plain".
+        layers: hidden states of the text encoder to read.
+        dtype: type of weights and activations.
+        device: where it runs.
+
+    Raises:
+        CheckpointError: diffusers cannot load it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        variant: str,
+        layers: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._variant = variant
+        self._layers = layers
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        # The K/V pipeline is not to be had without a transformer; the text's part is the same.
+        self._pipe = self._load(Flux2KleinPipeline, _DENOISER)
+
+    def _load(self, pipeline: Any, without: tuple[str, ...]) -> Any:
+        try:
+            pipe = pipeline.from_pretrained(
+                self._checkpoint,
+                dtype=self._dtype,
+                local_files_only=True,
+                **dict.fromkeys(without),
+            )
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"diffusers cannot load {self._checkpoint}: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self._device)
+
+    def load_denoiser(self) -> None:
+        """Drops the text encoder and loads transformer and VAE."""
+        self._pipe = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._pipe = self._load(_PIPELINES[self._variant], _TEXT)
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        """Floats in the pipeline's type, integers as they are."""
+        tensor = torch.tensor(array, device=self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
+
+        Args:
+            graph: any but "vae_decoder"; after the text encoder, call `load_denoiser`.
+            inputs: of the graph, in float32.
+
+        Returns:
+            Its outputs, but for latents that a step gives.
+        """
+        if graph == "text_encoder":
+            embeds, _ = self._pipe.encode_prompt(
+                PROMPT,
+                max_sequence_length=inputs["input_ids"].shape[1],
+                text_encoder_out_layers=self._layers,
+            )
+            return {"encoder_hidden_states": _array(embeds)}
+        x = {name: self._tensor(array) for name, array in inputs.items()}
+        if graph == "vae_encoder":
+            normal = x["image"].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            latent = self._pipe._encode_vae_image(normal.to(self._dtype), None)
+            return {"ref_hidden_states": _array(latent.permute(0, 2, 3, 1))}
+        if graph == "cached_step":
+            cache = self._cache(x)
+            return {
+                "noise_pred": _array(self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0])
+            }
+        references, ids = x["ref_hidden_states"], x["ref_ids"]
+        count = references.shape[1]
+        if graph == "encode_references":  # whatever the step is, keys and values are the same
+            x |= self._any_step()
+        latents, img_ids = x["hidden_states"], x["img_ids"]
+        if graph == "plain_step":  # plain weights take references as tokens of the image
+            x["hidden_states"] = torch.cat([latents, references], dim=1)
+            x["img_ids"] = torch.cat([img_ids, ids])
+            return {"noise_pred": _array(self._denoise(x)[0][:, : latents.shape[1]])}
+        x["hidden_states"] = torch.cat([references, latents], dim=1)
+        x["img_ids"] = torch.cat([ids, img_ids])
+        noise, cache = self._denoise(x, kv_cache_mode="extract", num_ref_tokens=count)
+        outputs = {} if graph == "encode_references" else {"noise_pred": _array(noise)}
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            outputs |= {f"k_ref.{i}": _array(layer.k_ref), f"v_ref.{i}": _array(layer.v_ref)}
+        return outputs
+
+    def _cache(self, x: Mapping[str, torch.Tensor]) -> Flux2KVCache:
+        config = self._pipe.transformer.config
+        cache = Flux2KVCache(config.num_layers, config.num_single_layers)
+        cache.num_ref_tokens = x["k_ref.0"].shape[1]
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            layer.store(x[f"k_ref.{i}"], x[f"v_ref.{i}"])
+        return cache
+
+    def _any_step(self) -> dict[str, torch.Tensor]:
+        config = self._pipe.transformer.config
+        channels, width = config.in_channels, config.joint_attention_dim
+        arrays = {
+            "hidden_states": np.zeros((1, 1, channels), np.float32),
+            "encoder_hidden_states": np.zeros((1, 1, width), np.float32),
+            "timestep": np.zeros(1, np.float32),
+            "img_ids": grid_ids(1, 1),
+            "txt_ids": text_ids(1),
+        }
+        return {name: self._tensor(array) for name, array in arrays.items()}
+
+    def _denoise(self, x: Mapping[str, torch.Tensor], **options: Any) -> Any:
+        return self._pipe.transformer(
+            hidden_states=x["hidden_states"],
+            encoder_hidden_states=x["encoder_hidden_states"],
+            timestep=x["timestep"] / 1000,
+            img_ids=x["img_ids"][None],
+            txt_ids=x["txt_ids"][None],
+            return_dict=False,
+            **options,
+        )
+
+    def images(
+        self, embeds: Array, references: list[Image.Image], size: tuple[int, int], seed: int
+    ) -> tuple[Array, Array]:
+        """A whole run of four steps: the last latents [1, S, C], and pixels uint8 [1, H, W, 3]."""
+        kept: list[Array] = []
+
+        def keep(_pipe: Any, _i: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            kept[:] = [_array(tensors["latents"])]
+            return {}
+
+        options = {} if self._variant == "kv" else {"guidance_scale": 1.0}
+        images = self._pipe(
+            image=references or None,
+            prompt_embeds=self._tensor(embeds.astype(np.float32)),
+            generator=torch.Generator().manual_seed(seed),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=4,
+            callback_on_step_end=keep,
+            **options,
+        ).images
+        return kept[0], np.stack([np.asarray(image) for image in images])
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array
 
 
 def verify_artifacts(

@@ -81,8 +81,7 @@ def _verify_against(args: argparse.Namespace) -> Result:
 
 
 def _verify_precision(args: argparse.Namespace) -> Result:
-    from klein_kv.export.checks.quality import measure_quality
-    from klein_kv.export.checks.quality_text import dict_from_report, text_from_report
+    from klein_kv.export.checks.quality import dict_from_report, measure_quality, text_from_report
     from klein_kv.export.checks.samples import make_samples
 
     report = measure_quality(
