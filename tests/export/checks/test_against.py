@@ -9,19 +9,23 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from klein_kv.artifacts.engine_manifest import EngineManifest
+from klein_kv.artifacts.engine_manifest import EngineManifest, ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.signature import KV_FLOAT8
 from klein_kv.cli import main
+from klein_kv.engines.sizes.profiles import engine_profiles
+from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import BackendError
 from klein_kv.export.checks.against import verify_against
 from klein_kv.export.checks.artifact_weights import component_weights
+from klein_kv.export.checks.graph_runs import Sizes, smallest_sizes
 from klein_kv.export.checks.report import Report
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.graphs.graph_files import save_quantized_graphs
@@ -384,3 +388,40 @@ def test_a_weight_scale_off_by_two_is_found(
     for graph in ("encode_references", "first_step"):
         assert "v_ref.0 is off by" in told.pop(float32(graph))
     assert set(told) <= {float32("cached_step")}
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [
+        ("default", Sizes((512, 512), ((64, 64),), 512)),
+        ("static-1024-4ref", Sizes((1024, 1024), ((1024, 1024),) * 4, 512)),
+    ],
+)
+def test_the_smallest_sizes_that_engines_serve(
+    tiny_artifacts: Path, tmp_path: Path, recipe: str, sizes: Sizes
+) -> None:
+    """Of engines built by a recipe of the package."""
+    folder = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts", copy_function=os.link))
+    manifest, engines = Manifest.load(folder), folder / "engines/sm120"
+    engines.mkdir(parents=True)
+    built = EngineManifest.load(make_engines(folder, engines))
+    records = {}
+    for graph, record in built.engines.items():
+        signature = manifest.graphs.signature(graph, manifest.config)
+        profiles = engine_profiles(signature, Recipe.load(recipe), manifest.config)
+        records[graph] = replace(
+            record,
+            profiles=tuple(ProfileRecord(one.name, one.symbols, one.shapes) for one in profiles),
+        )
+    replace(built, engines=records).save(engines)
+    pipe: Any = SimpleNamespace(
+        artifacts=folder,
+        manifest=manifest,
+        config=manifest.config,
+        graphs=manifest.graphs,
+        backend=SimpleNamespace(name="tensorrt"),
+    )
+    assert smallest_sizes(pipe) == sizes
