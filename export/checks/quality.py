@@ -11,7 +11,7 @@ the noise floor below which nothing can be told. Errors are given
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
 """
 
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,23 +22,19 @@ from tqdm import tqdm
 
 from klein_kv.artifacts.attention_scales import AttentionScales, attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
+from klein_kv.artifacts.numbers import QuantizedLinear
+from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightIndex, WeightRef
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
     component_weights,
 )
-from klein_kv.export.checks.block_ops import (
-    BlockTrace,
-    ComparingOps,
-    ErrorSum,
-    ForcedOps,
-    TracingOps,
-)
+from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
+from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
-from klein_kv.export.checks.image_metrics import lpips_distance, lpips_missing, psnr, ssim
 from klein_kv.export.checks.samples import Sample
+from klein_kv.export.checks.tolerances import TOLERANCES, Tolerance
 from klein_kv.export.checks.torch_loop import (
     LoopRequest,
     encode_prompt,
@@ -49,55 +45,60 @@ from klein_kv.export.checks.torch_loop import (
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
-__all__ = ["LEAST_SNR", "ErrorRow", "ImageRow", "QualityReport", "measure_quality"]
+__all__ = [
+    "ErrorRow",
+    "ImageRow",
+    "QualityReport",
+    "dict_from_report",
+    "measure_quality",
+    "text_from_report",
+]
 
-_log = logging.getLogger(__name__)
-
-LEAST_SNR = {"fp8": 15.0, "nvfp4": 8.0}
-"""A layer's signal-to-noise ratio in dB below which something other than rounding is at work. A
-scale that is off by 2 gives 6 dB or less, exchanged halves of bytes about 0; rounding normally
-distributed numbers gives about 28 (fp8) and 17 (nvfp4)."""
-
-STEPS = 4
+_STEPS, _WORST = 4, 5
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """Errors of one quantity.
+    """Errors of one quantity, added up over all requests.
 
     Attributes:
         name: layer, block, or what came out.
         fp32: of the precision against float32; for a layer against its own weight.
-        bf16: of the precision against bfloat16; None for a layer.
-        floor: of bfloat16 against float32; None for a layer.
+        floor: of bfloat16 against float32; nothing is added to it for a layer.
+        tolerance: of a layer: a larger error is more than rounding.
     """
 
     name: str
-    fp32: ErrorSum
-    bf16: ErrorSum | None = None
-    floor: ErrorSum | None = None
+    fp32: Difference = field(default_factory=Difference)
+    floor: Difference = field(default_factory=Difference)
+    tolerance: Tolerance | None = None
+
+    def add(self, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
+        """Adds what float32, bfloat16 and the precision gave."""
+        self.fp32.add(subject, judge)
+        self.floor.add(floor, judge)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """Likeness of one image.
+    """Likeness of the images of one request to those of float32.
 
     Attributes:
         name: the request.
-        pair: what is compared, e.g. "fp8 to fp32".
         psnr: dB, infinite for equal images.
         ssim: 1 for equal images.
-        lpips: 0 for equal images; None where LPIPS cannot run.
+        floor_psnr: of bfloat16's image.
+        floor_ssim: of bfloat16's image.
     """
 
     name: str
-    pair: str
     psnr: float
     ssim: float
-    lpips: float | None
+    floor_psnr: float
+    floor_ssim: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class QualityReport:
     """Everything that was measured.
 
@@ -109,51 +110,32 @@ class QualityReport:
         blocks: by block.
         ends: text, keys and values, latents.
         images: by request.
-        lpips_missing: why there is no LPIPS; "" if there is.
-        least: `LEAST_SNR` of each layer's format, by name.
     """
 
     precision: str
     reference: str
     samples: int
-    layers: list[ErrorRow]
-    blocks: list[ErrorRow]
-    ends: list[ErrorRow]
-    images: list[ImageRow]
-    lpips_missing: str
-    least: dict[str, float] = field(default_factory=dict)
+    layers: list[ErrorRow] = field(default_factory=list)
+    blocks: list[ErrorRow] = field(default_factory=list)
+    ends: list[ErrorRow] = field(default_factory=list)
+    images: list[ImageRow] = field(default_factory=list)
 
     @property
     def failed(self) -> list[ErrorRow]:
         """Layers whose error is larger than rounding explains."""
-        return [row for row in self.layers if not row.fp32.snr >= self.least[row.name]]
+        return [
+            row
+            for row in self.layers
+            if row.tolerance is not None and not row.fp32.relative <= row.tolerance.bound
+        ]
 
-
-@dataclass(slots=True)
-class _Errors:
-    """Three comparisons of one quantity, added up."""
-
-    fp32: ErrorSum = field(default_factory=ErrorSum)
-    bf16: ErrorSum = field(default_factory=ErrorSum)
-    floor: ErrorSum = field(default_factory=ErrorSum)
-
-    def add(self, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
-        self.fp32.add(subject, judge)
-        self.bf16.add(subject, floor)
-        self.floor.add(floor, judge)
-
-
-@dataclass(frozen=True, slots=True)
-class _Networks:
-    """The three ways to compute one network."""
-
-    judge: TorchOps
-    floor: TorchOps
-    subject: ComparingOps
-
-    @property
-    def all(self) -> tuple[TorchOps, TorchOps, TorchOps]:
-        return self.judge, self.floor, self.subject
+    def row(self, rows: list[ErrorRow], name: str) -> ErrorRow:
+        """The row of that name, a new one if there is none."""
+        for row in rows:
+            if row.name == name:
+                return row
+        rows.append(ErrorRow(name))
+        return rows[-1]
 
 
 def measure_quality(
@@ -194,60 +176,73 @@ def measure_quality(
         component: load_quantized(artifacts, component, name)
         for component, name in manifest.precisions[precision].items()
     }
-    label = precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else "")
-    layer_errors: dict[str, ErrorSum] = {}
-    networks = {
-        component: _networks(
-            artifacts, manifest, component, parts.get(component), checkpoint, device, layer_errors
-        )
-        for component in ("transformer", "text_encoder")
-    }
     scales = None
     if kv or attention:
         own = component_weights(artifacts, manifest, "transformer")
         scales = attention_scales(manifest.config.transformer, parts["transformer"].attention, own)
-    if attention:
-        networks["transformer"].subject.attention_scales = scales
-    measured = _Measured(label)
+    report = QualityReport(
+        precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else ""),
+        "the artifacts' own weights" if checkpoint is None else str(checkpoint),
+        len(samples),
+    )
+    layers: dict[str, Difference] = {}
+    text, transformer = (
+        _networks(
+            artifacts,
+            manifest,
+            component,
+            {} if component not in parts else parts[component].linears,
+            checkpoint,
+            device,
+            report,
+            layers,
+            scales if attention and component == "transformer" else None,
+        )
+        for component in ("text_encoder", "transformer")
+    )
     vae = FloatVae(artifacts, manifest)
-    progress: Any = tqdm(total=len(samples) * (STEPS + 1), desc="measuring", disable=None)
+    progress: Any = tqdm(total=len(samples) * (_STEPS + 1), desc="measuring", disable=None)
     with torch.inference_mode(), progress as bar:
         for i, sample in enumerate(samples):
-            request = prepare_request(sample, manifest, vae, STEPS)
+            request = prepare_request(sample, manifest, vae, _STEPS)
             texts = [
-                encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens)
-                for ops in networks["text_encoder"].all
+                encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens) for ops in text
             ]
-            measured.end("text embeddings").add(*texts)
+            report.row(report.ends, "text embeddings").add(*texts)
             bar.update()
-            finals = _run(networks["transformer"], manifest, request, texts, scales, measured, bar)
-            name = f"request {i + 1}, {len(sample.images)} references"
-            measured.image(name, *(_decode(vae, request, x) for x in finals))
-    formats = {
-        name: linear.format for part in parts.values() for name, linear in part.linears.items()
-    }
-    return QualityReport(
-        precision=label,
-        reference="the artifacts' own weights" if checkpoint is None else str(checkpoint),
-        samples=len(samples),
-        layers=[ErrorRow(name, layer_errors[name]) for name in formats if name in layer_errors],
-        blocks=[ErrorRow(n, e.fp32, e.bf16, e.floor) for n, e in measured.blocks.items()],
-        ends=[ErrorRow(n, e.fp32, e.bf16, e.floor) for n, e in measured.ends.items()],
-        images=measured.images,
-        lpips_missing=measured.lpips_missing,
-        least={name: LEAST_SNR[kind] for name, kind in formats.items()},
-    )
+            finals = _run(transformer, manifest, request, texts, scales, report, bar)
+            judge, floor, subject = (
+                vae.decode(x.float().cpu().reshape(1, *request.grid, -1).numpy())[0] for x in finals
+            )
+            report.images.append(
+                ImageRow(
+                    f"request {i + 1}, {len(sample.images)} references",
+                    psnr(subject, judge),
+                    ssim(subject, judge),
+                    psnr(floor, judge),
+                    ssim(floor, judge),
+                )
+            )
+    for part in parts.values():
+        for name, linear in part.linears.items():
+            if name in layers:
+                tolerance = TOLERANCES["layer", linear.format]
+                report.layers.append(ErrorRow(name, layers[name], tolerance=tolerance))
+    return report
 
 
 def _networks(
     artifacts: Path,
     manifest: Manifest,
     component: str,
-    quantized: QuantizedComponent | None,
+    linears: Mapping[str, QuantizedLinear],
     checkpoint: Path | None,
     device: str,
-    errors: dict[str, ErrorSum],
-) -> _Networks:
+    report: QualityReport,
+    layers: dict[str, Difference],
+    attention: Mapping[str, AttentionScales] | None,
+) -> tuple[TorchOps, TorchOps, TorchOps]:
+    """A network in float32, which is the judge, in bfloat16 and in the precision."""
     own: Mapping[str, WeightRef] = component_weights(artifacts, manifest, component)
     reference = own
     if checkpoint is not None:
@@ -259,105 +254,138 @@ def _networks(
         reference = index
     dtype: torch.dtype = getattr(torch, manifest.dtype)
     weights = MappedWeights(own, dtype, device)
-    linears = {} if quantized is None else quantized.linears
-    return _Networks(
-        TorchOps(MappedWeights(reference, torch.float32, device), torch.float32),
-        TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16),
-        ComparingOps(weights, dtype, linears, errors),
-    )
+    exact = MappedWeights(reference, torch.float32, device)
+    floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
+    comparing = ComparingOps(weights, dtype, linears, layers, attention)
+    if component == "text_encoder":  # it has no blocks that could be run alone
+        return TorchOps(exact, torch.float32), floor, comparing
 
+    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
+        report.row(report.blocks, block).add(judge, *others)
 
-class _Measured:
-    """Errors by name, and images."""
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-        self.blocks: dict[str, _Errors] = {}
-        self.ends: dict[str, _Errors] = {}
-        self.images: list[ImageRow] = []
-        self.lpips_missing = lpips_missing()
-
-    def end(self, name: str) -> _Errors:
-        return self.ends.setdefault(name, _Errors())
-
-    def image(self, name: str, judge: Any, floor: Any, subject: Any) -> None:
-        for pair, a, b in (
-            (f"{self.precision} to fp32", subject, judge),
-            (f"{self.precision} to bf16", subject, floor),
-            ("bf16 to fp32", floor, judge),
-        ):
-            lpips = None if self.lpips_missing else lpips_distance(a, b)
-            self.images.append(ImageRow(name, pair, psnr(a, b), ssim(a, b), lpips))
-
-
-def _decode(vae: FloatVae, request: LoopRequest, latents: torch.Tensor) -> Any:
-    grid = latents.float().cpu().reshape(1, *request.grid, -1)
-    return vae.decode(grid.numpy())[0]
+    judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
+    return judge, floor, QuantizedOps(weights, dtype, linears, attention)
 
 
 def _run(
-    networks: _Networks,
+    networks: tuple[TorchOps, TorchOps, TorchOps],
     manifest: Manifest,
     request: LoopRequest,
     texts: Sequence[torch.Tensor],
     scales: Mapping[str, AttentionScales] | None,
-    measured: _Measured,
+    report: QualityReport,
     bar: Any,
 ) -> list[torch.Tensor]:
-    """Three whole loops, and the blocks of each of their steps; returns the final latents."""
+    """Three whole loops; returns the final latents."""
     keys: list[list[torch.Tensor]] = [[], [], []]
     if manifest.variant == "kv":
-        keys = [reference_kv(ops, manifest, request) for ops in _free(networks)]
-        if scales is not None:
-            keys[2] = _round_kv(keys[2], kv_scales(manifest.config.transformer, scales))
+        keys = [reference_kv(ops, manifest, request) for ops in networks]
+        if scales is not None:  # as graphs hand them on in float8 with constant scales
+            constants = kv_scales(manifest.config.transformer, scales)
+            keys[2] = [
+                round_to_fp8(x, scale).to(x.dtype)
+                for x, scale in zip(keys[2], constants, strict=True)
+            ]
         if request.references is not None:
             for three in zip(*keys, strict=True):
-                measured.end("reference keys and values").add(*three)
-            _blocks(networks, measured, lambda ops: reference_kv(ops, manifest, request))
+                report.row(report.ends, "reference keys and values").add(*three)
     latents = [request.noise] * 3
     for step in range(request.schedule.num_steps):
-        before = latents[0]
         latents = [
             run_step(ops, manifest, request, step, x, text, kv)
-            for ops, x, text, kv in zip(_free(networks), latents, texts, keys, strict=True)
+            for ops, x, text, kv in zip(networks, latents, texts, keys, strict=True)
         ]
-        measured.end(f"latents after step {step + 1}").add(*latents)
-        _blocks(
-            networks,
-            measured,
-            lambda ops, step=step, before=before: run_step(
-                ops, manifest, request, step, before, texts[0], keys[0]
-            ),
-        )
+        report.row(report.ends, f"latents after step {step + 1}").add(*latents)
         bar.update()
     return latents
 
 
-def _free(networks: _Networks) -> tuple[TorchOps, TorchOps, TorchOps]:
-    """The three, without comparing layers: that is done once, on the inputs of float32."""
-    judge, floor, subject = networks.judge, networks.floor, networks.subject
-    return (
-        judge,
-        floor,
-        QuantizedOps(subject.weights, subject.dtype, subject.quantized, subject.attention_scales),
+def dict_from_report(report: QualityReport) -> dict[str, Any]:
+    """Plain values; infinite ratios (no error at all) become null."""
+    both = f"{report.precision} to fp32", "bf16 to fp32"
+    blocks, ends = (
+        [
+            {"name": row.name, both[0]: _values(row.fp32), both[1]: _values(row.floor)}
+            for row in rows
+        ]
+        for rows in (report.blocks, report.ends)
     )
+    return {
+        "ok": not report.failed,
+        "precision": report.precision,
+        "reference": report.reference,
+        "samples": report.samples,
+        "layers": [
+            {
+                "name": row.name,
+                "least_snr": None
+                if row.tolerance is None
+                else -20 * math.log10(row.tolerance.bound),
+                **_values(row.fp32),
+            }
+            for row in report.layers
+        ],
+        "blocks": blocks,
+        "end_to_end": ends,
+        "images": [
+            {"name": row.name, "pair": pair, "psnr": _finite(likeness[0]), "ssim": likeness[1]}
+            for row in report.images
+            for pair, likeness in zip(
+                both, ((row.psnr, row.ssim), (row.floor_psnr, row.floor_ssim)), strict=True
+            )
+        ],
+    }
 
 
-def _round_kv(kv: Sequence[torch.Tensor], scales: Sequence[float]) -> list[torch.Tensor]:
-    """Keys and values as graphs hand them on in float8 with constant scales."""
-    return [round_to_fp8(x, scale).to(x.dtype) for x, scale in zip(kv, scales, strict=True)]
+def _values(error: Difference) -> dict[str, Any]:
+    return {
+        "snr_db": _finite(error.snr),
+        "max_abs": _finite(error.max),
+        "cosine": _finite(error.cosine),
+    }
 
 
-def _blocks(networks: _Networks, measured: _Measured, run: Any) -> None:
-    tracing = TracingOps(networks.judge)
-    run(tracing)
-    trace: BlockTrace = tracing.trace
-    outputs = []
-    for ops in (networks.floor, networks.subject):
-        forced = ForcedOps(ops, trace)
-        run(forced)
-        outputs.append(forced.outputs)
-    for i, block in trace.starts():
-        if block:
-            errors = measured.blocks.setdefault(block, _Errors())
-            errors.add(trace.streams[i], *(held[i] for held in outputs))
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def text_from_report(report: QualityReport) -> str:
+    """Tables: every block, what came out, the worst layers, images."""
+    worst = sorted(report.layers, key=lambda row: row.fp32.snr)[:_WORST]
+    title = f"the {len(worst)} worst of {len(report.layers)} layers"
+    lines = [
+        f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
+        "SNR in dB (each 6 halve the error), largest difference, cosine",
+        "",
+        *_table("blocks, on their inputs in fp32", report.blocks, report.precision),
+        "",
+        *_table("end to end", report.ends, report.precision),
+        "",
+        f"{title}, on their own inputs, to their own weights",
+    ]
+    for row in worst:
+        mark = "  FAILED" if row in report.failed else ""
+        lines.append(f"{row.name:48} {_columns(row.fp32)}{mark}")
+    lines += ["", f"{'images to those of fp32':28} {'PSNR':>7} {'SSIM':>8} {'bf16':>9} {'SSIM':>8}"]
+    lines += [
+        f"{row.name:28} {row.psnr:7.2f} {row.ssim:8.5f} {row.floor_psnr:9.2f} {row.floor_ssim:8.5f}"
+        for row in report.images
+    ]
+    if report.failed:
+        lines.append(
+            f"{len(report.failed)} layers have a larger error than rounding explains: their "
+            "numbers or scales are damaged, or the calibration's requests were too unlike these"
+        )
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: list[ErrorRow], precision: str) -> list[str]:
+    width = max([len(row.name) for row in rows] + [28, len(title)])
+    head = f"{title:{width}} {precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
+    return [head] + [
+        f"{row.name:{width}} {_columns(row.fp32):27} | {_columns(row.floor)}" for row in rows
+    ]
+
+
+def _columns(error: Difference) -> str:
+    return f"{error.snr:7.2f} {error.max:9.2e} {error.cosine:9.6f}"

@@ -7,93 +7,204 @@ float32 and float16 artifacts are held against diffusers in float32, so that the
 whole error; bfloat16 ones against diffusers in bfloat16, on the same device.
 """
 
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import gc
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.artifacts.config import ITEM_SIZE
-from klein_kv.artifacts.pixels import prepare_reference
-from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
-from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.positions import grid_ids, text_ids
 from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import CapacityError, CheckpointError
-from klein_kv.export.checks.diffusers_run import DiffusersRun
-from klein_kv.runtime.backends.backend import Backend
+from klein_kv.export.checks.compare import compare
+from klein_kv.export.checks.graph_runs import (
+    PROMPT,
+    GraphRuns,
+    Row,
+    compare_outputs,
+    smallest_sizes,
+)
+from klein_kv.export.checks.tolerances import run_tolerance
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.planning.memory import available_memory
-from klein_kv.schedule import round_to_dtype
 
-__all__ = ["TOLERANCES", "ParityRow", "verify_artifacts"]
+__all__ = ["DiffusersRun", "text_from_rows", "verify_artifacts"]
 
-_log = logging.getLogger(__name__)
-
-TOLERANCES = {
-    # Largest relative error allowed, by type of the artifacts: tensors, then uint8 pixels. Measured
-    # on small random models on a CPU, whose errors grow with depth as those of large ones do:
-    "float32": (1e-4, 1e-3),  # 1.6e-6, 5.4e-5
-    "float16": (3e-2, 2e-2),  # 9.4e-3, 4.4e-3 (the timesteps' rounding)
-    "bfloat16": (0.1, 5e-2),  # 2.8e-2 (text encoder), 5.6e-3
-}
-_PROMPT = "a red kite over the sea, photograph"
-_TEXT_TOKENS = 64
-_TIME = np.array([0.7435], np.float32)
-_SEED = 0
+_SEED, _MOST_REFERENCES = 0, 2
+_PIPELINES = {"kv": Flux2KleinKVPipeline, "plain": Flux2KleinPipeline}
+_TEXT = ("text_encoder", "tokenizer")
+_DENOISER = ("transformer", "vae")
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ParityRow:
-    """One comparison.
+class DiffusersRun:
+    """diffusers' pipeline on one checkpoint.
 
-    Attributes:
-        name: graph and tensor, or "end to end" with what was asked for.
-        relative: norm of the difference over the norm of diffusers' result.
-        max_abs: largest absolute difference.
-        mean_abs: mean absolute difference.
-        cosine: cosine similarity of the flattened arrays.
-        tolerance: what `relative` may be.
+    The text encoder is loaded first, and dropped by `load_denoiser`.
+
+    Args:
+        checkpoint: a folder in diffusers layout.
+        variant: "kv" or "plain".
+        layers: hidden states of the text encoder to read.
+        dtype: type of weights and activations.
+        device: where it runs.
+
+    Raises:
+        CheckpointError: diffusers cannot load it.
     """
 
-    name: str
-    relative: float
-    max_abs: float
-    mean_abs: float
-    cosine: float
-    tolerance: float
+    def __init__(
+        self,
+        checkpoint: Path,
+        variant: str,
+        layers: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._variant = variant
+        self._layers = layers
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        # The K/V pipeline is not to be had without a transformer; the text's part is the same.
+        self._pipe = self._load(Flux2KleinPipeline, _DENOISER)
 
-    @property
-    def ok(self) -> bool:
-        """Whether the difference is within tolerance."""
-        return bool(self.relative <= self.tolerance)
+    def _load(self, pipeline: Any, without: tuple[str, ...]) -> Any:
+        try:
+            pipe = pipeline.from_pretrained(
+                self._checkpoint,
+                dtype=self._dtype,
+                local_files_only=True,
+                **dict.fromkeys(without),
+            )
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"diffusers cannot load {self._checkpoint}: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self._device)
+
+    def load_denoiser(self) -> None:
+        """Drops the text encoder and loads transformer and VAE."""
+        self._pipe = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._pipe = self._load(_PIPELINES[self._variant], _TEXT)
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        """Floats in the pipeline's type, integers as they are."""
+        tensor = torch.tensor(array, device=self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
+
+        Args:
+            graph: any but "vae_decoder"; after the text encoder, call `load_denoiser`.
+            inputs: of the graph, in float32.
+
+        Returns:
+            Its outputs, but for latents that a step gives.
+        """
+        if graph == "text_encoder":
+            embeds, _ = self._pipe.encode_prompt(
+                PROMPT,
+                max_sequence_length=inputs["input_ids"].shape[1],
+                text_encoder_out_layers=self._layers,
+            )
+            return {"encoder_hidden_states": _array(embeds)}
+        x = {name: self._tensor(array) for name, array in inputs.items()}
+        if graph == "vae_encoder":
+            normal = x["image"].permute(0, 3, 1, 2).float() / 255 * 2 - 1
+            latent = self._pipe._encode_vae_image(normal.to(self._dtype), None)
+            return {"ref_hidden_states": _array(latent.permute(0, 2, 3, 1))}
+        if graph == "cached_step":
+            cache = self._cache(x)
+            return {
+                "noise_pred": _array(self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0])
+            }
+        references, ids = x["ref_hidden_states"], x["ref_ids"]
+        count = references.shape[1]
+        if graph == "encode_references":  # whatever the step is, keys and values are the same
+            x |= self._any_step()
+        latents, img_ids = x["hidden_states"], x["img_ids"]
+        if graph == "plain_step":  # plain weights take references as tokens of the image
+            x["hidden_states"] = torch.cat([latents, references], dim=1)
+            x["img_ids"] = torch.cat([img_ids, ids])
+            return {"noise_pred": _array(self._denoise(x)[0][:, : latents.shape[1]])}
+        x["hidden_states"] = torch.cat([references, latents], dim=1)
+        x["img_ids"] = torch.cat([ids, img_ids])
+        noise, cache = self._denoise(x, kv_cache_mode="extract", num_ref_tokens=count)
+        outputs = {} if graph == "encode_references" else {"noise_pred": _array(noise)}
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            outputs |= {f"k_ref.{i}": _array(layer.k_ref), f"v_ref.{i}": _array(layer.v_ref)}
+        return outputs
+
+    def _cache(self, x: Mapping[str, torch.Tensor]) -> Flux2KVCache:
+        config = self._pipe.transformer.config
+        cache = Flux2KVCache(config.num_layers, config.num_single_layers)
+        cache.num_ref_tokens = x["k_ref.0"].shape[1]
+        for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
+            layer.store(x[f"k_ref.{i}"], x[f"v_ref.{i}"])
+        return cache
+
+    def _any_step(self) -> dict[str, torch.Tensor]:
+        config = self._pipe.transformer.config
+        channels, width = config.in_channels, config.joint_attention_dim
+        arrays = {
+            "hidden_states": np.zeros((1, 1, channels), np.float32),
+            "encoder_hidden_states": np.zeros((1, 1, width), np.float32),
+            "timestep": np.zeros(1, np.float32),
+            "img_ids": grid_ids(1, 1),
+            "txt_ids": text_ids(1),
+        }
+        return {name: self._tensor(array) for name, array in arrays.items()}
+
+    def _denoise(self, x: Mapping[str, torch.Tensor], **options: Any) -> Any:
+        return self._pipe.transformer(
+            hidden_states=x["hidden_states"],
+            encoder_hidden_states=x["encoder_hidden_states"],
+            timestep=x["timestep"] / 1000,
+            img_ids=x["img_ids"][None],
+            txt_ids=x["txt_ids"][None],
+            return_dict=False,
+            **options,
+        )
+
+    def images(
+        self, embeds: Array, references: list[Image.Image], size: tuple[int, int], seed: int
+    ) -> tuple[Array, Array]:
+        """A whole run of four steps: the last latents [1, S, C], and pixels uint8 [1, H, W, 3]."""
+        kept: list[Array] = []
+
+        def keep(_pipe: Any, _i: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            kept[:] = [_array(tensors["latents"])]
+            return {}
+
+        options = {} if self._variant == "kv" else {"guidance_scale": 1.0}
+        images = self._pipe(
+            image=references or None,
+            prompt_embeds=self._tensor(embeds.astype(np.float32)),
+            generator=torch.Generator().manual_seed(seed),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=4,
+            callback_on_step_end=keep,
+            **options,
+        ).images
+        return kept[0], np.stack([np.asarray(image) for image in images])
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What both sides compute on, on the host.
-
-    Attributes:
-        pixels: reference images, uint8 [1, H, W, 3].
-        embeds: our text embeddings [1, T, D].
-        step: inputs of a step, except the text.
-        references: `ref_hidden_states`, from our VAE encoder, and `ref_ids`.
-        pictures: reference images of whole runs.
-        size: height and width of what whole runs make.
-    """
-
-    pixels: list[NDArray[np.uint8]]
-    embeds: Array
-    step: dict[str, Array]
-    references: dict[str, Array]
-    pictures: list[Image.Image]
-    size: tuple[int, int]
+def _array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array
 
 
 def verify_artifacts(
@@ -103,19 +214,19 @@ def verify_artifacts(
     backend: str = "auto",
     device: str | None = None,
     threads: int | None = None,
-) -> list[ParityRow]:
+) -> list[Row]:
     """Runs both and compares.
 
     Args:
         artifacts: an exported folder.
         checkpoint: the checkpoint it came from, in diffusers layout.
-        backend: what runs the artifacts, a name of `runtime.backend.BACKENDS`.
+        backend: what runs the artifacts, a name of `runtime.backends.backend.BACKENDS`.
         device: where; diffusers runs there too if that is a GPU of the torch backend, else on the
             CPU.
         threads: CPU threads of our backend.
 
     Raises:
-        CheckpointError: diffusers cannot load the checkpoint.
+        CheckpointError: diffusers cannot load the checkpoint, or it is another model.
         ArtifactError: the artifacts are not whole.
         BackendError: the backend cannot run them, as onnxruntime bfloat16 on a CPU.
         CapacityError: diffusers' weights do not fit into memory.
@@ -129,28 +240,70 @@ def verify_artifacts(
         prompt_cache_bytes=0,
     )
     ours.set_progress_bar_config(disable=True)
-    kind = ours.manifest.dtype
     place = getattr(ours.backend, "device", None)
     if not isinstance(place, torch.device):  # not the torch backend's
         place = torch.device("cpu")
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if ours.manifest.dtype == "bfloat16" else torch.float32
     _check_memory(checkpoint, dtype, place)
-
-    found: dict[str, Array] = {}
+    layers = ours.config.text_encoder.layers
     with torch.no_grad():
-        inputs = _our_inputs(ours, found, str(dtype).removeprefix("torch."))
-        found |= _our_graphs(ours, inputs)
-        found |= _our_images(ours, inputs)
-        for graph in ours.manifest.graphs.files:
-            ours.backend.release(graph)
-        variant, layers = ours.manifest.variant, ours.config.text_encoder.layers
-        del ours
-        theirs = DiffusersRun(checkpoint, variant, dtype, place)
-        rows = []
-        for name, expected in _their_results(theirs, inputs, layers):
-            tolerance = TOLERANCES[kind][expected.dtype == np.uint8]
-            rows.append(_row(name, found.pop(name), expected, tolerance))
-    return rows
+        runs = GraphRuns(ours, smallest_sizes(ours))
+        results = {}
+        for graph in ours.graphs.files:
+            if graph != "vae_decoder":  # seen in whole runs
+                results[graph] = runs.inputs(graph), runs.run(graph)
+                ours.backend.release(graph)
+        embeds = results["text_encoder"][1]["encoder_hidden_states"]
+        images = list(_our_images(ours, runs, embeds))
+        ours.close()
+        theirs = DiffusersRun(checkpoint, ours.manifest.variant, layers, dtype, place)
+        return list(_rows(ours, theirs, runs, results, images, embeds))
+
+
+def _our_images(
+    ours: KleinKVPipeline, runs: GraphRuns, embeds: Array
+) -> Iterator[tuple[Array, Array]]:
+    """Last latents and pixels of whole runs with no, one and two references."""
+    latents: list[Array] = []
+
+    def keep(_pipe: Any, _i: int, _time: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [np.array(tensors["latents"])]
+        return {}
+
+    height, width = runs.sizes.output
+    for count in range(_MOST_REFERENCES + 1):
+        out: Any = ours(
+            image=runs.sizes.pictures()[:count] or None,
+            prompt_embeds=embeds,
+            generator=torch.Generator().manual_seed(_SEED),
+            height=height,
+            width=width,
+            callback_on_step_end=keep,
+        )
+        yield latents[0], np.stack([np.asarray(image) for image in out.images])
+
+
+def _rows(
+    ours: KleinKVPipeline,
+    theirs: DiffusersRun,
+    runs: GraphRuns,
+    results: dict[str, tuple[dict[str, Array], dict[str, Array]]],
+    images: list[tuple[Array, Array]],
+    embeds: Array,
+) -> Iterator[Row]:
+    for graph, (inputs, outputs) in results.items():
+        rows = compare_outputs(ours, graph, outputs, theirs.run(graph, inputs))
+        if graph == "text_encoder":
+            theirs.load_denoiser()
+        yield from rows
+    dtype, config = ours.manifest.dtype, ours.config
+    for count, pair in enumerate(images):
+        expected_pair = theirs.images(
+            embeds, runs.sizes.pictures()[:count], runs.sizes.output, _SEED
+        )
+        for what, got, expected in zip(("latents", "pixels"), pair, expected_pair, strict=True):
+            name = f"end to end, {count} references, {what}"
+            yield Row(name, compare(got, expected), run_tolerance(what, dtype, config))
 
 
 def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> None:
@@ -176,134 +329,14 @@ def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> 
             )
 
 
-def _picture(width: int, height: int, seed: int) -> Image.Image:
-    """A smooth colour picture with some detail; any will do, it only has to be the same."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _run(backend: Backend, graph: str, inputs: dict[str, Array]) -> dict[str, Array]:
-    buffers = {name: backend.upload(array) for name, array in inputs.items()}
-    return {name: backend.download(x) for name, x in backend.run(graph, buffers).items()}
-
-
-def _our_inputs(ours: KleinKVPipeline, found: dict[str, Array], time_dtype: str) -> _Inputs:
-    """Runs text encoder and VAE encoder, whose results are inputs of the transformer."""
-    config, unit = ours.config, ours.config.vae.multiple_of
-    embeds = ours.encode_prompt(_PROMPT, _TEXT_TOKENS, config.text_encoder.layers)
-    ours.backend.release("text_encoder")
-    found["text_encoder"] = embeds
-    images = [_picture(9 * unit, 8 * unit, 1), _picture(8 * unit, 10 * unit, 2)]
-    pixels = [prepare_reference(image, unit) for image in images]
-    grids, tokens = [], []
-    for i, image in enumerate(pixels):
-        got = _run(ours.backend, "vae_encoder", {"image": image})["ref_hidden_states"]
-        found[f"vae_encoder, image {i + 1}"] = got
-        grids.append((got.shape[1], got.shape[2]))
-        tokens.append(got.reshape(1, -1, got.shape[3]))
-    grid = (8, 11)
-    shape = (1, grid[0] * grid[1], config.transformer.in_channels)
-    latents = np.random.default_rng(_SEED).standard_normal(shape).astype(embeds.dtype)
-    # As it comes out of diffusers, which rounds the time to its own type and back.
-    time = round_to_dtype(round_to_dtype(_TIME, time_dtype) * np.float32(1000), time_dtype)
-    return _Inputs(
-        pixels=pixels,
-        embeds=embeds,
-        step={
-            "hidden_states": latents,
-            "timestep": time,
-            "sigma_step": np.array([-0.25], np.float32),
-            "img_ids": grid_ids(*grid),
-            "txt_ids": text_ids(_TEXT_TOKENS),
-        },
-        references={
-            "ref_hidden_states": np.concatenate(tokens, axis=1),
-            "ref_ids": reference_ids(grids),
-        },
-        pictures=[_picture(10 * unit, 9 * unit, 3), _picture(8 * unit, 13 * unit, 4)],
-        size=(12 * unit, 9 * unit),
-    )
-
-
-def _our_graphs(ours: KleinKVPipeline, inputs: _Inputs) -> dict[str, Array]:
-    backend = ours.backend
-    step = inputs.step | {"encoder_hidden_states": inputs.embeds}
-    if ours.manifest.variant == "plain":
-        out = _run(backend, "plain_step", step | inputs.references)
-        return {"plain_step, noise_pred": out["noise_pred"]}
-    names = kv_names(ours.config.transformer.num_blocks)
-    first = _run(backend, "first_step", step | inputs.references)
-    encoded = _run(backend, "encode_references", inputs.references)
-    cached = _run(backend, "cached_step", step | {name: first[name] for name in names})
-    return {
-        "first_step, noise_pred": first["noise_pred"],
-        "first_step, k_ref and v_ref": np.stack([first[name] for name in names]),
-        "encode_references, k_ref and v_ref": np.stack([encoded[name] for name in names]),
-        "cached_step, noise_pred": cached["noise_pred"],
-    }
-
-
-def _our_images(ours: KleinKVPipeline, inputs: _Inputs) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    for count in (0, 1, 2):
-
-        def keep(_pipe: Any, _i: int, _time: float, tensors: dict[str, Any], n: int = count) -> Any:
-            found[f"end to end, {n} references, latents"] = np.array(tensors["latents"])
-            return {}
-
-        out: Any = ours(
-            image=inputs.pictures[:count] or None,
-            prompt_embeds=inputs.embeds,
-            generator=torch.Generator().manual_seed(_SEED),
-            height=inputs.size[0],
-            width=inputs.size[1],
-            callback_on_step_end=keep,
+def text_from_rows(rows: list[Row]) -> str:
+    """A table of comparisons."""
+    lines = [f"{'':40} {'relative':>10} {'max abs':>10} {'mean abs':>10} {'cosine':>12}"]
+    for row in rows:
+        mark = "" if row.ok else f"  FAILED, tolerance {row.tolerance.bound:.3g}"
+        difference = row.difference
+        lines.append(
+            f"{row.name:40} {difference.relative:10.2e} {difference.max:10.2e} "
+            f"{difference.mean:10.2e} {difference.cosine:12.9f}{mark}"
         )
-        found[f"end to end, {count} references, pixels"] = np.stack(
-            [np.asarray(image) for image in out.images]
-        )
-    return found
-
-
-def _their_results(
-    theirs: DiffusersRun, inputs: _Inputs, layers: tuple[int, ...]
-) -> Iterator[tuple[str, Array]]:
-    """diffusers' results by the names of ours."""
-    embeds = theirs.encode_prompt(_PROMPT, _TEXT_TOKENS, layers)
-    yield "text_encoder", embeds
-    theirs.load_denoiser()
-    for i, image in enumerate(inputs.pixels):
-        yield f"vae_encoder, image {i + 1}", theirs.encode_image(image)
-    step = inputs.step | {"encoder_hidden_states": inputs.embeds}
-    if theirs.variant == "plain":
-        yield "plain_step, noise_pred", theirs.plain_step(step, inputs.references)
-    else:
-        noise, kv = theirs.first_step(step, inputs.references)
-        yield "first_step, noise_pred", noise
-        yield "first_step, k_ref and v_ref", kv
-        yield "encode_references, k_ref and v_ref", kv
-        yield "cached_step, noise_pred", theirs.cached_step(step)
-    for count in (0, 1, 2):
-        latents, pixels = theirs.images(embeds, inputs.pictures[:count], inputs.size, _SEED)
-        yield f"end to end, {count} references, latents", latents
-        yield f"end to end, {count} references, pixels", pixels
-
-
-def _row(name: str, got: Array, expected: Array, tolerance: float) -> ParityRow:
-    a, b = (x.astype(np.float64).ravel() for x in (got, expected))
-    if a.shape != b.shape:
-        raise CheckpointError(
-            f"{name}: ours has shape {got.shape}, diffusers' {expected.shape}; artifacts and "
-            "checkpoint do not belong together"
-        )
-    difference, ours, theirs = np.abs(a - b), np.linalg.norm(a), np.linalg.norm(b)
-    distance = float(np.linalg.norm(difference))
-    return ParityRow(
-        name=name,
-        relative=distance / float(theirs) if theirs else distance,
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        cosine=float(a @ b) / float(ours * theirs) if ours and theirs else 1.0,
-        tolerance=tolerance,
-    )
+    return "\n".join(lines)

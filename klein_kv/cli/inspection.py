@@ -1,17 +1,11 @@
 """`klein-kv inspect` and `klein-kv doctor`: what lies there, and what this machine can run."""
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import shlex
-import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_kv import __version__
 from klein_kv.cli.arguments import AddVerb, Result
 from klein_kv.errors import RequestError
 
@@ -22,20 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_doctor", "add_inspect"]
 
-# Distribution, what it is for, and the extra that brings it.
-_DISTRIBUTIONS = (
-    ("onnxruntime", "runs artifacts on a CPU", "cpu"),
-    ("onnxruntime-gpu", "runs artifacts on a CUDA GPU", "cuda"),
-    ("tensorrt-rtx-cu13", "builds and runs engines for RTX GPUs", "rtx"),
-    ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
-    ("cuda-python", "device memory and streams for engines", "rtx"),
-    ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
-    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
-    ("transformers", "export of the tokenizer, verify", "export"),
-    ("onnx", "export", "export"),
-    ("onnx_ir", "export", "export"),
-    ("safetensors", "fixture checkpoints", "export"),
-)
 _PRICE_NOTE = "times are a model (peak throughput and bandwidth), not a measurement"
 
 
@@ -245,55 +225,22 @@ def _engine_row(record: "EngineRecord", price: "PlanPrice | None") -> str:
 
 
 def _doctor(_args: argparse.Namespace) -> Result:
-    import psutil
+    from klein_kv.machine import DISTRIBUTIONS, examine_machine
 
-    packages = {name: _version(name) for name, _, _ in _DISTRIBUTIONS}
-    memory, gpus = psutil.virtual_memory(), _gpus()
-    torch_ready = packages["torch"] and packages["diffusers"]
-    ready = bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready)
-    value = {
-        "klein_kv": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
-        "gpus": gpus,
-        "packages": packages,
-        "ready": ready,
-    }
+    value = examine_machine()
+    packages, gpus = value["packages"], value["gpus"]
     lines = [
-        f"klein-kv {__version__}, Python {value['python']}, {value['platform']}",
-        f"{value['cpus']} CPUs, {memory.total / 1e9:.1f} GB memory, "
-        f"{memory.available / 1e9:.1f} GB free",
+        f"klein-kv {value['klein_kv']}, Python {value['python']}, {value['platform']}",
+        f"{value['cpus']} CPUs, {value['memory_bytes'] / 1e9:.1f} GB memory, "
+        f"{value['memory_available_bytes'] / 1e9:.1f} GB free",
         "GPU: " + ("; ".join(gpus) if gpus else "no NVIDIA driver found"),
     ]
-    for name, purpose, extra in _DISTRIBUTIONS:
+    for name, purpose, extra in DISTRIBUTIONS:
         state = packages[name] or f"missing: pip install 'klein-kv[{extra}]'"
         lines.append(f"  {name:18} {state:40} {purpose}")
     lines.append(
         "ready to run artifacts"
-        if ready
+        if value["ready"]
         else "no backend is installed; pip install 'klein-kv[cpu]' is the smallest"
     )
-    return value, "\n".join(lines), 0 if ready else 1
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpus() -> list[str]:
-    """Name, driver and memory of each GPU, as nvidia-smi tells them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    return value, "\n".join(lines), 0 if value["ready"] else 1

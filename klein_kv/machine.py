@@ -1,0 +1,67 @@
+"""What this machine has: versions of what klein-kv uses, memory, GPUs."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import psutil
+
+from klein_kv import __version__
+
+__all__ = ["DISTRIBUTIONS", "examine_machine"]
+
+# Distribution, what it is for, and the extra that brings it.
+DISTRIBUTIONS = (
+    ("onnxruntime", "runs artifacts on a CPU", "cpu"),
+    ("onnxruntime-gpu", "runs artifacts on a CUDA GPU", "cuda"),
+    ("tensorrt-rtx-cu13", "builds and runs engines for RTX GPUs", "rtx"),
+    ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
+    ("cuda-python", "device memory and streams for engines", "rtx"),
+    ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
+    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
+    ("transformers", "export of the tokenizer, verify", "export"),
+    ("onnx", "export", "export"),
+    ("onnx_ir", "export", "export"),
+    ("safetensors", "fixture checkpoints", "export"),
+)
+
+
+def examine_machine() -> dict[str, Any]:
+    """Versions, bytes of memory, GPUs with their drivers, and whether a backend is installed."""
+    packages = {name: _version(name) for name, _, _ in DISTRIBUTIONS}
+    memory = psutil.virtual_memory()
+    torch_ready = packages["torch"] and packages["diffusers"]
+    return {
+        "klein_kv": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "gpus": _gpus(),
+        "packages": packages,
+        "ready": bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    """Name, driver and memory of each GPU, as nvidia-smi tells them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
