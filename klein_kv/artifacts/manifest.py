@@ -138,30 +138,6 @@ class Manifest:
         sets = graph_sets(self.variant, self.dtype)
         return [x for x in sets if all(file in self.files for file in x.files.values())]
 
-    def graphs_with(self, kv_dtype: str) -> GraphSet:
-        """The graphs that hand reference keys and values on in a type.
-
-        Args:
-            kv_dtype: the graphs' own floating point type, or `KVFormat.FP8_PER_HEAD`.
-
-        Raises:
-            ArtifactError: the folder was exported before there were such graphs.
-            RequestError: plain weights have no keys and values to hand on.
-        """
-        if kv_dtype == self.dtype:
-            return self.graphs
-        if self.variant == "plain":
-            raise RequestError(
-                f"kv_dtype is {kv_dtype}, and plain weights keep no keys and values; leave it out"
-            )
-        for graphs in self.graph_sets:
-            if graphs.kv_dtype == kv_dtype:
-                return graphs
-        raise ArtifactError(
-            f"{self.model_id}: {MANIFEST} lists no graphs with keys and values in {kv_dtype}; "
-            "export the checkpoint again with this klein-kv"
-        )
-
     def choose_graphs(
         self,
         kv_dtype: str | None = None,
@@ -171,65 +147,51 @@ class Manifest:
         """The graphs to run or to build.
 
         Args:
-            kv_dtype: type of reference keys and values: the folder's own, or
-                `KVFormat.FP8_PER_HEAD`, whose scales are constants in a quantized precision; None
-                for the folder's own.
+            kv_dtype: type of reference keys and values: the folder's own, or a `KVFormat`; in a
+                quantized precision the scales are constants either way. None for the folder's own.
             precision: a quantized one; None for the folder's own.
-            attention: "fp8" for attention in float8, which a quantized precision has.
+            attention: "fp8" for attention in float8, which a quantized precision has; its keys and
+                values are float8 as well.
 
         Raises:
             ArtifactError: the folder does not hold them.
             RequestError: there are no such graphs.
         """
+        kv = None if kv_dtype == self.dtype else kv_dtype
         if precision is not None:
-            packed = KVFormat.FP8_CONSTANT if kv_dtype == KVFormat.FP8_PER_HEAD else None
-            return self.quantized_graphs(precision, packed, attention)
-        if attention is not None:
-            raise RequestError(
-                f"attention is {attention!r} and no quantized precision is named; its scales "
-                "belong to one: name fp8 or nvfp4"
-            )
-        return self.graphs_with(kv_dtype or self.dtype)
+            remedy = f"run `klein-kv quantize ARTIFACTS --recipe {precision}` again"
+            self.precision_files(precision)
+            sets = quantized_graph_sets(self.variant, self.dtype, self.precisions[precision])
+            if kv is not None or attention is not None:
+                kv = KVFormat.FP8_CONSTANT
+        else:
+            remedy = "export the checkpoint again with this klein-kv"
+            sets = graph_sets(self.variant, self.dtype)
+            if attention is not None:
+                raise RequestError(
+                    f"attention is {attention!r} and no quantized precision is named; its scales "
+                    "belong to one: name fp8 or nvfp4"
+                )
+        for graphs in sets:
+            if (graphs.kv_dtype, graphs.attention) == (kv, attention):
+                missing = [file for file in graphs.files.values() if file not in self.files]
+                if missing:
+                    raise ArtifactError(
+                        f"{self.model_id}: {MANIFEST} lists no {missing[0]}; {remedy}"
+                        + (" (nvfp4 takes bf16 and fp16 artifacts)" if precision else "")
+                    )
+                return graphs
+        raise RequestError(
+            f"{precision or self.dtype} of a {self.variant} model has no graphs with keys and "
+            f"values in {kv or self.dtype} and attention in {attention or self.dtype}; it has "
+            + "; ".join(f"{x.kv_dtype or x.dtype} and {x.attention or x.dtype}" for x in sets)
+        )
 
     def graphs_digest(self, graphs: GraphSet) -> str:
         """Hex digest of what computes keys and values, embeddings and images with these graphs."""
         if graphs.precision is None:
             return self.model_digest
         return self.precision_digest(graphs.precision)
-
-    def quantized_graphs(
-        self, precision: str, kv_dtype: str | None = None, attention: str | None = None
-    ) -> GraphSet:
-        """The graphs of a quantized precision.
-
-        Args:
-            precision: which.
-            kv_dtype: None for keys and values in the graphs' own type, or
-                `KVFormat.FP8_CONSTANT`.
-            attention: "fp8" for attention in float8, whose keys and values are float8 as well.
-
-        Raises:
-            ArtifactError: the folder does not hold the precision, or not its graphs.
-            RequestError: the precision has no such graphs.
-        """
-        held = self.precision_files(precision)
-        kv_dtype = KVFormat.FP8_CONSTANT if attention is not None else kv_dtype
-        sets = quantized_graph_sets(self.variant, self.dtype, self.precisions[precision])
-        for graphs in sets:
-            if (graphs.kv_dtype, graphs.attention) == (kv_dtype, attention):
-                missing = [x for x in graphs.files.values() if x not in self.files]
-                if missing:
-                    raise ArtifactError(
-                        f"{self.model_id}: {MANIFEST} lists no {missing[0]}, though it lists "
-                        f"{held[0]}; run `klein-kv quantize ARTIFACTS --recipe {precision}` again "
-                        "(nvfp4 graphs are made of bf16 and fp16 artifacts only)"
-                    )
-                return graphs
-        raise RequestError(
-            f"precision {precision} of a {self.variant} model has no graphs with keys and values "
-            f"in {kv_dtype or self.dtype} and attention in {attention or self.dtype}; it has "
-            + "; ".join(f"{x.kv_dtype or x.dtype} and {x.attention or x.dtype}" for x in sets)
-        )
 
     def save(self, folder: Path) -> None:
         """Writes `klein.json` into the folder, in one move: never half of it is there."""

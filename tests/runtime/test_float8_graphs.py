@@ -28,7 +28,7 @@ class Subject:
         manifest = Manifest.load(artifacts)
         self.net, self.dtype = manifest.config.transformer, manifest.dtype
         self.backends = {
-            kv_dtype: OrtBackend(artifacts, manifest, 1, manifest.graphs_with(kv_dtype))
+            kv_dtype: OrtBackend(artifacts, manifest, 1, manifest.choose_graphs(kv_dtype))
             for kv_dtype in (manifest.dtype, KVFormat.FP8_PER_HEAD)
         }
         self.ops = TorchOps({"unused": torch.zeros(1)}, getattr(torch, self.dtype))

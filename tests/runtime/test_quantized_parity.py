@@ -62,7 +62,7 @@ def run(backend: OrtBackend, graph: str, feeds: dict[str, NDArray[Any]]) -> dict
 @torch.inference_mode()
 def test_text_encoder(artifacts: Path, precision: str) -> None:
     manifest = Manifest.load(artifacts)
-    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.quantized_graphs(precision))
+    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
     ids = np.random.default_rng(0).integers(0, 600, (2, 24))
     mask = np.ones_like(ids)
     mask[1, 15:] = 0
@@ -82,7 +82,7 @@ def test_text_encoder(artifacts: Path, precision: str) -> None:
 def test_transformer(artifacts: Path, precision: str) -> None:
     manifest = Manifest.load(artifacts)
     net = manifest.config.transformer
-    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.quantized_graphs(precision))
+    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
     rng = np.random.default_rng(1)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -132,4 +132,4 @@ def test_nvfp4_has_no_graphs_in_float32(artifacts: Path) -> None:
     manifest = Manifest.load(artifacts)
     assert manifest.precisions["nvfp4"] == {"transformer": "nvfp4", "text_encoder": "fp8"}
     with pytest.raises(ArtifactError, match="bf16 and fp16 artifacts only"):
-        manifest.quantized_graphs("nvfp4")
+        manifest.choose_graphs(precision="nvfp4")

@@ -115,8 +115,8 @@ def save_engines(artifacts: Path, name: str, **options: Any) -> None:
 def test_engines_are_those_of_the_graphs(artifacts: Path) -> None:
     """A folder may hold engines of several precisions; each set of graphs takes its own."""
     manifest = Manifest.load(artifacts, check_files=False)
-    fp8 = manifest.quantized_graphs("fp8")
-    attention = manifest.quantized_graphs("fp8", attention="fp8")
+    fp8 = manifest.choose_graphs(precision="fp8")
+    attention = manifest.choose_graphs(precision="fp8", attention="fp8")
 
     def opened(engines: Path | None = None, graphs: Any = fp8) -> None:
         TrtBackend(artifacts, manifest, engines=engines, graphs=graphs, trt=_WrongModule())

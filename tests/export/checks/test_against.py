@@ -18,7 +18,7 @@ import pytest
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest, ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
-from klein_kv.artifacts.signature import KV_FLOAT8
+from klein_kv.artifacts.signature import KVFormat
 from klein_kv.cli import main
 from klein_kv.engines.sizes.profiles import engine_profiles
 from klein_kv.engines.sizes.recipe import Recipe
@@ -94,7 +94,7 @@ def check(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         def opened(artifacts: Path, *, prompt_cache_bytes: int, **given: Any) -> KleinKVPipeline:
             manifest, cuda = Manifest.load(artifacts), FakeCuda()
             chosen = {name: given.get(name) for name in ("kv_dtype", "precision", "attention")}
-            packed = KV_FLOAT8 if chosen["kv_dtype"] else None
+            packed = KVFormat.FP8_PER_HEAD if chosen["kv_dtype"] else None
             graphs = manifest.choose_graphs(packed, chosen["precision"], chosen["attention"])
             trt = FakeTrt(computed or artifacts, cuda, graphs=graphs, tamper=tamper)
             backend = TrtBackend(artifacts, manifest, cuda=cuda.cuda, trt=trt, graphs=graphs)
@@ -348,7 +348,7 @@ def fp8(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for attention in (None, "fp8"):
         engines = folder / "engines" / f"sm120-fp8-{attention}"
         engines.mkdir(parents=True)
-        graphs = Manifest.load(folder).quantized_graphs("fp8", attention=attention)
+        graphs = Manifest.load(folder).choose_graphs(precision="fp8", attention=attention)
         make_engines(folder, engines, graphs)
     return folder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.signature import KV_FLOAT8, GraphSet
+from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.errors import ArtifactError
 from klein_kv.export.checks.compare import Difference, compare, psnr, ssim
 from klein_kv.export.checks.samples import made_up_image
@@ -106,14 +106,18 @@ def test_bounds_of_outputs() -> None:
     def bound(graphs: GraphSet, graph: str, name: str) -> float:
         return output_tolerance(graphs, KLEIN_9B, graph, name).bound
 
-    bf16, kv8 = GraphSet("kv", "bfloat16"), GraphSet("kv", "bfloat16", KV_FLOAT8)
+    bf16, kv8 = GraphSet("kv", "bfloat16"), GraphSet("kv", "bfloat16", KVFormat.FP8_PER_HEAD)
     depth = math.sqrt(32 / 5)
     own = TOLERANCES["cached_step", "bfloat16"].bound
     assert bound(bf16, "cached_step", "noise_pred") == pytest.approx(own * depth)
     assert bound(bf16, "vae_decoder", "image") == TOLERANCES["pixels", "bfloat16"].bound
     assert bound(GraphSet("plain", "bfloat16"), "plain_step", "latents") > own
     narrow = bound(GraphSet("kv", "float32"), "first_step", "k_ref.0")
-    assert narrow < 1e-4 < bound(GraphSet("kv", "float32", KV_FLOAT8), "first_step", "k_ref.0")
+    assert (
+        narrow
+        < 1e-4
+        < bound(GraphSet("kv", "float32", KVFormat.FP8_PER_HEAD), "first_step", "k_ref.0")
+    )
     assert bound(kv8, "text_encoder", "encoder_hidden_states") == bound(
         bf16, "text_encoder", "encoder_hidden_states"
     )

@@ -183,7 +183,8 @@ def unpacked(kv: list[NDArray[Any]], scales: list[float]) -> list[NDArray[np.flo
 
 @pytest.mark.parametrize("kind", SETS)
 def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) -> None:
-    graphs = fp8.manifest.quantized_graphs("fp8", *SETS[kind])
+    kv_dtype, attention = SETS[kind]
+    graphs = fp8.manifest.choose_graphs(kv_dtype, "fp8", attention)
     net, ops = fp8.manifest.config.transformer, fp8.simulate(graphs)
     step, refs = step_inputs(fp8.manifest.config)
     tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
@@ -223,7 +224,7 @@ def typed(kv: list[NDArray[Any]]) -> list[Any]:
 
 
 def test_cached_step_runs_on_no_references_in_float8(fp8: Quantized) -> None:
-    graphs = fp8.manifest.quantized_graphs("fp8", attention="fp8")
+    graphs = fp8.manifest.choose_graphs(precision="fp8", attention="fp8")
     step, _ = step_inputs(fp8.manifest.config)
     net = fp8.manifest.config.transformer
     empty = np.zeros((1, 0, net.num_attention_heads, net.attention_head_dim), np.uint8)
@@ -236,7 +237,7 @@ def test_cached_step_runs_on_no_references_in_float8(fp8: Quantized) -> None:
 @pytest.mark.parametrize("fault", ["weight scale", "input scale"])
 def test_a_scale_off_by_two_shows(fp8: Quantized, fault: str) -> None:
     """The comparison above would see it: one of 16 layers is enough."""
-    graphs = fp8.manifest.quantized_graphs("fp8")
+    graphs = fp8.manifest.choose_graphs(precision="fp8")
     name = "single_transformer_blocks.0.attn.to_out.weight"
     good = fp8.layers.linears[name]
     assert good.input_scale is not None
@@ -267,14 +268,14 @@ def test_the_text_encoder_in_fp8(fp8: Quantized) -> None:
     mask = np.ones_like(ids)
     mask[:, 18:] = 0
     expected = encode_text(ops, config.text_encoder, torch.from_numpy(ids), torch.from_numpy(mask))
-    graphs = fp8.manifest.quantized_graphs("fp8")
+    graphs = fp8.manifest.choose_graphs(precision="fp8")
     got = fp8.run(graphs, "text_encoder", {"input_ids": ids, "attention_mask": mask})
     assert relative_error(got[0], expected) < TOLERANCE
 
 
 def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> None:
     plain = quantize_tiny(plain_artifacts, tmp_path / "artifacts")
-    graphs = plain.manifest.quantized_graphs("fp8")
+    graphs = plain.manifest.choose_graphs(precision="fp8")
     step, refs = step_inputs(plain.manifest.config)
     tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
     expected, _ = denoise_with_references(
@@ -287,24 +288,24 @@ def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> No
     got = plain.run(graphs, "plain_step", step | refs)
     assert relative_error(got[0], expected) < TOLERANCE
     with pytest.raises(RequestError, match="plain model has no graphs with keys and values in"):
-        plain.manifest.quantized_graphs("fp8", attention="fp8")
+        plain.manifest.choose_graphs(precision="fp8", attention="fp8")
 
 
 def test_files_of_a_precision(fp8: Quantized) -> None:
     files = set(fp8.manifest.precision_files("fp8"))
     for kv_dtype, attention in SETS.values():
-        graphs = fp8.manifest.quantized_graphs("fp8", kv_dtype, attention)
+        graphs = fp8.manifest.choose_graphs(kv_dtype, "fp8", attention)
         for graph, file in graphs.files.items():
             assert file in fp8.manifest.files
             assert (file in files) == (not graph.startswith("vae_"))
-    first = graph_weights(fp8.folder, fp8.manifest.quantized_graphs("fp8").files["first_step"])
+    first = graph_weights(
+        fp8.folder, fp8.manifest.choose_graphs(precision="fp8").files["first_step"]
+    )
     name = "transformer_blocks.0.attn.to_q.weight"
     assert first[name] == fp8.layers.linears[name].weight
     assert first["x_embedder.weight"].path.name != "fp8.safetensors"
-    with pytest.raises(RequestError, match="no graphs with keys and values in float8_e4m3fn and"):
-        fp8.manifest.quantized_graphs("fp8", KVFormat.FP8_PER_HEAD)
     with pytest.raises(ArtifactError, match="hold no precision 'nvfp4'"):
-        fp8.manifest.quantized_graphs("nvfp4")
+        fp8.manifest.choose_graphs(precision="nvfp4")
 
 
 def invented(config: ModelConfig, precision: str, component: str) -> tuple[Any, Any]:

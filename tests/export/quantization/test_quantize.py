@@ -558,7 +558,7 @@ def test_plain_weights(plain_artifacts: Path, tmp_path: Path) -> None:
     assert result.parts["transformer"].layers == 16
     assert (
         Manifest.load(copy)
-        .quantized_graphs("fp8")
+        .choose_graphs(precision="fp8")
         .files["plain_step"]
         .startswith("transformer/fp8.")
     )
@@ -597,4 +597,4 @@ def test_graphs_that_are_missing_are_written(folder: Path) -> None:
     assert not result.parts["text_encoder"].reused
     assert result.parts["transformer"].reused
     assert (folder / gone).is_file()
-    Manifest.load(folder).quantized_graphs("fp8")
+    Manifest.load(folder).choose_graphs(precision="fp8")

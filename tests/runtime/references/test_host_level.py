@@ -46,7 +46,7 @@ def engines(
     request: pytest.FixtureRequest, tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     manifest = Manifest.load(tiny_artifacts)
-    graphs = manifest.graphs_with(request.param or manifest.dtype)
+    graphs = manifest.choose_graphs(request.param or manifest.dtype)
     return make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"), graphs)
 
 
@@ -55,7 +55,7 @@ def machine(tiny_artifacts: Path, engines: Path) -> Callable[..., KleinKVPipelin
     """Pipelines on a GPU of their own."""
     manifest = Manifest.load(tiny_artifacts)
     kv_dtype = _kv_dtype(engines)
-    graphs = manifest.graphs_with(kv_dtype or manifest.dtype)
+    graphs = manifest.choose_graphs(kv_dtype or manifest.dtype)
 
     def make(
         lagging: tuple[int, ...] = (), capacity: int = 1 << 34, **options: Any
@@ -165,7 +165,7 @@ def test_engines_and_graphs_must_agree_on_keys_and_values(
     tiny_artifacts: Path, engines: Path
 ) -> None:
     manifest = Manifest.load(tiny_artifacts)
-    other = manifest.graphs_with(manifest.dtype if _kv_dtype(engines) else KVFormat.FP8_PER_HEAD)
+    other = manifest.choose_graphs(manifest.dtype if _kv_dtype(engines) else KVFormat.FP8_PER_HEAD)
     with pytest.raises(ArtifactError, match="choose other engines"):
         TrtBackend(
             tiny_artifacts,

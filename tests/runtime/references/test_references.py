@@ -317,10 +317,12 @@ def test_folders_without_such_graphs_say_so(tiny_artifacts: Path) -> None:
     manifest = Manifest.load(tiny_artifacts)
     older = replace(manifest, files={k: v for k, v in manifest.files.items() if "fp8_kv" not in k})
     assert older.graph_sets == [older.graphs]
-    with pytest.raises(ArtifactError, match="lists no graphs with keys and values in float8"):
-        older.graphs_with(KVFormat.FP8_PER_HEAD)
-    with pytest.raises(RequestError, match="plain weights keep no keys"):
-        replace(manifest, variant="plain").graphs_with(KVFormat.FP8_PER_HEAD)
+    with pytest.raises(
+        ArtifactError, match=r"lists no transformer/.*_fp8_kv\.onnx; export the checkpoint again"
+    ):
+        older.choose_graphs(KVFormat.FP8_PER_HEAD)
+    with pytest.raises(RequestError, match="plain model has no graphs with keys"):
+        replace(manifest, variant="plain").choose_graphs(KVFormat.FP8_PER_HEAD)
 
 
 def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
