@@ -2,13 +2,14 @@
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # each may import those before it, and itself
-    ("klein_kv.errors",),
+    ("klein_kv.errors", "klein_kv.lazy"),
     ("klein_kv.machine", "klein_kv.schedule"),
     ("klein_kv.artifacts",),
     ("klein_kv.networks",),
@@ -61,6 +62,14 @@ def test_a_module_imports_what_lies_below_it(module: str, path: Path) -> None:
             continue  # a name of the package itself
         other, its = layer(imported)
         assert other < number or its == member, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_public_names_are_there(name: str) -> None:
+    package = import_module(name)
+    assert all(hasattr(package, public) for public in package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_every_file_is_small_and_every_folder_short() -> None:
