@@ -18,6 +18,7 @@ __all__ = [
     "make_samples",
     "quantize_artifacts",
     "verify_against",
+    "verify_artifacts",
 ]
 
 __getattr__ = lazy_names(
