@@ -15,8 +15,8 @@ from klein_kv.export.checks.compare import Difference
 __all__ = ["EXACT", "TOLERANCES", "Tolerance", "output_tolerance", "run_tolerance"]
 
 _WORST = 3.0
-"""What a single number may be off by, over the bound times the largest number expected. Measured:
-at most 4 times the error of the whole, which is then a quarter of its bound."""
+"""What a single number may be off by, over the bound times the largest number expected. At most 4
+times the error of the whole was measured, which is then a quarter of its bound."""
 
 _BLOCKS = 5
 """Blocks of the transformers of the tests. Errors grow with the root of the number of blocks."""

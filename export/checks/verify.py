@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.artifacts.config import ITEM_SIZE
-from klein_kv.artifacts.positions import grid_ids, text_ids
+from klein_kv.artifacts.signature import is_kv
 from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import CapacityError, CheckpointError
 from klein_kv.export.checks.compare import compare
@@ -37,7 +37,7 @@ from klein_kv.runtime.planning.memory import available_memory
 
 __all__ = ["DiffusersRun", "text_from_rows", "verify_artifacts"]
 
-_SEED, _MOST_REFERENCES = 0, 2
+_SEED = 0
 _PIPELINES = {"kv": Flux2KleinKVPipeline, "plain": Flux2KleinPipeline}
 _TEXT = ("text_encoder", "tokenizer")
 _DENOISER = ("transformer", "vae")
@@ -107,7 +107,8 @@ class DiffusersRun:
         """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
 
         Args:
-            graph: any but "vae_decoder"; after the text encoder, call `load_denoiser`.
+            graph: any but "vae_decoder" and "encode_references", whose keys and values are those
+                of "first_step"; after the text encoder, call `load_denoiser`.
             inputs: of the graph, in float32.
 
         Returns:
@@ -132,8 +133,6 @@ class DiffusersRun:
             }
         references, ids = x["ref_hidden_states"], x["ref_ids"]
         count = references.shape[1]
-        if graph == "encode_references":  # whatever the step is, keys and values are the same
-            x |= self._any_step()
         latents, img_ids = x["hidden_states"], x["img_ids"]
         if graph == "plain_step":  # plain weights take references as tokens of the image
             x["hidden_states"] = torch.cat([latents, references], dim=1)
@@ -142,7 +141,7 @@ class DiffusersRun:
         x["hidden_states"] = torch.cat([references, latents], dim=1)
         x["img_ids"] = torch.cat([ids, img_ids])
         noise, cache = self._denoise(x, kv_cache_mode="extract", num_ref_tokens=count)
-        outputs = {} if graph == "encode_references" else {"noise_pred": _array(noise)}
+        outputs = {"noise_pred": _array(noise)}
         for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
             outputs |= {f"k_ref.{i}": _array(layer.k_ref), f"v_ref.{i}": _array(layer.v_ref)}
         return outputs
@@ -154,18 +153,6 @@ class DiffusersRun:
         for i, layer in enumerate([*cache.double_block_caches, *cache.single_block_caches]):
             layer.store(x[f"k_ref.{i}"], x[f"v_ref.{i}"])
         return cache
-
-    def _any_step(self) -> dict[str, torch.Tensor]:
-        config = self._pipe.transformer.config
-        channels, width = config.in_channels, config.joint_attention_dim
-        arrays = {
-            "hidden_states": np.zeros((1, 1, channels), np.float32),
-            "encoder_hidden_states": np.zeros((1, 1, width), np.float32),
-            "timestep": np.zeros(1, np.float32),
-            "img_ids": grid_ids(1, 1),
-            "txt_ids": text_ids(1),
-        }
-        return {name: self._tensor(array) for name, array in arrays.items()}
 
     def _denoise(self, x: Mapping[str, torch.Tensor], **options: Any) -> Any:
         return self._pipe.transformer(
@@ -263,7 +250,7 @@ def verify_artifacts(
 def _our_images(
     ours: KleinKVPipeline, runs: GraphRuns, embeds: Array
 ) -> Iterator[tuple[Array, Array]]:
-    """Last latents and pixels of whole runs with no, one and two references."""
+    """Last latents and pixels of whole runs with no, one and more references."""
     latents: list[Array] = []
 
     def keep(_pipe: Any, _i: int, _time: float, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +258,7 @@ def _our_images(
         return {}
 
     height, width = runs.sizes.output
-    for count in range(_MOST_REFERENCES + 1):
+    for count in range(len(runs.sizes.references) + 1):
         out: Any = ours(
             image=runs.sizes.pictures()[:count] or None,
             prompt_embeds=embeds,
@@ -291,19 +278,23 @@ def _rows(
     images: list[tuple[Array, Array]],
     embeds: Array,
 ) -> Iterator[Row]:
+    _, encoded = results.pop("encode_references", ({}, {}))
     for graph, (inputs, outputs) in results.items():
-        rows = compare_outputs(ours, graph, outputs, theirs.run(graph, inputs))
+        expected = theirs.run(graph, inputs)
         if graph == "text_encoder":
             theirs.load_denoiser()
-        yield from rows
+        if graph == "first_step":
+            kv = {name: array for name, array in expected.items() if is_kv(name)}
+            yield from compare_outputs(ours, "encode_references", encoded, kv)
+        yield from compare_outputs(ours, graph, outputs, expected)
     dtype, config = ours.manifest.dtype, ours.config
     for count, pair in enumerate(images):
         expected_pair = theirs.images(
             embeds, runs.sizes.pictures()[:count], runs.sizes.output, _SEED
         )
-        for what, got, expected in zip(("latents", "pixels"), pair, expected_pair, strict=True):
+        for what, got, their in zip(("latents", "pixels"), pair, expected_pair, strict=True):
             name = f"end to end, {count} references, {what}"
-            yield Row(name, compare(got, expected), run_tolerance(what, dtype, config))
+            yield Row(name, compare(got, their), run_tolerance(what, dtype, config))
 
 
 def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> None:

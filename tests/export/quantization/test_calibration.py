@@ -160,7 +160,7 @@ def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None
             seed=sample.seed,
             output_type="np",
         ).images
-        vae = FloatVae(tiny_artifacts, manifest, threads=1)
+        vae = FloatVae(tiny_artifacts, manifest)
         decoded = vae.decode(latents.reshape(1, *request.grid, -1).numpy())
         assert np.abs(decoded.astype(float) - np.round(image * 255)).max() <= 1
 
@@ -213,7 +213,7 @@ def test_the_vae_of_narrow_artifacts_in_float32(
     dtype: str, tiny_artifacts: Path, request: pytest.FixtureRequest
 ) -> None:
     narrow: Path = request.getfixturevalue(f"tiny_{dtype}_artifacts")
-    vaes = [FloatVae(folder, Manifest.load(folder), 1) for folder in (tiny_artifacts, narrow)]
+    vaes = [FloatVae(folder, Manifest.load(folder)) for folder in (tiny_artifacts, narrow)]
     (image,) = SAMPLES[0].images
     tokens = [vae.encode(np.asarray(image)[None]) for vae in vaes]
     assert tokens[0].shape == (1, 8, 10, 128)
