@@ -177,7 +177,7 @@ def report(
 ) -> dict[str, Any]:
     speed = {dtype: statistics.median(x[dtype] for x in speeds) for dtype in speeds[0]}
     edits = {name: summary(args, name, rounds, speed) for name, rounds in results.items()}
-    order = [name for name in (*PIPELINES, "first", "repeated") if name in edits]
+    order = [name for name in (*reversed(PIPELINES), "first", "repeated") if name in edits]
     one, *more = results
     return {
         "edits": edits,

@@ -49,8 +49,8 @@ def edit_section(document: dict[str, Any]) -> str:
         row = [name, by(edit), spread(edit["median_seconds"], edit["seconds"])]
         row += [f"{seconds:.2f}" for seconds in edit["stages"].values()]
         rate, share = edit["operations_per_second"] / 1e9, edit["share_of_matrix_speed"]
-        memory = [edit[f"peak_{place}_bytes"] or 0 for place in ("host", "device")]
-        row += [f"{rate:.0f} ({share:.0%})", *(f"{nbytes / 1e9:.2f}" for nbytes in memory)]
+        memory = [edit[f"peak_{place}_bytes"] for place in ("host", "device")]
+        row += [f"{rate:.0f} ({share:.0%})", *(f"{x / 1e9:.2f}" if x else "" for x in memory)]
         rows.append(row)
     names = [stage.replace("_", " ") for stage in STAGES]
     rates = listed({name: f"{rate / 1e9:.0f}" for name, rate in speed.items()})
@@ -123,7 +123,7 @@ def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("seconds")
         axis.set_title(f"{document['machine']['name']}: {document['command']}", fontsize=8)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
 
 
