@@ -15,6 +15,7 @@ from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import ArtifactError
 from klein_kv.export.checks.artifact_weights import MappedWeights, component_weights
+from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
@@ -24,11 +25,12 @@ from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.networks.transformer import StepInputs, denoise, encode_references
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 
-BOUND = 1e-2
-"""Relative error (root of the mean square). Measured: up to 4e-7, but 3.7e-3 in the last block for
-one of eight inputs, where sums differ in the last bit and one activation rounds the other way."""
+BOUNDS = {"fp8": 1e-2, "fp8-weight-only": 1e-3}
+"""Relative error (root of the mean square). Measured: up to 4e-7, in fp8 3.7e-3 in the last block
+for one of eight inputs, where sums differ in the last bit and one activation rounds the other way;
+weight-only rounds no activations."""
 
-PRECISIONS = ("fp8", "fp8-weight-only")
+PRECISIONS = tuple(BOUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,6 @@ def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for name in PRECISIONS:
         quantize_artifacts(copy, QuantizationRecipe.load(name), samples, text_tokens=32)
     return copy
-
-
-def relative(got: Any, expected: Any) -> float:
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def simulated(folder: Path, manifest: Manifest, component: str, precision: str) -> QuantizedOps:
@@ -73,8 +69,8 @@ def test_text_encoder(artifacts: Path, precision: str) -> None:
         encode_text(x, manifest.config.text_encoder, torch.from_numpy(ids), torch.from_numpy(mask))
         for x in (ops, plain)
     )
-    assert relative(got["encoder_hidden_states"], ours) < BOUND
-    assert relative(got["encoder_hidden_states"], unquantized) > 2 * BOUND
+    assert compare(got["encoder_hidden_states"], ours).relative < BOUNDS[precision]
+    assert compare(got["encoder_hidden_states"], unquantized).relative > 0.02
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -110,19 +106,19 @@ def test_transformer(artifacts: Path, precision: str) -> None:
 
     encoded = run(backend, "encode_references", references)
     for name, expected in zip(names, kv, strict=True):
-        assert relative(encoded[name], expected) < BOUND
+        assert compare(encoded[name], expected).relative < BOUNDS[precision]
     first = run(backend, "first_step", step | references)
     cached = run(backend, "cached_step", step | encoded)
     for got in (first, cached):
-        assert relative(got["noise_pred"], noise_pred) < BOUND
-        assert relative(got["latents"], latents) < BOUND
+        assert compare(got["noise_pred"], noise_pred).relative < BOUNDS[precision]
+        assert compare(got["latents"], latents).relative < BOUNDS[precision]
     unquantized, _ = denoise(
         plain,
         net,
         inputs,
         encode_references(plain, net, tensors["ref_hidden_states"], tensors["ref_ids"]),
     )
-    assert relative(first["noise_pred"], unquantized) > 2 * BOUND
+    assert compare(first["noise_pred"], unquantized).relative > 0.02
 
 
 def test_nvfp4_has_no_graphs_in_float32(artifacts: Path) -> None:

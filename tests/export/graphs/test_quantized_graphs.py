@@ -24,6 +24,7 @@ from klein_kv.artifacts.signature import GraphSet, KVFormat, quantized_graph_set
 from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.export.checks.artifact_weights import component_weights
+from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.graphs.graph_files import save_quantized_graphs
 from klein_kv.export.graphs.transformer_graphs import (
@@ -53,11 +54,6 @@ SETS = {
     "static K/V": (KVFormat.FP8_CONSTANT, None),
     "attention": (KVFormat.FP8_CONSTANT, "fp8"),
 }
-
-
-def relative_error(got: NDArray[Any], expected: torch.Tensor) -> float:
-    reference = expected.double().numpy()
-    return float(np.linalg.norm(got - reference) / np.linalg.norm(reference))
 
 
 class Simulation(QuantizedOps):
@@ -197,7 +193,7 @@ def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) 
     packed = got[2:]
     got_kv = packed if graphs.kv_dtype is None else unpacked(packed, fp8.kv_scales())
     for one, expected in zip([*got[:2], *got_kv], [prediction, latents, *kv], strict=True):
-        assert relative_error(one, expected) < TOLERANCE
+        assert compare(one, expected).relative < TOLERANCE
 
     # The other two graphs give the same bits, keys and values handed on as they are.
     encoded = fp8.run(graphs, "encode_references", refs)
@@ -254,7 +250,7 @@ def test_a_scale_off_by_two_shows(fp8: Quantized, fault: str) -> None:
     kv = encode_references(ops, net, tensors["ref_hidden_states"], tensors["ref_ids"])
     expected, _ = denoise(ops, net, StepInputs(*(tensors[key] for key in step)), kv)
     got = fp8.run(graphs, "first_step", step | refs)
-    assert relative_error(got[0], expected) > 5 * TOLERANCE
+    assert compare(got[0], expected).relative > 5 * TOLERANCE
 
 
 def test_the_text_encoder_in_fp8(fp8: Quantized) -> None:
@@ -270,7 +266,7 @@ def test_the_text_encoder_in_fp8(fp8: Quantized) -> None:
     expected = encode_text(ops, config.text_encoder, torch.from_numpy(ids), torch.from_numpy(mask))
     graphs = fp8.manifest.choose_graphs(precision="fp8")
     got = fp8.run(graphs, "text_encoder", {"input_ids": ids, "attention_mask": mask})
-    assert relative_error(got[0], expected) < TOLERANCE
+    assert compare(got[0], expected).relative < TOLERANCE
 
 
 def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> None:
@@ -286,7 +282,7 @@ def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> No
         tensors["ref_ids"],
     )
     got = plain.run(graphs, "plain_step", step | refs)
-    assert relative_error(got[0], expected) < TOLERANCE
+    assert compare(got[0], expected).relative < TOLERANCE
     with pytest.raises(RequestError, match="plain model has no graphs with keys and values in"):
         plain.manifest.choose_graphs(precision="fp8", attention="fp8")
 
