@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,7 +39,7 @@ from klein_kv.export.checkpoints.random_model import (
     vae_on_meta,
 )
 
-__all__ = ["SIZES", "FixtureSize", "make_fixture"]
+__all__ = ["SIZES", "FixtureSize", "learn_tokenizer", "make_fixture"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None
 
 def _write_checkpoint(folder: Path, shapes: FixtureSize, seed: int, dtype: torch.dtype) -> None:
     """Build every component and save it, with its values or with holes."""
-    tokenizer = _tokenizer()
+    tokenizer = learn_tokenizer()
     if len(tokenizer) > shapes.text_vocabulary:
         raise RequestError(
             f"text_vocabulary is {shapes.text_vocabulary}; expected at least the tokenizer's "
@@ -244,7 +244,7 @@ _CHAT_TEMPLATE = r"""{%- for message in messages %}
 """
 
 
-def _tokenizer() -> Qwen2Tokenizer:
+def learn_tokenizer(corpus: Sequence[str] = _CORPUS) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of Qwen2's class with Qwen3's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(BPE())
@@ -259,7 +259,7 @@ def _tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    learner.train_from_iterator(_CORPUS, trainer)
+    learner.train_from_iterator(corpus, trainer)
     learned = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
