@@ -29,12 +29,7 @@ def component_parameters(config: ModelConfig, component: str) -> dict[str, tuple
 
 
 def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[str, WeightRef]:
-    """Where each tensor of a network lies.
-
-    Args:
-        folder: the artifact folder.
-        manifest: its manifest.
-        component: "transformer" or "text_encoder".
+    """Where each tensor of "transformer" or "text_encoder" lies.
 
     Raises:
         ArtifactError: a tensor is missing from the graphs' tables, or has another shape.
@@ -44,18 +39,18 @@ def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[
         graph = "first_step" if manifest.variant == "kv" else "plain_step"
     file = manifest.graphs.files[graph]
     shapes = component_parameters(manifest.config, component)
-    found: dict[str, WeightRef] = {}
+    whole: dict[str, WeightRef] = {}
     for key, ref in graph_weights(folder, file).items():
         name, _, rows = key.partition("[")
-        if name in shapes and name not in found:
-            found[name] = _whole(ref, rows, shapes[name])
-    missing = [name for name in shapes if name not in found]
+        if name in shapes and name not in whole:
+            whole[name] = _whole(ref, rows, shapes[name])
+    missing = [name for name in shapes if name not in whole]
     if missing:
         raise ArtifactError(
             f"{folder}: the weight table of graph {graph} has no {missing[0]} (and "
             f"{len(missing) - 1} more are missing); export the checkpoint again"
         )
-    return found
+    return whole
 
 
 def _whole(ref: WeightRef, rows: str, shape: tuple[int, ...]) -> WeightRef:

@@ -23,10 +23,6 @@ __all__ = ["FloatVae"]
 class FloatVae:
     """Encodes reference images and decodes latents.
 
-    Args:
-        artifacts: the artifact folder, its files checked.
-        manifest: its manifest.
-
     Raises:
         ArtifactError: the folder does not hold the VAE's weights or its configuration.
     """

@@ -17,12 +17,24 @@ from klein_kv.export.checks.artifact_weights import (
 )
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample, make_samples
-from klein_kv.export.checks.torch_loop import encode_prompt, prepare_request, run_loop
+from klein_kv.export.checks.torch_loop import (
+    LoopRequest,
+    encode_prompt,
+    prepare_request,
+    reference_kv,
+    run_loop,
+)
 from klein_kv.export.quantization.calibration import Ranges, calibrate
 from klein_kv.networks.torch_ops import TorchOps
 
 TOKENS = 48
 SAMPLES = make_samples(3, size=(160, 128))
+
+
+def last_latents(
+    ops: TorchOps, manifest: Manifest, request: LoopRequest, text: torch.Tensor
+) -> torch.Tensor:
+    return [*run_loop(ops, manifest, request, text, reference_kv(ops, manifest, request))][-1]
 
 
 def block_linears(manifest: Manifest) -> dict[str, list[str]]:
@@ -132,7 +144,7 @@ def test_queries_keys_and_values(ranges: dict[str, Ranges], tiny_artifacts: Path
         for sample in SAMPLES:
             text = encode_prompt(plain, tiny_artifacts, manifest, sample.prompt, TOKENS)
             ops = Watching(weights["transformer"], torch.float32)
-            run_loop(ops, manifest, prepare_request(sample, manifest, vae), text)
+            last_latents(ops, manifest, prepare_request(sample, manifest, vae), text)
     held = ranges["transformer"].attention
     assert len(held) == 3
     for part in "kv":
@@ -151,7 +163,7 @@ def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None
         request = prepare_request(sample, manifest, FloatVae(tiny_artifacts, manifest))
         with torch.inference_mode():
             text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, 512)
-            latents = run_loop(ops, manifest, request, text)
+            latents = last_latents(ops, manifest, request, text)
         image = tiny_ours(
             prompt=sample.prompt,
             image=list(sample.images) or None,

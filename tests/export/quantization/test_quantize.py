@@ -25,7 +25,7 @@ from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization import quantize as module
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import QuantizeResult, quantize_artifacts
-from tests.bfl_files import bfl_state, save_single_file
+from tests.bfl_files import bfl_state, save_single_file, tiled
 from tests.bfl_files import quantize as bfl_quantize
 
 SAMPLES = make_samples(2, size=(128, 128))
@@ -321,7 +321,7 @@ def bfl_bytes(folder: Path, kind: str) -> dict[str, Tensor]:
         linear = bfl_state(tiles | _others(tiles, kind))
         for name, tensor in linear.items():
             if tensor.dtype == torch.uint8:
-                result[f"{name}_scale"] = _tiled(tensor)
+                result[f"{name}_scale"] = tiled(tensor)
     return result
 
 
@@ -338,19 +338,6 @@ def _others(layers: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     }
     return {f"{name}.weight": stand_in for name in names} | norms
-
-
-def _tiled(scales: Tensor) -> Tensor:
-    """cuBLAS's tiles (its manual, 1D block scaling factors layout), position by position."""
-    rows, columns = scales.shape
-    high, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
-    tiles = torch.zeros(high * wide, dtype=scales.dtype)
-    for row in range(rows):
-        for column in range(columns):
-            tile = row // 128 * (wide // 4) + column // 4
-            inside = row % 32 * 16 + row % 128 // 32 * 4 + column % 4
-            tiles[tile * 512 + inside] = scales[row, column]
-    return tiles.reshape(high, wide)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
@@ -457,8 +444,7 @@ def damage(folder: Path, precision: str, name: str, fault: str) -> None:
             swap_nibbles(data, ref.offset, end)
         else:  # as cuBLAS's tiles have them
             scales = torch.from_numpy(np.array(map_weight(ref).view(np.uint8)))
-            tiled = _tiled(scales).flatten()[: ref.nbytes]
-            data[ref.offset : end] = tiled.numpy().tobytes()
+            data[ref.offset : end] = tiled(scales).flatten()[: ref.nbytes].numpy().tobytes()
         ref.path.write_bytes(data)
     manifest = Manifest.load(folder, check_files=False)
     files = {
@@ -485,7 +471,7 @@ def test_planted_faults_are_caught(
 ) -> None:
     copy = Path(shutil.copytree(all_precisions[0], tmp_path / "damaged"))
     damage(copy, precision, FUSED, fault)
-    failed = [row.name for row in quality(copy, precision).failed]
+    failed = quality(copy, precision).failed
     assert failed[0] == FUSED
     # What the layer gives out may saturate the input of the one after it, and of no other.
     assert set(failed) <= {FUSED, FUSED.replace("to_qkv_mlp_proj", "to_out")}
@@ -495,12 +481,12 @@ def test_a_saturated_input_shows(
     all_precisions: tuple[Path, dict[str, QuantizeResult]], tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(all_precisions[0], tmp_path / "damaged"))
-    layers = {row.name: row.fp32.snr for row in quality(copy, "fp8").layers}
+    before = quality(copy, "fp8").layers[FUSED].snr
     for _ in range(4):
         damage(copy, "fp8", FUSED, "input_scale")
     report = quality(copy, "fp8")
-    assert {row.name: row.fp32.snr for row in report.layers}[FUSED] < layers[FUSED] - 10
-    assert [row.name for row in report.failed] == [FUSED]
+    assert report.layers[FUSED].snr < before - 10
+    assert report.failed == [FUSED]
 
 
 def test_damaged_files_are_refused(folder: Path) -> None:
@@ -564,8 +550,10 @@ def test_plain_weights(plain_artifacts: Path, tmp_path: Path) -> None:
     )
     report = quality(copy, "fp8")
     assert not report.failed
-    names = [row.name for row in report.ends]
-    assert names == ["text embeddings", *(f"latents after step {i}" for i in range(1, 5))]
+    assert list(report.ends) == [
+        "text embeddings",
+        *(f"latents after step {i}" for i in range(1, 5)),
+    ]
 
 
 def test_tables_that_lack_a_weight_are_refused(folder: Path) -> None:
