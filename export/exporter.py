@@ -234,7 +234,7 @@ def _write_graphs(
         start, file = time.perf_counter(), graphs.files[graph]
         if file.startswith("transformer/"):
             refs = placed["transformer"].refs
-            model = transformer_graph(graph, config, dtype, refs, graphs.kv_dtype)
+            model = transformer_graph(graph, config, graphs, refs)
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:

@@ -182,6 +182,7 @@ def _plan_jobs(
         own = component_weights(artifacts, manifest, component)
         precision = recipe.component_precision(component)
         layers: dict[str, LayerSource]
+        origin: dict[str, Any]
         if component == "transformer" and source is not None:
             published = read_quantized_source(source, manifest, own)
             layers = {name: (weight.format, weight) for name, weight in published.items()}

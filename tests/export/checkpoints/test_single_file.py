@@ -26,7 +26,7 @@ from klein_kv.artifacts.config import (
     VaeConfig,
     read_json,
 )
-from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.signature import GraphSet, kv_names
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
@@ -180,7 +180,7 @@ def test_graphs_agree_with_diffusers(
     folder = tmp_path / "transformer"
     refs = place(path, config, "float32", folder).refs
     assert {ref.dtype for ref in refs.values()} == {"float32"}
-    model = transformer_graph("first_step", whole_config(config), "float32", refs)
+    model = transformer_graph("first_step", whole_config(config), GraphSet("kv", "float32"), refs)
     ir.save(model, folder / "first_step.onnx")
     session = onnxruntime.InferenceSession(folder / "first_step.onnx")
 

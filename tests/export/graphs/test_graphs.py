@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig
-from klein_kv.artifacts.signature import GRAPH_FILES, KVFormat, kv_names, make_signature
+from klein_kv.artifacts.signature import GRAPH_FILES, GraphSet, KVFormat, kv_names, make_signature
 from klein_kv.artifacts.weights import WeightRef, read_header
 from klein_kv.export.graphs.onnx_ops import OPSET
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
@@ -71,7 +71,7 @@ def build(graph: str, config: ModelConfig, dtype: str) -> ir.Model:
     if graph == "text_encoder":
         return text_encoder_graph(config, dtype, weights)
     name, kv_dtype = kv_dtype_of(graph)
-    return transformer_graph(name, config, dtype, weights, kv_dtype)
+    return transformer_graph(name, config, GraphSet("kv", dtype, kv_dtype), weights)
 
 
 @pytest.fixture(scope="module")

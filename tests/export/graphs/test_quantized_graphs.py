@@ -28,8 +28,8 @@ from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.graphs.graph_files import save_quantized_graphs
 from klein_kv.export.graphs.transformer_graphs import (
-    quantized_transformer_graph,
     text_encoder_graph,
+    transformer_graph,
 )
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
@@ -341,7 +341,7 @@ def released_graph(config: ModelConfig, precision: str, graph: str, number: int 
     if component == "text_encoder":
         return text_encoder_graph(config, "bfloat16", weights, layers.linears)
     scales = dict.fromkeys(block_names(config.transformer), AttentionScales(0.05, 0.04, 0.03))
-    return quantized_transformer_graph(graph, config, sets[number], weights, layers.linears, scales)
+    return transformer_graph(graph, config, sets[number], weights, layers.linears, scales)
 
 
 def external(model: ir.Model) -> dict[str, ir.ExternalTensor]:
@@ -391,7 +391,7 @@ def test_equal_input_scales_share_one_rounding() -> None:
     weights, layers = invented(KLEIN_9B, "fp8", "transformer")
     linears = {name: replace(x, input_scale=0.5) for name, x in layers.linears.items()}
     graphs = GraphSet("kv", "bfloat16", None, (("transformer", "fp8"),))
-    model = quantized_transformer_graph("cached_step", KLEIN_9B, graphs, weights, linears, {})
+    model = transformer_graph("cached_step", KLEIN_9B, graphs, weights, linears, {})
     # Per double block and stream: q, k, v; output; gate and up; down. Per single block: in; out;
     # the last block's text.
     count = sum(node.op_type == "QuantizeLinear" for node in model.graph)
@@ -420,7 +420,8 @@ def test_attention_in_float8_rounds_queries_keys_and_values() -> None:
 def test_nvfp4_graphs_are_not_written_in_float32(tmp_path: Path) -> None:
     weights, layers = invented(KLEIN_9B, "nvfp4", "transformer")
     graphs = GraphSet("kv", "float32")
-    assert not save_quantized_graphs(tmp_path, KLEIN_9B, graphs, "transformer", weights, layers)
+    save_quantized_graphs(tmp_path, KLEIN_9B, graphs, "transformer", weights, layers)
+    assert not list(tmp_path.iterdir())
     quantized = replace(graphs, quantized=(("transformer", "nvfp4"),))
     with pytest.raises(ArtifactError, match="nvfp4 graphs are for TensorRT"):
-        quantized_transformer_graph("cached_step", KLEIN_9B, quantized, weights, layers.linears, {})
+        transformer_graph("cached_step", KLEIN_9B, quantized, weights, layers.linears, {})
