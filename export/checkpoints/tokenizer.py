@@ -52,22 +52,20 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
     tokenizer = _load(source)
     tokenizer.save_pretrained(artifacts / "tokenizer")
     parts = _render(tokenizer, _MARKER, source).split(_MARKER)
-    if tokenizer.pad_token is None:
-        fault = "names no pad_token, expected one in tokenizer_config.json: prompts are padded"
-    elif len(parts) != 2:
-        fault = (
-            f"has a chat template that writes the prompt {len(parts) - 1} times, expected once; "
-            "klein-kv reads templates that put texts around the prompt"
-        )
-    elif "strftime_now" in tokenizer.get_chat_template():
-        fault = (
-            "has a chat template that reads the date (strftime_now), expected the same text every "
-            "day; use the template of the checkpoint's Qwen3 tokenizer"
-        )
-    else:
-        fault = ""
-    if fault:
-        raise CheckpointError(f"tokenizer: {source} {fault}")
+    faults = {
+        "names no pad_token, expected one in tokenizer_config.json: prompts are padded": (
+            tokenizer.pad_token is None
+        ),
+        f"has a chat template that writes the prompt {len(parts) - 1} times, expected once; "
+        "klein-kv reads templates that put texts around the prompt": len(parts) != 2,
+        "has a chat template that reads the date (strftime_now), expected the same text every day; "
+        "use the template of the checkpoint's Qwen3 tokenizer": (
+            "strftime_now" in tokenizer.get_chat_template()
+        ),
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise CheckpointError(f"tokenizer: {source} {fault}")
     prefix, suffix = parts
     prompt_format = PromptFormat(
         prefix=prefix,

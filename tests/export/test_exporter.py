@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -275,8 +274,7 @@ def test_only_what_has_another_type_is_converted(checkpoint: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("value", "dtype"),
-    [(70000.0, "float16"), (-65520.0, "float16"), (3.4e38, "bfloat16"), (float("nan"), "bfloat16")],
+    ("value", "dtype"), [(-65520.0, "float16"), (3.4e38, "bfloat16"), (float("nan"), "bfloat16")]
 )
 def test_values_that_a_type_cannot_hold(value: float, dtype: str, checkpoint: Path) -> None:
     def plant(tensors: dict[str, torch.Tensor]) -> None:
@@ -297,24 +295,6 @@ def test_float16_comes_with_a_warning(
         caplog.clear()
         export_checkpoint(checkpoint, tmp_path / "brain", dtype="bfloat16")
     assert not caplog.records
-
-
-def test_converted_artifacts_run(
-    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """bfloat16 weights widened to float32: the same graphs on other files."""
-    make_fixture(tmp_path / "brain", "tiny", dtype="bfloat16")
-    monkeypatch.setattr(
-        exporter, "vae_graph", lambda graph, *_: ir.load(tiny_artifacts / GRAPH_FILES[graph])
-    )
-    artifacts = export_checkpoint(tmp_path / "brain", tmp_path / "out", dtype="float32").artifacts
-    # The graph that stands in for the VAE's names the other export's file.
-    name = "vae/diffusion_pytorch_model.safetensors"
-    shutil.copy(tiny_artifacts / name, artifacts / name)
-    pipeline = KleinKVPipeline.from_pretrained(artifacts, threads=1)
-    embeds = pipeline.encode_prompt("a red kite", 32)
-    assert embeds.dtype == np.float32
-    assert np.isfinite(embeds).all()
 
 
 # --- interrupted ---
@@ -338,16 +318,6 @@ def test_interrupted_export_leaves_nothing(
     with pytest.raises(error, match="stopped"):
         export_checkpoint(checkpoint, tmp_path / "artifacts", dtype="bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_full_disk_is_a_capacity_error(
-    checkpoint: Path, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(exporter, "save_tokenizer", fail)
-    assert_refused(checkpoint, CapacityError, "cannot write .*artifacts: No space left on device")
 
 
 @pytest.mark.usefixtures("quick")

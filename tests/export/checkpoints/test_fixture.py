@@ -71,11 +71,6 @@ def test_diffusers_edits_an_image(pipeline: Flux2KleinKVPipeline) -> None:
     assert image.std() > 0.05
 
 
-def test_latents_are_of_unit_scale(latents: Callable[..., torch.Tensor]) -> None:
-    std = latents("a red kite over the sea", ("teal",)).std().item()
-    assert 0.7 < std < 2.5
-
-
 @pytest.mark.parametrize(
     ("prompt", "colours"),
     [
@@ -91,6 +86,7 @@ def test_every_input_matters(
     prompt: str, colours: tuple[str, ...], latents: Callable[..., torch.Tensor]
 ) -> None:
     base = latents("a red kite", ("teal", "orange"))
+    assert 0.7 < base.std().item() < 2.5
     assert (latents(prompt, colours) - base).abs().max() > 1e-2
 
 
@@ -255,17 +251,3 @@ def test_real_shapes_are_read_through_the_index(
         assert weight.get_shape() == shape
         assert weight.get_dtype() == "BF16"
         assert not weight[:2].any()
-
-
-def test_real_shapes_hold_the_names_of_the_small_ones(
-    real_shapes: Path, tiny_checkpoint: Path
-) -> None:
-    def names(folder: Path) -> set[str]:
-        found: set[str] = set()
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                found.update(file.keys())
-        return found
-
-    for component in ("transformer", "text_encoder"):
-        assert names(tiny_checkpoint / component) < names(real_shapes / component)
