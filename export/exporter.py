@@ -52,7 +52,6 @@ class ExportResult:
     """What an export did.
 
     Attributes:
-        artifacts: the finished folder.
         dtype: floating point type of graphs and weights.
         nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
         seconds: wall time.

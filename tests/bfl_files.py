@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["bfl_state", "dequantized", "quantize", "save_single_file", "tiled", "write_sparse"]
+__all__ = [
+    "bfl_state",
+    "dequantized",
+    "quantize",
+    "save_single_file",
+    "tiled",
+    "untiled",
+    "write_sparse",
+]
 
 # e2m1: one sign bit, two of exponent with bias 1, one of mantissa.
 E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -112,6 +120,11 @@ def tiled(scales: Tensor) -> Tensor:
     return tiles
 
 
+def untiled(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] of what `tiled` gave."""
+    return tiles.reshape(-1)[_positions(rows, columns)]
+
+
 def _positions(rows: int, columns: int) -> Tensor:
     """Where each block scale lies (cuBLAS manual, 1D block scaling factors layout)."""
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
@@ -127,8 +140,8 @@ def dequantized(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.dtype == torch.uint8:
             rows, columns = tensor.shape[0], 2 * tensor.shape[1]
             codes = torch.stack([tensor >> 4, tensor & 15], -1).reshape(rows, columns)
-            tiles = state[f"{layer}.weight_scale"].float().reshape(-1)
-            scales = tiles[_positions(rows, columns // 16)] * state[f"{layer}.weight_scale_2"]
+            scales = untiled(state[f"{layer}.weight_scale"].float(), rows, columns // 16)
+            scales = scales * state[f"{layer}.weight_scale_2"]
             values = E2M1[codes.long()].reshape(rows, -1, 16) * scales[..., None]
             out[name] = values.reshape(rows, columns)
         elif name.endswith(".weight") and tensor.dtype == torch.float8_e4m3fn:

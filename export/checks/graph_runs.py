@@ -200,11 +200,9 @@ class GraphRuns:
         """What buffers stand for: keys and values in float8 times their scales."""
         host = {name: np.array(self._pipe.backend.download(x)) for name, x in buffers.items()}
         values = {}
-        for name, array in host.items():
-            part, _, block = name.partition(".")
-            scale = self._kv_scales.get(name, host.get(f"{part}_scale.{block}"))
-            if "_scale." not in name:
-                values[name] = array if scale is None else array.astype(np.float32) * scale
+        for name in [name for name in host if "_scale." not in name]:
+            scale = self._kv_scales.get(name, host.get(name.replace("_ref.", "_ref_scale.")))
+            values[name] = host[name] if scale is None else host[name].astype(np.float32) * scale
         return values
 
     def _held_kv(self) -> dict[str, Buffer]:

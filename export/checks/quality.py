@@ -86,12 +86,10 @@ class QualityReport:
     """Everything that was measured.
 
     Attributes:
-        precision: what was measured.
         reference: whose weights the float32 and bfloat16 runs used.
         samples: number of requests.
-        bounds: the relative error of each quantized layer above which it is more than rounding.
+        bounds: relative error of each quantized layer above which it is more than rounding.
         layers: errors of those that were run, against their own weights.
-        blocks: by block.
         ends: text, keys and values, latents.
         images: of each request, of the precision and of bfloat16.
     """

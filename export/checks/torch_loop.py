@@ -123,14 +123,7 @@ def run_loop(
     """Latents [1, S, C] after each step, in the type of `ops`.
 
     The model's time is rounded as the artifacts' type has it, which belongs to the model: in
-    bfloat16 it moves by up to 4 of 1000.
-
-    Args:
-        ops: what computes.
-        manifest: the artifacts'.
-        request: what is made.
-        text: embeddings from `encode_prompt`.
-        kv: from `reference_kv`.
+    bfloat16 it moves by up to 4 of 1000. `text` is from `encode_prompt`, `kv` from `reference_kv`.
     """
     device, dtype, net = ops.device, ops.dtype, manifest.config.transformer
     schedule, latents = request.schedule, request.noise

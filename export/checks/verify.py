@@ -92,15 +92,13 @@ class DiffusersRun:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
+        """What diffusers computes in place of a graph, but for latents that a step gives.
 
         Args:
             graph: any but "vae_decoder" and "encode_references", whose keys and values are those
-                of "first_step"; after the text encoder, call `load_denoiser`.
+                of "first_step"; after the text encoder, whose input is `PROMPT`, call
+                `load_denoiser`.
             inputs: of the graph, in float32.
-
-        Returns:
-            Its outputs, but for latents that a step gives.
         """
         if graph == "text_encoder":
             embeds, _ = self._pipe.encode_prompt(

@@ -23,7 +23,7 @@ from klein_kv.artifacts.signature import FLOAT8_KV_FILES, GRAPH_FILES
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export import exporter
 from klein_kv.export.checkpoints.fixture import make_fixture
-from klein_kv.export.exporter import ExportResult, export_checkpoint
+from klein_kv.export.exporter import export_checkpoint
 from tests.checkpoints import MODELS, save_checkpoint
 from tests.conftest import KleinExport
 
@@ -90,22 +90,28 @@ def assert_refused(checkpoint: Path, error: type[Exception], message: str, **opt
 # --- what is written ---
 
 
-def test_folder(tiny_artifacts: Path) -> None:
+def test_folder(tiny_artifacts: Path, tiny_checkpoint: Path) -> None:
     graphs = {*GRAPH_FILES.values(), *FLOAT8_KV_FILES.values()}
     expected = {MANIFEST, "LICENSE.md", "vae/config.json", *COMPONENTS, *graphs}
     expected |= {name.replace(".onnx", ".weights.json") for name in graphs}
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     expected |= {f"tokenizer/{name}" for name in tokenizer}
     assert files_below(tiny_artifacts) == expected
+    for component in COMPONENTS:  # of the same type: links
+        assert (tiny_artifacts / component).samefile(tiny_checkpoint / component)
+        assert not (tiny_artifacts / component).is_symlink()
 
 
 @pytest.mark.usefixtures("quick")
 def test_result(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "artifacts"
     target.mkdir(parents=True)  # an empty folder is filled
+    edit_json(checkpoint / "scheduler/scheduler_config.json", shift_terminal=0.0)
     result = export_checkpoint(checkpoint, target)
-    assert isinstance(result, ExportResult)
     assert result.artifacts == target
+    manifest = Manifest.load(target)
+    assert manifest.licence.endswith("see LICENSE.md.")
+    assert manifest.scheduler["shift_terminal"] == 0  # as found
     assert result.dtype == "float32"
     packed = {f"{graph}_fp8_kv" for graph in ("first_step", "cached_step", "encode_references")}
     assert set(result.nodes) == {*GRAPH_FILES, *packed}
@@ -116,14 +122,6 @@ def test_result(checkpoint: Path, tmp_path: Path) -> None:
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     assert result.bytes_written == total - weights
     assert result.bytes_written < 2e6
-
-
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_weights_of_the_same_type_are_links(
-    component: str, tiny_checkpoint: Path, tiny_artifacts: Path
-) -> None:
-    assert (tiny_artifacts / component).samefile(tiny_checkpoint / component)
-    assert not (tiny_artifacts / component).is_symlink()
 
 
 @pytest.mark.slow
@@ -162,20 +160,6 @@ def test_same_checkpoint_gives_the_same_files_and_stays_as_it_was(
 
 
 @pytest.mark.usefixtures("quick")
-def test_licences_come_along(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "NOTICE").write_text("notice")
-    (checkpoint / "license-of-others.txt").write_text("licence")
-    artifacts = export_checkpoint(checkpoint, tmp_path / "with").artifacts
-    assert (artifacts / "NOTICE").read_text() == "notice"
-    named = "LICENSE.md, NOTICE, license-of-others.txt"
-    assert Manifest.load(artifacts).licence.endswith(f"see {named}.")
-    for path in checkpoint.glob("[LlN]*"):
-        path.unlink()
-    artifacts = export_checkpoint(checkpoint, tmp_path / "without").artifacts
-    assert "No licence file came with the checkpoint" in Manifest.load(artifacts).licence
-
-
-@pytest.mark.usefixtures("quick")
 def test_tokenizer_is_saved_in_its_fast_form(checkpoint: Path, tmp_path: Path) -> None:
     """Also where the checkpoint brings the older vocabulary and merges."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
@@ -195,14 +179,6 @@ def test_tokenizer_is_saved_in_its_fast_form(checkpoint: Path, tmp_path: Path) -
     artifacts = export_checkpoint(checkpoint, tmp_path / "artifacts").artifacts
     saved = AutoTokenizer.from_pretrained(artifacts / "tokenizer")
     assert saved("a red kite <|im_end|>")["input_ids"] == expected
-
-
-@pytest.mark.usefixtures("quick")
-def test_scheduler_is_kept_as_found(checkpoint: Path, tmp_path: Path) -> None:
-    edit_json(checkpoint / "scheduler/scheduler_config.json", shift_terminal=0.0)
-    artifacts = export_checkpoint(checkpoint, tmp_path / "artifacts").artifacts
-    found = json.loads((checkpoint / "scheduler/scheduler_config.json").read_text())
-    assert Manifest.load(artifacts).scheduler == found
 
 
 # --- conversion ---

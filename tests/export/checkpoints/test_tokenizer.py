@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,12 @@ def test_configuration_that_is_refused(folder: Path, changes: dict[str, Any], me
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         saved(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pad_id": "0"}, {"pad_id": True}, {"prefix": None}, {"padding_side": "top"}]
+)
+def test_prompt_format_of_other_values(changes: dict[str, Any], folder: Path) -> None:
+    (name,) = changes
+    with pytest.raises(CheckpointError, match=f"prompt: {name} is .*, expected "):
+        replace(saved(folder).prompt_format, **changes)

@@ -31,6 +31,10 @@ TOKENS = 48
 SAMPLES = make_samples(3, size=(160, 128))
 
 
+def torch_ops(folder: Path, manifest: Manifest, component: str) -> TorchOps:
+    return TorchOps(MappedWeights(component_weights(folder, manifest, component)), torch.float32)
+
+
 def last_latents(
     ops: TorchOps, manifest: Manifest, request: LoopRequest, text: torch.Tensor
 ) -> torch.Tensor:
@@ -73,19 +77,20 @@ def watch_diffusers(pipe: Any, samples: list[Sample]) -> dict[str, float]:
     last = f"single_transformer_blocks.{pipe.transformer.config.num_single_layers - 1}.attn.to_out"
     image_tokens = 0
     hooks = []
-    for part, module in (("", pipe.transformer), ("", pipe.text_encoder)):
-        for name, child in module.named_modules():
-            if isinstance(child, torch.nn.Linear):
-                key = f"{part}{name}.weight"
+    linears = {
+        name: child
+        for module in (pipe.transformer, pipe.text_encoder)
+        for name, child in module.named_modules()
+        if isinstance(child, torch.nn.Linear)
+    }
+    for name, child in linears.items():
 
-                def hook(_: Any, arguments: tuple[Any, ...], key: str = key) -> None:
-                    rows = (
-                        arguments[0][:, -image_tokens:] if key == f"{last}.weight" else arguments[0]
-                    )
-                    seen = float(rows.abs().max())
-                    largest[key] = max(largest.get(key, 0.0), seen)
+        def hook(_: Any, arguments: tuple[Any, ...], name: str = name) -> None:
+            rows = arguments[0][:, -image_tokens:] if name == last else arguments[0]
+            key = f"{name}.weight"
+            largest[key] = max(largest.get(key, 0.0), float(rows.abs().max()))
 
-                hooks.append(child.register_forward_pre_hook(hook))
+        hooks.append(child.register_forward_pre_hook(hook))
     try:
         for sample in samples:
             image_tokens = sample.height * sample.width // (2 * pipe.vae_scale_factor) ** 2
@@ -122,47 +127,27 @@ def test_all_block_linears_and_nothing_else(
     assert ranges["text_encoder"].attention == {}
 
 
-def test_queries_keys_and_values(ranges: dict[str, Ranges], tiny_artifacts: Path) -> None:
-    """Values are the outputs of layers, whose range the next test of the loop would not show."""
+def test_the_loop_is_the_pipelines(
+    ranges: dict[str, Ranges], tiny_artifacts: Path, tiny_ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images; and the largest keys and values seen on the way are calibration's."""
     manifest = Manifest.load(tiny_artifacts)
-    seen: dict[str, float] = {}
-
-    class Watching(TorchOps):
-        def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-            # Blocks come in order: double, single, single; references end before the last one's.
-            seen["v"] = max(seen.get("v", 0), float(v.abs().max()))
-            seen["k"] = max(seen.get("k", 0), float(k.abs().max()))
-            return super().attention(q, k, v, mask)
-
-    weights = {
-        component: MappedWeights(component_weights(tiny_artifacts, manifest, component))
-        for component in ("transformer", "text_encoder")
-    }
+    seen = {"k": 0.0, "v": 0.0}
     vae = FloatVae(tiny_artifacts, manifest)
-    plain = TorchOps(weights["text_encoder"], torch.float32)
-    with torch.inference_mode():
-        for sample in SAMPLES:
-            text = encode_prompt(plain, tiny_artifacts, manifest, sample.prompt, TOKENS)
-            ops = Watching(weights["transformer"], torch.float32)
-            last_latents(ops, manifest, prepare_request(sample, manifest, vae), text)
-    held = ranges["transformer"].attention
-    assert len(held) == 3
-    for part in "kv":
-        assert max(block[part] for block in held.values()) == pytest.approx(seen[part], rel=1e-5)
+    text_ops = torch_ops(tiny_artifacts, manifest, "text_encoder")
+    ops = torch_ops(tiny_artifacts, manifest, "transformer")
+    attention = ops.attention
 
+    def watching(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        for name, x in (("k", k), ("v", v)):
+            seen[name] = max(seen[name], float(x.abs().max()))
+        return attention(q, k, v, mask)
 
-def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None:
-    manifest = Manifest.load(tiny_artifacts)
-    text_ops, ops = (
-        TorchOps(
-            MappedWeights(component_weights(tiny_artifacts, manifest, component)), torch.float32
-        )
-        for component in ("text_encoder", "transformer")
-    )
+    monkeypatch.setattr(ops, "attention", watching)
     for sample in SAMPLES:
-        request = prepare_request(sample, manifest, FloatVae(tiny_artifacts, manifest))
+        request = prepare_request(sample, manifest, vae)
         with torch.inference_mode():
-            text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, 512)
+            text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, TOKENS)
             latents = last_latents(ops, manifest, request, text)
         image = tiny_ours(
             prompt=sample.prompt,
@@ -170,11 +155,15 @@ def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None
             width=sample.width,
             height=sample.height,
             seed=sample.seed,
+            max_sequence_length=TOKENS,
             output_type="np",
         ).images
-        vae = FloatVae(tiny_artifacts, manifest)
         decoded = vae.decode(latents.reshape(1, *request.grid, -1).numpy())
         assert np.abs(decoded.astype(float) - np.round(image * 255)).max() <= 1
+    held = ranges["transformer"].attention
+    assert len(held) == 3
+    for part in "kv":
+        assert max(block[part] for block in held.values()) == pytest.approx(seen[part], rel=1e-5)
 
 
 def test_percentiles(ranges: dict[str, Ranges]) -> None:
