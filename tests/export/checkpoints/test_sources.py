@@ -29,7 +29,6 @@ from klein_kv.export.checkpoints.sources import (
     Source,
     copy_licences,
     find_source,
-    known_sha256,
 )
 from klein_kv.export.checkpoints.weight_files import place_weights
 from klein_kv.export.exporter import export_checkpoint
@@ -287,17 +286,6 @@ def test_the_real_library_offline(tmp_path, monkeypatch, tiny_checkpoint):
     source = find_source(KV)
     assert source.folder == cache.snapshot(KV)
     assert (source.folder / "transformer/config.json").is_symlink()
-
-
-def test_digests_that_the_cache_knows(tmp_path):
-    hub = Hub(tmp_path)
-    hub.add("a/b", {"w.safetensors": b"weights", "config.json": b"{}"})
-    snapshot = hub.snapshot("a/b")
-    assert known_sha256(snapshot / "w.safetensors") == hashlib.sha256(b"weights").hexdigest()
-    assert known_sha256(snapshot / "config.json") == ""  # named by git's sha1
-    plain = tmp_path / ("0" * 64)
-    plain.write_bytes(b"")
-    assert known_sha256(plain) == ""
 
 
 # --- licences ---

@@ -293,6 +293,12 @@ def test_a_reference_that_does_not_fit(
     assert HIT in [one.name for one in report.checks]
 
 
+def test_artifacts_that_do_not_open(tiny_artifacts: Path, tmp_path: Path) -> None:
+    report = verify_against(tmp_path, tiny_artifacts, out=tmp_path / "report.json")
+    assert "is not a klein-kv" in failures(report)["artifacts and backend open"]
+    assert not json.loads((tmp_path / "report.json").read_text())["ok"]
+
+
 def test_the_report_is_there_while_a_check_runs(
     check: Callable[..., Report], folder: Path, tmp_path: Path
 ) -> None:
