@@ -201,7 +201,8 @@ class GraphRuns:
         host = {name: np.array(self._pipe.backend.download(x)) for name, x in buffers.items()}
         values = {}
         for name in [name for name in host if "_scale." not in name]:
-            scale = self._kv_scales.get(name, host.get(name.replace("_ref.", "_ref_scale.")))
+            part, _, block = name.partition(".")
+            scale = self._kv_scales.get(name, host.get(f"{part}_scale.{block}"))
             values[name] = host[name] if scale is None else host[name].astype(np.float32) * scale
         return values
 

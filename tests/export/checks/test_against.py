@@ -244,11 +244,11 @@ def test_planted_faults_are_found(
     check: Callable[..., Report], folder: Path, tamper: Tamper, found: dict[str, str]
 ) -> None:
     report = check(folder, tamper)
-    told = failures(report)
+    messages = failures(report)
     for name, words in found.items():
-        assert words in told.pop(name), report.to_text()
+        assert words in messages.pop(name), report.to_text()
     # What is computed from what is wrong may be wrong, but no graph that is right is blamed.
-    assert set(told) <= {HIT, "an edit", "the same edit again"}, report.to_text()
+    assert set(messages) <= {HIT, "an edit", "the same edit again"}, report.to_text()
 
 
 def test_references_that_are_encoded_again_are_found(
@@ -256,9 +256,9 @@ def test_references_that_are_encoded_again_are_found(
 ) -> None:
     count = iter(range(10**6))
     monkeypatch.setattr(KVOrigin, "digest", lambda origin, images: f"{next(count)}")
-    told = failures(check(folder))
-    assert "expected 4 cached steps" in told.pop(HIT)
-    assert not told
+    messages = failures(check(folder))
+    assert "expected 4 cached steps" in messages.pop(HIT)
+    assert not messages
 
 
 def test_a_broken_engine_is_told_and_the_others_are_checked(
@@ -376,10 +376,10 @@ def test_a_weight_scale_off_by_two_is_found(
     assert report.ok, report.to_text()
     rows = [row for graph in GRAPHS[3:] for row in measured(report, float32(graph)).values()]
     assert all(0.001 < row["relative"] < row["tolerance"] for row in rows)
-    told = failures(check(fp8, computed=faulty, **options))
+    messages = failures(check(fp8, computed=faulty, **options))
     for graph in ("encode_references", "first_step"):
-        assert "v_ref.0 is off by" in told.pop(float32(graph))
-    assert set(told) <= {float32("cached_step")}
+        assert "v_ref.0 is off by" in messages.pop(float32(graph))
+    assert set(messages) <= {float32("cached_step")}
 
 
 # --- sizes ---

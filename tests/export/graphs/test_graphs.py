@@ -48,12 +48,12 @@ NARROW_OPS = {"Cast", "ReduceMean", "Sqrt", "Reciprocal"}
 
 def invented_weights(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, WeightRef]:
     """Tensors one after the other in a file that does not exist."""
-    found, offset = {}, 0
+    refs, offset = {}, 0
     for name, shape in shapes.items():
         nbytes = math.prod(shape, start=ITEM_SIZE[dtype])
-        found[name] = WeightRef(Path("/none/weights.safetensors"), offset, nbytes, dtype, shape)
+        refs[name] = WeightRef(Path("/none/weights.safetensors"), offset, nbytes, dtype, shape)
         offset += nbytes
-    return found
+    return refs
 
 
 def weights_of(graph: str, config: ModelConfig, dtype: str) -> dict[str, WeightRef]:
@@ -149,8 +149,8 @@ def test_expected_operators(key: tuple[str, str, str], built: Built) -> None:
         allowed = allowed | NARROW_OPS | {"Clip"}
     elif graph != "text_encoder":
         allowed = allowed | {"MultiHeadAttention"} - {"Attention"}
-    found = collections.Counter(node.op_type for node in built[key].graph)
-    assert set(found) <= allowed
+    counts = collections.Counter(node.op_type for node in built[key].graph)
+    assert set(counts) <= allowed
     domains = {node.domain for node in built[key].graph}
     ours = {"", "com.microsoft"} if dtype == "float32" and graph != "text_encoder" else {""}
     assert domains <= ours
@@ -347,12 +347,15 @@ def test_traced_graphs_hold_no_weights_either(
 ) -> None:
     folder = request.getfixturevalue(artifacts)
     model = ir.load(folder / GRAPH_FILES[graph])
-    held = read_header(next((folder / "vae").glob("*.safetensors")))
+    stored_refs = read_header(next((folder / "vae").glob("*.safetensors")))
     side = "encoder" if graph == "vae_encoder" else "decoder"
     stored = external(model)
-    assert {name for name in held if name.startswith(f"{side}.")} <= set(stored)
+    assert {name for name in stored_refs if name.startswith(f"{side}.")} <= set(stored)
     for name, tensor in stored.items():
-        assert (tensor.offset, tensor.length) == (held[name].offset, held[name].nbytes)
+        assert (tensor.offset, tensor.length) == (
+            stored_refs[name].offset,
+            stored_refs[name].nbytes,
+        )
     attributes = [node.attributes.get("value") for node in nodes(model, "Constant")]
     constants = [attribute.value for attribute in attributes if attribute is not None]
     inline = [v.const_value for n, v in model.graph.initializers.items() if n not in stored]

@@ -160,19 +160,19 @@ def test_the_loop_is_the_pipelines(
         ).images
         decoded = vae.decode(latents.reshape(1, *request.grid, -1).numpy())
         assert np.abs(decoded.astype(float) - np.round(image * 255)).max() <= 1
-    held = ranges["transformer"].attention
-    assert len(held) == 3
+    own = ranges["transformer"].attention
+    assert len(own) == 3
     for part in "kv":
-        assert max(block[part] for block in held.values()) == pytest.approx(seen[part], rel=1e-5)
+        assert max(block[part] for block in own.values()) == pytest.approx(seen[part], rel=1e-5)
 
 
 def test_percentiles(ranges: dict[str, Ranges]) -> None:
-    held = ranges["transformer"]
-    for name, counts in held.histograms.items():
-        whole = held.input_range(name)
-        cut = [held.input_range(name, p) for p in (99.0, 99.9, 99.99, 100.0)]
+    own = ranges["transformer"]
+    for name, counts in own.histograms.items():
+        whole = own.input_range(name)
+        cut = [own.input_range(name, p) for p in (99.0, 99.9, 99.99, 100.0)]
         assert cut == sorted(cut)
-        assert cut[-1] == whole == held.inputs[name]
+        assert cut[-1] == whole == own.inputs[name]
         assert 0 < cut[0] < whole
         assert counts.sum() > 1000
     exact = Ranges(inputs={"w": 1000.0}, histograms={"w": np.zeros(1 << 15, np.int64)})
@@ -185,11 +185,11 @@ def test_percentiles(ranges: dict[str, Ranges]) -> None:
 def test_the_text_encoder_alone(tiny_bf16_artifacts: Path) -> None:
     manifest = Manifest.load(tiny_bf16_artifacts)
     names = {"text_encoder": ["model.layers.3.mlp.up_proj.weight"]}
-    found = calibrate(
+    text_ranges = calibrate(
         tiny_bf16_artifacts, manifest, SAMPLES[:1], names, device="cpu", text_tokens=16
     )
-    assert list(found) == ["text_encoder"]
-    assert list(found["text_encoder"].inputs) == names["text_encoder"]
+    assert list(text_ranges) == ["text_encoder"]
+    assert list(text_ranges["text_encoder"].inputs) == names["text_encoder"]
 
 
 def test_values_that_are_not_finite_are_named(

@@ -365,9 +365,9 @@ def test_input_scales_that_a_file_lacks_are_calibrated(
     path = save_single_file(tmp_path / "bfl.safetensors", published)
     quantized(folder, "fp8", source=path)
     layers = load_quantized(folder, "transformer", "fp8").linears
-    found = layers["transformer_blocks.0.ff.linear_in.weight"].input_scale
-    assert found is not None
-    assert 0.005 < found < 0.1
+    scale = layers["transformer_blocks.0.ff.linear_in.weight"].input_scale
+    assert scale is not None
+    assert 0.005 < scale < 0.1
     assert layers[Q].input_scale == 0.5
 
 
