@@ -1,22 +1,20 @@
 """Checkpoint in, artifact folder out.
 
-The folder is written aside (`.NAME.partial-PID` next to it) and renamed when it is whole; an
-interrupted export leaves nothing that could be taken for a result.
+The folder is written aside and renamed when it is whole; an interrupted export leaves nothing that
+could be taken for a result.
 """
 
-import contextlib
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from klein_kv.artifacts.config import (
     DEFAULT_TEXT_LAYERS,
+    DTYPES,
     ModelConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -26,16 +24,17 @@ from klein_kv.artifacts.config import (
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
-from klein_kv.artifacts.weights import WeightIndex, WeightRef
-from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
-from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight
-from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight, read_single_file
+from klein_kv.artifacts.weights import WeightIndex
+from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.export.checkpoints.quantized_files import PublishedWeight
+from klein_kv.export.checkpoints.single_file import StoredWeight, read_single_file
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
+from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.schedule import make_schedule
@@ -43,7 +42,7 @@ from klein_kv.schedule import make_schedule
 __all__ = ["ExportResult", "export_checkpoint"]
 
 _log = logging.getLogger(__name__)
-_FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = tuple(DTYPES.values())
 # Tensors that checkpoints hold and the graphs do not read.
 _UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
 
@@ -53,7 +52,6 @@ class ExportResult:
     """What an export did.
 
     Attributes:
-        artifacts: the finished folder.
         dtype: floating point type of graphs and weights.
         nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
         seconds: wall time.
@@ -75,27 +73,22 @@ class _Checkpoint:
     config: ModelConfig
     vae_config: dict[str, Any]
     scheduler: dict[str, Any]
-    weights: Mapping[str, Mapping[str, StoredWeight | JoinedRows]]
+    weights: Mapping[str, Mapping[str, StoredWeight]]
     parameters: dict[str, dict[str, tuple[int, ...]]]
 
-    @property
-    def dtype(self) -> str:
+    def transformer_dtype(self) -> str:
         """Type of the transformer's weights.
 
         Raises:
             RequestError: they are quantized.
         """
-        transformer = self.weights["transformer"]
-        for name, weight in transformer.items():
-            parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
-            kinds = {"fp8" for part in parts if isinstance(part, Fp8Weight)}
-            kinds |= {"nvfp4" for part in parts if isinstance(part, Nvfp4Weight)}
-            if kinds:
+        for name, weight in self.weights["transformer"].items():
+            if isinstance(weight, PublishedWeight):
                 raise RequestError(
-                    f"the checkpoint is quantized ({name} is {kinds.pop()}): add --dtype bf16 (for "
-                    "GPUs) or --dtype fp32 (for CPUs) to export what its numbers stand for"
+                    f"the checkpoint is quantized ({name} is {weight.format}): add --dtype bf16 "
+                    "(for GPUs) or --dtype fp32 (for CPUs) to export what its numbers stand for"
                 )
-        return transformer["proj_out.weight"].dtype
+        return self.weights["transformer"]["proj_out.weight"].dtype
 
 
 def export_checkpoint(
@@ -148,15 +141,16 @@ def export_checkpoint(
             source.name,
         )
     whole = _read_checkpoint(source, text_layers)
-    dtype = dtype or whole.dtype
-    if dtype not in _FLOATS:
-        raise CheckpointError(f"transformer weights are {dtype}, expected {', '.join(_FLOATS)}")
+    dtype = dtype or whole.transformer_dtype()
     if dtype == "float16":
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
-    with _staging(artifacts) as folder:
+    with new_folder(artifacts) as folder:
         # First: what it finds wrong costs no conversion.
         prompt = save_tokenizer(whole.folder, folder)
-        placed = _place_weights(whole, folder, dtype)
+        placed = {}
+        for part, names in whole.parameters.items():
+            (folder / part).mkdir()
+            placed[part] = place_weights(whole.weights[part], names, dtype, folder / part, part)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         # diffusers builds the VAE from it where the torch backend runs it.
         vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
@@ -182,82 +176,42 @@ def export_checkpoint(
 
 def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoint:
     folder = source.folder
-    transformer = TransformerConfig.from_dict(
-        read_json(folder / "transformer/config.json", "transformer config")
-    )
-    text = TextEncoderConfig.from_dict(
-        read_json(folder / "text_encoder/config.json", "text_encoder config"), text_layers
-    )
-    vae_config = read_json(folder / "vae/config.json", "vae config")
-    config = ModelConfig(transformer, text, VaeConfig.from_dict(vae_config))
+    configs = {
+        part: read_json(folder / part / "config.json", f"{part} config")
+        for part in ("transformer", "text_encoder", "vae")
+    }
+    transformer = TransformerConfig.from_dict(configs["transformer"])
+    text = TextEncoderConfig.from_dict(configs["text_encoder"], text_layers)
+    config = ModelConfig(transformer, text, VaeConfig.from_dict(configs["vae"]))
     scheduler = read_json(folder / "scheduler/scheduler_config.json", "scheduler config")
     try:
         make_schedule(scheduler, num_inference_steps=4, image_seq_len=4096)
     except ArtifactError as error:
         raise CheckpointError(str(error)) from error
+    vae_shapes = vae_parameters(configs["vae"])
+    # The batch counter of BatchNorm is not used at inference, and not always saved.
+    counters = tuple(name for name in vae_shapes if name.endswith("num_batches_tracked"))
     parameters = {
         "transformer": transformer_parameters(transformer),
         "text_encoder": text_encoder_parameters(text),
-        "vae": vae_parameters(vae_config),
+        "vae": {name: shape for name, shape in vae_shapes.items() if name not in counters},
     }
-    text_encoder = WeightIndex.from_folder(folder / "text_encoder", "text_encoder")
-    text_encoder.expect(parameters["text_encoder"], ignore=_UNREAD_TEXT)
-    # The batch counter of BatchNorm is not used at inference, and not always saved.
-    counters = [name for name in parameters["vae"] if name.endswith("num_batches_tracked")]
-    for name in counters:
-        del parameters["vae"][name]
-    vae = WeightIndex.from_folder(folder / "vae", "vae")
-    vae.expect(parameters["vae"], ignore=tuple(counters))
-    denoiser: Mapping[str, StoredWeight | JoinedRows]
-    if source.transformer is None:
-        index = WeightIndex.from_folder(folder / "transformer", "transformer")
-        index.expect(parameters["transformer"])
-        denoiser = index
-    else:
-        denoiser = read_single_file(source.transformer, transformer)
-    weights = {"transformer": denoiser, "text_encoder": text_encoder, "vae": vae}
-    for part, names in parameters.items():
-        for name in names:
-            weight = weights[part][name]
-            if isinstance(weight, WeightRef) and weight.dtype not in _FLOATS:
+    unread = {"transformer": (), "text_encoder": _UNREAD_TEXT, "vae": counters}
+    weights: dict[str, Mapping[str, StoredWeight]] = {}
+    for part, shapes in parameters.items():
+        if part == "transformer" and source.transformer is not None:
+            weights[part] = read_single_file(source.transformer, transformer)
+        else:
+            index = WeightIndex.from_folder(folder / part, part)
+            index.expect(shapes, ignore=unread[part])
+            weights[part] = index
+        for name in shapes:
+            dtype = weights[part][name].dtype
+            if dtype not in _FLOATS:
                 raise CheckpointError(
-                    f"{part}: {name} is {weight.dtype}, expected one of {', '.join(_FLOATS)}"
+                    f"{part}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}"
                 )
-    return _Checkpoint(folder, config, vae_config, scheduler, weights, parameters)
-
-
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes `target` on success and is removed otherwise."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RequestError(
-            f"{target} already exists and is not an empty folder; remove it or choose another name"
-        )
-    target = target.absolute()  # so that "." has a parent and a name
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise CapacityError(
-            f"cannot write {target}: {error.strerror or error}; choose a folder that is writable "
-            "and has room"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _place_weights(source: _Checkpoint, folder: Path, dtype: str) -> dict[str, Placement]:
-    placed = {}
-    for part, names in source.parameters.items():
-        (folder / part).mkdir()
-        placed[part] = place_weights(source.weights[part], names, dtype, folder / part, part)
-    return placed
+    return _Checkpoint(folder, config, configs["vae"], scheduler, weights, parameters)
 
 
 def _file_records(folder: Path, placed: Mapping[str, Placement]) -> dict[str, FileRecord]:
@@ -279,7 +233,7 @@ def _write_graphs(
         start, file = time.perf_counter(), graphs.files[graph]
         if file.startswith("transformer/"):
             refs = placed["transformer"].refs
-            model = transformer_graph(graph, config, dtype, refs, graphs.kv_dtype)
+            model = transformer_graph(graph, config, graphs, refs)
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:

@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["bfl_state", "dequantized", "quantize", "save_single_file", "write_sparse"]
+__all__ = [
+    "bfl_state",
+    "dequantized",
+    "quantize",
+    "save_single_file",
+    "tiled",
+    "untiled",
+    "write_sparse",
+]
 
 # e2m1: one sign bit, two of exponent with bias 1, one of mantissa.
 E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -96,18 +104,25 @@ def _nvfp4(layer: str, weight: Tensor) -> dict[str, Tensor]:
     steps = (block_scales.float() * scale).clamp(min=1e-30)
     codes = (blocks / steps[..., None]).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
     codes = codes.reshape(rows, columns).to(torch.uint8)
-    tiles = torch.zeros(_tiled(rows, columns // 16), dtype=torch.uint8)
-    tiles.view(-1)[_positions(rows, columns // 16)] = block_scales.view(torch.uint8)
     return {
         f"{layer}.weight": codes[:, ::2] << 4 | codes[:, 1::2],
-        f"{layer}.weight_scale": tiles.view(torch.float8_e4m3fn),
+        f"{layer}.weight_scale": tiled(block_scales.view(torch.uint8)).view(torch.float8_e4m3fn),
         f"{layer}.weight_scale_2": scale,
         f"{layer}.input_scale": torch.tensor(0.25),
     }
 
 
-def _tiled(rows: int, columns: int) -> tuple[int, int]:
-    return math.ceil(rows / 128) * 128, math.ceil(columns / 4) * 4
+def tiled(scales: Tensor) -> Tensor:
+    """uint8 [rows, columns] in whole tiles."""
+    rows, columns = scales.shape
+    tiles = torch.zeros(math.ceil(rows / 128) * 128, math.ceil(columns / 4) * 4, dtype=torch.uint8)
+    tiles.view(-1)[_positions(rows, columns)] = scales
+    return tiles
+
+
+def untiled(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns] of what `tiled` gave."""
+    return tiles.reshape(-1)[_positions(rows, columns)]
 
 
 def _positions(rows: int, columns: int) -> Tensor:
@@ -125,8 +140,8 @@ def dequantized(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.dtype == torch.uint8:
             rows, columns = tensor.shape[0], 2 * tensor.shape[1]
             codes = torch.stack([tensor >> 4, tensor & 15], -1).reshape(rows, columns)
-            tiles = state[f"{layer}.weight_scale"].float().reshape(-1)
-            scales = tiles[_positions(rows, columns // 16)] * state[f"{layer}.weight_scale_2"]
+            scales = untiled(state[f"{layer}.weight_scale"].float(), rows, columns // 16)
+            scales = scales * state[f"{layer}.weight_scale_2"]
             values = E2M1[codes.long()].reshape(rows, -1, 16) * scales[..., None]
             out[name] = values.reshape(rows, columns)
         elif name.endswith(".weight") and tensor.dtype == torch.float8_e4m3fn:

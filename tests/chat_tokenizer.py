@@ -1,23 +1,13 @@
-"""A small Qwen2 tokenizer with a chat template like Qwen3's, and diffusers' way to call it."""
+"""A small tokenizer with a chat template like Qwen3's, and diffusers' way to call it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+from klein_kv.export.checkpoints.fixture import make_tokenizer
 
 __all__ = ["PROMPTS", "TEMPLATE", "diffusers_ids", "edit_config", "train_tokenizer"]
 
@@ -66,45 +56,17 @@ PROMPTS = [
 
 
 def train_tokenizer(folder: Path) -> Path:
-    """Trains a byte-level BPE on the prompts and saves it as a Qwen2 tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEMPLATE, *PROMPTS[:10]], trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    model = json.loads(tokenizer.to_str())["model"]
-    saved = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-    )
-    saved.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
-    saved.chat_template = TEMPLATE
-    saved.save_pretrained(folder)
+    """Saves the fixtures' tokenizer with the longer template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        config[key] = value
-        if value is ...:
-            del config[key]
+    config = {key: value for key, value in (config | changes).items() if value is not ...}
     path.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -1,10 +1,9 @@
 """Small klein checkpoints built with diffusers' and transformers' own classes and saved by them.
 
-Nothing of klein-kv is used here, so that its own fixture checkpoints and its exporter cannot be
+Only the tokenizer is klein-kv's, so that its own fixture checkpoints and its exporter cannot be
 wrong in the same way. Three models differ in everything that a configuration may choose.
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from klein_kv.export.checkpoints.fixture import make_tokenizer
+from tests.chat_tokenizer import edit_config
 
 __all__ = [
     "MODELS",
@@ -33,12 +31,6 @@ __all__ = [
     "randomize",
     "save_checkpoint",
 ]
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +126,7 @@ MODELS: dict[str, Architecture] = {
 
 def save_checkpoint(folder: Path, architecture: Architecture, seed: int) -> None:
     """Builds the networks with random weights and saves them as a pipeline."""
-    tokenizer = _tokenizer(architecture.padding_side)
+    tokenizer = make_tokenizer()
     text = Qwen3Config(
         vocab_size=len(tokenizer) + 5,
         max_position_embeddings=4096,
@@ -163,6 +155,7 @@ def save_checkpoint(folder: Path, architecture: Architecture, seed: int) -> None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipeline = Flux2KleinKVPipeline(scheduler=scheduler, tokenizer=tokenizer, **modules)
     pipeline.save_pretrained(folder, max_shard_size=architecture.max_shard_size)
+    edit_config(folder / "tokenizer", padding_side=architecture.padding_side)
 
 
 def load_diffusers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Flux2KleinKVPipeline:
@@ -201,28 +194,3 @@ def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
             # Residual streams of thirty blocks stay small, and pixels mostly inside their range.
             value = 0.4 * value
         tensor.copy_(value)
-
-
-def _tokenizer(padding_side: str) -> Qwen2Tokenizer:
-    trained = Tokenizer(BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(["a red kite over the sea at night, the same cat in snow"], trainer)
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        padding_side=padding_side,
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
-    return tokenizer

@@ -191,6 +191,6 @@ def say(meaning: Meaning, random: np.random.Generator, plain_share: float = 0.3)
         sentence = sentence[0].upper() + sentence[1:]
     if chance[2] < 0.3:
         sentence += str(random.choice([".", "!"]))
-    if chance[3] < 0.05:
+    if chance[3] < 0.1:
         sentence = sentence.upper()
     return sentence

@@ -24,7 +24,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.pocket.instructions import SLOTS, TASKS, say
 from benchmarks.pocket.scenes import draw_meaning
 from benchmarks.pocket.state import load_state, save_state
-from klein_kv.export.checkpoints.fixture import learn_tokenizer
+from klein_kv.export.checkpoints import fixture
 
 __all__ = ["TAPS", "TEXT_TOKENS", "Prompts", "make_text_encoder", "make_tokenizer"]
 
@@ -40,7 +40,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     random = np.random.default_rng(0)
     tasks = list(TASKS)
     corpus = [say(draw_meaning(tasks[index % len(tasks)], random), random) for index in range(4000)]
-    return learn_tokenizer([*corpus, "user assistant system think"])
+    return fixture.make_tokenizer([*corpus, "user assistant system think"])
 
 
 def make_text_encoder(vocabulary: int) -> Qwen3ForCausalLM:
@@ -108,8 +108,9 @@ class Prompts:
 
 def train(out: Path, minutes: float) -> None:
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(out / "tokenizer")
+    if not (out / "tokenizer").is_dir():  # weights learnt with another one are worthless
+        make_tokenizer().save_pretrained(out / "tokenizer")
+    tokenizer = Qwen2Tokenizer.from_pretrained(out / "tokenizer")
     encoder = make_text_encoder(len(tokenizer))
     width = len(TAPS) * encoder.config.hidden_size
     reader = nn.Linear(width, sum(map(len, SLOTS.values())))

@@ -14,11 +14,9 @@ The networks and their weights come from `klein_kv.export.checkpoints.random_mod
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers import Flux2KleinKVPipeline
@@ -28,8 +26,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from klein_kv.errors import CheckpointError, RequestError
+from klein_kv.artifacts.config import DTYPES, tensor_bytes
+from klein_kv.artifacts.weights import safetensors_header
+from klein_kv.errors import RequestError
 from klein_kv.export.checkpoints.random_model import (
     SIZES,
     FixtureSize,
@@ -38,80 +39,49 @@ from klein_kv.export.checkpoints.random_model import (
     transformer_on_meta,
     vae_on_meta,
 )
+from klein_kv.export.staging import new_folder
 
-__all__ = ["SIZES", "FixtureSize", "learn_tokenizer", "make_fixture"]
+__all__ = ["SIZES", "FixtureSize", "make_fixture", "make_tokenizer"]
 
-logger = logging.getLogger(__name__)
-
-_DTYPES = MappingProxyType(
-    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-)
-_SAFETENSORS_DTYPES = MappingProxyType(
-    {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-)
+_log = logging.getLogger(__name__)
 
 
 def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None = None) -> None:
-    """Write a random checkpoint that `Flux2KleinKVPipeline.from_pretrained(out)` loads.
+    """Writes a random checkpoint that `Flux2KleinKVPipeline.from_pretrained(out)` loads.
 
-    The same arguments give the same bytes. The folder appears whole or not at all: it is written
-    beside `out` and renamed.
+    The same arguments give the same bytes.
 
     Args:
-        out: Folder to make. It may exist if it is empty.
-        size: A key of `SIZES`.
-        seed: Seed of the weights, 0 to 2**63 - 1. Sparse sizes have none, and ignore it.
+        out: folder to make; it may exist if it is empty.
+        size: a key of `SIZES`.
+        seed: of the weights, 0 to 2**63 - 1; sparse sizes have none, and ignore it.
         dtype: "float32", "float16" or "bfloat16"; None takes the size's own.
 
     Raises:
-        RequestError: An unknown size or dtype, or a seed out of range.
-        CheckpointError: `out` is a file, or a folder that holds something.
+        RequestError: an unknown size or dtype, a seed out of range, or `out` holds something.
+        CapacityError: it cannot be written.
     """
     if size not in SIZES:
         raise RequestError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
     shapes = SIZES[size]
     dtype = shapes.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES.values():
+        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES.values())}")
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; expected a number from 0 to 2**63 - 1")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(
-            f"{out} is already there; expected a new or an empty folder. "
-            "Choose another folder or remove this one"
-        )
-
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_checkpoint(partial, shapes, seed, _DTYPES[dtype])
-        if out.exists():  # Windows renames onto no folder, not even an empty one
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    logger.info("wrote %s (size %s, seed %d, %s)", out, size, seed, dtype)
+    with new_folder(out) as folder:
+        _write_checkpoint(folder, shapes, seed, getattr(torch, dtype))
+    _log.info("wrote %s (size %s, seed %d, %s)", out, size, seed, dtype)
 
 
 def _write_checkpoint(folder: Path, shapes: FixtureSize, seed: int, dtype: torch.dtype) -> None:
-    """Build every component and save it, with its values or with holes."""
-    tokenizer = learn_tokenizer()
-    if len(tokenizer) > shapes.text_vocabulary:
-        raise RequestError(
-            f"text_vocabulary is {shapes.text_vocabulary}; expected at least the tokenizer's "
-            f"{len(tokenizer)}"
-        )
     modules = _modules_on_meta(shapes, dtype)
     if not shapes.sparse:
         generator = torch.Generator().manual_seed(seed)
         for module in modules.values():
             fill_random(module.to_empty(device="cpu"), generator)
     pipeline = Flux2KleinKVPipeline(
-        scheduler=make_scheduler(),
-        tokenizer=tokenizer,
-        **modules,
+        scheduler=make_scheduler(), tokenizer=make_tokenizer(), **modules
     )
     if shapes.sparse:
         _save_sparse(folder, pipeline)
@@ -146,8 +116,8 @@ def _modules_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> dict[str, nn.Mo
     }
 
 
-def _save_sparse(folder: Path, pipeline: Flux2KleinKVPipeline) -> None:
-    """Save a pipeline of meta modules: configurations as they are, weights as holes.
+def _save_sparse(folder: Path, pipeline: Any) -> None:
+    """Saves a pipeline of meta modules: configurations as they are, weights as holes.
 
     Shards are cut as the published repositories cut them: the transformer at 10 GB (diffusers'
     default), the text encoder at 5 GB (transformers' default at the time).
@@ -174,48 +144,27 @@ def _save_sparse(folder: Path, pipeline: Flux2KleinKVPipeline) -> None:
 
 
 def _write_shards(folder: Path, stem: str, state: dict[str, Tensor], limit: str) -> None:
-    """Write a state as sparse safetensors files, with an index when there is more than one."""
+    """Sparse safetensors files, with an index where there is more than one."""
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=limit
     )
     for filename, names in split.filename_to_tensors.items():
-        _write_sparse_safetensors(folder / filename, {name: state[name] for name in names})
+        # Wider types go first, as the library's own writer puts them: tensors are aligned then.
+        ordered = sorted(names, key=lambda name: (-state[name].itemsize, name))
+        kinds = {
+            name: (str(state[name].dtype).removeprefix("torch."), tuple(state[name].shape))
+            for name in ordered
+        }
+        header = safetensors_header(kinds)
+        with (folder / filename).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(tensor_bytes(*kind) for kind in kinds.values()))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = folder / f"{stem}.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_sparse_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors header, then extend the file to its full length without data.
-
-    The format (huggingface/safetensors, README): 8 bytes of header length, little endian; a JSON
-    header padded with spaces; the tensors back to back. Wider types go first, as the library's
-    own writer puts them, so that every tensor starts on a multiple of its item size.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        begin, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
-# --- tokenizer -------------------------------------------------------------------------------
-
-# Qwen2's split into words (transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX).
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _MERGED_TOKENS = 256  # tokens made of more than one byte
 
 # Text to learn merges from: enough that ordinary prompts shorten to about a third of their bytes.
@@ -244,13 +193,13 @@ _CHAT_TEMPLATE = r"""{%- for message in messages %}
 """
 
 
-def learn_tokenizer(corpus: Sequence[str] = _CORPUS) -> Qwen2Tokenizer:
+def make_tokenizer(corpus: Sequence[str] = _CORPUS) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of Qwen2's class with Qwen3's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -17,8 +17,6 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from klein_kv.errors import RequestError
-
 __all__ = [
     "SIZES",
     "FixtureSize",
@@ -30,34 +28,20 @@ __all__ = [
 
 _LATENT_CHANNELS = 32  # FLUX.2's; the transformer reads 2x2 patches of it, so 128 channels
 _TEXT_TAPS = 3  # hidden states 9, 18 and 27, side by side on the feature axis
-_LAST_TEXT_TAP = 27
 
 
 @dataclass(frozen=True, slots=True)
 class FixtureSize:
-    """Shapes of one fixture checkpoint. Counts and widths in elements.
+    """Shapes of one checkpoint, in elements.
 
     Attributes:
-        double_blocks: Two-stream transformer blocks.
-        single_blocks: One-stream transformer blocks.
-        heads: Attention heads of the transformer.
-        head_dim: Features per head; a multiple of 8, split evenly over the four RoPE axes.
-        text_layers: Decoder layers of the text encoder. At least 28, because the last hidden
-            state of a Qwen3 model is normalised and must not be the last tap.
-        text_hidden: Width of the text encoder.
-        text_heads: Query heads of the text encoder.
-        text_kv_heads: Key and value heads of the text encoder.
-        text_head_dim: Features per head of the text encoder.
-        text_intermediate: Width of the text encoder's feed-forward.
-        text_vocabulary: Rows of the embedding; more than the tokenizer has tokens.
-        vae_channels: Channels of the four levels of the autoencoder (a scale factor of 8).
-        vae_groups: Groups of its GroupNorms; divides every entry of `vae_channels`.
-        vae_layers: Residual blocks per level.
-        dtype: Data type of the weights when the caller names none.
-        sparse: Write holes in place of values. Every weight reads as zero.
-
-    Raises:
-        RequestError: A shape that the model classes cannot be built with.
+        head_dim: of the transformer; a multiple of 8, split evenly over the four RoPE axes.
+        text_layers: at least 28: the last hidden state of a Qwen3 model is normalised, and must not
+            be the last one that is read.
+        text_vocabulary: rows of the embedding; no fewer than the tokenizer has tokens.
+        vae_channels: of the four levels (a scale factor of 8), each a multiple of `vae_groups`.
+        dtype: of the weights when the caller names none.
+        sparse: holes in place of values: every weight reads as zero.
     """
 
     double_blocks: int
@@ -76,34 +60,6 @@ class FixtureSize:
     vae_layers: int
     dtype: str = "float32"
     sparse: bool = False
-
-    def __post_init__(self) -> None:
-        if self.head_dim % 8:
-            raise RequestError(
-                f"head_dim is {self.head_dim}; expected a multiple of 8, so that four RoPE axes "
-                "get an even share each"
-            )
-        if self.text_layers <= _LAST_TEXT_TAP:
-            raise RequestError(
-                f"text_layers is {self.text_layers}; expected more than {_LAST_TEXT_TAP}, the "
-                "last hidden state that is read"
-            )
-        if any(channels % self.vae_groups for channels in self.vae_channels):
-            raise RequestError(
-                f"vae_channels {self.vae_channels} are not all multiples of vae_groups "
-                f"{self.vae_groups}; choose a common divisor"
-            )
-
-    @property
-    def joint_attention_dim(self) -> int:
-        """Width of the text that the transformer reads."""
-        return _TEXT_TAPS * self.text_hidden
-
-    @property
-    def axes_dims_rope(self) -> tuple[int, int, int, int]:
-        """Features per RoPE axis (T, H, W, L)."""
-        axis = self.head_dim // 4
-        return (axis, axis, axis, axis)
 
 
 SIZES: Mapping[str, FixtureSize] = MappingProxyType(
@@ -173,8 +129,8 @@ def transformer_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> Flux2Transfo
             num_single_layers=shapes.single_blocks,
             attention_head_dim=shapes.head_dim,
             num_attention_heads=shapes.heads,
-            joint_attention_dim=shapes.joint_attention_dim,
-            axes_dims_rope=shapes.axes_dims_rope,
+            joint_attention_dim=_TEXT_TAPS * shapes.text_hidden,
+            axes_dims_rope=4 * (shapes.head_dim // 4,),
             guidance_embeds=False,
         )
     return _ready(module, dtype)
@@ -210,8 +166,6 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
         max_image_seq_len=4096,
     )
 
-
-# --- weights ---------------------------------------------------------------------------------
 
 # Where 1/sqrt(fan-in) is not enough, by the end of the name. Measured on `tiny` (two references)
 # and `small` (four): the noise prediction and the final latents have a standard deviation of 1.1 to

@@ -11,7 +11,7 @@ the names: black-forest-labs/flux2, `src/flux2/model.py`). Two things are laid o
 Files with diffusers' own names, or with q, k and v apart, are read too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,10 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
-from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight, read_weights
+from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
 from klein_kv.networks.transformer import transformer_parameters
 
-__all__ = ["JoinedRows", "StoredWeight", "bfl_rows", "read_single_file"]
-
-StoredWeight = WeightRef | Fp8Weight | Nvfp4Weight
-"""A tensor as a file holds it."""
+__all__ = ["JoinedRows", "StoredWeight", "read_rows", "read_single_file"]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 _WHOLE = {
@@ -72,7 +69,7 @@ Rows = tuple[str, int, int]
 class JoinedRows:
     """A tensor made of ranges of rows that do not follow each other in the file."""
 
-    parts: tuple[StoredWeight, ...]
+    parts: tuple[WeightRef | PublishedWeight, ...]
 
     @property
     def dtype(self) -> str:
@@ -90,16 +87,23 @@ class JoinedRows:
         for part in self.parts:
             low, high = max(start - first, 0), min(stop - first, part.shape[0])
             if low < high:
-                pieces.append(
-                    map_weight(part)[low:high]
-                    if isinstance(part, WeightRef)
-                    else part.read(low, high)
-                )
+                pieces.append(read_rows(part, low, high))
             first += part.shape[0]
         return np.concatenate(pieces)
 
 
-def bfl_rows(config: TransformerConfig) -> dict[str, tuple[Rows, ...]]:
+StoredWeight = WeightRef | PublishedWeight | JoinedRows
+"""A tensor as files hold it."""
+
+
+def read_rows(weight: StoredWeight, start: int, stop: int) -> NDArray[Any]:
+    """Rows `start` to `stop` (exclusive); quantized ones in float32."""
+    if isinstance(weight, WeightRef):
+        return np.atleast_1d(map_weight(weight))[start:stop]
+    return weight.read(start, stop)
+
+
+def _bfl_rows(config: TransformerConfig, stored: Collection[str]) -> dict[str, tuple[Rows, ...]]:
     """For each diffusers name, the rows of the Black Forest Labs tensors that it is made of."""
     dim = config.inner_dim
     table: dict[str, tuple[Rows, ...]] = {}
@@ -108,9 +112,10 @@ def bfl_rows(config: TransformerConfig) -> dict[str, tuple[Rows, ...]]:
         ours, bfl = f"transformer_blocks.{i}", f"double_blocks.{i}"
         whole |= {f"{ours}.{name}": f"{bfl}.{source}" for name, source in _DOUBLE.items()}
         for stream, names in _QKV:
-            for part, name in enumerate(names):
+            for part, (name, short) in enumerate(zip(names, ("to_q", "to_k", "to_v"), strict=True)):
                 rows = (f"{bfl}.{stream}.qkv.weight", part * dim, (part + 1) * dim)
-                table[f"{ours}.attn.{name}.weight"] = (rows,)
+                own = f"{bfl}.{stream}.{short}.weight"
+                table[f"{ours}.attn.{name}.weight"] = ((own, 0, dim) if own in stored else rows,)
     for i in range(config.num_single_layers):
         ours, bfl = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
         whole |= {f"{ours}.{name}": f"{bfl}.{source}" for name, source in _SINGLE.items()}
@@ -121,7 +126,7 @@ def bfl_rows(config: TransformerConfig) -> dict[str, tuple[Rows, ...]]:
     return table
 
 
-def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight | JoinedRows]:
+def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight]:
     """Finds every tensor of the transformer in one file; no weight is read.
 
     Args:
@@ -134,72 +139,51 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
     Raises:
         CheckpointError: not a whole safetensors file; missing, unexpected or misshapen tensors.
     """
-    stored = _without_prefix(read_weights(path))
+    stored = read_weights(path)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in stored):
+            stored = {name.removeprefix(prefix): weight for name, weight in stored.items()}
     shapes = transformer_parameters(config)
     table: dict[str, tuple[Rows, ...]] = {name: ((name, 0, shapes[name][0]),) for name in shapes}
     if "x_embedder.weight" not in stored:
-        table = bfl_rows(config)
-        _take_split_qkv(table, stored, config)
-    _check_names(path, table, stored)
-    found: dict[str, StoredWeight | JoinedRows] = {}
+        table = _bfl_rows(config, stored)
+    expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        parts = tuple(_rows(stored[source], start, stop) for source, start, stop in table[name])
-        found[name] = parts[0] if len(parts) == 1 else JoinedRows(parts)
-        if found[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {found[name].shape}, expected {shape} from the base "
-                "checkpoint's transformer/config.json; take the base of the same model size"
-            )
-    return found
+        for source, _, stop in table[name]:
+            rows = max(stop, expected.get(source, (0,))[0])
+            expected[source] = (rows, *shape[1:])
+    _check_tensors(path, stored, expected)
+    weights: dict[str, StoredWeight] = {}
+    for name in shapes:
+        parts = tuple(
+            stored[source]
+            if stop - start == expected[source][0]
+            else stored[source].rows(start, stop)
+            for source, start, stop in table[name]
+        )
+        weights[name] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+    return weights
 
 
-def _without_prefix(stored: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    for prefix in _PREFIXES:
-        if stored and all(name.startswith(prefix) for name in stored):
-            return {name.removeprefix(prefix): weight for name, weight in stored.items()}
-    return dict(stored)
-
-
-def _take_split_qkv(
-    table: dict[str, tuple[Rows, ...]],
-    stored: Mapping[str, StoredWeight],
-    config: TransformerConfig,
+def _check_tensors(
+    path: Path,
+    stored: Mapping[str, WeightRef | PublishedWeight],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Points q, k and v at tensors of their own where a file has those, block by block."""
-    for i in range(config.num_layers):
-        for stream, names in _QKV:
-            for name, short in zip(names, ("to_q", "to_k", "to_v"), strict=True):
-                source = f"double_blocks.{i}.{stream}.{short}.weight"
-                if source in stored:
-                    rows = (source, 0, config.inner_dim)
-                    table[f"transformer_blocks.{i}.attn.{name}.weight"] = (rows,)
-
-
-def _check_names(
-    path: Path, table: Mapping[str, tuple[Rows, ...]], stored: Mapping[str, StoredWeight]
-) -> None:
-    ends: dict[str, int] = {}
-    for source, _, stop in (rows for entry in table.values() for rows in entry):
-        ends[source] = max(ends.get(source, 0), stop)
-    missing = [name for name in ends if name not in stored]
-    extra = [name for name in stored if name not in ends]
+    missing = [name for name in expected if name not in stored]
+    extra = [name for name in stored if name not in expected]
     if missing or extra:
+        counts = []
+        for names, what in ((missing, "missing"), (extra, "unexpected")):
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            counts.append(f"{len(names)} {what}" + (f" ({some})" if names else ""))
         raise CheckpointError(
             f"{path}: its tensors are not those of a FLUX.2 [klein] transformer of the base "
-            f"checkpoint's size: {len(missing)} missing{_some(missing)}, {len(extra)} "
-            f"unexpected{_some(extra)}"
+            f"checkpoint's size: {', '.join(counts)}"
         )
-    for name, end in ends.items():
-        if not stored[name].shape or stored[name].shape[0] != end:
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {stored[name].shape}, expected {end} rows from the base "
+                f"{path}: {name} has shape {stored[name].shape}, expected {shape} from the base "
                 "checkpoint's transformer/config.json; take the base of the same model size"
             )
-
-
-def _some(names: list[str]) -> str:
-    return " (" + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + ")" if names else ""
-
-
-def _rows(weight: StoredWeight, start: int, stop: int) -> StoredWeight:
-    return weight if (start, stop) == (0, weight.shape[0]) else weight.rows(start, stop)

@@ -10,6 +10,7 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from klein_kv.artifacts.config import read_json
 from klein_kv.errors import CapacityError, CheckpointError, KleinKVError, RequestError
@@ -19,46 +20,32 @@ __all__ = ["OFFICIAL", "OfficialModel", "Source", "copy_licences", "find_source"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class OfficialModel:
-    """What is known of a repository of Black Forest Labs.
-
-    Attributes:
-        variant: "kv" or "plain".
-        base: repository with the rest of the pipeline, where this one holds a single file.
-        file: that single file.
-    """
+class OfficialModel(NamedTuple):
+    """A repository of Black Forest Labs: "kv" or "plain", and for a single file its base."""
 
     variant: str
-    base: str = ""
     file: str = ""
+    base: str = ""
 
 
-_ORG = "black-forest-labs"
+_ORG = "black-forest-labs/FLUX.2-klein"
 OFFICIAL = {
-    f"{_ORG}/FLUX.2-klein-9b-kv": OfficialModel("kv"),
-    f"{_ORG}/FLUX.2-klein-9b-kv-fp8": OfficialModel(
-        "kv", f"{_ORG}/FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv-fp8.safetensors"
-    ),
-    f"{_ORG}/FLUX.2-klein-9B": OfficialModel("plain"),
-    f"{_ORG}/FLUX.2-klein-9b-fp8": OfficialModel(
-        "plain", f"{_ORG}/FLUX.2-klein-9B", "flux-2-klein-9b-fp8.safetensors"
-    ),
-    f"{_ORG}/FLUX.2-klein-9b-nvfp4": OfficialModel(
-        "plain", f"{_ORG}/FLUX.2-klein-9B", "flux-2-klein-9b-nvfp4.safetensors"
-    ),
-    f"{_ORG}/FLUX.2-klein-4B": OfficialModel("plain"),
-    f"{_ORG}/FLUX.2-klein-4b-fp8": OfficialModel(
-        "plain", f"{_ORG}/FLUX.2-klein-4B", "flux-2-klein-4b-fp8.safetensors"
-    ),
-    f"{_ORG}/FLUX.2-klein-base-9B": OfficialModel("plain"),
-    f"{_ORG}/FLUX.2-klein-base-4B": OfficialModel("plain"),
+    f"{_ORG}-9b-kv": OfficialModel("kv"),
+    f"{_ORG}-9b-kv-fp8": OfficialModel("kv", "flux-2-klein-9b-kv-fp8.safetensors", f"{_ORG}-9b-kv"),
+    f"{_ORG}-9B": OfficialModel("plain"),
+    f"{_ORG}-9b-fp8": OfficialModel("plain", "flux-2-klein-9b-fp8.safetensors", f"{_ORG}-9B"),
+    f"{_ORG}-9b-nvfp4": OfficialModel("plain", "flux-2-klein-9b-nvfp4.safetensors", f"{_ORG}-9B"),
+    f"{_ORG}-4B": OfficialModel("plain"),
+    f"{_ORG}-4b-fp8": OfficialModel("plain", "flux-2-klein-4b-fp8.safetensors", f"{_ORG}-4B"),
+    f"{_ORG}-base-9B": OfficialModel("plain"),
+    f"{_ORG}-base-4B": OfficialModel("plain"),
 }
 """Repositories whose name says which kind of weights they hold."""
 
 _BY_LOWER_NAME = {name.lower(): (name, model) for name, model in OFFICIAL.items()}
 _CLASSES = {"Flux2KleinKVPipeline": "kv", "Flux2KleinPipeline": "plain"}
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?")
+_OFFICIAL_9B = re.compile(r"black-forest-labs/flux\.2-klein-(base-)?9b")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _BASE_FILES = (
@@ -84,19 +71,19 @@ class Source:
         name: for people: repository, or name of the folder or file.
         folder: the pipeline in diffusers layout.
         transformer: single file with the transformer; None if `folder` has it.
+        licence_folders: where to look for licences, the weights' own first.
         variant: "kv" or "plain" if the checkpoint says so itself, else "".
         declared_by: what says so.
-        licence_folders: where to look for licences, the weights' own first.
-        official: the variant is known from an official repository's name.
+        official: it is a repository whose name says so.
         is_distilled: False if `folder` says that its weights need guidance.
     """
 
     name: str
     folder: Path
     transformer: Path | None
-    variant: str
-    declared_by: str
     licence_folders: tuple[Path, ...]
+    variant: str = ""
+    declared_by: str = ""
     official: bool = False
     is_distilled: bool = True
 
@@ -142,13 +129,26 @@ def find_source(
     """
     text = str(checkpoint)
     path = Path(text).expanduser()
+    if path.exists() and revision is not None:
+        raise RequestError(
+            f"revision is {revision!r} but {text} is on this machine; a revision belongs to a "
+            "Hugging Face repository"
+        )
+    if path.is_dir():
+        return _folder(path, base, path.resolve().name)
     if path.exists():
-        if revision is not None:
-            raise RequestError(
-                f"revision is {revision!r} but {text} is on this machine; a revision belongs to a "
-                "Hugging Face repository"
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"checkpoint {path} is a file but not .safetensors; only safetensors is read, "
+                "never pickle"
             )
-        return _single_file(path.absolute(), base) if path.is_file() else _folder(path, base)
+        if base is None:
+            raise RequestError(
+                f"{path.name} holds the transformer alone; add --base with the rest of the "
+                "pipeline: a folder in diffusers layout, or black-forest-labs/FLUX.2-klein-9b-kv"
+            )
+        path, folder = path.absolute(), _base_folder(base)
+        return Source(path.stem, folder, path, (path.parent, folder))
     match = _REPOSITORY.fullmatch(text)
     if match is None or Path(text.split("/", maxsplit=1)[0]).exists() or text[0] in "./~":
         raise CheckpointError(
@@ -159,7 +159,7 @@ def find_source(
     return _repository(match[1], match[2] or "", base, revision)
 
 
-def _folder(path: Path, base: Path | str | None, name: str = "") -> Source:
+def _folder(path: Path, base: Path | str | None, name: str) -> Source:
     if base is not None:
         raise RequestError(
             f"base is {base} but {path} is a folder, which has the whole pipeline; a base belongs "
@@ -169,12 +169,12 @@ def _folder(path: Path, base: Path | str | None, name: str = "") -> Source:
     index = _read_index(folder)
     kind = str(index.get("_class_name", ""))
     return Source(
-        name=name or folder.name,
+        name=name,
         folder=folder,
         transformer=None,
+        licence_folders=(folder,),
         variant=_CLASSES.get(kind, ""),
         declared_by=f"{folder / 'model_index.json'} (_class_name {kind})",
-        licence_folders=(folder,),
         is_distilled=index.get("is_distilled") is not False,
     )
 
@@ -187,21 +187,6 @@ def _read_index(folder: Path) -> dict[str, object]:
             "diffusers layout; name the single file itself, and a pipeline with --base"
         )
     return read_json(index, "checkpoint")
-
-
-def _single_file(path: Path, base: Path | str | None) -> Source:
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"checkpoint {path} is a file but not .safetensors; only safetensors is read, never "
-            "pickle"
-        )
-    if base is None:
-        raise RequestError(
-            f"{path.name} holds the transformer alone; add --base with the rest of the pipeline: "
-            "a folder in diffusers layout, or black-forest-labs/FLUX.2-klein-9b-kv"
-        )
-    folder = _base_folder(base)
-    return Source(path.stem, folder, path, "", "", (path.parent, folder))
 
 
 def _base_folder(base: Path | str) -> Path:
@@ -220,31 +205,24 @@ def _base_folder(base: Path | str) -> Path:
 
 
 def _repository(name: str, file: str, base: Path | str | None, revision: str | None) -> Source:
-    name, official = _BY_LOWER_NAME.get(name.lower(), (name, None))
-    variant = official.variant if official else ""
-    file = file or (official.file if official else "")
-    if not file:
-        folder = _download(name, _PIPELINE_FILES, revision)
-        found = _folder(folder, base, name)
-        return found if official is None else _as_official(found, variant)
-    base = base or (official.base if official and official.base else None)
-    if base is None:
-        base = name  # the official repositories hold the single file beside the pipeline
-    snapshot = _download(name, (file, "LICENSE*", "NOTICE*"), revision)
-    path = snapshot / file
-    if not path.exists():
-        raise CheckpointError(f"Hugging Face repository {name} has no file {file}")
-    folder = _base_folder(base)
-    licences = (path.parent, snapshot, folder) if path.parent != snapshot else (snapshot, folder)
-    by = f"the repository {name}" if variant else ""
-    return Source(f"{name}/{file}", folder, path, variant, by, licences, official=bool(variant))
-
-
-def _as_official(source: Source, variant: str) -> Source:
-    """Which weights a repository holds is known by its name, whatever class its index names."""
-    return replace(
-        source, variant=variant, declared_by=f"the repository {source.name}", official=True
-    )
+    name, official = _BY_LOWER_NAME.get(name.lower(), (name, OfficialModel("")))
+    file = file or official.file
+    if file:
+        snapshot = _download(name, (file, "LICENSE*", "NOTICE*"), revision)
+        path = snapshot / file
+        if not path.exists():
+            raise CheckpointError(f"Hugging Face repository {name} has no file {file}")
+        # The official repositories hold the single file beside the pipeline.
+        folder = _base_folder(base or official.base or name)
+        licences = tuple(dict.fromkeys((path.parent, snapshot, folder)))
+        source = Source(f"{name}/{file}", folder, path, licences)
+    else:
+        source = _folder(_download(name, _PIPELINE_FILES, revision), base, name)
+    if not official.variant:
+        return source
+    # Which weights a repository holds is known by its name, whatever class its index names.
+    by = f"the repository {name}"
+    return replace(source, variant=official.variant, declared_by=by, official=True)
 
 
 def _download(name: str, patterns: tuple[str, ...], revision: str | None) -> Path:
@@ -305,18 +283,15 @@ def copy_licences(source: Source, folder: Path) -> str:
     copied: dict[str, bytes] = {}
     for place in source.licence_folders:
         for path in sorted(place.iterdir()):
-            if not path.is_file() or not path.name.upper().startswith(_LICENCES):
-                continue
-            content = path.read_bytes()
-            name = path.name
-            if copied.get(name, content) != content:
-                name = f"{name}.base"
-            copied.setdefault(name, content)
+            if path.is_file() and path.name.upper().startswith(_LICENCES):
+                content = path.read_bytes()
+                same = copied.setdefault(path.name, content) == content
+                copied.setdefault(path.name if same else f"{path.name}.base", content)
     for name, content in copied.items():
         (folder / name).write_bytes(content)
     text = b"\n".join(copied.values()).decode("utf-8", "replace").lower()
     limited = "non-commercial" in text or "noncommercial" in text
-    if limited or (not copied and _is_official_9b(source.name)):
+    if limited or (not copied and _OFFICIAL_9B.match(source.name.lower())):
         _log.warning(
             "%s is licensed for non-commercial use: graphs, engines and weights made from it are "
             "under the same terms",
@@ -327,7 +302,3 @@ def copy_licences(source: Source, folder: Path) -> str:
     names = ", ".join(copied)
     use = " It is for non-commercial use." if limited else ""
     return f"The checkpoint's licence applies to these artifacts: see {names}.{use}"
-
-
-def _is_official_9b(name: str) -> bool:
-    return re.match(r"black-forest-labs/flux\.2-klein-(base-)?9b", name.lower()) is not None

@@ -51,22 +51,21 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
     source = checkpoint / "tokenizer"
     tokenizer = _load(source)
     tokenizer.save_pretrained(artifacts / "tokenizer")
-    if tokenizer.pad_token is None:
-        raise CheckpointError(
-            f"tokenizer: {source} names no pad_token; expected one in tokenizer_config.json, since "
-            "prompts are padded to a fixed length"
-        )
     parts = _render(tokenizer, _MARKER, source).split(_MARKER)
-    if len(parts) != 2:
-        raise CheckpointError(
-            f"tokenizer: the chat template of {source} writes the prompt {len(parts) - 1} times, "
-            "expected once; klein-kv reads templates that put texts around the prompt"
-        )
-    if "strftime_now" in tokenizer.get_chat_template():
-        raise CheckpointError(
-            f"tokenizer: the chat template of {source} reads the date (strftime_now), expected the "
-            "same text every day; use the template of the checkpoint's Qwen3 tokenizer"
-        )
+    faults = {
+        "names no pad_token, expected one in tokenizer_config.json: prompts are padded": (
+            tokenizer.pad_token is None
+        ),
+        f"has a chat template that writes the prompt {len(parts) - 1} times, expected once; "
+        "klein-kv reads templates that put texts around the prompt": len(parts) != 2,
+        "has a chat template that reads the date (strftime_now), expected the same text every day; "
+        "use the template of the checkpoint's Qwen3 tokenizer": (
+            "strftime_now" in tokenizer.get_chat_template()
+        ),
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise CheckpointError(f"tokenizer: {source} {fault}")
     prefix, suffix = parts
     prompt_format = PromptFormat(
         prefix=prefix,

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from klein_kv.artifacts.config import ModelConfig, tensor_bytes
+from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.weights import WeightRef, graph_weights
 from klein_kv.errors import ArtifactError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.runtime.backends.pytorch.weights import whole_weights
 
 __all__ = ["MappedWeights", "component_parameters", "component_weights"]
 
@@ -29,12 +30,7 @@ def component_parameters(config: ModelConfig, component: str) -> dict[str, tuple
 
 
 def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[str, WeightRef]:
-    """Where each tensor of a network lies.
-
-    Args:
-        folder: the artifact folder.
-        manifest: its manifest.
-        component: "transformer" or "text_encoder".
+    """Where each tensor of "transformer" or "text_encoder" lies.
 
     Raises:
         ArtifactError: a tensor is missing from the graphs' tables, or has another shape.
@@ -42,32 +38,16 @@ def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[
     graph = "text_encoder"
     if component == "transformer":
         graph = "first_step" if manifest.variant == "kv" else "plain_step"
-    file = manifest.graphs.files[graph]
+    whole = whole_weights(graph_weights(folder, manifest.graphs.files[graph]))
     shapes = component_parameters(manifest.config, component)
-    found: dict[str, WeightRef] = {}
-    for key, ref in graph_weights(folder, file).items():
-        name, _, rows = key.partition("[")
-        if name in shapes and name not in found:
-            found[name] = _whole(ref, rows, shapes[name])
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        raise ArtifactError(
-            f"{folder}: the weight table of graph {graph} has no {missing[0]} (and "
-            f"{len(missing) - 1} more are missing); export the checkpoint again"
-        )
-    return found
-
-
-def _whole(ref: WeightRef, rows: str, shape: tuple[int, ...]) -> WeightRef:
-    first = int(rows.partition(":")[0]) if rows else 0
-    row_bytes = tensor_bytes(ref.dtype, shape[1:])
-    start, nbytes = ref.offset - first * row_bytes, tensor_bytes(ref.dtype, shape)
-    if ref.shape[1:] != shape[1:] or start < 0 or start + nbytes > ref.path.stat().st_size:
-        raise ArtifactError(
-            f"{ref.path}: rows {rows or 'all'} of shape {ref.shape} are no part of a tensor of "
-            f"shape {shape}; export the checkpoint again"
-        )
-    return WeightRef(ref.path, start, nbytes, ref.dtype, shape)
+    for name, shape in shapes.items():
+        if name not in whole or whole[name].shape != shape:
+            got = f"of shape {whole[name].shape}" if name in whole else "missing"
+            raise ArtifactError(
+                f"{folder}: {name} is {got} in the weight table of graph {graph}, expected shape "
+                f"{shape}; export the checkpoint again"
+            )
+    return {name: whole[name] for name in shapes}
 
 
 class MappedWeights(Mapping[str, torch.Tensor]):

@@ -25,13 +25,9 @@ Note = Callable[[str, torch.Tensor, list[torch.Tensor]], None]
 
 
 class BlockComparingOps(TorchOps):
-    """Computes blocks, and beside each the same block in other ways, on the same inputs.
+    """Computes blocks, and beside each the same block in `others`, on the same inputs.
 
-    Args:
-        weights: tensors by name.
-        dtype: type of the activations.
-        others: the other ways.
-        note: called with each block's name, its output [tokens, D], and what the others gave.
+    `note` gets each block's name, its output [tokens, D], and what the others gave.
     """
 
     def __init__(
@@ -76,15 +72,7 @@ def _rows(outputs: Any, reference: bool) -> torch.Tensor:
 
 
 class ComparingOps(QuantizedOps):
-    """Computes quantized layers, and beside each the layer that it stands for, on the same input.
-
-    Args:
-        weights: the artifacts' own tensors.
-        dtype: type of the activations.
-        quantized: the quantized layers.
-        errors: where the error of each layer's output is added up, by weight name.
-        attention: see `QuantizedOps`.
-    """
+    """Adds up in `errors` how far each quantized layer is from its own weight, on its input."""
 
     def __init__(
         self,

@@ -20,9 +20,8 @@ class Difference:
     """The difference of one pair of tensors, or of several pairs that were added up.
 
     Attributes:
-        signal: sum of the squares of what was expected.
-        other: the same of what was got.
-        noise: the same of the difference.
+        signal, other, noise: sums of the squares of what was expected, of what was got, and of the
+            difference.
         product: sum of the products of both.
         absolute: sum of the absolute differences.
         count: how many numbers.

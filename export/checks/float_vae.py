@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import read_json
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.weights import WeightRef, graph_weights
-from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.export.checks.artifact_weights import MappedWeights
-from klein_kv.networks.vae import VaeDecoder, VaeEncoder, build_vae
+from klein_kv.networks.vae import VaeDecoder, VaeEncoder
+from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 
 __all__ = ["FloatVae"]
 
@@ -23,30 +20,12 @@ __all__ = ["FloatVae"]
 class FloatVae:
     """Encodes reference images and decodes latents.
 
-    Args:
-        artifacts: the artifact folder, its files checked.
-        manifest: its manifest.
-
     Raises:
         ArtifactError: the folder does not hold the VAE's weights or its configuration.
     """
 
     def __init__(self, artifacts: Path, manifest: Manifest) -> None:
-        refs: dict[str, WeightRef] = {}
-        for graph in ("vae_encoder", "vae_decoder"):
-            refs |= graph_weights(artifacts, manifest.graphs.files[graph])
-        try:
-            with torch.device("meta"):
-                vae = build_vae(
-                    read_json(artifacts / "vae/config.json", "vae config"), torch.float32
-                )
-            tensors = dict(MappedWeights(refs, torch.float32))
-            vae.load_state_dict(tensors, strict=False, assign=True)
-        except (CheckpointError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{artifacts}: the VAE cannot be built: {error}; export again"
-            ) from error
-        vae.requires_grad_(False)
+        vae = FolderWeights(artifacts, manifest, device="cpu").load("vae").float()
         self._encoder, self._decoder = VaeEncoder(vae), VaeDecoder(vae)
 
     def encode(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:

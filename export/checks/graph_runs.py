@@ -106,15 +106,7 @@ def smallest_sizes(pipe: KleinKVPipeline) -> Sizes:
 
 
 class GraphRuns:
-    """Graphs of one pipeline on one request; each is run when it is asked for.
-
-    Args:
-        pipe: what is checked; its caches stay as they are.
-        sizes: of the request.
-
-    Attributes:
-        sizes: see above.
-    """
+    """Graphs of one pipeline on one request; each is run when it is asked for."""
 
     def __init__(self, pipe: KleinKVPipeline, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -160,12 +152,11 @@ class GraphRuns:
             ArtifactError: keys and values that no graph gave.
         """
         signature = self._pipe.manifest.graphs.signature(graph, self._pipe.config)
-        names = [spec.name for spec in signature.inputs]
         values = self._inputs
-        if any(map(is_kv, names)):
-            kept = self.kept_kv()
-            values = values | {name: array.astype(np.float32) for name, array in kept.items()}
-        return {name: values[name] for name in names}
+        if any(is_kv(spec.name) for spec in signature.inputs):
+            kv = self.kept_kv()
+            values = values | {name: array.astype(np.float32) for name, array in kv.items()}
+        return {spec.name: values[spec.name] for spec in signature.inputs}
 
     def run(self, graph: str) -> dict[str, Array]:
         """What a graph's outputs stand for, on the host.
@@ -209,11 +200,10 @@ class GraphRuns:
         """What buffers stand for: keys and values in float8 times their scales."""
         host = {name: np.array(self._pipe.backend.download(x)) for name, x in buffers.items()}
         values = {}
-        for name, array in host.items():
+        for name in [name for name in host if "_scale." not in name]:
             part, _, block = name.partition(".")
             scale = self._kv_scales.get(name, host.get(f"{part}_scale.{block}"))
-            if "_scale." not in name:
-                values[name] = array if scale is None else array.astype(np.float32) * scale
+            values[name] = host[name] if scale is None else host[name].astype(np.float32) * scale
         return values
 
     def _held_kv(self) -> dict[str, Buffer]:

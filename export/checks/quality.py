@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from klein_kv.artifacts.attention_scales import AttentionScales, attention_scales, kv_scales
+from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.numbers import QuantizedLinear
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightIndex, WeightRef
 from klein_kv.export.checks.artifact_weights import (
@@ -34,20 +33,20 @@ from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
 from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
-from klein_kv.export.checks.tolerances import TOLERANCES, Tolerance
+from klein_kv.export.checks.tolerances import TOLERANCES
 from klein_kv.export.checks.torch_loop import (
     LoopRequest,
     encode_prompt,
     prepare_request,
     reference_kv,
-    run_step,
+    run_loop,
 )
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
 __all__ = [
-    "ErrorRow",
-    "ImageRow",
+    "Errors",
+    "Likeness",
     "QualityReport",
     "dict_from_report",
     "measure_quality",
@@ -57,45 +56,29 @@ __all__ = [
 _STEPS, _WORST = 4, 5
 
 
+Three = tuple[TorchOps, TorchOps, TorchOps]
+"""A network in float32, which is the judge, in bfloat16 and in the precision."""
+
+
 @dataclass(frozen=True, slots=True)
-class ErrorRow:
-    """Errors of one quantity, added up over all requests.
+class Errors:
+    """How far the precision, and bfloat16, are from float32, added up over all requests."""
 
-    Attributes:
-        name: layer, block, or what came out.
-        fp32: of the precision against float32; for a layer against its own weight.
-        floor: of bfloat16 against float32; nothing is added to it for a layer.
-        tolerance: of a layer: a larger error is more than rounding.
-    """
-
-    name: str
-    fp32: Difference = field(default_factory=Difference)
+    subject: Difference = field(default_factory=Difference)
     floor: Difference = field(default_factory=Difference)
-    tolerance: Tolerance | None = None
 
     def add(self, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
-        """Adds what float32, bfloat16 and the precision gave."""
-        self.fp32.add(subject, judge)
+        """Adds what the three networks gave."""
+        self.subject.add(subject, judge)
         self.floor.add(floor, judge)
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRow:
-    """Likeness of the images of one request to those of float32.
+class Likeness:
+    """PSNR in dB and SSIM of an image to that of float32; infinite and 1 for equal ones."""
 
-    Attributes:
-        name: the request.
-        psnr: dB, infinite for equal images.
-        ssim: 1 for equal images.
-        floor_psnr: of bfloat16's image.
-        floor_ssim: of bfloat16's image.
-    """
-
-    name: str
     psnr: float
     ssim: float
-    floor_psnr: float
-    floor_ssim: float
 
 
 @dataclass(slots=True)
@@ -103,39 +86,28 @@ class QualityReport:
     """Everything that was measured.
 
     Attributes:
-        precision: what was measured.
         reference: whose weights the float32 and bfloat16 runs used.
         samples: number of requests.
-        layers: by quantized layer, the transformer's first.
-        blocks: by block.
+        bounds: relative error of each quantized layer above which it is more than rounding.
+        layers: errors of those that were run, against their own weights.
         ends: text, keys and values, latents.
-        images: by request.
+        images: of each request, of the precision and of bfloat16.
     """
 
     precision: str
     reference: str
     samples: int
-    layers: list[ErrorRow] = field(default_factory=list)
-    blocks: list[ErrorRow] = field(default_factory=list)
-    ends: list[ErrorRow] = field(default_factory=list)
-    images: list[ImageRow] = field(default_factory=list)
+    bounds: dict[str, float]
+    layers: dict[str, Difference] = field(default_factory=dict)
+    blocks: dict[str, Errors] = field(default_factory=dict)
+    ends: dict[str, Errors] = field(default_factory=dict)
+    images: dict[str, tuple[Likeness, Likeness]] = field(default_factory=dict)
 
     @property
-    def failed(self) -> list[ErrorRow]:
+    def failed(self) -> list[str]:
         """Layers whose error is larger than rounding explains."""
-        return [
-            row
-            for row in self.layers
-            if row.tolerance is not None and not row.fp32.relative <= row.tolerance.bound
-        ]
-
-    def row(self, rows: list[ErrorRow], name: str) -> ErrorRow:
-        """The row of that name, a new one if there is none."""
-        for row in rows:
-            if row.name == name:
-                return row
-        rows.append(ErrorRow(name))
-        return rows[-1]
+        # Not `>`: NaN fails too.
+        return [x for x, error in self.layers.items() if not error.relative <= self.bounds[x]]
 
 
 def measure_quality(
@@ -176,30 +148,44 @@ def measure_quality(
         component: load_quantized(artifacts, component, name)
         for component, name in manifest.precisions[precision].items()
     }
+    linears = {component: part.linears for component, part in parts.items()}
+    kv_constants: list[float] = []
     scales = None
     if kv or attention:
+        net = manifest.config.transformer
         own = component_weights(artifacts, manifest, "transformer")
-        scales = attention_scales(manifest.config.transformer, parts["transformer"].attention, own)
+        scales = attention_scales(net, parts["transformer"].attention, own)
+        kv_constants = kv_scales(net, scales)
     report = QualityReport(
         precision + (", fp8 attention" if attention else ", fp8 K/V" if kv else ""),
         "the artifacts' own weights" if checkpoint is None else str(checkpoint),
         len(samples),
+        {
+            name: TOLERANCES["layer", layer.format].bound
+            for layers in linears.values()
+            for name, layer in layers.items()
+        },
     )
-    layers: dict[str, Difference] = {}
-    text, transformer = (
-        _networks(
-            artifacts,
-            manifest,
-            component,
-            {} if component not in parts else parts[component].linears,
-            checkpoint,
-            device,
-            report,
-            layers,
-            scales if attention and component == "transformer" else None,
-        )
-        for component in ("text_encoder", "transformer")
-    )
+
+    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
+        report.blocks.setdefault(block, Errors()).add(judge, *others)
+
+    def networks(component: str) -> Three:
+        own = component_weights(artifacts, manifest, component)
+        reference = own if checkpoint is None else _reference(checkpoint, manifest, component)
+        dtype: torch.dtype = getattr(torch, manifest.dtype)
+        weights = MappedWeights(own, dtype, device)
+        exact = MappedWeights(reference, torch.float32, device)
+        floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
+        layers = linears.get(component, {})
+        fp8 = scales if attention and component == "transformer" else None
+        comparing = ComparingOps(weights, dtype, layers, report.layers, fp8)
+        if component == "text_encoder":  # it has no blocks that could be run alone
+            return TorchOps(exact, torch.float32), floor, comparing
+        judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
+        return judge, floor, QuantizedOps(weights, dtype, layers, fp8)
+
+    text, transformer = networks("text_encoder"), networks("transformer")
     vae = FloatVae(artifacts, manifest)
     progress: Any = tqdm(total=len(samples) * (_STEPS + 1), desc="measuring", disable=None)
     with torch.inference_mode(), progress as bar:
@@ -208,94 +194,52 @@ def measure_quality(
             texts = [
                 encode_prompt(ops, artifacts, manifest, sample.prompt, text_tokens) for ops in text
             ]
-            report.row(report.ends, "text embeddings").add(*texts)
+            report.ends.setdefault("text embeddings", Errors()).add(*texts)
             bar.update()
-            finals = _run(transformer, manifest, request, texts, scales, report, bar)
-            judge, floor, subject = (
+            finals = _run(transformer, manifest, request, texts, kv_constants, report, bar)
+            judge, *others = (
                 vae.decode(x.float().cpu().reshape(1, *request.grid, -1).numpy())[0] for x in finals
             )
-            report.images.append(
-                ImageRow(
-                    f"request {i + 1}, {len(sample.images)} references",
-                    psnr(subject, judge),
-                    ssim(subject, judge),
-                    psnr(floor, judge),
-                    ssim(floor, judge),
-                )
-            )
-    for part in parts.values():
-        for name, linear in part.linears.items():
-            if name in layers:
-                tolerance = TOLERANCES["layer", linear.format]
-                report.layers.append(ErrorRow(name, layers[name], tolerance=tolerance))
+            floor, subject = (Likeness(psnr(x, judge), ssim(x, judge)) for x in others)
+            name = f"request {i + 1}, {len(sample.images)} references"
+            report.images[name] = subject, floor
+    report.layers = {x: report.layers[x] for x in report.bounds if x in report.layers}
     return report
 
 
-def _networks(
-    artifacts: Path,
-    manifest: Manifest,
-    component: str,
-    linears: Mapping[str, QuantizedLinear],
-    checkpoint: Path | None,
-    device: str,
-    report: QualityReport,
-    layers: dict[str, Difference],
-    attention: Mapping[str, AttentionScales] | None,
-) -> tuple[TorchOps, TorchOps, TorchOps]:
-    """A network in float32, which is the judge, in bfloat16 and in the precision."""
-    own: Mapping[str, WeightRef] = component_weights(artifacts, manifest, component)
-    reference = own
-    if checkpoint is not None:
-        index = WeightIndex.from_folder(checkpoint / component, component)
-        index.expect(
-            component_parameters(manifest.config, component),
-            ignore=("model.layers.", "model.norm.", "lm_head."),
-        )
-        reference = index
-    dtype: torch.dtype = getattr(torch, manifest.dtype)
-    weights = MappedWeights(own, dtype, device)
-    exact = MappedWeights(reference, torch.float32, device)
-    floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
-    comparing = ComparingOps(weights, dtype, linears, layers, attention)
-    if component == "text_encoder":  # it has no blocks that could be run alone
-        return TorchOps(exact, torch.float32), floor, comparing
-
-    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
-        report.row(report.blocks, block).add(judge, *others)
-
-    judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
-    return judge, floor, QuantizedOps(weights, dtype, linears, attention)
+def _reference(checkpoint: Path, manifest: Manifest, component: str) -> Mapping[str, WeightRef]:
+    index = WeightIndex.from_folder(checkpoint / component, component)
+    index.expect(
+        component_parameters(manifest.config, component),
+        ignore=("model.layers.", "model.norm.", "lm_head."),
+    )
+    return index
 
 
 def _run(
-    networks: tuple[TorchOps, TorchOps, TorchOps],
+    networks: Three,
     manifest: Manifest,
     request: LoopRequest,
     texts: Sequence[torch.Tensor],
-    scales: Mapping[str, AttentionScales] | None,
+    kv_constants: Sequence[float],
     report: QualityReport,
     bar: Any,
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Three whole loops; returns the final latents."""
-    keys: list[list[torch.Tensor]] = [[], [], []]
-    if manifest.variant == "kv":
-        keys = [reference_kv(ops, manifest, request) for ops in networks]
-        if scales is not None:  # as graphs hand them on in float8 with constant scales
-            constants = kv_scales(manifest.config.transformer, scales)
-            keys[2] = [
-                round_to_fp8(x, scale).to(x.dtype)
-                for x, scale in zip(keys[2], constants, strict=True)
-            ]
-        if request.references is not None:
-            for three in zip(*keys, strict=True):
-                report.row(report.ends, "reference keys and values").add(*three)
-    latents = [request.noise] * 3
-    for step in range(request.schedule.num_steps):
-        latents = [
-            run_step(ops, manifest, request, step, x, text, kv)
-            for ops, x, text, kv in zip(networks, latents, texts, keys, strict=True)
-        ]
-        report.row(report.ends, f"latents after step {step + 1}").add(*latents)
+    keys = [reference_kv(ops, manifest, request) for ops in networks]
+    if kv_constants:  # as graphs hand them on in float8 with constant scales
+        pairs = zip(keys[2], kv_constants, strict=True)
+        keys[2] = [round_to_fp8(x, scale).to(x.dtype) for x, scale in pairs]
+    if request.references.shape[1]:
+        for three in zip(*keys, strict=True):
+            report.ends.setdefault("reference keys and values", Errors()).add(*three)
+    loops = [
+        run_loop(ops, manifest, request, text, kv)
+        for ops, text, kv in zip(networks, texts, keys, strict=True)
+    ]
+    latents: tuple[torch.Tensor, ...] = ()
+    for step, latents in enumerate(zip(*loops, strict=True), start=1):
+        report.ends.setdefault(f"latents after step {step}", Errors()).add(*latents)
         bar.update()
     return latents
 
@@ -305,8 +249,8 @@ def dict_from_report(report: QualityReport) -> dict[str, Any]:
     both = f"{report.precision} to fp32", "bf16 to fp32"
     blocks, ends = (
         [
-            {"name": row.name, both[0]: _values(row.fp32), both[1]: _values(row.floor)}
-            for row in rows
+            {"name": name, both[0]: _values(x.subject), both[1]: _values(x.floor)}
+            for name, x in rows.items()
         ]
         for rows in (report.blocks, report.ends)
     )
@@ -316,33 +260,22 @@ def dict_from_report(report: QualityReport) -> dict[str, Any]:
         "reference": report.reference,
         "samples": report.samples,
         "layers": [
-            {
-                "name": row.name,
-                "least_snr": None
-                if row.tolerance is None
-                else -20 * math.log10(row.tolerance.bound),
-                **_values(row.fp32),
-            }
-            for row in report.layers
+            {"name": name, "least_snr": -20 * math.log10(report.bounds[name]), **_values(error)}
+            for name, error in report.layers.items()
         ],
         "blocks": blocks,
         "end_to_end": ends,
         "images": [
-            {"name": row.name, "pair": pair, "psnr": _finite(likeness[0]), "ssim": likeness[1]}
-            for row in report.images
-            for pair, likeness in zip(
-                both, ((row.psnr, row.ssim), (row.floor_psnr, row.floor_ssim)), strict=True
-            )
+            {"name": name, "pair": pair, "psnr": _finite(x.psnr), "ssim": x.ssim}
+            for name, two in report.images.items()
+            for pair, x in zip(both, two, strict=True)
         ],
     }
 
 
 def _values(error: Difference) -> dict[str, Any]:
-    return {
-        "snr_db": _finite(error.snr),
-        "max_abs": _finite(error.max),
-        "cosine": _finite(error.cosine),
-    }
+    values = {"snr_db": error.snr, "max_abs": error.max, "cosine": error.cosine}
+    return {name: _finite(value) for name, value in values.items()}
 
 
 def _finite(value: float) -> float | None:
@@ -351,25 +284,34 @@ def _finite(value: float) -> float | None:
 
 def text_from_report(report: QualityReport) -> str:
     """Tables: every block, what came out, the worst layers, images."""
-    worst = sorted(report.layers, key=lambda row: row.fp32.snr)[:_WORST]
-    title = f"the {len(worst)} worst of {len(report.layers)} layers"
+    worst = sorted(report.layers, key=lambda name: report.layers[name].snr)[:_WORST]
     lines = [
         f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
         "SNR in dB (each 6 halve the error), largest difference, cosine",
-        "",
-        *_table("blocks, on their inputs in fp32", report.blocks, report.precision),
-        "",
-        *_table("end to end", report.ends, report.precision),
-        "",
-        f"{title}, on their own inputs, to their own weights",
     ]
-    for row in worst:
-        mark = "  FAILED" if row in report.failed else ""
-        lines.append(f"{row.name:48} {_columns(row.fp32)}{mark}")
-    lines += ["", f"{'images to those of fp32':28} {'PSNR':>7} {'SSIM':>8} {'bf16':>9} {'SSIM':>8}"]
+    for title, rows in (
+        ("blocks, on their inputs in fp32", report.blocks),
+        ("end to end", report.ends),
+    ):
+        width = max(len(name) for name in (*rows, title))
+        lines.append(
+            f"\n{title:{width}} {report.precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
+        )
+        lines += [
+            f"{name:{width}} {_columns(x.subject):27} | {_columns(x.floor)}"
+            for name, x in rows.items()
+        ]
+    title = f"the {len(worst)} worst of {len(report.layers)} layers"
+    lines.append(f"\n{title}, on their own inputs, to their own weights")
+    for name in worst:
+        mark = "  FAILED" if name in report.failed else ""
+        lines.append(f"{name:48} {_columns(report.layers[name])}{mark}")
+    lines.append(
+        f"\n{'images to those of fp32':28} {'PSNR':>7} {'SSIM':>8} {'bf16':>9} {'SSIM':>8}"
+    )
     lines += [
-        f"{row.name:28} {row.psnr:7.2f} {row.ssim:8.5f} {row.floor_psnr:9.2f} {row.floor_ssim:8.5f}"
-        for row in report.images
+        f"{name:28} {x.psnr:7.2f} {x.ssim:8.5f} {floor.psnr:9.2f} {floor.ssim:8.5f}"
+        for name, (x, floor) in report.images.items()
     ]
     if report.failed:
         lines.append(
@@ -377,14 +319,6 @@ def text_from_report(report: QualityReport) -> str:
             "numbers or scales are damaged, or the calibration's requests were too unlike these"
         )
     return "\n".join(lines)
-
-
-def _table(title: str, rows: list[ErrorRow], precision: str) -> list[str]:
-    width = max([len(row.name) for row in rows] + [28, len(title)])
-    head = f"{title:{width}} {precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
-    return [head] + [
-        f"{row.name:{width}} {_columns(row.fp32):27} | {_columns(row.floor)}" for row in rows
-    ]
 
 
 def _columns(error: Difference) -> str:

@@ -30,13 +30,8 @@ _HOMES = re.compile(r"(/home/|/Users/|[A-Za-z]:\\+Users\\+)[^/\\\s'\":]+")
 class Check:
     """One check; whatever its `with` block raises ends the block alone.
 
-    Attributes:
-        name: what is checked.
-        save: called when the check begins and when it ends.
-        status: "passed", "failed", or "running" in the report of a process that ended meanwhile.
-        seconds: how long it took.
-        message: why it failed.
-        measured: numbers.
+    Its status is "passed", "failed", or "running" in the report of a process that ended meanwhile;
+    `save` is called when it begins and when it ends.
     """
 
     name: str

@@ -40,15 +40,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif",
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request.
-
-    Attributes:
-        prompt: its text.
-        images: reference images, in order.
-        width: pixels of the output.
-        height: pixels of the output.
-        seed: of the noise.
-    """
+    """One request: text, reference images in order, pixels of the output, seed of the noise."""
 
     prompt: str
     images: tuple[Image.Image, ...]
@@ -81,7 +73,7 @@ def make_samples(
         raise RequestError(f"samples is {count}, expected 1 or more")
     texts = PROMPTS if prompts is None else _read_prompts(prompts)
     files = None if images is None else _image_files(images)
-    made, used = [], 0
+    samples, used = [], 0
     for i in range(count):
         width, height = size or _SIZE
         number = _REFERENCES[i % len(_REFERENCES)]
@@ -89,18 +81,13 @@ def make_samples(
             pictures = [made_up_image(width, height, seed + used + j) for j in range(number)]
         else:
             pictures = [load_image(files[(used + j) % len(files)]) for j in range(number)]
+            if pictures and size is None:  # at most 1024x1024 pixels, whole multiples of 16
+                width, height = pictures[0].size
+                scale = min(1.0, (1024 * 1024 / (width * height)) ** 0.5)
+                width, height = (max(128, int(x * scale) // 16 * 16) for x in (width, height))
         used += number
-        if pictures and size is None and files is not None:
-            width, height = _output_size(pictures[0])
-        made.append(Sample(texts[i % len(texts)], tuple(pictures), width, height, seed + i))
-    return made
-
-
-def _output_size(image: Image.Image) -> tuple[int, int]:
-    """Sides of an output like this reference: at most 1024x1024 pixels, whole multiples of 16."""
-    scale = min(1.0, (1024 * 1024 / (image.width * image.height)) ** 0.5)
-    width, height = (max(128, int(side * scale) // 16 * 16) for side in image.size)
-    return width, height
+        samples.append(Sample(texts[i % len(texts)], tuple(pictures), width, height, seed + i))
+    return samples
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -117,12 +104,12 @@ def _read_prompts(path: Path) -> list[str]:
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise RequestError(f"images {folder} is no folder; expected one with image files")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not found:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    if not files:
         raise RequestError(
             f"images {folder} holds no image; expected files that end in {', '.join(_SUFFIXES)}"
         )
-    return found
+    return files
 
 
 def made_up_image(width: int, height: int, seed: int) -> Image.Image:

@@ -124,14 +124,7 @@ def run_tolerance(what: str, dtype: str, config: ModelConfig) -> Tolerance:
 
 
 def output_tolerance(graphs: GraphSet, config: ModelConfig, graph: str, name: str) -> Tolerance:
-    """What passes for an output of a graph, against the network in float32.
-
-    Args:
-        graphs: the graphs that computed it.
-        config: gives the number of blocks.
-        graph: its name.
-        name: of the output.
-    """
+    """What passes for output `name` of a graph of these, against the network in float32."""
     component = graphs.files[graph].partition("/")[0]
     if component == "vae":
         key = {"image": "pixels", "sample": "sample"}.get(name, graph)

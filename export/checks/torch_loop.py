@@ -5,7 +5,7 @@ Written over `Ops`, so that the same loop calibrates (`calibration`), simulates 
 ranges of layers are those of real requests.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,31 +31,24 @@ from klein_kv.runtime.inputs.noise import initial_noise
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
 from klein_kv.schedule import Schedule, make_schedule
 
-__all__ = [
-    "LoopRequest",
-    "encode_prompt",
-    "prepare_request",
-    "reference_kv",
-    "run_loop",
-    "run_step",
-]
+__all__ = ["LoopRequest", "encode_prompt", "prepare_request", "reference_kv", "run_loop"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoopRequest:
-    """A sample as the transformer reads it; all arrays are of batch 1 and in float32.
+    """A sample as the transformer reads it, of batch 1 and in float32.
 
     Attributes:
         noise: [1, S, C].
         grid: height and width of the output in tokens.
-        references: tokens of the reference images [1, R, C]; None without references.
+        references: tokens of the reference images [1, R, C].
         reference_ids: their positions, int64 [R, 4].
         schedule: timesteps and step sizes.
     """
 
     noise: torch.Tensor
     grid: tuple[int, int]
-    references: torch.Tensor | None
+    references: torch.Tensor
     reference_ids: torch.Tensor
     schedule: Schedule
 
@@ -80,7 +73,7 @@ def prepare_request(
     channels = manifest.config.transformer.in_channels
     dtype: torch.dtype = getattr(torch, manifest.dtype)
     noise = initial_noise((1, channels, *grid), seed=sample.seed)
-    tokens, grids = [], []
+    tokens, grids = [torch.zeros((1, 0, channels))], []
     for image in sample.images:
         encoded = vae.encode(prepare_reference(image, unit))
         grids.append((encoded.shape[1], encoded.shape[2]))
@@ -89,7 +82,7 @@ def prepare_request(
     return LoopRequest(
         noise=_rounded(noise.reshape(1, channels, -1).transpose(0, 2, 1), dtype),
         grid=grid,
-        references=torch.cat(tokens, dim=1) if tokens else None,
+        references=torch.cat(tokens, dim=1),
         reference_ids=torch.from_numpy(positions),
         schedule=make_schedule(manifest.scheduler, steps, grid[0] * grid[1]),
     )
@@ -109,63 +102,15 @@ def encode_prompt(
 
 
 def reference_kv(ops: TorchOps, manifest: Manifest, request: LoopRequest) -> list[torch.Tensor]:
-    """Keys and values of the references; of no tokens where there are none."""
+    """Keys and values of the references; an empty list where the weights are plain."""
     net = manifest.config.transformer
-    if request.references is None:
-        empty = torch.zeros(
-            (1, 0, net.num_attention_heads, net.attention_head_dim),
-            dtype=ops.dtype,
-            device=ops.device,
-        )
+    if manifest.variant != "kv":
+        return []
+    tokens = request.references.to(ops.device, ops.dtype)
+    if not tokens.shape[1]:
+        empty = tokens.new_zeros((1, 0, net.num_attention_heads, net.attention_head_dim))
         return [empty] * (2 * net.num_blocks)
-    tokens, ids = request.references.to(ops.device, ops.dtype), request.reference_ids
-    return encode_references(ops, net, tokens, ids.to(ops.device))
-
-
-def run_step(
-    ops: TorchOps,
-    manifest: Manifest,
-    request: LoopRequest,
-    step: int,
-    latents: torch.Tensor,
-    text: torch.Tensor,
-    kv: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """Latents [1, S, C] after one step, in the type of `ops`.
-
-    The model's time is rounded as the artifacts' type has it, which belongs to the model: in
-    bfloat16 it moves by up to 4 of 1000.
-
-    Args:
-        ops: what computes.
-        manifest: the artifacts'.
-        request: what is made.
-        step: which step.
-        latents: before the step.
-        text: embeddings.
-        kv: reference keys and values; not read where the weights are plain.
-    """
-    device, dtype = ops.device, ops.dtype
-    inputs = StepInputs(
-        hidden_states=latents.to(device, dtype),
-        encoder_hidden_states=text.to(device, dtype),
-        timestep=torch.tensor(
-            [request.schedule.model_timestep(step, manifest.dtype)], device=device
-        ),
-        sigma_step=torch.from_numpy(request.schedule.sigma_steps[step : step + 1].copy()).to(
-            device
-        ),
-        img_ids=torch.from_numpy(grid_ids(*request.grid)).to(device),
-        txt_ids=torch.from_numpy(text_ids(text.shape[1])).to(device),
-    )
-    net = manifest.config.transformer
-    if manifest.variant == "kv":
-        return denoise(ops, net, inputs, [x.to(device, dtype) for x in kv])[1]
-    tokens = request.references
-    if tokens is None:
-        tokens = torch.zeros((1, 0, net.in_channels))
-    tokens, ids = tokens.to(device, dtype), request.reference_ids.to(device)
-    return denoise_with_references(ops, net, inputs, tokens, ids)[1]
+    return encode_references(ops, net, tokens, request.reference_ids.to(ops.device))
 
 
 def run_loop(
@@ -173,21 +118,27 @@ def run_loop(
     manifest: Manifest,
     request: LoopRequest,
     text: torch.Tensor,
-    after_step: Callable[[int, torch.Tensor], None] | None = None,
-) -> torch.Tensor:
-    """All steps: latents [1, S, C].
+    kv: Sequence[torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """Latents [1, S, C] after each step, in the type of `ops`.
 
-    Args:
-        ops: what computes.
-        manifest: the artifacts'.
-        request: what is made.
-        text: embeddings from `encode_prompt`.
-        after_step: called with each step's number and latents.
+    The model's time is rounded as the artifacts' type has it, which belongs to the model: in
+    bfloat16 it moves by up to 4 of 1000. `text` is from `encode_prompt`, `kv` from `reference_kv`.
     """
-    kv = reference_kv(ops, manifest, request) if manifest.variant == "kv" else []
-    latents = request.noise
-    for step in range(request.schedule.num_steps):
-        latents = run_step(ops, manifest, request, step, latents, text, kv)
-        if after_step is not None:
-            after_step(step, latents)
-    return latents
+    device, dtype, net = ops.device, ops.dtype, manifest.config.transformer
+    schedule, latents = request.schedule, request.noise
+    for step in range(schedule.num_steps):
+        inputs = StepInputs(
+            hidden_states=latents.to(device, dtype),
+            encoder_hidden_states=text.to(device, dtype),
+            timestep=torch.tensor([schedule.model_timestep(step, manifest.dtype)], device=device),
+            sigma_step=torch.from_numpy(schedule.sigma_steps[step : step + 1].copy()).to(device),
+            img_ids=torch.from_numpy(grid_ids(*request.grid)).to(device),
+            txt_ids=torch.from_numpy(text_ids(text.shape[1])).to(device),
+        )
+        if kv:
+            _, latents = denoise(ops, net, inputs, [x.to(device, dtype) for x in kv])
+        else:
+            tokens, ids = request.references.to(device, dtype), request.reference_ids.to(device)
+            _, latents = denoise_with_references(ops, net, inputs, tokens, ids)
+        yield latents

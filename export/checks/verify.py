@@ -46,16 +46,7 @@ Array = NDArray[Any]
 
 
 class DiffusersRun:
-    """diffusers' pipeline on one checkpoint.
-
-    The text encoder is loaded first, and dropped by `load_denoiser`.
-
-    Args:
-        checkpoint: a folder in diffusers layout.
-        variant: "kv" or "plain".
-        layers: hidden states of the text encoder to read.
-        dtype: type of weights and activations.
-        device: where it runs.
+    """diffusers' pipeline on one checkpoint; first its text encoder, then, loaded, the rest.
 
     Raises:
         CheckpointError: diffusers cannot load it.
@@ -80,10 +71,7 @@ class DiffusersRun:
     def _load(self, pipeline: Any, without: tuple[str, ...]) -> Any:
         try:
             pipe = pipeline.from_pretrained(
-                self._checkpoint,
-                dtype=self._dtype,
-                local_files_only=True,
-                **dict.fromkeys(without),
+                self._checkpoint, dtype=self._dtype, local_files_only=True, **dict.fromkeys(without)
             )
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"diffusers cannot load {self._checkpoint}: {error}") from error
@@ -104,15 +92,13 @@ class DiffusersRun:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What diffusers computes in place of a graph; the text encoder's input is `PROMPT`.
+        """What diffusers computes in place of a graph, but for latents that a step gives.
 
         Args:
             graph: any but "vae_decoder" and "encode_references", whose keys and values are those
-                of "first_step"; after the text encoder, call `load_denoiser`.
+                of "first_step"; after the text encoder, whose input is `PROMPT`, call
+                `load_denoiser`.
             inputs: of the graph, in float32.
-
-        Returns:
-            Its outputs, but for latents that a step gives.
         """
         if graph == "text_encoder":
             embeds, _ = self._pipe.encode_prompt(
@@ -128,9 +114,8 @@ class DiffusersRun:
             return {"ref_hidden_states": _array(latent.permute(0, 2, 3, 1))}
         if graph == "cached_step":
             cache = self._cache(x)
-            return {
-                "noise_pred": _array(self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0])
-            }
+            noise = self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0]
+            return {"noise_pred": _array(noise)}
         references, ids = x["ref_hidden_states"], x["ref_ids"]
         count = references.shape[1]
         latents, img_ids = x["hidden_states"], x["img_ids"]
@@ -169,10 +154,10 @@ class DiffusersRun:
         self, embeds: Array, references: list[Image.Image], size: tuple[int, int], seed: int
     ) -> tuple[Array, Array]:
         """A whole run of four steps: the last latents [1, S, C], and pixels uint8 [1, H, W, 3]."""
-        kept: list[Array] = []
+        last: dict[str, Any] = {}
 
         def keep(_pipe: Any, _i: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            kept[:] = [_array(tensors["latents"])]
+            last.update(tensors)
             return {}
 
         options = {} if self._variant == "kv" else {"guidance_scale": 1.0}
@@ -186,7 +171,7 @@ class DiffusersRun:
             callback_on_step_end=keep,
             **options,
         ).images
-        return kept[0], np.stack([np.asarray(image) for image in images])
+        return _array(last["latents"]), np.stack([np.asarray(image) for image in images])
 
 
 def _array(tensor: torch.Tensor) -> Array:
@@ -207,7 +192,7 @@ def verify_artifacts(
     Args:
         artifacts: an exported folder.
         checkpoint: the checkpoint it came from, in diffusers layout.
-        backend: what runs the artifacts, a name of `runtime.backends.backend.BACKENDS`.
+        backend: what runs the artifacts.
         device: where; diffusers runs there too if that is a GPU of the torch backend, else on the
             CPU.
         threads: CPU threads of our backend.
@@ -251,10 +236,10 @@ def _our_images(
     ours: KleinKVPipeline, runs: GraphRuns, embeds: Array
 ) -> Iterator[tuple[Array, Array]]:
     """Last latents and pixels of whole runs with no, one and more references."""
-    latents: list[Array] = []
+    last: dict[str, Any] = {}
 
     def keep(_pipe: Any, _i: int, _time: float, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents[:] = [np.array(tensors["latents"])]
+        last["latents"] = np.array(tensors["latents"])
         return {}
 
     height, width = runs.sizes.output
@@ -267,7 +252,7 @@ def _our_images(
             width=width,
             callback_on_step_end=keep,
         )
-        yield latents[0], np.stack([np.asarray(image) for image in out.images])
+        yield last["latents"], np.stack([np.asarray(image) for image in out.images])
 
 
 def _rows(
@@ -299,22 +284,21 @@ def _rows(
 
 def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> None:
     """Refuses what cannot be loaded: diffusers' largest part, on the host and on the device."""
-    parts = {}
+    counts = {}
     for part in ("text_encoder", "transformer", "vae"):
         index = WeightIndex.from_folder(checkpoint / part, part)
-        count = sum(ref.nbytes // ITEM_SIZE[ref.dtype] for ref in index.values())
-        parts[part] = count * dtype.itemsize
-    needed = max(parts["text_encoder"], parts["transformer"] + parts["vae"])
+        counts[part] = sum(ref.nbytes // ITEM_SIZE[ref.dtype] for ref in index.values())
+    text = counts["text_encoder"] * dtype.itemsize
+    rest = (counts["transformer"] + counts["vae"]) * dtype.itemsize
     free = {"host": available_memory()}
     if place.type == "cuda":
         free["GPU"] = torch.cuda.mem_get_info(place)[0]
     for where, available in free.items():
-        if needed > available:
+        if max(text, rest) > available:
             raise CapacityError(
-                f"diffusers needs at least {needed / 1e9:.1f} GB of {where} memory for this "
-                f"checkpoint in {str(dtype).removeprefix('torch.')} (text encoder "
-                f"{parts['text_encoder'] / 1e9:.1f} GB, then transformer and VAE "
-                f"{(parts['transformer'] + parts['vae']) / 1e9:.1f} GB), "
+                f"diffusers needs at least {max(text, rest) / 1e9:.1f} GB of {where} memory for "
+                f"this checkpoint in {str(dtype).removeprefix('torch.')} (text encoder "
+                f"{text / 1e9:.1f} GB, then transformer and VAE {rest / 1e9:.1f} GB), "
                 f"{available / 1e9:.1f} GB are free; verify on a larger machine, or bfloat16 "
                 "artifacts, with --backend torch"
             )

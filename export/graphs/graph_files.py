@@ -1,6 +1,6 @@
 """A graph's two files: the ONNX file, and the table of where its weights lie."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,10 +11,7 @@ from klein_kv.artifacts.quantized_weights import QuantizedComponent
 from klein_kv.artifacts.signature import GraphSet, distinct_graphs, quantized_graph_sets
 from klein_kv.artifacts.weights import WeightRef, save_graph_weights, weights_file
 from klein_kv.export.graphs.onnx_ops import IR_DTYPES
-from klein_kv.export.graphs.transformer_graphs import (
-    quantized_transformer_graph,
-    text_encoder_graph,
-)
+from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 
 __all__ = ["save_graph", "save_quantized_graphs"]
 
@@ -50,7 +47,7 @@ def save_quantized_graphs(
     component: str,
     weights: Mapping[str, WeightRef],
     quantized: QuantizedComponent,
-) -> list[Path]:
+) -> None:
     """Writes the graphs of one quantized network, in every form that engines are built from.
 
     Float32 artifacts get none for nvfp4: only TensorRT runs those, and it wants 16 bits.
@@ -59,36 +56,25 @@ def save_quantized_graphs(
         folder: where the component's folder is.
         config: the checkpoint's configuration.
         graphs: the artifacts' own graphs.
-        component: "transformer" or "text_encoder", whose quantized files are named `name`.
+        component: "transformer" or "text_encoder".
         weights: where the component's own tensors lie; files of the same name will lie beside the
             graphs.
         quantized: its quantized layers.
-
-    Returns:
-        The .onnx files.
     """
     formats = {layer.format for layer in quantized.linears.values()}
     if graphs.dtype == "float32" and "nvfp4" in formats:
-        return []
+        return
     name = next(iter(quantized.linears.values())).weight.path.name.removesuffix(".safetensors")
-    write: Callable[[str, GraphSet], ir.Model]
-    if component == "text_encoder":
-
-        def write(graph: str, there: GraphSet) -> ir.Model:  # noqa: ARG001
-            return text_encoder_graph(config, there.dtype, weights, quantized.linears)
-    else:
+    scales = {}
+    if component == "transformer":
         scales = attention_scales(config.transformer, quantized.attention, weights)
-
-        def write(graph: str, there: GraphSet) -> ir.Model:
-            return quantized_transformer_graph(
-                graph, config, there, weights, quantized.linears, scales
-            )
-
-    written = []
     sets = quantized_graph_sets(graphs.variant, graphs.dtype, {component: name})
     for _, graph, there in distinct_graphs(sets):
         path = folder / there.files[graph]
-        if path.parent.name == component:
-            save_graph(write(graph, there), path)
-            written.append(path)
-    return written
+        if path.parent.name != component:
+            continue
+        if component == "text_encoder":
+            model = text_encoder_graph(config, there.dtype, weights, quantized.linears)
+        else:
+            model = transformer_graph(graph, config, there, weights, quantized.linears, scales)
+        save_graph(model, path)

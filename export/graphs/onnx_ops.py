@@ -260,7 +260,7 @@ class OnnxOps:
         # RotaryEmbedding leaves a float32 copy of q and k in memory.
         up = self.to_float32(x)
         mean = self._one("ReduceMean", self._one("Mul", up, up), self._ints(-1), keepdims=1)
-        root = self._one("Sqrt", self._one("Add", mean, self.constant(np.array(eps, np.float32))))
+        root = self._one("Sqrt", self._one("Add", mean, self._float(eps)))
         weighted = self.to_float32(self._one("Mul", x, self._weight(weight)))
         flat = self._one("Reshape", weighted, to_sequence)
         turned = self._one("RotaryEmbedding", flat, cos, sin, **attributes)
@@ -318,26 +318,17 @@ class OnnxOps:
         causal = self._one("LessOrEqual", row, position)
         present = self._one("Cast", attention_mask, to=ir.DataType.BOOL)
         allowed = self._one("And", causal, self._one("Unsqueeze", present, self._ints(1, 2)))
-        zero, lowest = (
-            self.to_model_dtype(self.constant(np.array(x, np.float32)))
-            for x in (0.0, _LOWEST[self.dtype])
-        )
+        zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, _LOWEST[self.dtype]))
         return self._one("Where", allowed, zero, lowest)
 
     def quantize_kv(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         wide = self.to_float32(x)
-        largest = self._one(
-            "ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1
-        )  # minus infinity where R = 0
+        # Minus infinity where R = 0.
+        largest = self._one("ReduceMax", self._one("Abs", wide), self._ints(1, 3), keepdims=1)
         smallest = self._float(SMALLEST_SCALE * FP8_MAX)
         scale = self._one("Div", self._one("Max", largest, smallest), self._float(FP8_MAX), rank=4)
-        values = self._one(
-            "QuantizeLinear",
-            self._one("Div", wide, scale),
-            self._float(1),
-            output_dtype=ir.DataType.FLOAT8E4M3FN,
-            rank=4,
-        )
+        scaled, float8 = self._one("Div", wide, scale), ir.DataType.FLOAT8E4M3FN
+        values = self._one("QuantizeLinear", scaled, self._float(1), output_dtype=float8, rank=4)
         return self._with_heads(values, *x.meta["heads"]), scale
 
     def dequantize_kv(self, values: ir.Value, scale: ir.Value) -> ir.Value:

@@ -13,7 +13,6 @@ scales are constants.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from klein_kv.artifacts.attention_scales import AttentionScales
@@ -71,7 +70,7 @@ class QuantizedOnnxOps(OnnxOps):
 
     def _dequantized(self, name: str, layer: QuantizedLinear) -> ir.Value:
         """What the weight's numbers stand for, [out, in]."""
-        numbers, scale = self._initializer(name, layer.weight), self._scale(layer.weight_scale)
+        numbers, scale = self._initializer(name, layer.weight), self._float(layer.weight_scale)
         if layer.block_scales is None:
             return self._dequantize(numbers, scale)
         steps = self._dequantize(self._initializer(name + BLOCK_SCALES, layer.block_scales), scale)
@@ -83,7 +82,7 @@ class QuantizedOnnxOps(OnnxOps):
             return rows
         key = ("rounded", rows, layer.format, layer.input_scale)
         if key not in self._shapes:
-            scale = self._scale(layer.input_scale)
+            scale = self._float(layer.input_scale)
             if layer.format == "fp8":
                 self._shapes[key] = self._round_to_fp8(rows, scale)
             else:
@@ -119,18 +118,15 @@ class QuantizedOnnxOps(OnnxOps):
 
     def pack_kv(self, x: ir.Value, scale: float) -> ir.Value:
         """Keys or values [1, R, H, D] as float8 numbers."""
-        out = self._quantize(x, self._scale(scale))
+        out = self._quantize(x, self._float(scale))
         out.meta.update(x.meta)
         return out
 
     def unpack_kv(self, numbers: ir.Value, scale: float) -> ir.Value:
         """What the numbers of `pack_kv` stand for."""
-        out = self._dequantize(numbers, self._scale(scale))
+        out = self._dequantize(numbers, self._float(scale))
         out.meta.update(numbers.meta)
         return out
-
-    def _scale(self, value: float) -> ir.Value:
-        return self.constant(np.array(value, np.float32))
 
     def _quantize(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         return self._one("QuantizeLinear", x, scale, output_dtype=int(_FLOAT8))

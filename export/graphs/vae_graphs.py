@@ -24,11 +24,7 @@ _MICROSOFT = "com.microsoft"
 
 
 def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the VAE's tensors, from diffusers' own module.
-
-    Args:
-        config: the checkpoint's `vae/config.json`.
-    """
+    """Names and shapes of a VAE's tensors, by its `vae/config.json` and diffusers' module."""
     with torch.device("meta"):
         state = build_vae(config, torch.float32).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
@@ -160,14 +156,8 @@ def _use_multi_head_attention(model: ir.Model) -> None:
             new.append(ir.node("Transpose", [value], attributes={"perm": [0, 2, 1, 3]}))
             new.append(ir.node("Reshape", [new[-1].outputs[0], flat]))
             sequences.append(new[-1].outputs[0])
-        new.append(
-            ir.node(
-                "MultiHeadAttention",
-                sequences,
-                attributes={"num_heads": heads},
-                domain=_MICROSOFT,
-            )
-        )
+        attributes = {"num_heads": heads}
+        new.append(ir.node("MultiHeadAttention", sequences, attributes, domain=_MICROSOFT))
         shape = ir.tensor(np.array([0, 0, heads, -1]), name=f"{node.name}_heads")
         split = ir.Value(name=shape.name, const_value=shape)
         graph.register_initializer(split)

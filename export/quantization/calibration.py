@@ -21,7 +21,12 @@ from klein_kv.errors import CheckpointError
 from klein_kv.export.checks.artifact_weights import MappedWeights, component_weights
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
-from klein_kv.export.checks.torch_loop import encode_prompt, prepare_request, run_loop
+from klein_kv.export.checks.torch_loop import (
+    encode_prompt,
+    prepare_request,
+    reference_kv,
+    run_loop,
+)
 from klein_kv.networks.torch_ops import TorchOps
 
 __all__ = ["Ranges", "calibrate"]
@@ -75,9 +80,7 @@ class _WatchingOps(TorchOps):
         self._ranges = ranges
         self._histograms = histograms
         self._block = ""
-        self._last_rows: torch.Tensor | None = None
-        self._last_weight = ""
-        self._largest = 0.0
+        self._last: tuple[torch.Tensor | None, str, float] = None, "", 0.0
 
     def linear(
         self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
@@ -88,11 +91,12 @@ class _WatchingOps(TorchOps):
         return super().linear(rows, weight, part)
 
     def _note(self, weight: str, rows: torch.Tensor) -> None:
-        if rows is self._last_rows and weight == self._last_weight:
+        last_rows, last_weight, largest = self._last
+        if rows is last_rows and weight == last_weight:
             return  # another part of the weight
-        if rows is not self._last_rows:
-            self._largest = float(rows.abs().amax()) if rows.numel() else 0.0
-        self._last_rows, self._last_weight, largest = rows, weight, self._largest
+        if rows is not last_rows:
+            largest = float(rows.abs().amax()) if rows.numel() else 0.0
+        self._last = rows, weight, largest
         if not np.isfinite(largest):
             raise CheckpointError(
                 f"{weight} reads values that are not finite ({largest}) in {self.dtype}; calibrate "
@@ -139,9 +143,6 @@ def calibrate(
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         text_tokens: prompt tokens.
 
-    Returns:
-        Ranges by component.
-
     Raises:
         CheckpointError: activations that are not finite.
         RequestError: samples that cannot be run.
@@ -170,7 +171,9 @@ def calibrate(
             bar.update()
             if steps:
                 request = prepare_request(sample, manifest, vae, steps)
-                run_loop(ops["transformer"], manifest, request, text, lambda *_: bar.update())
+                kv = reference_kv(ops["transformer"], manifest, request)
+                for _ in run_loop(ops["transformer"], manifest, request, text, kv):
+                    bar.update()
             _log.info(
                 "calibrated on request %d of %d: %dx%d, %d references",
                 i + 1,

@@ -16,11 +16,11 @@ from typing import Any, Self
 from klein_kv.artifacts.numbers import BLOCK, FORMATS, PRECISION_FORMATS, is_block_linear
 from klein_kv.errors import RequestError
 
-__all__ = ["KEEP", "QuantizationRecipe", "quantization_recipe_names"]
+__all__ = ["QuantizationRecipe"]
 
 _log = logging.getLogger(__name__)
 
-KEEP = "bf16"
+_KEEP = "bf16"
 """Format of an override that leaves a layer in the artifacts' own type, whichever that is."""
 
 _ACTIVATIONS = ("quantized", "kept")
@@ -43,7 +43,7 @@ class QuantizationRecipe:
 
     name: str
     transformer: str
-    text_encoder: str = KEEP
+    text_encoder: str = _KEEP
     activations: str = "quantized"
     percentile: float = 100.0
     overrides: tuple[tuple[str, str], ...] = ()
@@ -51,7 +51,7 @@ class QuantizationRecipe:
     def __post_init__(self) -> None:
         allowed = {
             "transformer": FORMATS,
-            "text_encoder": (*FORMATS, KEEP),
+            "text_encoder": (*FORMATS, _KEEP),
             "activations": _ACTIVATIONS,
         }
         for key, values in allowed.items():
@@ -65,10 +65,10 @@ class QuantizationRecipe:
                 f"recipe {self.name}: percentile is {self.percentile}, expected 90 to 100"
             )
         for pattern, kind in self.overrides:
-            if kind not in (*FORMATS, KEEP):
+            if kind not in (*FORMATS, _KEEP):
                 raise RequestError(
                     f"recipe {self.name}: the override of {pattern!r} is {kind!r}, expected one of "
-                    f"{', '.join((*FORMATS, KEEP))}"
+                    f"{', '.join((*FORMATS, _KEEP))}"
                 )
         if self.activations == "kept" and "nvfp4" in (self.transformer, self.text_encoder):
             raise RequestError(
@@ -76,17 +76,15 @@ class QuantizationRecipe:
                 "weights are made without quantized activations"
             )
 
-    @property
-    def precision(self) -> str:
-        """What the folder calls the result, a key of `quantization.PRECISION_FORMATS`."""
-        return self.component_precision("transformer") or self.transformer
-
     def component_precision(self, component: str) -> str | None:
-        """The same for one network; None if it is left as it is."""
-        kind = self.transformer if component == "transformer" else self.text_encoder
-        if kind == KEEP:
+        """What the folder calls the result, one of `PRECISION_FORMATS`; None if it is left."""
+        kind = self._format(component)
+        if kind == _KEEP:
             return None
         return "fp8-weight-only" if self.activations == "kept" else kind
+
+    def _format(self, component: str) -> str:
+        return self.transformer if component == "transformer" else self.text_encoder
 
     def assign(self, component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """The format of each layer that is quantized, by weight name.
@@ -98,12 +96,10 @@ class QuantizationRecipe:
             component: "transformer" or "text_encoder".
             shapes: all tensors of the network.
         """
-        default = self.transformer if component == "transformer" else self.text_encoder
-        names = [name for name, shape in shapes.items() if is_block_linear(name, shape)]
-        formats = {}
-        for name in names:
+        default, formats = self._format(component), {}
+        for name in [name for name, shape in shapes.items() if is_block_linear(name, shape)]:
             kind = default
-            if default != KEEP:
+            if default != _KEEP:
                 for pattern, other in self.overrides:
                     kind = other if fnmatchcase(name, pattern) else kind
             if kind == "nvfp4" and shapes[name][1] % BLOCK:
@@ -113,14 +109,14 @@ class QuantizationRecipe:
                     shapes[name][1],
                     BLOCK,
                 )
-            elif kind != KEEP:
+            elif kind != _KEEP:
                 formats[name] = kind
         return formats
 
     def component_dict(self, component: str) -> dict[str, Any]:
         """What of the recipe bears on one network; plain values for JSON."""
         return {
-            "format": self.transformer if component == "transformer" else self.text_encoder,
+            "format": self._format(component),
             "activations": self.activations,
             "percentile": self.percentile,
             "overrides": [list(override) for override in self.overrides],
@@ -144,34 +140,25 @@ class QuantizationRecipe:
         """Reads a recipe that comes with the package, by name, or a TOML file, by path.
 
         Raises:
-            RequestError: no such recipe, or its content is not valid.
+            RequestError: no such recipe, not TOML, unknown or missing keys, wrong values.
         """
         name = str(source)
         if isinstance(source, Path) or name.endswith(".toml"):
-            path = Path(source)
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise RequestError(f"recipe {path} cannot be read: {error}") from error
-            return cls.from_toml(text, path.stem)
-        if name not in quantization_recipe_names():
+            path: Any = Path(source)
+            name = path.stem
+        elif name in PRECISION_FORMATS:  # each is named after the precision that it makes
+            path = files("klein_kv.export.quantization") / "recipes" / f"{name}.toml"
+        else:
             raise RequestError(
-                f"unknown recipe {name!r}; expected one of "
-                f"{', '.join(quantization_recipe_names())}, or the path of a .toml file"
+                f"unknown recipe {name!r}; expected one of {', '.join(PRECISION_FORMATS)}, or the "
+                "path of a .toml file"
             )
-        return cls.from_toml(_folder().joinpath(f"{name}.toml").read_text("utf-8"), name)
-
-    @classmethod
-    def from_toml(cls, text: str, name: str) -> Self:
-        """Reads a recipe's text.
-
-        Raises:
-            RequestError: not TOML, unknown or missing keys, wrong types.
-        """
         try:
-            value = tomllib.loads(text)
+            value = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise RequestError(f"recipe {name} is not TOML: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"recipe {path} cannot be read: {error}") from error
         known = ("transformer", "text_encoder", "activations", "percentile", "overrides")
         unknown = sorted(set(value) - set(known))
         if unknown or "transformer" not in value:
@@ -187,18 +174,8 @@ class QuantizationRecipe:
         return cls(
             name=name,
             transformer=value["transformer"],
-            text_encoder=value.get("text_encoder", KEEP),
+            text_encoder=value.get("text_encoder", _KEEP),
             activations=value.get("activations", "quantized"),
             percentile=float(percentile),
             overrides=tuple(overrides.items()),
         )
-
-
-def quantization_recipe_names() -> list[str]:
-    """Recipes that come with the package; each is named after the precision that it makes."""
-    found = [entry.name.removesuffix(".toml") for entry in _folder().iterdir()]
-    return sorted(name for name in found if name in PRECISION_FORMATS)
-
-
-def _folder() -> Any:
-    return files("klein_kv.export.quantization") / "recipes"

@@ -4,18 +4,13 @@ Everything is written aside and moved into place when it is whole; the manifest 
 interrupted run leaves the folder as it was.
 """
 
-import contextlib
 import hashlib
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import FileRecord, Manifest
@@ -26,7 +21,8 @@ from klein_kv.artifacts.quantized_weights import (
     save_quantized_scales,
 )
 from klein_kv.artifacts.signature import quantized_graph_sets
-from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.errors import ArtifactError, RequestError
+from klein_kv.export.checkpoints.quantized_files import PublishedWeight
 from klein_kv.export.checks.artifact_weights import component_parameters, component_weights
 from klein_kv.export.checks.samples import Sample
 from klein_kv.export.graphs.graph_files import save_quantized_graphs
@@ -34,11 +30,11 @@ from klein_kv.export.quantization.calibration import Ranges, calibrate
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantized_source import read_quantized_source
 from klein_kv.export.quantization.quantized_writer import LayerSource, write_layers
+from klein_kv.export.staging import partial_folder
 
 __all__ = ["QuantizeResult", "QuantizedPart", "quantize_artifacts"]
 
 _log = logging.getLogger(__name__)
-_COMPONENTS = ("transformer", "text_encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +58,7 @@ class QuantizedPart:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a quantization did.
-
-    Attributes:
-        artifacts: the folder.
-        precision: the name to ask for.
-        parts: by component.
-        seconds: wall time.
-    """
+    """What a quantization did: the precision to ask for, parts by component, wall time."""
 
     artifacts: Path
     precision: str
@@ -79,19 +68,28 @@ class QuantizeResult:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One network to write: its layers, and the input scales that are known beforehand."""
+    """One network to write, and how: what `QuantizedComponent.origin` keeps."""
 
     component: str
     precision: str
     layers: dict[str, LayerSource]
-    input_scales: dict[str, float]
     origin: dict[str, Any]
+
+    def input_scale(self, name: str, ranges: Ranges | None, percentile: float) -> float | None:
+        """As the file's maker or as calibration found it; None leaves activations alone."""
+        kind, weight = self.layers[name]
+        if isinstance(weight, PublishedWeight) and weight.input_scale is not None:
+            return weight.input_scale
+        if ranges is None:
+            return None
+        largest = ranges.input_range(name, percentile)
+        return fp8_scale(largest) if kind == "fp8" else nvfp4_scale(largest)
 
     def uncalibrated(self) -> list[str]:
         """Layers whose input scale calibration has to find."""
         if self.precision == "fp8-weight-only":
             return []
-        return [name for name in self.layers if name not in self.input_scales]
+        return [name for name in self.layers if self.input_scale(name, None, 100) is None]
 
 
 def quantize_artifacts(
@@ -125,8 +123,7 @@ def quantize_artifacts(
     jobs = _plan_jobs(artifacts, manifest, recipe, source, _samples_digest(samples, text_tokens))
     networks = {job.component: job.precision for job in jobs}
     _check_names(artifacts, manifest, networks)
-    reused = [job for job in jobs if _is_there(artifacts, manifest, job)]
-    todo = [job for job in jobs if job not in reused]
+    todo = [job for job in jobs if not _is_there(artifacts, manifest, job)]
     uncalibrated = {job.component: names for job in todo if (names := job.uncalibrated())}
     ranges: dict[str, Ranges] = {}
     if uncalibrated:
@@ -139,21 +136,34 @@ def quantize_artifacts(
             device=device,
             text_tokens=text_tokens,
         )
-    with _staging(artifacts) as stage:
+    with partial_folder(artifacts, "quantize", artifacts) as stage:
         for job in todo:
+            began = time.perf_counter()
             _write(job, stage, ranges.get(job.component), recipe.percentile)
-            _write_graphs(job, stage, artifacts, manifest)
-        manifest = _install(artifacts, manifest, stage, networks["transformer"], networks, todo)
-    before = {c: component_weights(artifacts, manifest, c) for c in networks}
+            own = component_weights(artifacts, manifest, job.component)
+            quantized = load_quantized(stage, job.component, job.precision)
+            save_quantized_graphs(
+                stage, manifest.config, manifest.graphs, job.component, own, quantized
+            )
+            _log.info(
+                "%s: %d layers in %s, %.2f GB, %.1f s",
+                job.component,
+                len(job.layers),
+                job.precision,
+                quantized.nbytes / 1e9,
+                time.perf_counter() - began,
+            )
+        manifest = _install(artifacts, manifest, stage, networks, todo)
     parts = {}
     for job in jobs:
         done = load_quantized(artifacts, job.component, job.precision)
+        own = component_weights(artifacts, manifest, job.component)
         parts[job.component] = QuantizedPart(
             precision=job.precision,
             layers=len(done.linears),
             bytes=done.nbytes,
-            bytes_before=sum(before[job.component][name].nbytes for name in done.linears),
-            reused=job in reused,
+            bytes_before=sum(own[name].nbytes for name in done.linears),
+            reused=job not in todo,
         )
     return QuantizeResult(artifacts, networks["transformer"], parts, time.perf_counter() - start)
 
@@ -166,25 +176,30 @@ def _plan_jobs(
     samples: str,
 ) -> list[_Job]:
     jobs, names = [], []
-    for component in _COMPONENTS:
+    for component in ("transformer", "text_encoder"):
         shapes = component_parameters(manifest.config, component)
-        formats = recipe.assign(component, shapes)
         names += [name for name in shapes if is_block_linear(name, shapes[name])]
-        precision = recipe.component_precision(component)
         own = component_weights(artifacts, manifest, component)
-        origin = {
-            "recipe": recipe.component_dict(component),
-            "samples": samples,
-            "weights": _weights_digest(manifest, component),
-        }
+        precision = recipe.component_precision(component)
+        layers: dict[str, LayerSource]
+        origin: dict[str, Any]
         if component == "transformer" and source is not None:
-            found = read_quantized_source(source, manifest, own)
-            precision = found.precision
+            published = read_quantized_source(source, manifest, own)
+            layers = {name: (weight.format, weight) for name, weight in published.items()}
+            formats = {weight.format for weight in published.values()}
+            precision = "nvfp4" if "nvfp4" in formats else "fp8"
             origin = {"file": source.name, "digest": file_digest(source)}
-            jobs.append(_Job(component, precision, found.layers, found.input_scales, origin))
-        elif precision is not None and formats:
-            layers = {name: LayerSource(kind, own[name]) for name, kind in formats.items()}
-            jobs.append(_Job(component, precision, layers, {}, origin))
+        else:
+            layers = {
+                name: (kind, own[name]) for name, kind in recipe.assign(component, shapes).items()
+            }
+            origin = {
+                "recipe": recipe.component_dict(component),
+                "samples": samples,
+                "weights": _weights_digest(manifest, component),
+            }
+        if precision is not None and layers:
+            jobs.append(_Job(component, precision, layers, origin))
     recipe.check_overrides(names)
     if not jobs or jobs[0].component != "transformer":
         raise RequestError(
@@ -249,103 +264,49 @@ def _check_names(artifacts: Path, manifest: Manifest, networks: Mapping[str, str
                 )
 
 
-@contextlib.contextmanager
-def _staging(artifacts: Path) -> Iterator[Path]:
-    """A folder inside the artifacts, on the same file system, that is gone afterwards."""
-    prefix = ".quantize.partial-"
-    for old in artifacts.glob(f"{prefix}*"):  # of a run that was killed
-        pid = old.name.removeprefix(prefix)
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    stage = artifacts / f"{prefix}{os.getpid()}"
-    try:
-        stage.mkdir()
-        yield stage
-    except OSError as error:
-        raise CapacityError(
-            f"cannot write into {artifacts}: {error.strerror or error}; it must be writable and "
-            "have room"
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def _write(job: _Job, stage: Path, ranges: Ranges | None, percentile: float) -> None:
-    start = time.perf_counter()
     weights, scales = (stage / name for name in quantized_files(job.component, job.precision))
     weights.parent.mkdir(exist_ok=True)
     weight_scales = write_layers(weights, job.layers)
-    entries = {}
-    for name, layer in job.layers.items():
-        input_scale = job.input_scales.get(name)
-        if input_scale is None and ranges is not None:
-            largest = ranges.input_range(name, percentile)
-            input_scale = (fp8_scale if layer.format == "fp8" else nvfp4_scale)(largest)
-        entries[name] = (layer.format, weight_scales[name], input_scale)
+    entries = {
+        name: (kind, weight_scales[name], job.input_scale(name, ranges, percentile))
+        for name, (kind, _) in job.layers.items()
+    }
     save_quantized_scales(scales, entries, {} if ranges is None else ranges.attention, job.origin)
-    _log.info(
-        "%s: %d layers in %s, %.2f GB, %.1f s",
-        job.component,
-        len(job.layers),
-        job.precision,
-        weights.stat().st_size / 1e9,
-        time.perf_counter() - start,
-    )
-
-
-def _write_graphs(job: _Job, stage: Path, artifacts: Path, manifest: Manifest) -> None:
-    """Graphs that refer to what `_write` wrote, and to the artifacts' own weights."""
-    start = time.perf_counter()
-    own = component_weights(artifacts, manifest, job.component)
-    quantized = load_quantized(stage, job.component, job.precision)
-    written = save_quantized_graphs(
-        stage, manifest.config, manifest.graphs, job.component, own, quantized
-    )
-    _log.info(
-        "%s: %d graphs in %s, %.1f s",
-        job.component,
-        len(written),
-        job.precision,
-        time.perf_counter() - start,
-    )
 
 
 def _install(
     artifacts: Path,
     manifest: Manifest,
     stage: Path,
-    precision: str,
     networks: Mapping[str, str],
     jobs: Sequence[_Job],
 ) -> Manifest:
     """Moves what was written into place; the manifest is never wrong about what is there."""
     new = {
-        path: path.relative_to(stage).as_posix()
+        path.relative_to(stage).as_posix(): path
         for path in sorted(stage.rglob("*"))
         if path.is_file()
     }
     records = {
-        name: FileRecord(path.stat().st_size, file_digest(path)) for path, name in new.items()
+        name: FileRecord(path.stat().st_size, file_digest(path)) for name, path in new.items()
     }
     written = {(job.component, job.precision) for job in jobs}
-    shared = [
-        name
-        for name, parts in manifest.precisions.items()
-        if written & set(parts.items())  # their files are about to change
-    ]
-    others = {name: parts for name, parts in manifest.precisions.items() if name != precision}
-    if shared:
-        stale = {file for name in shared for file in manifest.precision_files(name)}
-        without = {name: r for name, r in manifest.files.items() if name not in stale}
-        kept = {name: parts for name, parts in manifest.precisions.items() if name not in shared}
-        replace(manifest, files=without, precisions=kept).save(artifacts)
-    for path, name in new.items():
+    stale = {name for name, parts in manifest.precisions.items() if written & set(parts.items())}
+    if stale:  # their files are about to change
+        files = {file for name in stale for file in manifest.precision_files(name)}
+        replace(
+            manifest,
+            files={name: x for name, x in manifest.files.items() if name not in files},
+            precisions={name: x for name, x in manifest.precisions.items() if name not in stale},
+        ).save(artifacts)
+    for name, path in new.items():
         (artifacts / name).parent.mkdir(exist_ok=True)
         path.replace(artifacts / name)
     manifest = replace(
         manifest,
         files=manifest.files | records,
-        precisions=others | {precision: dict(networks)},
+        precisions=manifest.precisions | {networks["transformer"]: dict(networks)},
     )
     manifest.save(artifacts)
     return manifest

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from klein_kv.errors import CheckpointError, RequestError
+from klein_kv.errors import CapacityError, RequestError
 from klein_kv.export.checkpoints import fixture
-from klein_kv.export.checkpoints.fixture import SIZES, FixtureSize, make_fixture
+from klein_kv.export.checkpoints.fixture import make_fixture
 
 USER = [{"role": "user", "content": "a red kite"}]
 TURN = "<|im_start|>user\na red kite<|im_end|>\n"
@@ -76,11 +71,6 @@ def test_diffusers_edits_an_image(pipeline: Flux2KleinKVPipeline) -> None:
     assert image.std() > 0.05
 
 
-def test_latents_are_of_unit_scale(latents: Callable[..., torch.Tensor]) -> None:
-    std = latents("a red kite over the sea", ("teal",)).std().item()
-    assert 0.7 < std < 2.5
-
-
 @pytest.mark.parametrize(
     ("prompt", "colours"),
     [
@@ -96,14 +86,8 @@ def test_every_input_matters(
     prompt: str, colours: tuple[str, ...], latents: Callable[..., torch.Tensor]
 ) -> None:
     base = latents("a red kite", ("teal", "orange"))
+    assert 0.7 < base.std().item() < 2.5
     assert (latents(prompt, colours) - base).abs().max() > 1e-2
-
-
-def test_batchnorm_statistics_differ_from_identity(pipeline: Flux2KleinKVPipeline) -> None:
-    bn = pipeline.vae.bn
-    assert bn.running_mean.abs().mean() > 0.1
-    assert (bn.running_var - 1).abs().mean() > 0.1
-    assert (bn.running_var > 0).all()
 
 
 def test_configuration_is_klein(pipeline: Flux2KleinKVPipeline) -> None:
@@ -111,15 +95,21 @@ def test_configuration_is_klein(pipeline: Flux2KleinKVPipeline) -> None:
     assert pipeline.scheduler.config.use_dynamic_shifting is True
     assert pipeline.vae_scale_factor == 8
     assert pipeline.text_encoder.config.num_hidden_layers >= 28
-    assert pipeline.transformer.config.in_channels == 4 * pipeline.vae.config.latent_channels
+    bn = pipeline.vae.bn  # whose statistics differ from identity
+    assert bn.running_mean.abs().mean() > 0.1
+    assert (bn.running_var - 1).abs().mean() > 0.1
 
 
 # --- reproducible ---
 
 
 def test_same_seed_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     make_fixture(tmp_path / "again", "tiny", seed=0)
     assert digests(tmp_path / "again") == digests(tiny_checkpoint)
+    assert torch.equal(torch.rand(3), expected)  # the caller's random state is left alone
 
 
 def test_another_seed_gives_other_weights_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -129,14 +119,6 @@ def test_another_seed_gives_other_weights_alone(tiny_checkpoint: Path, tmp_path:
     assert {name for name in first if first[name] != second[name]} == {
         name for name in first if name.endswith(".safetensors")
     }
-
-
-def test_callers_random_state_is_untouched(tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    make_fixture(tmp_path / "out", "tiny")
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -153,28 +135,16 @@ def test_dtype_is_what_is_stored(dtype: str, tmp_path: Path) -> None:
 # --- nothing is written over, nothing half-made stays ---
 
 
-def test_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_there_is_refused(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "note.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="already there"):
+    if kind == "folder":
+        out.mkdir()
+    mine = out / "note.txt" if kind == "folder" else out
+    mine.write_text("mine")
+    with pytest.raises(RequestError, match="already exists"):
         make_fixture(out)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "note.txt"]
-
-
-def test_file_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.write_text("mine")
-    with pytest.raises(CheckpointError, match="already there"):
-        make_fixture(out)
-    assert out.read_text() == "mine"
-
-
-def test_empty_folder_is_filled(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    make_fixture(out)
-    assert (out / "model_index.json").is_file()
+    assert mine.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -183,7 +153,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fixture, "fill_random", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CapacityError, match="No space"):
         make_fixture(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -203,19 +173,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"head_dim": 12}, "head_dim"),
-        ({"text_layers": 27}, "text_layers"),
-        ({"vae_groups": 5}, "vae_groups"),
-    ],
-)
-def test_sizes_are_checked(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        replace(SIZES["tiny"], **change)
-
-
 # --- tokenizer ---
 
 
@@ -225,14 +182,9 @@ def test_sizes_are_checked(change: dict[str, Any], message: str) -> None:
         ({}, TURN),
         ({"add_generation_prompt": True}, TURN + "<|im_start|>assistant\n"),
         (
-            {"add_generation_prompt": True, "enable_thinking": True},
-            TURN + "<|im_start|>assistant\n",
-        ),
-        (
             {"add_generation_prompt": True, "enable_thinking": False},
             TURN + "<|im_start|>assistant\n<think>\n\n</think>\n\n",
         ),
-        ({"enable_thinking": False}, TURN),
     ],
 )
 def test_chat_template(options: dict[str, bool], expected: str, tiny_checkpoint: Path) -> None:
@@ -248,24 +200,8 @@ def test_special_tokens_are_single_tokens(pipeline: Flux2KleinKVPipeline) -> Non
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
     assert len(tokenizer) <= pipeline.text_encoder.config.vocab_size
-
-
-def test_prompts_take_fewer_tokens_than_bytes(pipeline: Flux2KleinKVPipeline) -> None:
     prompt = "a red kite over the sea at night"
-    assert len(pipeline.tokenizer(prompt)["input_ids"]) < len(prompt) / 2
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(tiny_checkpoint / "tokenizer/tokenizer.json"))
-
-
-@settings(deadline=None, max_examples=50)
-@given(text=st.text())
-def test_text_survives_the_tokenizer(text: str, tokenizer: Tokenizer) -> None:
-    # Qwen2's normaliser composes characters; nothing else may change.
-    ids = tokenizer.encode(text).ids
-    assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
+    assert len(tokenizer(prompt)["input_ids"]) < len(prompt) / 2
 
 
 # --- the real shapes ---
@@ -288,11 +224,7 @@ def test_real_shapes_have_the_real_size(
     shards = list((real_shapes / component).glob("*.safetensors"))
     assert len(shards) == files
     assert sum(path.stat().st_size for path in shards) / 1e9 == pytest.approx(gigabytes, abs=0.01)
-
-
-def test_real_shapes_take_no_room(real_shapes: Path) -> None:
-    allocated = sum(512 * path.stat().st_blocks for path in real_shapes.rglob("*"))
-    assert allocated < 50e6
+    assert sum(512 * path.stat().st_blocks for path in shards) < 50e6  # and take no room
 
 
 @pytest.mark.parametrize(
@@ -319,23 +251,3 @@ def test_real_shapes_are_read_through_the_index(
         assert weight.get_shape() == shape
         assert weight.get_dtype() == "BF16"
         assert not weight[:2].any()
-
-
-def test_real_shapes_hold_the_names_of_the_small_ones(
-    real_shapes: Path, tiny_checkpoint: Path
-) -> None:
-    def names(folder: Path) -> set[str]:
-        found: set[str] = set()
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                found.update(file.keys())
-        return found
-
-    for component in ("transformer", "text_encoder"):
-        assert names(tiny_checkpoint / component) < names(real_shapes / component)
-
-
-def test_tiny_is_not_sparse() -> None:
-    assert isinstance(SIZES["tiny"], FixtureSize)
-    assert not SIZES["tiny"].sparse
-    assert SIZES["9b-shapes"].sparse

@@ -6,34 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
-from diffusers.models.transformers.transformer_flux2 import (
-    Flux2KVAttnProcessor,
-    Flux2KVParallelSelfAttnProcessor,
-)
 from safetensors.torch import load_file
 from torch import Tensor
 
 from klein_kv.artifacts.config import (
-    ModelConfig,
-    TextEncoderConfig,
     TransformerConfig,
-    VaeConfig,
     read_json,
 )
-from klein_kv.artifacts.signature import kv_names
-from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.fixture import make_fixture
-from klein_kv.export.checkpoints.quantized_files import Fp8Weight, Nvfp4Weight
-from klein_kv.export.checkpoints.single_file import JoinedRows, read_single_file
+from klein_kv.export.checkpoints.quantized_files import PublishedWeight
+from klein_kv.export.checkpoints.single_file import JoinedRows, read_rows, read_single_file
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
-from klein_kv.export.graphs.transformer_graphs import transformer_graph
 from klein_kv.networks.transformer import transformer_parameters
 from tests.bfl_files import bfl_state, dequantized, quantize, save_single_file, write_sparse
 
@@ -54,9 +41,13 @@ def state(tiny_checkpoint: Path) -> dict[str, Tensor]:
 
 
 def numbers(weight: Any) -> np.ndarray[Any, Any]:
-    if isinstance(weight, WeightRef):
-        return map_weight(weight).astype(np.float32)
-    return weight.read(0, weight.shape[0]).astype(np.float32)
+    return read_rows(weight, 0, weight.shape[0]).astype(np.float32)
+
+
+def place(path: Path, config: TransformerConfig, dtype: str, folder: Path) -> Placement:
+    folder.mkdir()
+    weights = read_single_file(path, config)
+    return place_weights(weights, transformer_parameters(config), dtype, folder, "transformer")
 
 
 FORMS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
@@ -72,15 +63,18 @@ def test_numbers_are_those_that_diffusers_converts(
 ) -> None:
     """The independent reader undoes the quantization, diffusers' own converter the layout."""
     bfl = FORMS[form](state)
-    weights = read_single_file(save_single_file(tmp_path / "m.safetensors", bfl), config)
+    path = save_single_file(tmp_path / "m.safetensors", bfl)
+    weights = read_single_file(path, config)
     expected = convert_flux2_transformer_checkpoint_to_diffusers(dequantized(bfl))
+    placed = place(path, config, "float32", tmp_path / "transformer").refs
     assert weights.keys() == expected.keys() == state.keys()
     for name, weight in weights.items():
         np.testing.assert_array_equal(numbers(weight), expected[name].numpy(), err_msg=name)
+        np.testing.assert_array_equal(numbers(placed[name]), expected[name].numpy(), err_msg=name)
     kinds = [type(weight) for weight in weights.values()]
     assert kinds.count(JoinedRows) == 1
     quantized = {"bf16": 0, "fp8": 16, "nvfp4": 16}[form]  # 12 of a double block, 2 of a single
-    assert kinds.count(Fp8Weight) + kinds.count(Nvfp4Weight) == quantized
+    assert kinds.count(PublishedWeight) == quantized
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
@@ -95,7 +89,7 @@ def test_quantized_under_diffusers_names(tmp_path, state, config):
         name.removeprefix("blocks."): tensor for name, tensor in quantize(renamed, "fp8").items()
     }
     weights = read_single_file(save_single_file(tmp_path / "m.safetensors", quantized), config)
-    assert isinstance(weights["transformer_blocks.0.attn.to_q.weight"], Fp8Weight)
+    assert isinstance(weights["transformer_blocks.0.attn.to_q.weight"], PublishedWeight)
     expected = dequantized(quantized)
     for name, weight in weights.items():
         np.testing.assert_array_equal(numbers(weight), expected[name].numpy(), err_msg=name)
@@ -127,9 +121,10 @@ def test_q_k_and_v_apart(tmp_path, state, config):
         ({QKV: None}, r"1 missing \(double_blocks.0.img_attn.qkv.weight\), 0 unexpected"),
         ({"guidance_in.in_layer.weight": torch.ones(64, 256)}, r"1 unexpected \(guidance_in"),
         ({"vae.x": torch.ones(1)}, r"1 unexpected \(vae.x\)"),
-        ({QKV: torch.ones(64, 64)}, r"qkv.weight has shape \(64, 64\), expected 192 rows"),
-        ({"img_in.weight": torch.ones(64, 4)}, r"x_embedder.weight has shape \(64, 4\), expected"),
+        ({QKV: torch.ones(64, 64)}, r"qkv.weight has shape \(64, 64\), expected \(192, 64\)"),
+        ({"img_in.weight": torch.ones(64, 4)}, r"img_in.weight has shape \(64, 4\), expected"),
         ({"img_in.weight": torch.ones(())}, "img_in.weight has shape"),
+        ({"img_in.weight": None}, r"not those of a FLUX.2 \[klein\] transformer"),
         ({"single_blocks.2.linear1.weight": torch.ones(1, 1)}, r"1 unexpected \(single_blocks.2"),
     ],
 )
@@ -145,100 +140,7 @@ def test_wrong_tensors_are_named(tmp_path, state, config, change, message):
     assert str(path) in str(caught.value)
 
 
-def test_another_model(tmp_path, config):
-    path = save_single_file(tmp_path / "m.safetensors", {"model.layers.0.weight": torch.ones(2, 2)})
-    with pytest.raises(CheckpointError, match=r"not those of a FLUX.2 \[klein\] transformer"):
-        read_single_file(path, config)
-
-
-# --- graphs ---
-
-
-def place(path: Path, config: TransformerConfig, dtype: str, folder: Path) -> Placement:
-    folder.mkdir()
-    weights = read_single_file(path, config)
-    return place_weights(weights, transformer_parameters(config), dtype, folder, "transformer")
-
-
-def whole_config(config: TransformerConfig) -> ModelConfig:
-    text = TextEncoderConfig(
-        hidden_size=config.joint_attention_dim // 3,
-        intermediate_size=8,
-        num_hidden_layers=28,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=10,
-        rope_theta=1e4,
-        rms_norm_eps=1e-6,
-    )
-    return ModelConfig(config, text, VaeConfig(config.in_channels // 4, 4, 1e-4))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_graphs_agree_with_diffusers(
-    tmp_path: Path,
-    tiny_checkpoint: Path,
-    state: dict[str, Tensor],
-    config: TransformerConfig,
-    form: str,
-) -> None:
-    bfl = FORMS[form](state)
-    path = save_single_file(tmp_path / "m.safetensors", bfl)
-    folder = tmp_path / "transformer"
-    refs = place(path, config, "float32", folder).refs
-    assert {ref.dtype for ref in refs.values()} == {"float32"}
-    model = transformer_graph("first_step", whole_config(config), "float32", refs)
-    ir.save(model, folder / "first_step.onnx")
-    session = onnxruntime.InferenceSession(folder / "first_step.onnx")
-
-    theirs = Flux2Transformer2DModel.from_config(
-        Flux2Transformer2DModel.load_config(tiny_checkpoint / "transformer")
-    ).eval()
-    theirs.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(dequantized(bfl)))
-    for block in theirs.transformer_blocks:
-        block.attn.set_processor(Flux2KVAttnProcessor())
-    for block in theirs.single_transformer_blocks:
-        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    image, text, ref = (
-        random(1, 12, config.in_channels),
-        random(1, 7, config.joint_attention_dim),
-        random(1, 9, config.in_channels),
-    )
-    ids = [torch.randint(0, 20, (n, 4), generator=generator) for n in (12, 7, 9)]
-    feeds = {
-        "hidden_states": image,
-        "encoder_hidden_states": text,
-        "ref_hidden_states": ref,
-        "timestep": torch.tensor([640.0]),
-        "sigma_step": torch.tensor([-0.25]),
-        "img_ids": ids[0],
-        "txt_ids": ids[1],
-        "ref_ids": ids[2],
-    }
-    names = ["noise_pred", *kv_names(config.num_blocks)]
-    got = session.run(names, {name: value.numpy() for name, value in feeds.items()})
-    with torch.no_grad():
-        noise, cache = theirs(
-            hidden_states=torch.cat([ref, image], 1),
-            encoder_hidden_states=text,
-            timestep=torch.tensor([0.64]),
-            img_ids=torch.cat([ids[2], ids[0]])[None],
-            txt_ids=ids[1][None],
-            kv_cache_mode="extract",
-            num_ref_tokens=9,
-            return_dict=False,
-        )
-    layers = [*cache.double_block_caches, *cache.single_block_caches]
-    expected = [noise, *(x for layer in layers for x in (layer.k_ref, layer.v_ref))]
-    for name, a, b in zip(names, got, expected, strict=True):
-        assert np.abs(a - b.numpy()).max() <= TOLERANCE, name
-    assert np.abs(got[0]).max() > 0.1
+# --- placed in a folder ---
 
 
 def test_nothing_is_written_but_the_swapped_halves(tmp_path, state, config):
@@ -281,49 +183,22 @@ def test_values_that_the_type_cannot_hold(tmp_path, state, config):
 
 def real_shapes(config: TransformerConfig, form: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes of a klein 9B single file with every block quantized."""
-    dim, mlp = config.inner_dim, config.mlp_hidden_dim
-    matrices = {
-        "img_in": (dim, 128),
-        "txt_in": (dim, config.joint_attention_dim),
-        "time_in.in_layer": (dim, 256),
-        "time_in.out_layer": (dim, dim),
-        "double_stream_modulation_img.lin": (6 * dim, dim),
-        "double_stream_modulation_txt.lin": (6 * dim, dim),
-        "single_stream_modulation.lin": (3 * dim, dim),
-        "final_layer.adaLN_modulation.1": (2 * dim, dim),
-        "final_layer.linear": (128, dim),
-    }
-    norms = []
-    for i in range(8):
-        for stream in ("img", "txt"):
-            block = f"double_blocks.{i}.{stream}"
-            matrices |= {
-                f"{block}_attn.qkv": (3 * dim, dim),
-                f"{block}_attn.proj": (dim, dim),
-                f"{block}_mlp.0": (2 * mlp, dim),
-                f"{block}_mlp.2": (dim, mlp),
-            }
-            norms += [f"{block}_attn.norm.{kind}_norm.scale" for kind in ("query", "key")]
-    for i in range(24):
-        block = f"single_blocks.{i}"
-        matrices |= {
-            f"{block}.linear1": (3 * dim + 2 * mlp, dim),
-            f"{block}.linear2": (dim, dim + mlp),
-        }
-        norms += [f"{block}.norm.{kind}_norm.scale" for kind in ("query", "key")]
-    out: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(norms, ("BF16", (128,)))
-    for name, (rows, columns) in matrices.items():
-        if form == "bf16" or "blocks." not in name:
-            out[f"{name}.weight"] = ("BF16", (rows, columns))
+    shapes = transformer_parameters(config)
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    out: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in bfl_state(empty).items():
+        out[name] = ("BF16", tuple(tensor.shape))
+        if form == "bf16" or "blocks." not in name or tensor.ndim == 1:
             continue
+        rows, columns = tensor.shape
         if form == "fp8":
-            out[f"{name}.weight"] = ("F8_E4M3", (rows, columns))
-            out[f"{name}.weight_scale"] = ("F32", ())
+            out[name] = ("F8_E4M3", (rows, columns))
+            out[f"{name}_scale"] = ("F32", ())
         else:
-            out[f"{name}.weight"] = ("U8", (rows, columns // 2))
-            out[f"{name}.weight_scale"] = ("F8_E4M3", (rows, columns // 16))
-            out[f"{name}.weight_scale_2"] = ("F32", ())
-        out[f"{name}.input_scale"] = ("F32", ())
+            out[name] = ("U8", (rows, columns // 2))
+            out[f"{name}_scale"] = ("F8_E4M3", (rows, columns // 16))
+            out[f"{name}_scale_2"] = ("F32", ())
+        out[name.replace(".weight", ".input_scale")] = ("F32", ())
     return out
 
 

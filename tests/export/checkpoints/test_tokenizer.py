@@ -108,14 +108,11 @@ def test_added_tokens_that_only_the_configuration_has(folder: Path) -> None:
     assert size in tokenizer(["an <extra> one"])[0]
 
 
-def test_pad_token_of_the_class(folder: Path) -> None:
-    edit_config(folder, pad_token=..., tokenizer_class="Qwen2Tokenizer")
-    assert assert_same(folder, PROMPTS[:4]).prompt_format.pad_token == "<|endoftext|>"
-
-
-def test_split_special_tokens(folder: Path) -> None:
-    edit_config(folder, split_special_tokens=True)
-    assert assert_same(folder, PROMPTS[:12]).prompt_format.split_special_tokens
+def test_pad_token_of_the_class_and_split_special_tokens(folder: Path) -> None:
+    edit_config(folder, pad_token=..., tokenizer_class="Qwen2Tokenizer", split_special_tokens=True)
+    prompt_format = assert_same(folder, PROMPTS[:12]).prompt_format
+    assert prompt_format.pad_token == "<|endoftext|>"
+    assert prompt_format.split_special_tokens
 
 
 def test_truncation_and_padding_inside_tokenizer_json(folder: Path) -> None:
@@ -147,17 +144,13 @@ USER = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n"
     ("template", "message"),
     [
         ("{% if %}", "fails on a single user message"),
-        ("{{ 'a' ", "fails on a single user message"),
         ("{{ raise_exception('not for you') }}", "not for you"),
         ("{{ ''.__class__.__mro__ }}", "fails on a single user message"),
-        ("{{ messages.append(1) }}", "fails on a single user message"),
-        ("{{ nobody.home }}", "fails on a single user message"),
         ("{{ range(10 ** 9) }}", "fails on a single user message"),
         ("no prompt", "writes the prompt 0 times, expected once"),
         (USER + USER, "writes the prompt 2 times, expected once"),
         (USER + "{{ strftime_now('%Y') }}", "reads the date"),
         ("{{ messages[0].content | trim }}", "makes 'spaces before and after' of the prompt"),
-        ("{{ messages[0].content | upper }}", "writes the prompt 0 times"),
         ("{{ messages[0].content }}{{ messages[0].content | length }}", "makes '0' of the prompt"),
         ("{{ messages[0].content | replace('<think>', '') }}", "makes 'deep</think>"),
         (

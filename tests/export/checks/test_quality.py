@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from klein_kv.export.checks.quality import (
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
-from klein_kv.export.quantization.quantized_writer import LayerSource, write_layers
+from klein_kv.export.quantization.quantized_writer import write_layers
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8, round_to_nvfp4
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.networks.transformer import StepInputs, denoise, encode_references
@@ -72,7 +73,7 @@ def quantized_layers(
 
     save_file(module.state_dict(), folder / "weights.safetensors")
     sources = {
-        name: LayerSource(kind, ref)
+        name: (kind, ref)
         for name, ref in read_header(folder / "weights.safetensors").items()
         if is_block_linear(name, ref.shape) and ref.shape[1] % 16 == 0
     }
@@ -91,6 +92,13 @@ def quantized_layers(
     }
 
 
+def step_inputs(batch: int = 2) -> tuple[StepInputs[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Random inputs whose text is 32 wide, and references."""
+    step, ref, ref_ids = random_inputs("float32", batch=batch)
+    text = torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32]
+    return replace(step, encoder_hidden_states=text), ref, ref_ids
+
+
 @pytest.mark.parametrize("model", ["sharded", "short"])
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("activations", [True, False], ids=["w+a", "weight-only"])
@@ -103,15 +111,7 @@ def test_the_simulation_is_diffusers_with_rounded_layers(
     layers = quantized_layers(module, tmp_path, kind, activations)
     assert len(layers) >= 6
     config = config_of(module)
-    step, ref, ref_ids = random_inputs("float32")
-    step = StepInputs(
-        step.hidden_states,
-        torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32],
-        step.timestep,
-        step.sigma_step,
-        step.img_ids,
-        step.txt_ids,
-    )
+    step, ref, ref_ids = step_inputs()
     plain = TorchOps({name: x.clone() for name, x in module.state_dict().items()}, torch.float32)
     ops = QuantizedOps(plain.weights, torch.float32, layers)
     ours, _ = denoise(
@@ -143,11 +143,7 @@ def test_the_simulation_is_diffusers_with_rounded_layers(
 @torch.no_grad()
 def test_blocks_are_those_of_diffusers(model: str) -> None:
     module = module_of(model)
-    step, _, _ = random_inputs("float32", batch=1)
-    text = torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32]
-    step = StepInputs(
-        step.hidden_states, text, step.timestep, step.sigma_step, step.img_ids, step.txt_ids
-    )
+    step, _, _ = step_inputs(1)
     outputs: dict[str, Any] = {}
     for kind in ("transformer_blocks", "single_transformer_blocks"):
         for i, block in enumerate(getattr(module, kind)):
@@ -169,7 +165,7 @@ def test_blocks_are_those_of_diffusers(model: str) -> None:
         else:
             expected = theirs[0]
             if name == list(found)[-1]:
-                expected = expected[text.shape[1] :]  # only the image goes on
+                expected = expected[step.encoder_hidden_states.shape[1] :]  # only the image goes on
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -177,11 +173,7 @@ def test_blocks_are_those_of_diffusers(model: str) -> None:
 def test_a_fault_shows_in_its_own_block_alone(tmp_path: Path) -> None:
     module = module_of("plain")
     config = config_of(module)
-    step, ref, ref_ids = random_inputs("float32", batch=1)
-    text = torch.cat([step.encoder_hidden_states] * 2, -1)[..., :32]
-    step = StepInputs(
-        step.hidden_states, text, step.timestep, step.sigma_step, step.img_ids, step.txt_ids
-    )
+    step, ref, ref_ids = step_inputs(1)
     weights = dict(module.state_dict())
     plain = TorchOps(weights, torch.float32)
     kv = encode_references(plain, config, ref, ref_ids)
@@ -226,56 +218,49 @@ def test_layers_lose_what_rounding_explains(reports: dict[str, QualityReport]) -
     for precision, report in reports.items():
         assert not report.failed
         low, high = expected[precision]
-        transformer = [row for row in report.layers if "transformer_blocks" in row.name]
+        transformer = [x for name, x in report.layers.items() if "transformer_blocks" in name]
         assert len(transformer) == 16
-        assert all(low < row.fp32.snr < high for row in transformer), precision
+        assert all(low < error.snr < high for error in transformer), precision
         assert len(report.layers) == 16 + 27 * 7
 
 
 def test_precisions_are_ranked_and_above_them_is_bf16(reports: dict[str, QualityReport]) -> None:
+    assert (len(reports["fp8"].blocks), len(reports["fp8"].ends)) == (3, 6)
     for kind in ("blocks", "ends"):
-        names = [row.name for row in getattr(reports["fp8"], kind)]
-        assert len(names) == {"blocks": 3, "ends": 6}[kind]
-        for rows in zip(*(getattr(reports[name], kind) for name in PRECISIONS), strict=True):
-            fp8, nvfp4, only = rows
-            if fp8.name == "text embeddings":
+        rows = [getattr(reports[name], kind) for name in PRECISIONS]
+        for name in rows[0]:
+            if name == "text embeddings":
                 continue  # fp8 in both
-            assert nvfp4.fp32.snr < fp8.fp32.snr < only.fp32.snr < only.floor.snr, fp8.name
+            fp8, nvfp4, only = (x[name] for x in rows)
+            assert nvfp4.subject.snr < fp8.subject.snr < only.subject.snr < only.floor.snr, name
             assert fp8.floor.snr == nvfp4.floor.snr == only.floor.snr
 
 
 def test_images(reports: dict[str, QualityReport]) -> None:
     for report in reports.values():
         assert len(report.images) == 2
-        for row in report.images:
-            assert row.floor_psnr > max(45, row.psnr)
-            assert row.psnr > 25
-            assert 0.9 < row.ssim < row.floor_ssim <= 1
-            assert row.floor_ssim > 0.99
-
-
-def test_the_report_repeats_itself(folder: Path, reports: dict[str, QualityReport]) -> None:
-    samples = make_samples(1, size=(128, 128), seed=1000)
-    one, two = (measure_quality(folder, "fp8", samples, text_tokens=32) for _ in range(2))
-    assert dict_from_report(one) == dict_from_report(two)
-    assert one.reference == "the artifacts' own weights"
-    assert one.samples == 1
+        for subject, floor in report.images.values():
+            assert floor.psnr > max(45, subject.psnr)
+            assert subject.psnr > 25
+            assert 0.9 < subject.ssim < floor.ssim <= 1
+            assert floor.ssim > 0.99
 
 
 def test_float8_keys_and_attention_cost_a_little_more(folder: Path) -> None:
     samples = make_samples(1, size=(128, 128), seed=1000)
-    plain, kv, attention = (
-        {row.name: row.fp32.snr for row in report.ends}
-        for report in (
-            measure_quality(folder, "fp8", samples, text_tokens=32, **options)
-            for options in ({}, {"kv": True}, {"attention": True})
-        )
+    reports = [
+        measure_quality(folder, "fp8", samples, text_tokens=32, **options)
+        for options in ({}, {}, {"kv": True}, {"attention": True})
+    ]
+    assert dict_from_report(reports[0]) == dict_from_report(reports[1])  # it repeats itself
+    assert (reports[0].reference, reports[0].samples) == ("the artifacts' own weights", 1)
+    plain, _, kv, attention = (
+        {name: errors.subject.snr for name, errors in report.ends.items()} for report in reports
     )
     keys, latents = "reference keys and values", "latents after step 4"
-    assert plain["text embeddings"] == kv["text embeddings"] == attention["text embeddings"]
-    assert kv[keys] < plain[keys] - 0.3
-    assert attention[keys] < plain[keys] - 0.3
     for other in (kv, attention):
+        assert other["text embeddings"] == plain["text embeddings"]
+        assert other[keys] < plain[keys] - 0.3
         assert other[latents] != plain[latents]
         assert other[latents] > plain[latents] - 6
 
@@ -289,10 +274,10 @@ def test_text_and_json(reports: dict[str, QualityReport]) -> None:
     assert value["layers"][0]["least_snr"] == pytest.approx(8, abs=0.01)
     assert {image["pair"] for image in value["images"]} == {"nvfp4 to fp32", "bf16 to fp32"}
     text = text_from_report(report)
-    for row in (*report.blocks, *report.ends):
-        assert f"\n{row.name} " in text
-    worst = min(report.layers, key=lambda row: row.fp32.snr)
-    assert f"{worst.name} " in text
+    for name in (*report.blocks, *report.ends):
+        assert f"\n{name} " in text
+    worst = min(report.layers, key=lambda name: report.layers[name].snr)
+    assert f"{worst} " in text
     assert "FAILED" not in text
 
 

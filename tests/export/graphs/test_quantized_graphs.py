@@ -2,7 +2,6 @@
 
 import collections
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.graphs.graph_files import save_quantized_graphs
 from klein_kv.export.graphs.transformer_graphs import (
-    quantized_transformer_graph,
     text_encoder_graph,
+    transformer_graph,
 )
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.text_encoder import encode_text, text_encoder_parameters
+from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.networks.transformer import (
     StepInputs,
     denoise,
@@ -57,47 +57,20 @@ SETS = {
 
 
 class Simulation(QuantizedOps):
-    """Attention in float8 beside the quantized linear layers; the softmax stays as it is."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        linears: Mapping[str, QuantizedLinear],
-        scales: Mapping[str, AttentionScales] | None,
-    ) -> None:
-        super().__init__(weights, torch.float32, linears)
-        self._scales, self._block = scales, ""
-
-    def linear(
-        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        self._block = ".".join(weight.split(".")[:2])
-        return super().linear(rows, weight, part)
+    """The softmax of attention in float8 stays as it is, as in the graphs."""
 
     def attention(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self._scales is not None:
-            s = self._scales[self._block]
+        if self.attention_scales is not None:
+            s = self.attention_scales[self._block]
             q, k, v = round_to_fp8(q, s.q), round_to_fp8(k, s.k), round_to_fp8(v, s.v)
-        return super().attention(q, k, v, mask)
+        return TorchOps.attention(self, q, k, v, mask)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """The tiny float32 artifacts in fp8.
-
-    Attributes:
-        folder: the artifact folder.
-        manifest: its manifest.
-        weights: the transformer's own tensors.
-        layers: its quantized layers.
-        scales: of its attention.
-    """
+    """The tiny float32 artifacts in fp8, and the transformer's own and quantized tensors."""
 
     folder: Path
     manifest: Manifest
@@ -112,9 +85,22 @@ class Quantized:
         outputs: list[NDArray[Any]] = session.run(None, inputs)
         return outputs
 
-    def simulate(self, graphs: GraphSet) -> Simulation:
+    def simulate(
+        self, graphs: GraphSet, inputs: Arrays, linears: dict[str, QuantizedLinear] | None = None
+    ) -> list[torch.Tensor]:
+        """What `first_step` or `plain_step` gives."""
+        net, layers = self.manifest.config.transformer, linears or self.layers.linears
         scales = self.scales if graphs.attention is not None else None
-        return Simulation(self.weights, self.layers.linears, scales)
+        ops = Simulation(self.weights, torch.float32, layers, scales)
+        x = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        refs = [x.pop(name) for name in ("ref_hidden_states", "ref_ids")]
+        step = StepInputs(**x)
+        if graphs.variant == "plain":
+            return list(denoise_with_references(ops, net, step, *refs))
+        kv = encode_references(ops, net, *refs)
+        if graphs.kv_dtype is not None:
+            kv = [round_to_fp8(y, scale) for y, scale in zip(kv, self.kv_scales(), strict=True)]
+        return [*denoise(ops, net, step, kv), *kv]
 
     def kv_scales(self) -> list[float]:
         names = block_names(self.manifest.config.transformer)
@@ -181,18 +167,12 @@ def unpacked(kv: list[NDArray[Any]], scales: list[float]) -> list[NDArray[np.flo
 def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) -> None:
     kv_dtype, attention = SETS[kind]
     graphs = fp8.manifest.choose_graphs(kv_dtype, "fp8", attention)
-    net, ops = fp8.manifest.config.transformer, fp8.simulate(graphs)
     step, refs = step_inputs(fp8.manifest.config)
-    tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
-    kv = encode_references(ops, net, tensors["ref_hidden_states"], tensors["ref_ids"])
-    if graphs.kv_dtype is not None:
-        kv = [round_to_fp8(x, scale) for x, scale in zip(kv, fp8.kv_scales(), strict=True)]
-    prediction, latents = denoise(ops, net, StepInputs(*(tensors[name] for name in step)), kv)
-
     got = fp8.run(graphs, "first_step", step | refs)
     packed = got[2:]
     got_kv = packed if graphs.kv_dtype is None else unpacked(packed, fp8.kv_scales())
-    for one, expected in zip([*got[:2], *got_kv], [prediction, latents, *kv], strict=True):
+    simulated = fp8.simulate(graphs, step | refs)
+    for one, expected in zip([*got[:2], *got_kv], simulated, strict=True):
         assert compare(one, expected).relative < TOLERANCE
 
     # The other two graphs give the same bits, keys and values handed on as they are.
@@ -243,12 +223,8 @@ def test_a_scale_off_by_two_shows(fp8: Quantized, fault: str) -> None:
         # Twice too small a scale saturates what should fit; twice too large a one is harmless.
         else replace(good, input_scale=good.input_scale / 8)
     )
-    net = fp8.manifest.config.transformer
-    ops = Simulation(fp8.weights, {**fp8.layers.linears, name: bad}, None)
     step, refs = step_inputs(fp8.manifest.config)
-    tensors = {key: torch.from_numpy(x) for key, x in (step | refs).items()}
-    kv = encode_references(ops, net, tensors["ref_hidden_states"], tensors["ref_ids"])
-    expected, _ = denoise(ops, net, StepInputs(*(tensors[key] for key in step)), kv)
+    expected = fp8.simulate(graphs, step | refs, {**fp8.layers.linears, name: bad})[0]
     got = fp8.run(graphs, "first_step", step | refs)
     assert compare(got[0], expected).relative > 5 * TOLERANCE
 
@@ -273,14 +249,7 @@ def test_plain_weights_have_one_set(plain_artifacts: Path, tmp_path: Path) -> No
     plain = quantize_tiny(plain_artifacts, tmp_path / "artifacts")
     graphs = plain.manifest.choose_graphs(precision="fp8")
     step, refs = step_inputs(plain.manifest.config)
-    tensors = {name: torch.from_numpy(x) for name, x in (step | refs).items()}
-    expected, _ = denoise_with_references(
-        plain.simulate(graphs),
-        plain.manifest.config.transformer,
-        StepInputs(*(tensors[name] for name in step)),
-        tensors["ref_hidden_states"],
-        tensors["ref_ids"],
-    )
+    expected = plain.simulate(graphs, step | refs)[0]
     got = plain.run(graphs, "plain_step", step | refs)
     assert compare(got[0], expected).relative < TOLERANCE
     with pytest.raises(RequestError, match="plain model has no graphs with keys and values in"):
@@ -341,7 +310,7 @@ def released_graph(config: ModelConfig, precision: str, graph: str, number: int 
     if component == "text_encoder":
         return text_encoder_graph(config, "bfloat16", weights, layers.linears)
     scales = dict.fromkeys(block_names(config.transformer), AttentionScales(0.05, 0.04, 0.03))
-    return quantized_transformer_graph(graph, config, sets[number], weights, layers.linears, scales)
+    return transformer_graph(graph, config, sets[number], weights, layers.linears, scales)
 
 
 def external(model: ir.Model) -> dict[str, ir.ExternalTensor]:
@@ -391,7 +360,7 @@ def test_equal_input_scales_share_one_rounding() -> None:
     weights, layers = invented(KLEIN_9B, "fp8", "transformer")
     linears = {name: replace(x, input_scale=0.5) for name, x in layers.linears.items()}
     graphs = GraphSet("kv", "bfloat16", None, (("transformer", "fp8"),))
-    model = quantized_transformer_graph("cached_step", KLEIN_9B, graphs, weights, linears, {})
+    model = transformer_graph("cached_step", KLEIN_9B, graphs, weights, linears, {})
     # Per double block and stream: q, k, v; output; gate and up; down. Per single block: in; out;
     # the last block's text.
     count = sum(node.op_type == "QuantizeLinear" for node in model.graph)
@@ -420,7 +389,8 @@ def test_attention_in_float8_rounds_queries_keys_and_values() -> None:
 def test_nvfp4_graphs_are_not_written_in_float32(tmp_path: Path) -> None:
     weights, layers = invented(KLEIN_9B, "nvfp4", "transformer")
     graphs = GraphSet("kv", "float32")
-    assert not save_quantized_graphs(tmp_path, KLEIN_9B, graphs, "transformer", weights, layers)
+    save_quantized_graphs(tmp_path, KLEIN_9B, graphs, "transformer", weights, layers)
+    assert not list(tmp_path.iterdir())
     quantized = replace(graphs, quantized=(("transformer", "nvfp4"),))
     with pytest.raises(ArtifactError, match="nvfp4 graphs are for TensorRT"):
-        quantized_transformer_graph("cached_step", KLEIN_9B, quantized, weights, layers.linears, {})
+        transformer_graph("cached_step", KLEIN_9B, quantized, weights, layers.linears, {})

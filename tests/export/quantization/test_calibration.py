@@ -17,12 +17,28 @@ from klein_kv.export.checks.artifact_weights import (
 )
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample, make_samples
-from klein_kv.export.checks.torch_loop import encode_prompt, prepare_request, run_loop
+from klein_kv.export.checks.torch_loop import (
+    LoopRequest,
+    encode_prompt,
+    prepare_request,
+    reference_kv,
+    run_loop,
+)
 from klein_kv.export.quantization.calibration import Ranges, calibrate
 from klein_kv.networks.torch_ops import TorchOps
 
 TOKENS = 48
 SAMPLES = make_samples(3, size=(160, 128))
+
+
+def torch_ops(folder: Path, manifest: Manifest, component: str) -> TorchOps:
+    return TorchOps(MappedWeights(component_weights(folder, manifest, component)), torch.float32)
+
+
+def last_latents(
+    ops: TorchOps, manifest: Manifest, request: LoopRequest, text: torch.Tensor
+) -> torch.Tensor:
+    return [*run_loop(ops, manifest, request, text, reference_kv(ops, manifest, request))][-1]
 
 
 def block_linears(manifest: Manifest) -> dict[str, list[str]]:
@@ -61,19 +77,20 @@ def watch_diffusers(pipe: Any, samples: list[Sample]) -> dict[str, float]:
     last = f"single_transformer_blocks.{pipe.transformer.config.num_single_layers - 1}.attn.to_out"
     image_tokens = 0
     hooks = []
-    for part, module in (("", pipe.transformer), ("", pipe.text_encoder)):
-        for name, child in module.named_modules():
-            if isinstance(child, torch.nn.Linear):
-                key = f"{part}{name}.weight"
+    linears = {
+        name: child
+        for module in (pipe.transformer, pipe.text_encoder)
+        for name, child in module.named_modules()
+        if isinstance(child, torch.nn.Linear)
+    }
+    for name, child in linears.items():
 
-                def hook(_: Any, arguments: tuple[Any, ...], key: str = key) -> None:
-                    rows = (
-                        arguments[0][:, -image_tokens:] if key == f"{last}.weight" else arguments[0]
-                    )
-                    seen = float(rows.abs().max())
-                    largest[key] = max(largest.get(key, 0.0), seen)
+        def hook(_: Any, arguments: tuple[Any, ...], name: str = name) -> None:
+            rows = arguments[0][:, -image_tokens:] if name == last else arguments[0]
+            key = f"{name}.weight"
+            largest[key] = max(largest.get(key, 0.0), float(rows.abs().max()))
 
-                hooks.append(child.register_forward_pre_hook(hook))
+        hooks.append(child.register_forward_pre_hook(hook))
     try:
         for sample in samples:
             image_tokens = sample.height * sample.width // (2 * pipe.vae_scale_factor) ** 2
@@ -110,68 +127,52 @@ def test_all_block_linears_and_nothing_else(
     assert ranges["text_encoder"].attention == {}
 
 
-def test_queries_keys_and_values(ranges: dict[str, Ranges], tiny_artifacts: Path) -> None:
-    """Values are the outputs of layers, whose range the next test of the loop would not show."""
+def test_the_loop_is_the_pipelines(
+    ranges: dict[str, Ranges], tiny_artifacts: Path, tiny_ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images; and the largest keys and values seen on the way are calibration's."""
     manifest = Manifest.load(tiny_artifacts)
-    seen: dict[str, float] = {}
-
-    class Watching(TorchOps):
-        def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-            # Blocks come in order: double, single, single; references end before the last one's.
-            seen["v"] = max(seen.get("v", 0), float(v.abs().max()))
-            seen["k"] = max(seen.get("k", 0), float(k.abs().max()))
-            return super().attention(q, k, v, mask)
-
-    weights = {
-        component: MappedWeights(component_weights(tiny_artifacts, manifest, component))
-        for component in ("transformer", "text_encoder")
-    }
+    seen = {"k": 0.0, "v": 0.0}
     vae = FloatVae(tiny_artifacts, manifest)
-    plain = TorchOps(weights["text_encoder"], torch.float32)
-    with torch.inference_mode():
-        for sample in SAMPLES:
-            text = encode_prompt(plain, tiny_artifacts, manifest, sample.prompt, TOKENS)
-            ops = Watching(weights["transformer"], torch.float32)
-            run_loop(ops, manifest, prepare_request(sample, manifest, vae), text)
-    held = ranges["transformer"].attention
-    assert len(held) == 3
-    for part in "kv":
-        assert max(block[part] for block in held.values()) == pytest.approx(seen[part], rel=1e-5)
+    text_ops = torch_ops(tiny_artifacts, manifest, "text_encoder")
+    ops = torch_ops(tiny_artifacts, manifest, "transformer")
+    attention = ops.attention
 
+    def watching(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        for name, x in (("k", k), ("v", v)):
+            seen[name] = max(seen[name], float(x.abs().max()))
+        return attention(q, k, v, mask)
 
-def test_the_loop_is_the_pipelines(tiny_artifacts: Path, tiny_ours: Any) -> None:
-    manifest = Manifest.load(tiny_artifacts)
-    text_ops, ops = (
-        TorchOps(
-            MappedWeights(component_weights(tiny_artifacts, manifest, component)), torch.float32
-        )
-        for component in ("text_encoder", "transformer")
-    )
+    monkeypatch.setattr(ops, "attention", watching)
     for sample in SAMPLES:
-        request = prepare_request(sample, manifest, FloatVae(tiny_artifacts, manifest))
+        request = prepare_request(sample, manifest, vae)
         with torch.inference_mode():
-            text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, 512)
-            latents = run_loop(ops, manifest, request, text)
+            text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, TOKENS)
+            latents = last_latents(ops, manifest, request, text)
         image = tiny_ours(
             prompt=sample.prompt,
             image=list(sample.images) or None,
             width=sample.width,
             height=sample.height,
             seed=sample.seed,
+            max_sequence_length=TOKENS,
             output_type="np",
         ).images
-        vae = FloatVae(tiny_artifacts, manifest)
         decoded = vae.decode(latents.reshape(1, *request.grid, -1).numpy())
         assert np.abs(decoded.astype(float) - np.round(image * 255)).max() <= 1
+    own = ranges["transformer"].attention
+    assert len(own) == 3
+    for part in "kv":
+        assert max(block[part] for block in own.values()) == pytest.approx(seen[part], rel=1e-5)
 
 
 def test_percentiles(ranges: dict[str, Ranges]) -> None:
-    held = ranges["transformer"]
-    for name, counts in held.histograms.items():
-        whole = held.input_range(name)
-        cut = [held.input_range(name, p) for p in (99.0, 99.9, 99.99, 100.0)]
+    own = ranges["transformer"]
+    for name, counts in own.histograms.items():
+        whole = own.input_range(name)
+        cut = [own.input_range(name, p) for p in (99.0, 99.9, 99.99, 100.0)]
         assert cut == sorted(cut)
-        assert cut[-1] == whole == held.inputs[name]
+        assert cut[-1] == whole == own.inputs[name]
         assert 0 < cut[0] < whole
         assert counts.sum() > 1000
     exact = Ranges(inputs={"w": 1000.0}, histograms={"w": np.zeros(1 << 15, np.int64)})
@@ -184,11 +185,11 @@ def test_percentiles(ranges: dict[str, Ranges]) -> None:
 def test_the_text_encoder_alone(tiny_bf16_artifacts: Path) -> None:
     manifest = Manifest.load(tiny_bf16_artifacts)
     names = {"text_encoder": ["model.layers.3.mlp.up_proj.weight"]}
-    found = calibrate(
+    text_ranges = calibrate(
         tiny_bf16_artifacts, manifest, SAMPLES[:1], names, device="cpu", text_tokens=16
     )
-    assert list(found) == ["text_encoder"]
-    assert list(found["text_encoder"].inputs) == names["text_encoder"]
+    assert list(text_ranges) == ["text_encoder"]
+    assert list(text_ranges["text_encoder"].inputs) == names["text_encoder"]
 
 
 def test_values_that_are_not_finite_are_named(
