@@ -19,7 +19,7 @@ class BuildLog:
 
     Attributes:
         errors: messages of severity ERROR and worse, in order.
-        layers: one kernel plan per optimization profile: the lines of "Engine Layer Information".
+        layers: per optimization profile, the lines of "Engine Layer Information".
         scratch_bytes: activation memory per optimization profile.
     """
 
@@ -40,8 +40,8 @@ class BuildLog:
             # After the kernels comes a table of inputs and outputs; its lines are indented.
             if lines:
                 self.layers.append(lines)
-        elif found := _SCRATCH.match(message):
-            self.scratch_bytes.append(int(found[1]))
+        elif match := _SCRATCH.match(message):
+            self.scratch_bytes.append(int(match[1]))
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
@@ -58,10 +58,9 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
         def log(self, level: Any, message: str) -> None:
             if level == severity.VERBOSE or level == severity.INFO:
                 log.add(message)
-            elif level == severity.WARNING:
-                _log.debug("%s", message)
             else:
                 _log.debug("%s", message)
-                log.errors.append(message)
+                if level != severity.WARNING:
+                    log.errors.append(message)
 
     return Logger()

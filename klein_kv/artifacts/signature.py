@@ -13,8 +13,9 @@ where diffusers has one. Symbols:
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
-from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, TransformerConfig
+from klein_kv.artifacts.config import ModelConfig, TransformerConfig, tensor_bytes
 from klein_kv.errors import RequestError
 
 __all__ = [
@@ -189,9 +190,11 @@ def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphS
                 yield graph if graphs.kv_dtype is None else graph + _FLOAT8_KV, graph, graphs
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output: `shape` holds integers and the symbols of this module's docstring."""
+class TensorSpec(NamedTuple):
+    """One input or output: `shape` holds integers and the symbols of this module's docstring.
+
+    Of an engine, -1 marks an axis that varies.
+    """
 
     name: str
     dtype: str
@@ -203,10 +206,7 @@ class TensorSpec:
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the tensor at these sizes."""
-        count = ITEM_SIZE[self.dtype]
-        for axis in self.concrete(sizes):
-            count *= axis
-        return count
+        return tensor_bytes(self.dtype, self.concrete(sizes))
 
 
 @dataclass(frozen=True, slots=True)

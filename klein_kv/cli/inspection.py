@@ -10,7 +10,7 @@ from klein_kv.cli.arguments import AddVerb, Result
 from klein_kv.errors import RequestError
 
 if TYPE_CHECKING:
-    from klein_kv.artifacts.engines.engine_manifest import EngineRecord
+    from klein_kv.artifacts.engines.engine_record import EngineRecord
     from klein_kv.artifacts.signature import TensorSpec
     from klein_kv.engines.plan.kernel_price import PlanPrice
 
@@ -82,8 +82,8 @@ def _inspect_artifacts(folder: Path) -> Result:
             "bytes": size,
             "weights": len(weights),
             "weight_bytes": weight_bytes,
-            "inputs": [asdict(spec) for spec in signature.inputs],
-            "outputs": [asdict(spec) for spec in signature.outputs],
+            "inputs": [spec._asdict() for spec in signature.inputs],
+            "outputs": [spec._asdict() for spec in signature.outputs],
         }
         lines.append(
             f"\n{label}: {file}, {size / 1e6:.2f} MB, reads {weight_bytes / 1e9:.3f} GB of weights"
