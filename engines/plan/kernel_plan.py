@@ -1,9 +1,8 @@
 """The kernel plan of an engine: what the builder says it will launch, kernel by kernel.
 
 With `ProfilingVerbosity.DETAILED` the builder logs "Engine Layer Information", one line per kernel
-with every operand's dimensions, strides and type. Without a GPU it is the only look into an engine
-(reading a serialized one needs a device), and it is enough to see what is computed in low precision
-(`applied`), and to price a plan (`kernel_price`).
+with every operand's dimensions, strides and type: without a GPU the only look into an engine, and
+enough to see what is computed in low precision (`applied`), and to price a plan (`kernel_price`).
 """
 
 import json
@@ -113,12 +112,12 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """All kernels of one engine, in launch order.
+    """All kernels of one engine, in launch order, without events and host arithmetic.
 
     Attributes:
         graph: name of the graph.
         engine: where it came from, for people: target, precision, recipe, library version.
-        kernels: without events and host arithmetic.
+        kernels: one per launch.
         scratch_bytes: activation memory besides inputs and outputs.
         weights: names of the inputs that are weights.
     """
@@ -147,11 +146,7 @@ class KernelPlan:
         scratch_bytes: int = 0,
         weights: Sequence[str] = (),
     ) -> Self:
-        """Parses the builder's lines.
-
-        Raises:
-            BuildError: a line of another form.
-        """
+        """Parses the builder's lines; a `BuildError` tells of one of another form."""
         kernels = [parse_line(line) for line in lines]
         kept = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
         return cls(graph, engine, kept, scratch_bytes, tuple(weights))
@@ -162,11 +157,7 @@ class KernelPlan:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads `*.layers.json`.
-
-        Raises:
-            ArtifactError: missing, or not a kernel plan.
-        """
+        """Reads `*.layers.json`; an `ArtifactError` if it is missing, or not a kernel plan."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
@@ -184,11 +175,7 @@ class KernelPlan:
 
 
 def parse_line(line: str) -> Kernel:
-    """One line of "Engine Layer Information".
-
-    Raises:
-        BuildError: the line has another form; TensorRT has changed it.
-    """
+    """One line of "Engine Layer Information", or a `BuildError`: TensorRT has changed its form."""
     head = re.match(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: ", line)
     if head is None:
         raise BuildError(

@@ -85,11 +85,7 @@ class PlanPrice:
 
 
 def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
-    """Prices every kernel of a plan.
-
-    Raises:
-        BuildError: the plan has no concrete sizes, or the GPU no figure for its type.
-    """
+    """Prices every kernel; a `BuildError` without concrete sizes, or figures of the GPU."""
     if not plan.kernels:
         raise BuildError(
             f"there is no kernel plan of {plan.graph}: its builder reported none ({plan.engine})"
@@ -125,11 +121,7 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
 
 
 def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelPrice:
-    """Prices one kernel.
-
-    Raises:
-        BuildError: the GPU has no figure for the type of a matrix product.
-    """
+    """Prices one kernel; a `BuildError` if the GPU has no figure for its type."""
     flops, dtype = _matrix_flops(kernel)
     moved = _bytes_read(kernel, exact=flops > 0) + sum(x.nbytes for x in kernel.outputs)
     ideal = 0.0

@@ -351,15 +351,12 @@ class ModelConfig:
     @classmethod
     def from_saved(cls, value: Mapping[str, Any]) -> Self:
         """Reads what `to_dict` wrote."""
-        parts = {
-            part: {
-                name: tuple(item) if isinstance(item, list) else item
-                for name, item in value[part].items()
-            }
-            for part in cls.__slots__
-        }
         return cls(
-            TransformerConfig(**parts["transformer"]),
-            TextEncoderConfig(**parts["text_encoder"]),
-            VaeConfig(**parts["vae"]),
+            _from_saved(TransformerConfig, value["transformer"]),
+            _from_saved(TextEncoderConfig, value["text_encoder"]),
+            _from_saved(VaeConfig, value["vae"]),
         )
+
+
+def _from_saved(kind: type[T], value: Mapping[str, Any]) -> T:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})

@@ -54,8 +54,8 @@ class Manifest:
         files: records by path relative to the folder.
         licence: notice about the weights, for people.
         distilled: False for weights that need classifier-free guidance.
-        precisions: what was quantized: for each precision, the quantized files of each network
-            (see `quantized_weights`); a network that is not named stays as it is.
+        precisions: for each precision, the quantized files of each network (see
+            `quantized_weights`); a network that is not named stays as it is.
     """
 
     model_id: str

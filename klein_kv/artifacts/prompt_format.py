@@ -15,7 +15,8 @@ class PromptFormat:
     """What a tokenizer's chat template and configuration say about one prompt.
 
     `klein-kv export` writes it and has compared it with transformers; the runtime reads it and
-    needs no template engine. The text that is tokenized is prefix + prompt + suffix.
+    needs no template engine. The text that is tokenized is prefix + prompt + suffix. A
+    `CheckpointError` tells of a value of another type, or of another side than left and right.
 
     Attributes:
         prefix: chat text before the prompt.
@@ -26,9 +27,6 @@ class PromptFormat:
         truncation_side: where tokens beyond the fixed length are cut off.
         split_special_tokens: whether `<|im_end|>` and the like in the text are plain characters;
             klein's tokenizer takes them for the special tokens.
-
-    Raises:
-        CheckpointError: a value of another type, or a side that is neither left nor right.
     """
 
     prefix: str

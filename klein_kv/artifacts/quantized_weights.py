@@ -34,10 +34,10 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class QuantizedComponent:
-    """The quantized layers of one network.
+    """The quantized layers of one network, by weight name.
 
     Attributes:
-        linears: by weight name.
+        linears: the layers.
         attention: transformer: largest magnitude of "q", "k" (after RoPE) and "v" by block; empty
             if no calibration was run.
         origin: how numbers and scales were found, for people.
@@ -64,14 +64,7 @@ def save_quantized_scales(
     attention: Mapping[str, Mapping[str, float]],
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes the scales of one network.
-
-    Args:
-        path: the .json file.
-        linears: format, weight scale and input scale by weight name.
-        attention: see `QuantizedComponent`.
-        origin: see `QuantizedComponent`.
-    """
+    """Writes the .json file of one network: format, weight scale and input scale by weight name."""
     value = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -86,15 +79,9 @@ def save_quantized_scales(
 
 
 def load_quantized(artifacts: Path, component: str, precision: str) -> QuantizedComponent:
-    """Reads scales, and where the numbers lie.
+    """Reads scales, and where the numbers lie; `precision` is what the files are called.
 
-    Args:
-        artifacts: the artifact folder.
-        component: "transformer" or "text_encoder".
-        precision: what the files are called, a key of `quantization.PRECISION_FORMATS`.
-
-    Raises:
-        ArtifactError: files are missing or do not belong together.
+    An `ArtifactError` if files are missing or do not belong together.
     """
     if precision not in PRECISION_FORMATS:
         raise ArtifactError(

@@ -158,16 +158,11 @@ def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
 
 
 def quantized_graph_sets(variant: str, dtype: str, networks: Mapping[str, str]) -> list[GraphSet]:
-    """All sets of graphs of a quantized precision.
+    """All sets of graphs of a quantized precision; `networks` names its files by component.
 
     Three for KV weights: keys and values in `dtype`; in float8 with constant scales; and attention
     in float8 too, which reads them as they are. One for plain weights, and where activations are
     kept (names that end in "-weight-only").
-
-    Args:
-        variant: a key of `VARIANTS`.
-        dtype: floating point type of inputs, outputs and activations.
-        networks: component -> name of its quantized files.
     """
     quantized = tuple(sorted(networks.items()))
     own = GraphSet(variant, dtype, None, quantized)
@@ -228,14 +223,9 @@ class Signature:
     def output_shapes(
         self, inputs: Mapping[str, tuple[int, ...]], unit: int
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs that inputs of these shapes give.
+        """Shapes of the outputs that such inputs give; `unit` is the pixels of a token's side.
 
-        Args:
-            inputs: shape of every input.
-            unit: pixels of a token's side.
-
-        Raises:
-            RequestError: the inputs do not fit the signature, or each other.
+        A `RequestError` if the inputs do not fit the signature, or each other.
         """
         sizes: dict[str, int] = {}
         for spec in self.inputs:
@@ -281,16 +271,7 @@ def is_kv(name: str) -> bool:
 
 
 def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) -> list[TensorSpec]:
-    """The same with types and shapes.
-
-    Args:
-        net: gives blocks and heads.
-        dtype: the floating point type of the graphs.
-        kv_dtype: type of keys and values, `dtype` or a `KVFormat`; None for `dtype`.
-
-    Raises:
-        RequestError: another `kv_dtype`.
-    """
+    """The same with types and shapes; a `RequestError` if there is no such `kv_dtype`."""
     if kv_dtype not in (None, dtype, *KVFormat):
         raise RequestError(
             f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, '" + "' or '".join(KVFormat) + "'"
@@ -313,17 +294,10 @@ def _numbers(dtype: str, kv_dtype: str | None) -> str:
 def make_signature(
     graph: str, config: ModelConfig, dtype: str, kv_dtype: str | None = None
 ) -> Signature:
-    """The signature of one graph.
+    """The signature of one graph, a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
 
-    Args:
-        graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
-        config: the checkpoint's configuration.
-        dtype: the floating point type of the graph, e.g. "bfloat16".
-        kv_dtype: type of reference keys and values, `dtype` or a `KVFormat`; None for `dtype`.
-
-    Raises:
-        KeyError: no graph of that name.
-        RequestError: another `kv_dtype`.
+    `dtype` is the graph's floating point type, `kv_dtype` that of reference keys and values: the
+    same, a `KVFormat`, or None for the same. A `RequestError` tells of another.
     """
     net = config.transformer
     kv = tuple(kv_tensors(net, dtype, kv_dtype))

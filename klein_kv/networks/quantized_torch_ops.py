@@ -20,13 +20,9 @@ _QUERIES = 1024  # at a time: the scores of all would take gigabytes
 
 
 class QuantizedOps(TorchOps):
-    """Runs `model.py` and `text_model.py` with some linear layers quantized.
+    """Runs the networks with some linear layers quantized, by weight name.
 
-    Args:
-        weights: the checkpoint's tensors, on the device to compute on.
-        dtype: type of the activations between layers.
-        quantized: quantized layers by weight name; the others are computed as they are.
-        attention: scales of attention in float8, by block; None computes it as it is.
+    `attention` are the scales of attention in float8, by block; None computes it as it is.
     """
 
     def __init__(
@@ -69,16 +65,8 @@ class QuantizedOps(TorchOps):
 def fp8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Softmax attention with the softmax rounded to e4m3 at scale 1 / 448, its largest value 1.
 
-    A fused kernel rounds before it divides by the sum, block by block of keys; that order is its
-    own affair and not simulated.
-
-    Args:
-        q: float32 [B, S, H, D].
-        k: float32 [B, K, H, D].
-        v: alike.
-
-    Returns:
-        float32 [B, S, H * D].
+    float32 [B, S, H, D] to [B, S, H * D]. A fused kernel rounds before it divides by the sum, block
+    by block of keys; that order is its own affair and not simulated.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.empty_like(q)
@@ -101,17 +89,12 @@ def round_activations(rows: torch.Tensor, layer: QuantizedLinear) -> torch.Tenso
 
 
 def round_to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """`quantization.quantize_fp8`, then `dequantize_fp8`: float32 of the same shape."""
+    """`numbers.quantize_fp8`, then `dequantize_fp8`: float32 of the same shape."""
     return _round_e4m3(x.float() / _like(scale, x)) * _like(scale, x)
 
 
 def round_to_nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """`quantization.quantize_nvfp4`, then `dequantize_nvfp4`: float32 of the same shape.
-
-    Args:
-        x: [..., K], K a multiple of 16; block scales follow from its values.
-        scale: the tensor's scale.
-    """
+    """`numbers.quantize_nvfp4`, then `dequantize_nvfp4`: float32 [..., K], K a multiple of 16."""
     blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     steps = _round_e4m3(largest / FP4_MAX / _like(scale, x)) * _like(scale, x)

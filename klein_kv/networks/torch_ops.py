@@ -26,14 +26,10 @@ Block = Callable[..., Any]
 
 
 class TorchOps:
-    """Runs `transformer.py` and `text_encoder.py`.
+    """Runs the networks on weights that lie on the device to compute on.
 
-    Args:
-        weights: the checkpoint's tensors, on the device to compute on.
-        dtype: type of the activations.
-        compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
-            all blocks of that kind and all graphs, and once more, for any size, when a second size
-            comes.
+    `compile_blocks` runs blocks through `torch.compile`: each kind of block is compiled once, for
+    all blocks of that kind and all graphs, and once more, for any size, when a second size comes.
     """
 
     def __init__(

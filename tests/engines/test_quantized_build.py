@@ -15,6 +15,7 @@ from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.signature import KVFormat
+from klein_kv.cli import main
 from klein_kv.engines import build
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.plan.applied import check_applied
@@ -157,13 +158,19 @@ def test_the_same_again_is_kept(artifacts: Path, monkeypatch: pytest.MonkeyPatch
     assert built(artifacts, ["cached_step"], **options) == before
 
 
-def test_ada_has_fp8_and_ampere_has_not(artifacts: Path) -> None:
+def test_ada_has_fp8_and_ampere_has_not(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (record,) = built(artifacts, ["cached_step"], precision="fp8", attention="fp8", target="sm89")
     assert record.scratch_bytes > 0
-    with pytest.raises(BuildError, match="cached_step"):
+
+    monkeypatch.setattr(build, "load_module", None)  # told before TensorRT is asked
+    with pytest.raises(BuildError, match=r"takes .* 8\.9, and sm86 has 8\.6; choose bf16$"):
         built(artifacts, ["cached_step"], precision="fp8", target="sm86")
-    with pytest.raises(BuildError, match="cached_step"):
-        built(artifacts, ["cached_step"], precision="nvfp4", target="sm89")
+    options = ("build", str(artifacts), "--precision", "nvfp4", "--target", "rtx4090")
+    assert main(options) == 1
+    error = "takes compute capability 10.0, and rtx4090 has 8.9; choose bf16 or fp8"
+    assert error in capsys.readouterr().err
 
 
 def test_combinations_that_do_not_exist_are_refused(

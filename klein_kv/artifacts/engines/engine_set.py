@@ -23,12 +23,7 @@ __all__ = ["EngineFolder", "EngineSet", "open_engines"]
 
 @dataclass(frozen=True, slots=True)
 class EngineFolder:
-    """Engines of one folder.
-
-    Attributes:
-        path: where they lie.
-        manifest: what `engine.json` says.
-    """
+    """Engines of one folder, and what its `engine.json` says."""
 
     path: Path
     manifest: EngineManifest
@@ -40,11 +35,9 @@ class EngineFolder:
 
 @dataclass(frozen=True, slots=True)
 class EngineSet:
-    """Engines that serve one set of graphs.
+    """Engines that serve one set of graphs; there is at least one folder.
 
-    Attributes:
-        folders: in no particular order; never empty.
-        attention: of the graphs; engines that have it come before those that do not.
+    Those that have the graphs' `attention` come before those that do not.
     """
 
     folders: tuple[EngineFolder, ...]
@@ -58,9 +51,8 @@ class EngineSet:
     def choose(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> EngineFolder:
         """The engine for these shapes of inputs: for them alone, else the one with least scratch.
 
-        Raises:
-            ArtifactError: there is no engine of that graph.
-            RequestError: none takes these shapes.
+        An `ArtifactError` if there is none of that graph, a `RequestError` if none takes these
+        shapes.
         """
         fitting: list[tuple[tuple[bool, bool, int, str], EngineFolder]] = []
         refused: RequestError | None = None
@@ -83,33 +75,21 @@ class EngineSet:
         raise refused or _missing(self, graph)
 
     def records(self, graph: str) -> list[EngineRecord]:
-        """Records of every engine of a graph.
-
-        Raises:
-            ArtifactError: there is none.
-        """
+        """Records of every engine of a graph; an `ArtifactError` if there is none."""
         records = [x.manifest.engines[graph] for x in self.folders if graph in x.manifest.engines]
         if not records:
             raise _missing(self, graph)
         return records
 
     def check_module(self, module: str, version: str) -> None:
-        """Refuses a TensorRT that loads none of them.
-
-        Raises:
-            BuildError: they were built with another library or version.
-        """
+        """Refuses, with a `BuildError`, a TensorRT that loads none of them."""
         for folder in self.folders:
             if (folder.manifest.module, folder.manifest.version) == (module, version):
                 return
         self.folders[0].manifest.check_module(module, version)
 
     def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Those that this TensorRT and a GPU of this compute capability run.
-
-        Raises:
-            BuildError: there are none.
-        """
+        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
         self.check_module(module, version)
         own = [
             folder
@@ -119,11 +99,7 @@ class EngineSet:
         return EngineSet(tuple(own), self.attention).for_sm(sm)
 
     def for_sm(self, sm: int) -> "EngineSet":
-        """Those for one compute capability.
-
-        Raises:
-            BuildError: there are none.
-        """
+        """Those for one compute capability, or a `BuildError`."""
         own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
         if not own:
             self.folders[0].manifest.check_device(sm)
@@ -133,17 +109,10 @@ class EngineSet:
 def open_engines(
     artifacts: Path, manifest: Manifest, graphs: GraphSet, folder: Path | None = None
 ) -> EngineSet:
-    """Finds the engines of a set of graphs, for whatever GPU.
+    """Finds the engines that were built from a set of graphs, for whatever GPU, or in one `folder`.
 
-    Args:
-        artifacts: the artifact folder.
-        manifest: its manifest.
-        graphs: what the engines must have been built from. Where attention is in float8, engines
-            with attention in the type of activations serve the shapes that have none.
-        folder: these engines alone.
-
-    Raises:
-        ArtifactError: there are none, or only engines of another export.
+    Where attention is in float8, engines with attention in the type of activations serve the shapes
+    that have none. An `ArtifactError` if there are none, or only engines of another export.
     """
     general = replace(graphs, attention=None)
     if folder is not None:
