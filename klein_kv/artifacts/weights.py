@@ -90,7 +90,7 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
     header, start, size = _parse_header(path)
     dtypes = _QUANTIZED_DTYPES if quantized else _DTYPES
     refs = {
-        name: _ref_from_entry(path, name, entry, start, size, dtypes)
+        name: _ref_from_entry(path, name, entry, start, dtypes)
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -105,7 +105,8 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
         end += ref.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path} has {size} bytes, its tensors end at {end}; download it again"
+            f"{path} is truncated or has a tail: it has {size} bytes, its tensors end at {end}; "
+            "download it again"
         )
     return refs
 
@@ -145,7 +146,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _ref_from_entry(
-    path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, str]
+    path: Path, name: str, entry: Any, start: int, dtypes: Mapping[str, str]
 ) -> WeightRef:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -153,32 +154,21 @@ def _ref_from_entry(
         raise CheckpointError(
             f"{path}: the header entry of {name} is malformed: {error!r}"
         ) from error
+    dtype = dtypes.get(code, "") if isinstance(code, str) else ""
+    wrong = None
     if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
-        raise CheckpointError(
-            f"{path}: {name} has shape {shape} and bytes {begin!r} to {end!r}, expected integers "
-            "of 0 or more"
-        )
-    if not isinstance(code, str) or code not in dtypes:
-        raise CheckpointError(
-            f"{path}: {name} has dtype {code}, expected one of {', '.join(dtypes)}"
-        )
-    dtype = dtypes[code]
-    count = tensor_bytes(dtype, shape)
-    if dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
-        raise CheckpointError(
-            f"{path}: {name} is {dtype} of shape {shape}, expected an even last axis: two elements "
-            "share a byte"
-        )
-    if end - begin != count:
-        raise CheckpointError(
-            f"{path}: {name} of shape {shape} and dtype {dtype} should take {count} bytes, "
+        wrong = f"has shape {shape} and bytes {begin!r} to {end!r}, expected integers of 0 or more"
+    elif not dtype:
+        wrong = f"has dtype {code}, expected one of {', '.join(dtypes)}"
+    elif dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
+        wrong = f"is {dtype} of shape {shape}, expected an even last axis: two share a byte"
+    elif end - begin != tensor_bytes(dtype, shape):
+        wrong = (
+            f"of shape {shape} and dtype {dtype} should take {tensor_bytes(dtype, shape)} bytes, "
             f"its header gives {begin} to {end}"
         )
-    if start + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {start + end}, the file has {size}; "
-            "download it again"
-        )
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {name} {wrong}")
     return WeightRef(path, start + begin, end - begin, dtype, shape)
 
 

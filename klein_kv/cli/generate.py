@@ -69,7 +69,10 @@ def _generate(args: argparse.Namespace) -> Result:
     )
     assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
     _log.info("%s", pipe.timings.to_text())
-    paths = _numbered(args.out, len(result.images))
+    paths = [args.out]
+    if len(result.images) > 1:
+        ends = range(1, len(result.images) + 1)
+        paths = [args.out.with_name(f"{args.out.stem}-{i}{args.out.suffix}") for i in ends]
     for image, path in zip(result.images, paths, strict=True):
         parameters = ImageParameters(
             prompt=args.prompt,
@@ -90,10 +93,3 @@ def _generate(args: argparse.Namespace) -> Result:
         "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
-
-
-def _numbered(path: Path, count: int) -> list[Path]:
-    """OUT.png for one image; OUT-1.png, OUT-2.png, ... for several."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]

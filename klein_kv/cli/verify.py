@@ -48,13 +48,8 @@ def _verify(args: argparse.Namespace) -> Result:
         )
     from klein_kv.export.checks.verify import text_from_rows, verify_artifacts
 
-    rows = verify_artifacts(
-        args.artifacts,
-        args.checkpoint,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-    )
+    where = {"backend": args.backend, "device": args.device, "threads": args.threads}
+    rows = verify_artifacts(args.artifacts, args.checkpoint, **where)
     good = all(row.ok for row in rows)
     verdict = "parity holds" if good else "parity does NOT hold"
     text = f"against diffusers\n{text_from_rows(rows)}\n{verdict}"

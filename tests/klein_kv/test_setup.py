@@ -54,7 +54,7 @@ def run(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> Callable[..., tup
 
 @pytest.fixture
 def small_work(tiny_bf16_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage works, on less: a VAE traced before, one small sample, two graphs in one shape."""
+    """Every stage works, on less: a traced VAE, one small sample, two graphs in one shape."""
     make_samples = samples.make_samples
 
     def one_sample(count: int, **options: Any) -> Any:
