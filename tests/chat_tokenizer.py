@@ -5,21 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
-__all__ = ["PROMPTS", "TEMPLATE", "diffusers_ids", "edit_config", "train_tokenizer"]
+__all__ = ["PROMPTS", "TEMPLATE", "diffusers_ids", "edit_config", "train_bpe", "train_tokenizer"]
 
 # The parts of Qwen3's template that one message can reach, in its own style of control flow.
 TEMPLATE = """{%- if tools %}
@@ -65,29 +57,29 @@ PROMPTS = [
 ]
 
 
-def train_tokenizer(folder: Path) -> Path:
-    """Trains a byte-level BPE on the prompts and saves it as a Qwen2 tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+def train_bpe(texts: list[str], vocab_size: int, normalizer: Any = None) -> dict[str, Any]:
+    """Vocabulary and merges of a byte-level BPE, as `Qwen2Tokenizer` takes them."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEMPLATE, *PROMPTS[:10]], trainer)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
+
+
+def train_tokenizer(folder: Path) -> Path:
+    """Trains a byte-level BPE on the prompts and saves it as a Qwen2 tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
     saved = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        **train_bpe([TEMPLATE, *PROMPTS[:10]], 400, normalizers.NFC()),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=["<|im_start|>"],
@@ -100,11 +92,8 @@ def train_tokenizer(folder: Path) -> Path:
 
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        config[key] = value
-        if value is ...:
-            del config[key]
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
     path.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ Nothing of klein-kv is used here, so that its own fixture checkpoints and its ex
 wrong in the same way. Three models differ in everything that a configuration may choose.
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,11 +18,9 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from tests.chat_tokenizer import train_bpe
 
 __all__ = [
     "MODELS",
@@ -204,20 +201,9 @@ def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def _tokenizer(padding_side: str) -> Qwen2Tokenizer:
-    trained = Tokenizer(BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(["a red kite over the sea at night, the same cat in snow"], trainer)
-    model = json.loads(trained.to_str())["model"]
+    texts = ["a red kite over the sea at night, the same cat in snow"]
     tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        **train_bpe(texts, 320),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",

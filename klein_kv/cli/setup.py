@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from klein_kv.cli.arguments import AddVerb, Result, size
+from klein_kv.cli.arguments import AddVerb, Result, add_checkpoint, size
 from klein_kv.errors import ArtifactError
 
 __all__ = ["add_setup"]
@@ -19,20 +19,13 @@ _PRECISIONS = ("bf16", "fp8", "nvfp4")
 def add_setup(add: AddVerb) -> None:
     """Adds `klein-kv setup`."""
     sub = add("setup", _setup, "Export, quantize, build and plan in one go, for one GPU.")
-    sub.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
-    )
-    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    add_checkpoint(sub)
     sub.add_argument("--gpu", default="rtx5090", help="rtx5090, rtx4090, ... or smNN")
     sub.add_argument(
         "--precision",
         choices=_PRECISIONS,
         help="default: bf16 where the GPU keeps all of it, else fp8 where it computes that",
     )
-    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
-    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
     sub.add_argument(
         "--size", type=size, metavar="WxH", help="also engines for this one output size: faster"
     )

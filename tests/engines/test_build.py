@@ -27,21 +27,12 @@ from klein_kv.engines.plan.kernel_price import price_plan
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.export import exporter
+from tests.klein_configs import TINY_PROFILE
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
 SMALL = ["encode_references", "cached_step"]
-RECIPE = Recipe.from_toml(
-    """
-    [[profiles]]
-    name = "tiny"
-    text_tokens = 64
-    output = "256x192"
-    references = 2
-    reference_size = "128x128"
-    """,
-    "tiny",
-)
+RECIPE = Recipe.from_toml(TINY_PROFILE, "tiny")
 
 
 @pytest.fixture

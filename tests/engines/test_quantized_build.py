@@ -27,19 +27,12 @@ from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
+from tests.klein_configs import TINY_PROFILE
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
-PROFILE = """
-[[profiles]]
-name = "tiny"
-text_tokens = 64
-output = "256x192"
-references = 2
-reference_size = "128x128"
-"""
-RECIPE = Recipe.from_toml(PROFILE, "tiny")
-DYNAMIC = Recipe.from_toml(PROFILE.replace("= 2", "= [0, 1, 4]"), "dynamic")
+RECIPE = Recipe.from_toml(TINY_PROFILE, "tiny")
+DYNAMIC = Recipe.from_toml(TINY_PROFILE.replace("= 2", "= [0, 1, 4]"), "dynamic")
 GRAPHS = ["encode_references", "first_step", "cached_step"]
 
 # One double and two single blocks: 14 products, and 5 ranges of rows and to_out each. The last
@@ -91,15 +84,8 @@ def test_every_product_is_native_and_no_weight_is_copied(
     folder = engine_folder(
         artifacts, "rtx5090", precision, "tiny", kv_dtype, options.get("attention")
     )
-    assert (
-        folder.name
-        == f"rtx5090-{precision}-tiny"
-        + {
-            "own K/V": "",
-            "fp8 K/V": "-fp8kv",
-            "fp8 attention": "-fp8attention",
-        }[kind]
-    )
+    end = {"own K/V": "", "fp8 K/V": "-fp8kv", "fp8 attention": "-fp8attention"}[kind]
+    assert folder.name == f"rtx5090-{precision}-tiny{end}"
     engines = EngineManifest.load(folder)
     assert (engines.precision, engines.kv_dtype) == (precision, kv_dtype)
     assert engines.attention == options.get("attention")

@@ -20,21 +20,13 @@ from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.export import exporter
 from klein_kv.export.checks import samples
 from klein_kv.export.quantization import quantize
+from tests.klein_configs import TINY_PROFILE
 
 STAGES = {
     "export": (exporter, "export_checkpoint"),
     "quantize": (quantize, "quantize_artifacts"),
     "build": (build, "build_artifacts"),
 }
-# Kernels of fp8 need no more; the default's ranges of sizes take longer to build.
-RECIPE = """
-[[profiles]]
-name = "tiny"
-text_tokens = 64
-output = "256x192"
-references = 2
-reference_size = "128x128"
-"""
 
 
 def interrupt(*_: object, **__: object) -> None:
@@ -67,7 +59,7 @@ def small_work(tiny_bf16_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(samples, "make_samples", one_sample)
     monkeypatch.setattr(exporter, "vae_graph", traced)
     monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references", "cached_step"])
-    monkeypatch.setattr(Recipe, "load", lambda name: Recipe.from_toml(RECIPE, name))
+    monkeypatch.setattr(Recipe, "load", lambda name: Recipe.from_toml(TINY_PROFILE, name))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from klein_kv.artifacts.digest import inside, write_atomic
 from klein_kv.artifacts.engines.engine_record import EngineRecord, record_from_json
-from klein_kv.errors import ArtifactError, BuildError
+from klein_kv.errors import ArtifactError
 
 __all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
@@ -59,23 +59,6 @@ class EngineManifest:
         kv = "" if self.kv_dtype is None else f", K/V {self.kv_dtype}"
         kv += "" if self.attention is None else f", attention {self.attention}"
         return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
-
-    def check_module(self, module: str, version: str) -> None:
-        """Refuses, with a `BuildError`, a library or version that cannot load the engines."""
-        if (module, version) != (self.module, self.version):
-            raise BuildError(
-                f"the engines were built with {self.module} {self.version}, this is {module} "
-                f"{version}, which cannot load them; build them again with `klein-kv build`"
-            )
-
-    def check_device(self, sm: int) -> None:
-        """Refuses, with a `BuildError`, a GPU of another compute capability."""
-        if sm != self.sm:
-            raise BuildError(
-                f"the engines were built for compute capability {self.sm / 10:.1f} "
-                f"({self.target}), this GPU has {sm / 10:.1f}; build them with "
-                f"`klein-kv build --target sm{sm}`"
-            )
 
     def record(self, graph: str) -> EngineRecord:
         """The record of one graph; an `ArtifactError` if there is no engine of it."""

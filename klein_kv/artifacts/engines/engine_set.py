@@ -16,7 +16,7 @@ from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineMa
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import ArtifactError, RequestError
+from klein_kv.errors import ArtifactError, BuildError, RequestError
 
 __all__ = ["EngineFolder", "EngineSet", "open_engines"]
 
@@ -81,28 +81,35 @@ class EngineSet:
             raise _missing(self, graph)
         return records
 
-    def check_module(self, module: str, version: str) -> None:
-        """Refuses, with a `BuildError`, a TensorRT that loads none of them."""
-        for folder in self.folders:
-            if (folder.manifest.module, folder.manifest.version) == (module, version):
-                return
-        self.folders[0].manifest.check_module(module, version)
-
-    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
-        self.check_module(module, version)
-        own = [
+    def for_module(self, module: str, version: str) -> "EngineSet":
+        """Those that this TensorRT loads, or a `BuildError`."""
+        own = tuple(
             folder
             for folder in self.folders
             if (folder.manifest.module, folder.manifest.version) == (module, version)
-        ]
-        return EngineSet(tuple(own), self.attention).for_sm(sm)
+        )
+        if not own:
+            other = self.folders[0].manifest
+            raise BuildError(
+                f"the engines were built with {other.module} {other.version}, this is {module} "
+                f"{version}, which cannot load them; build them again with `klein-kv build`"
+            )
+        return replace(self, folders=own)
+
+    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
+        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
+        return self.for_module(module, version).for_sm(sm)
 
     def for_sm(self, sm: int) -> "EngineSet":
         """Those for one compute capability, or a `BuildError`."""
         own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
         if not own:
-            self.folders[0].manifest.check_device(sm)
+            other = self.folders[0].manifest
+            raise BuildError(
+                f"the engines were built for compute capability {other.sm / 10:.1f} "
+                f"({other.target}), this GPU has {sm / 10:.1f}; build them with "
+                f"`klein-kv build --target sm{sm}`"
+            )
         return replace(self, folders=own)
 
 
@@ -116,22 +123,22 @@ def open_engines(
     """
     general = replace(graphs, attention=None)
     if folder is not None:
-        found = [EngineFolder(folder, EngineManifest.load(folder))]
-        if not (_is_of(found[0].manifest, graphs) or _is_of(found[0].manifest, general)):
+        engines = EngineManifest.load(folder)
+        folders = [EngineFolder(folder, engines)]
+        if not (_is_of(engines, graphs) or _is_of(engines, general)):
+            own = manifest.dtype
             raise ArtifactError(
-                f"{folder}: these are engines of {found[0].manifest.title}, keys and values in "
-                f"{found[0].manifest.kv_dtype or manifest.dtype}; expected precision "
-                f"{graphs.precision or manifest.dtype}, keys and values in "
-                f"{graphs.kv_dtype or manifest.dtype}, attention in "
-                f"{graphs.attention or manifest.dtype}; choose other engines, or another "
-                "precision, kv_dtype or attention"
+                f"{folder}: these are engines of {engines.title}, keys and values in "
+                f"{engines.kv_dtype or own}; expected precision {graphs.precision or own}, keys "
+                f"and values in {graphs.kv_dtype or own}, attention in {graphs.attention or own}; "
+                "choose other engines, or another precision, kv_dtype or attention"
             )
     else:
-        there = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
-        found = [x for x in there if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
-        if not any(_is_of(x.manifest, graphs) for x in found):
+        every = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
+        folders = [x for x in every if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
+        if not any(_is_of(x.manifest, graphs) for x in folders):
             raise _none(artifacts, graphs)
-    for one in found:
+    for one in folders:
         files = (graphs if one.manifest.attention == graphs.attention else general).files
         for graph, record in one.manifest.engines.items():
             if record.onnx_digest != manifest.files[files[graph]].digest:
@@ -139,7 +146,7 @@ def open_engines(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"
                 )
-    return EngineSet(tuple(found), graphs.attention)
+    return EngineSet(tuple(folders), graphs.attention)
 
 
 def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
@@ -156,9 +163,9 @@ def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
 
 
 def _missing(engines: EngineSet, graph: str) -> ArtifactError:
-    there = sorted({name for folder in engines.folders for name in folder.manifest.engines})
+    names = sorted({name for folder in engines.folders for name in folder.manifest.engines})
     return ArtifactError(
-        f"there is no engine of {graph}, only of {', '.join(there) or 'nothing'}; build it with "
+        f"there is no engine of {graph}, only of {', '.join(names) or 'nothing'}; build it with "
         "`klein-kv build`"
     )
 
