@@ -15,16 +15,13 @@ _TOLD_ERRORS, _TOLD_LENGTH = 2, 600
 
 @dataclass(slots=True)
 class BuildLog:
-    """What TensorRT said during one build.
+    """What TensorRT said during one build."""
 
-    Attributes:
-        errors: messages of severity ERROR and worse, in order.
-        layers: per optimization profile, the lines of "Engine Layer Information".
-        scratch_bytes: activation memory per optimization profile.
-    """
-
+    # messages of severity ERROR and worse, in order
     errors: list[str] = field(default_factory=list)
+    # per optimization profile, the lines of "Engine Layer Information"
     layers: list[list[str]] = field(default_factory=list)
+    # activation memory per optimization profile
     scratch_bytes: list[int] = field(default_factory=list)
 
     @property

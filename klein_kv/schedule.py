@@ -94,8 +94,8 @@ def round_to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[np.float3
         bits = np.ascontiguousarray(values).view(np.uint32)
         # Adding just under half a unit in the last kept place carries exactly when the nearest
         # value is the upper one; the kept bit itself breaks the tie towards even.
-        kept = (bits >> np.uint32(16)) & np.uint32(1)
-        rounded = (bits + np.uint32(0x7FFF) + kept) & np.uint32(0xFFFF0000)
+        last_bit = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
         result = rounded.view(np.float32).reshape(values.shape)
         return np.where(np.isnan(values), np.float32(np.nan), result)
     raise RequestError(f"dtype is {dtype!r}, expected 'float32', 'float16' or 'bfloat16'")
@@ -132,9 +132,7 @@ def make_schedule(
     Source: diffusers, `Flux2KleinKVPipeline.__call__` (part 6) and
     `FlowMatchEulerDiscreteScheduler.set_timesteps`.
 
-    Raises:
-        ArtifactError: the configuration is not klein's.
-        RequestError: an argument is out of range.
+    An `ArtifactError` if the configuration is not klein's, a `RequestError` of bad arguments.
     """
     # Of an option that is absent diffusers takes what klein has, but for this one.
     options = {"use_dynamic_shifting": False, **scheduler_config}

@@ -78,31 +78,22 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One launch.
+    """One launch."""
 
-    Attributes:
-        name: the builder's name, with a number that makes it unique.
-        kind: the builder's layer type: "gemm", "kgen", "runtime_fusion", "correlation", ...
-        inputs: what it reads; one tensor may appear twice, read through two slices.
-        constants: weights that the engine holds.
-        outputs: what it writes.
-        onnx_layers: names of the ONNX nodes it computes, as far as the builder tells.
-        stream: number of the stream it runs in.
-    """
-
-    name: str
-    kind: str
+    name: str  # the builder's name, with a number that makes it unique
+    kind: str  # the builder's layer type: "gemm", "kgen", "runtime_fusion", "correlation", ...
+    # what it reads; one tensor may appear twice, read through two slices
     inputs: tuple[Operand, ...]
-    constants: tuple[Operand, ...]
+    constants: tuple[Operand, ...]  # weights that the engine holds
     outputs: tuple[Operand, ...]
-    onnx_layers: tuple[str, ...]
-    stream: int
+    onnx_layers: tuple[str, ...]  # names of the ONNX nodes it computes, as far as the builder tells
+    stream: int  # number of the stream it runs in
 
     @property
     def operation(self) -> str:
         """The name without what makes it unique: equal for equal kernels of different blocks."""
-        found = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
-        return found[1] if found else self.name
+        match = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
+        return match[1] if match else self.name
 
     @property
     def is_attention(self) -> bool:
@@ -112,21 +103,13 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """All kernels of one engine, in launch order, without events and host arithmetic.
-
-    Attributes:
-        graph: name of the graph.
-        engine: where it came from, for people: target, precision, recipe, library version.
-        kernels: one per launch.
-        scratch_bytes: activation memory besides inputs and outputs.
-        weights: names of the inputs that are weights.
-    """
+    """All kernels of one engine, in launch order, without events and host arithmetic."""
 
     graph: str
-    engine: str
+    engine: str  # where it came from, for people: target, precision, recipe, library version
     kernels: tuple[Kernel, ...]
-    scratch_bytes: int
-    weights: tuple[str, ...]
+    scratch_bytes: int  # activation memory besides inputs and outputs
+    weights: tuple[str, ...]  # names of the inputs that are weights
 
     @property
     def known(self) -> bool:
@@ -148,8 +131,8 @@ class KernelPlan:
     ) -> Self:
         """Parses the builder's lines; a `BuildError` tells of one of another form."""
         kernels = [parse_line(line) for line in lines]
-        kept = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
-        return cls(graph, engine, kept, scratch_bytes, tuple(weights))
+        launched = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
+        return cls(graph, engine, launched, scratch_bytes, tuple(weights))
 
     def to_json(self) -> str:
         """The content of `*.layers.json`; `load` reads it."""
@@ -184,9 +167,8 @@ def parse_line(line: str) -> Kernel:
         )
     operands = []
     for start, end in _FIELDS:
-        _, found, rest = line.partition(start)
-        text, closed, _ = rest.partition(end)
-        operands.append(tuple(_operands(text)) if found and closed else ())
+        text, closing, _ = line.partition(start)[2].partition(end)
+        operands.append(tuple(_operands(text)) if closing else ())
     stream = re.search(r", StreamId: (\d+)", line)
     return Kernel(
         name=head["name"],
@@ -201,8 +183,8 @@ def parse_line(line: str) -> Kernel:
 
 def _operands(text: str) -> list[Operand]:
     return [
-        Operand(found["name"], _ints(found["dims"]), _ints(found["strides"]), found["dtype"])
-        for found in _OPERAND.finditer(text)
+        Operand(match["name"], _ints(match["dims"]), _ints(match["strides"]), match["dtype"])
+        for match in _OPERAND.finditer(text)
     ]
 
 

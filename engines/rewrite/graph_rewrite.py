@@ -46,21 +46,13 @@ _FLOAT, _INT64 = 1, 7
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One graph, ready to parse.
+    """One graph, ready to parse."""
 
-    Attributes:
-        path: the exported file; external data is relative to its folder.
-        model: serialized ONNX.
-        weights: where the external initializers lie, by name.
-        shared: whether they are inputs of `model`; otherwise TensorRT reads them.
-        quantized: which nodes are to become kernels of low precision.
-    """
-
-    path: Path
-    model: bytes
-    weights: dict[str, WeightRef]
-    shared: bool
-    quantized: QuantizedNodes
+    path: Path  # the exported file; external data is relative to its folder
+    model: bytes  # serialized ONNX
+    weights: dict[str, WeightRef]  # where the external initializers lie, by name
+    shared: bool  # whether they are inputs of `model`; otherwise TensorRT reads them
+    quantized: QuantizedNodes  # which nodes are to become kernels of low precision
 
     @property
     def weight_bytes(self) -> int:

@@ -119,24 +119,17 @@ class ShapeProfile:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything a build needs to know besides the artifact folder.
+    """Everything a build needs to know besides the artifact folder."""
 
-    Attributes:
-        name: part of the engines' folder unless it is "default".
-        target: a name that `targets.find_target` knows.
-        precision: "bf16", "fp16", or a quantized one that the artifacts hold; None builds what
-            they were exported in.
-        weights: one of `WEIGHTS_MODES`.
-        profiles: at least one.
-        attention: "fp8" computes the transformer's attention in float8, which a quantized
-            precision and one single shape allow; None leaves it in the type of activations.
-    """
-
-    name: str
-    target: str
+    name: str  # part of the engines' folder unless it is "default"
+    target: str  # a name that `targets.find_target` knows
+    # "bf16", "fp16", or a quantized one that the artifacts hold; None builds what they were
+    # exported in
     precision: str | None
-    weights: str
-    profiles: tuple[ShapeProfile, ...]
+    weights: str  # one of `WEIGHTS_MODES`
+    profiles: tuple[ShapeProfile, ...]  # at least one
+    # "fp8" computes the transformer's attention in float8, which a quantized precision and one
+    # single shape allow; None leaves it in the type of activations
     attention: str | None = None
 
     def __post_init__(self) -> None:

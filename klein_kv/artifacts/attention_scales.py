@@ -66,13 +66,13 @@ def attention_scales(
     """
     scales = {}
     for block in block_names(net):
-        found = ranges.get(block)
-        if found is None:
+        largest = ranges.get(block)
+        if largest is None:
             bound = _norm_bound(net, block, weights) / FP8_MAX
             scales[block] = AttentionScales(bound, bound, _UNCALIBRATED_VALUE)
         else:
             # A head of zeros alone has the range 0; any scale is right for it.
-            q, k, v = (HEADROOM * found[name] / FP8_MAX or 1.0 for name in ("q", "k", "v"))
+            q, k, v = (HEADROOM * largest[name] / FP8_MAX or 1.0 for name in ("q", "k", "v"))
             scales[block] = AttentionScales(q, k, v)
     return scales
 

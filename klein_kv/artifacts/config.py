@@ -100,23 +100,22 @@ def _read(kind: type[T], component: str, config: Mapping[str, Any], **defaults: 
     return kind(**values)
 
 
-def _check_types(component: str, values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Refuses values of other types than their fields'; integers are sizes, so positive."""
-    for name, value in values.items():
-        if types[name] is int:
-            good, expected = type(value) is int and value > 0, "a positive integer"
-        elif types[name] is float:
-            good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
-        else:
-            good = isinstance(value, tuple) and all(type(item) is int for item in value)
-            expected = "a list of integers"
-        if not good:
-            raise CheckpointError(f"{component} config: {name} is {value!r}, expected {expected}")
+def _check(component: str, name: str, value: Any, kind: Any) -> None:
+    """Refuses a value of another type than its field's; integers are sizes, so positive."""
+    if kind is int:
+        good, expected = type(value) is int and value > 0, "a positive integer"
+    elif kind is float:
+        good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
+    else:
+        good = isinstance(value, tuple) and all(type(item) is int for item in value)
+        expected = "a list of integers"
+    if not good:
+        raise CheckpointError(f"{component} config: {name} is {value!r}, expected {expected}")
 
 
 def _check_fields(component: str, config: Any) -> None:
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    _check_types(component, values, {field.name: field.type for field in fields(config)})
+    for field in fields(config):
+        _check(component, field.name, getattr(config, field.name), field.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +257,10 @@ class TextEncoderConfig:
             raise CheckpointError(
                 f"text_encoder config: layer_types is {kinds!r:.80}, expected full_attention alone"
             )
-        sizes = {name: config.get(name) for name in ("hidden_size", "num_attention_heads")}
-        _check_types(
-            "text_encoder",
-            {name: size for name, size in sizes.items() if size is not None},
-            dict.fromkeys(sizes, int),
-        )
-        hidden, heads = sizes.values()
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        for name, size in (("hidden_size", hidden), ("num_attention_heads", heads)):
+            if size is not None:
+                _check("text_encoder", name, size, int)
         own = {"rope_theta": rope.get("rope_theta") or config.get("rope_theta"), "layers": layers}
         return _read(
             cls,
@@ -307,16 +303,14 @@ class VaeConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads a diffusers `vae/config.json`; a `CheckpointError` tells of another class."""
         _require(config, "vae", {"_class_name": "AutoencoderKLFlux2", "in_channels": 3})
-        patch, levels = (
-            tuple(value) if isinstance(value, list) else value
-            for value in (config.get("patch_size") or (2, 2), config.get("block_out_channels"))
-        )
-        levels = (0, 0, 0, 0) if levels is None else levels
-        sides = {"patch_size": patch, "block_out_channels": levels}
-        _check_types("vae", sides, dict.fromkeys(sides, tuple))
-        if patch != (2, 2):
-            raise CheckpointError(f"vae config: patch_size is {patch}, expected 2x2")
-        own = {"num_levels": len(levels)}
+        sides: dict[str, Any] = {"patch_size": (2, 2), "block_out_channels": (0, 0, 0, 0)}
+        for name, default in sides.items():
+            value = default if config.get(name) is None else config[name]
+            sides[name] = tuple(value) if isinstance(value, list) else value
+            _check("vae", name, sides[name], tuple)
+        if sides["patch_size"] != (2, 2):
+            raise CheckpointError(f"vae config: patch_size is {sides['patch_size']}, expected 2x2")
+        own = {"num_levels": len(sides["block_out_channels"])}
         return _read(cls, "vae", {**config, **own}, latent_channels=32, batch_norm_eps=1e-4)
 
 

@@ -42,31 +42,19 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Content of `klein.json`.
+    """Content of `klein.json`."""
 
-    Attributes:
-        model_id: name of the checkpoint, for people.
-        variant: "kv" or "plain"; never guessed from the weights.
-        dtype: floating point type of graphs and weights.
-        config: the three networks.
-        scheduler: diffusers' scheduler configuration, as found.
-        prompt: how prompts are tokenized.
-        files: records by path relative to the folder.
-        licence: notice about the weights, for people.
-        distilled: False for weights that need classifier-free guidance.
-        precisions: for each precision, the quantized files of each network (see
-            `quantized_weights`); a network that is not named stays as it is.
-    """
-
-    model_id: str
-    variant: str
-    dtype: str
+    model_id: str  # name of the checkpoint, for people
+    variant: str  # "kv" or "plain"; never guessed from the weights
+    dtype: str  # floating point type of graphs and weights
     config: ModelConfig
-    scheduler: dict[str, Any]
+    scheduler: dict[str, Any]  # diffusers' scheduler configuration, as found
     prompt: PromptFormat
-    files: dict[str, FileRecord]
-    licence: str
-    distilled: bool = True
+    files: dict[str, FileRecord]  # records by path relative to the folder
+    licence: str  # notice about the weights, for people
+    distilled: bool = True  # False for weights that need classifier-free guidance
+    # for each precision, the quantized files of each network (see `quantized_weights`); a network
+    # that is not named stays as it is
     precisions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property

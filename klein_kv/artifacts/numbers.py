@@ -64,22 +64,16 @@ _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """A quantized weight matrix [out, in] and what to do with the layer's input.
+    """A quantized weight matrix [out, in] and what to do with the layer's input."""
 
-    Attributes:
-        format: one of `FORMATS`.
-        weight: float8_e4m3fn [out, in], or float4_e2m1fn [out, in], two numbers per byte, the
-            first in the low half.
-        weight_scale: what the numbers (fp8) or the block scales (nvfp4) are multiplied by.
-        block_scales: nvfp4: float8_e4m3fn [out, in / 16], row by row.
-        input_scale: fp8: activations are `x / input_scale`; nvfp4: the tensor's scale when
-            activations are quantized. None leaves activations as they are.
-    """
-
-    format: str
+    format: str  # one of `FORMATS`
+    # float8_e4m3fn [out, in], or float4_e2m1fn [out, in], two numbers per byte, the first in the
+    # low half
     weight: WeightRef
-    weight_scale: float
-    block_scales: WeightRef | None
+    weight_scale: float  # what the numbers (fp8) or the block scales (nvfp4) are multiplied by
+    block_scales: WeightRef | None  # nvfp4: float8_e4m3fn [out, in / 16], row by row
+    # fp8: activations are `x / input_scale`; nvfp4: the tensor's scale when activations are
+    # quantized. None leaves activations as they are.
     input_scale: float | None
 
     def __post_init__(self) -> None:

@@ -34,17 +34,13 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class QuantizedComponent:
-    """The quantized layers of one network, by weight name.
-
-    Attributes:
-        linears: the layers.
-        attention: transformer: largest magnitude of "q", "k" (after RoPE) and "v" by block; empty
-            if no calibration was run.
-        origin: how numbers and scales were found, for people.
-    """
+    """The quantized layers of one network, by weight name."""
 
     linears: dict[str, QuantizedLinear]
+    # transformer: largest magnitude of "q", "k" (after RoPE) and "v" by block; empty if no
+    # calibration was run
     attention: dict[str, dict[str, float]] = field(default_factory=dict)
+    # how numbers and scales were found, for people
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,7 +107,7 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             )
             for name, entry in value["linears"].items()
         }
-        found = QuantizedComponent(linears, value["attention"], value["origin"])
+        quantized = QuantizedComponent(linears, value["attention"], value["origin"])
     except (OSError, ValueError, TypeError, KeyError, CheckpointError, RecursionError) as error:
         raise ArtifactError(
             f"{scales} and {weights.name} cannot be read together "
@@ -122,4 +118,4 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             f"{weights} holds {next(iter(refs))}, of which {scales.name} says nothing; quantize "
             "again"
         )
-    return found
+    return quantized

@@ -87,22 +87,16 @@ lets a graph refer to weights in its own folder only."""
 
 @dataclass(frozen=True, slots=True)
 class GraphSet:
-    """The graphs of an artifact folder that belong together, and their types.
+    """The graphs of an artifact folder that belong together, and their types."""
 
-    Attributes:
-        variant: a key of `VARIANTS`.
-        dtype: floating point type of inputs, outputs and activations.
-        kv_dtype: type that reference keys and values are handed on in, `dtype` or a `KVFormat`;
-            None for `dtype`.
-        quantized: (component, name of its quantized files) of quantized networks, sorted.
-        attention: "fp8" where the transformer's attention is computed in float8.
-    """
-
-    variant: str
-    dtype: str
+    variant: str  # a key of `VARIANTS`
+    dtype: str  # floating point type of inputs, outputs and activations
+    # type that reference keys and values are handed on in, `dtype` or a `KVFormat`; None for
+    # `dtype`
     kv_dtype: str | None = None
+    # (component, name of its quantized files) of quantized networks, sorted
     quantized: tuple[tuple[str, str], ...] = ()
-    attention: str | None = None
+    attention: str | None = None  # "fp8" where the transformer's attention is computed in float8
 
     @property
     def files(self) -> dict[str, str]:
@@ -215,10 +209,8 @@ class Signature:
     @property
     def symbols(self) -> tuple[str, ...]:
         """Symbolic axes of the inputs, in order of appearance."""
-        found: dict[str, None] = {}
-        for spec in self.inputs:
-            found.update(dict.fromkeys(axis for axis in spec.shape if isinstance(axis, str)))
-        return tuple(found)
+        axes = (axis for spec in self.inputs for axis in spec.shape)
+        return tuple(dict.fromkeys(axis for axis in axes if isinstance(axis, str)))
 
     def output_shapes(
         self, inputs: Mapping[str, tuple[int, ...]], unit: int

@@ -64,11 +64,11 @@ def _inspect_artifacts(folder: Path) -> Result:
             for part, x in parts.items()
         }
         precisions[name] = {"digest": manifest.precision_digest(name), "components": components}
-        told = (
+        texts = (
             f"{part} {len(x.linears)} layers in {networks[part]}, {x.nbytes / 1e9:.3f} GB"
             for part, x in parts.items()
         )
-        lines.append(f"precision {name}: {', '.join(told)}")
+        lines.append(f"precision {name}: {', '.join(texts)}")
     graphs: dict[str, Any] = {}
     for label, graph, held in distinct_graphs(manifest.graph_sets):
         file, signature = held.files[graph], held.signature(graph, manifest.config)

@@ -27,31 +27,19 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
-    """All engines of one folder.
+    """All engines of one folder."""
 
-    Attributes:
-        module: "tensorrt_rtx" or "tensorrt".
-        version: its version; engines load with this one only.
-        target: name of the target.
-        sm: compute capability without the dot.
-        precision: "bf16", "fp16", ...
-        weights: "shared" or "embedded" (the VAE always embeds).
-        recipe: name of the recipe.
-        engines: records by graph.
-        kv_dtype: type that keys and values are handed on in; None for that of activations.
-        attention: "fp8" where the transformer's attention is computed in float8.
-    """
-
-    module: str
-    version: str
+    module: str  # "tensorrt_rtx" or "tensorrt"
+    version: str  # its version; engines load with this one only
     target: str
-    sm: int
-    precision: str
-    weights: str
+    sm: int  # compute capability without the dot
+    precision: str  # "bf16", "fp16", ...
+    weights: str  # "shared" or "embedded" (the VAE always embeds)
     recipe: str
     engines: dict[str, EngineRecord]
+    # type that keys and values are handed on in; None for that of activations
     kv_dtype: str | None = None
-    attention: str | None = None
+    attention: str | None = None  # "fp8" where the transformer's attention is computed in float8
 
     @property
     def title(self) -> str:

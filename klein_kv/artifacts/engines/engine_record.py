@@ -17,19 +17,12 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class ProfileRecord:
-    """One optimization profile.
-
-    Attributes:
-        name: from the recipe.
-        symbols: symbolic axis -> (min, opt, max).
-        shapes: inputs of fixed shape are absent.
-        scratch_bytes: activation memory at its largest shapes.
-    """
+    """One optimization profile."""
 
     name: str
-    symbols: dict[str, tuple[int, int, int]]
-    shapes: Shapes
-    scratch_bytes: int = 0
+    symbols: dict[str, tuple[int, int, int]]  # symbolic axis -> (min, opt, max)
+    shapes: Shapes  # inputs of fixed shape are absent
+    scratch_bytes: int = 0  # activation memory at its largest shapes
 
     @property
     def fixed(self) -> bool:
@@ -50,39 +43,23 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """One engine.
-
-    Attributes:
-        graph: name of the graph.
-        file: name of the engine file in the folder of the manifest.
-        layers: name of the kernel plan file beside it.
-        bytes: size of the engine file.
-        sha256: hex digest of the engine file.
-        key: digest of everything that the engine was built from.
-        onnx_digest: digest of the ONNX file, as in `klein.json`.
-        inputs: without the weights.
-        outputs: outputs.
-        weights: weight inputs, in the artifact folder; empty where weights are embedded.
-        profiles: in TensorRT's order.
-        scratch_bytes: activation memory at the largest shapes of all profiles.
-        seconds: time of the build.
-        peak_rss: peak resident memory of the building process until then, bytes.
-    """
+    """One engine."""
 
     graph: str
-    file: str
-    layers: str
+    file: str  # name of the engine file in the folder of the manifest
+    layers: str  # name of the kernel plan file beside it
     bytes: int
-    sha256: str
-    key: str
-    onnx_digest: str
-    inputs: tuple[TensorSpec, ...]
+    sha256: str  # hex digest of the engine file
+    key: str  # digest of everything that the engine was built from
+    onnx_digest: str  # digest of the ONNX file, as in `klein.json`
+    inputs: tuple[TensorSpec, ...]  # without the weights
     outputs: tuple[TensorSpec, ...]
+    # weight inputs, in the artifact folder; empty where weights are embedded
     weights: dict[str, WeightPlace]
-    profiles: tuple[ProfileRecord, ...]
-    scratch_bytes: int
+    profiles: tuple[ProfileRecord, ...]  # in TensorRT's order
+    scratch_bytes: int  # activation memory at the largest shapes of all profiles
     seconds: float
-    peak_rss: int
+    peak_rss: int  # peak resident memory of the building process until then, bytes
 
     def profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Number of the first profile that holds inputs of these shapes, or a `RequestError`."""
@@ -114,11 +91,7 @@ class EngineRecord:
 
 
 def record_from_json(value: Mapping[str, Any]) -> EngineRecord:
-    """Reads what `dataclasses.asdict` and JSON made of a record.
-
-    Raises:
-        KeyError, TypeError, ValueError: the value is not a record.
-    """
+    """Reads what `asdict` and JSON made of a record; KeyError, TypeError or ValueError if none."""
     specs = {
         side: tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in value[side])
         for side in ("inputs", "outputs")
