@@ -138,25 +138,26 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _check_fields("transformer", self)
         axes, channels = self.axes_dims_rope, self.timestep_guidance_channels
+        wrong = None
         if len(axes) != 4 or sum(axes) != self.attention_head_dim:
-            raise CheckpointError(
-                f"transformer config: axes_dims_rope is {axes}, expected four axes (T, H, W, L) "
-                f"that add up to attention_head_dim {self.attention_head_dim}"
+            wrong = (
+                f"axes_dims_rope is {axes}, expected four axes (T, H, W, L) that add up to "
+                f"attention_head_dim {self.attention_head_dim}"
             )
-        if any(axis % 2 for axis in axes):
-            raise CheckpointError(
-                f"transformer config: axes_dims_rope is {axes}, expected even sizes"
+        elif any(axis % 2 for axis in axes):
+            wrong = f"axes_dims_rope is {axes}, expected even sizes"
+        elif channels % 2:
+            wrong = (
+                f"timestep_guidance_channels is {channels}, expected an even number: half of them "
+                "are sines, half cosines"
             )
-        if channels % 2:
-            raise CheckpointError(
-                f"transformer config: timestep_guidance_channels is {channels}, expected an even "
-                "number: half of them are sines, half cosines"
+        elif self.in_channels != self.out_channels:
+            wrong = (
+                f"out_channels is {self.out_channels}, expected in_channels {self.in_channels}: "
+                "the Euler update adds the two"
             )
-        if self.in_channels != self.out_channels:
-            raise CheckpointError(
-                f"transformer config: out_channels is {self.out_channels}, expected in_channels "
-                f"{self.in_channels}: the Euler update adds the two"
-            )
+        if wrong is not None:
+            raise CheckpointError(f"transformer config: {wrong}")
 
     @property
     def inner_dim(self) -> int:

@@ -261,13 +261,7 @@ class Network(Generic[T]):
         return ops.norm_rope(x, f"{weight}.weight", self.config.eps, rope.cos, rope.sin, True)
 
     def double_qkv(
-        self,
-        norm: T,
-        block: str,
-        names: StreamNames,
-        like: T,
-        rope: Rope[T],
-        with_q: bool = True,
+        self, norm: T, block: str, names: StreamNames, like: T, rope: Rope[T], with_q: bool = True
     ) -> tuple[T, T, T]:
         """q, k (after RoPE) and v of one stream of a double block, each [B, S, H, D]."""
         ops = self.ops
@@ -281,12 +275,7 @@ class Network(Generic[T]):
         return self._head_norm_rope(q, f"{block}.attn.{names.norms[0]}", like, rope), k, v
 
     def double_out(
-        self,
-        rows: T,
-        attended: T,
-        block: str,
-        names: StreamNames,
-        mods: Sequence[Modulation[T]],
+        self, rows: T, attended: T, block: str, names: StreamNames, mods: Sequence[Modulation[T]]
     ) -> T:
         """Attention output projection and SwiGLU feed-forward of one stream, both gated."""
         ops, mlp = self.ops, self.config.mlp_hidden_dim
@@ -324,12 +313,7 @@ class Network(Generic[T]):
         return self._head_norm_rope(query, f"{block}.attn.norm_q", like, rope)
 
     def single_out(
-        self,
-        rows: T,
-        project: Callable[[int, int], T],
-        attended: T,
-        block: str,
-        mod: Modulation[T],
+        self, rows: T, project: Callable[[int, int], T], attended: T, block: str, mod: Modulation[T]
     ) -> T:
         """SwiGLU beside the attention, one output projection over both, gated."""
         ops, dim, mlp = self.ops, self.config.inner_dim, self.config.mlp_hidden_dim

@@ -83,9 +83,7 @@ def encode_text(ops: Ops[T], config: TextEncoderConfig, input_ids: T, attention_
     return ops.sequence(ops.concat([states[layer] for layer in config.layers], 1), input_ids)
 
 
-def text_rope_tables(
-    config: TextEncoderConfig,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def text_rope_tables(config: TextEncoderConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines [MAX_POSITION, head_dim / 2]; angles in float32, as in transformers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inverse = (1.0 / np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(

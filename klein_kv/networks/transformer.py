@@ -138,11 +138,7 @@ def denoise(
 
 
 def denoise_with_references(
-    ops: Ops[T],
-    config: TransformerConfig,
-    inputs: StepInputs[T],
-    ref_hidden_states: T,
-    ref_ids: T,
+    ops: Ops[T], config: TransformerConfig, inputs: StepInputs[T], ref_hidden_states: T, ref_ids: T
 ) -> tuple[T, T]:
     """Runs one step of plain klein weights: every token attends to every other.
 

@@ -102,7 +102,7 @@ _TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
 
 
 LEAST_SM = {"fp8": 89, "nvfp4": 100}
-"""First compute capability that multiplies such numbers: Ada, Blackwell (NVIDIA Model Optimizer)."""
+"""First compute capability that multiplies them: Ada, Blackwell (NVIDIA Model Optimizer)."""
 
 
 def find_target(name: str) -> Target:
