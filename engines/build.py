@@ -15,26 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
     PACKED_SUFFIX,
     EngineManifest,
-    EngineRecord,
-    ProfileRecord,
-    WeightInput,
-    write_atomic,
 )
-from klein_kv.artifacts.engines.targets import Target, compute_capability, find_target
+from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
+from klein_kv.artifacts.engines.targets import (
+    Target,
+    check_precision,
+    compute_capability,
+    find_target,
+)
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.engines.build_needs import ENGINE_BYTES
-from klein_kv.engines.build_task import (
-    BuildTask,
-    artifact_precision,
-    chosen_graphs,
-    make_task,
-)
+from klein_kv.engines.build_task import BuildTask, artifact_precision, chosen_graphs, make_task
 from klein_kv.engines.builder import BuiltEngine, build_engine
 from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
@@ -44,6 +41,9 @@ from klein_kv.errors import ArtifactError, CapacityError, RequestError
 __all__ = ["build_artifacts", "engine_folder"]
 
 _log = logging.getLogger(__name__)
+
+_ENGINE_BYTES = 128 << 20
+"""Disk set aside for the code of one engine; the largest measured has 80 MB."""
 
 
 def build_artifacts(
@@ -89,25 +89,25 @@ def build_artifacts(
     manifest = Manifest.load(artifacts, check_files=False)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe or "default")
-    if weights is not None:
-        if weights not in WEIGHTS_MODES:
-            raise RequestError(f"weights is {weights!r}, expected {' or '.join(WEIGHTS_MODES)}")
-        recipe = replace(recipe, weights=weights)
+    if weights not in (None, *WEIGHTS_MODES):
+        raise RequestError(f"weights is {weights!r}, expected {' or '.join(WEIGHTS_MODES)}")
     recipe = replace(
         recipe,
+        weights=weights or recipe.weights,
         precision=precision or recipe.precision,
         attention=attention or recipe.attention,
     )
     precision = artifact_precision(manifest, recipe)
     goal = find_target(target or recipe.target)
+    check_precision(precision, goal)
     trt = load_module(module)
     compute_capability(trt, goal)  # refuses an unknown target before any work
     quantized = precision if precision in PRECISION_FORMATS else None
-    there = manifest.choose_graphs(kv_dtype, quantized, recipe.attention)
+    chosen = manifest.choose_graphs(kv_dtype, quantized, recipe.attention)
     folder = engine_folder(
-        artifacts, goal.name, precision, recipe.name, there.kv_dtype, there.attention
+        artifacts, goal.name, precision, recipe.name, chosen.kv_dtype, chosen.attention
     )
-    kept = EngineManifest(
+    engines = EngineManifest(
         module=trt.__name__,
         version=module_version(trt),
         target=goal.name,
@@ -116,22 +116,22 @@ def build_artifacts(
         weights=recipe.weights,
         recipe=recipe.name,
         engines={},
-        kv_dtype=there.kv_dtype,
-        attention=there.attention,
+        kv_dtype=chosen.kv_dtype,
+        attention=chosen.attention,
     )
     tasks = [
-        make_task(artifacts, manifest, there, graph, recipe, kept)
-        for graph in chosen_graphs(graphs, recipe, there)
+        make_task(artifacts, manifest, chosen, graph, recipe, engines)
+        for graph in chosen_graphs(graphs, recipe, chosen)
     ]
-    kept = replace(kept, engines=_reusable(folder, kept, tasks, force))
-    pending = [task for task in tasks if task.graph not in kept.engines]
+    engines = replace(engines, engines=_reusable(folder, engines, tasks, force))
+    pending = [task for task in tasks if task.graph not in engines.engines]
     _check_disk(folder, pending)
     for task in tasks:
         if task not in pending:
             _log.info("%s: unchanged", task.graph)
     for task in pending:
-        kept = _build_one(trt, artifacts, folder, kept, task, goal, progress)
-    return [kept.engines[task.graph] for task in tasks]
+        engines = _build_one(trt, artifacts, folder, engines, task, goal, progress)
+    return [engines.engines[task.graph] for task in tasks]
 
 
 def engine_folder(
@@ -164,26 +164,26 @@ def _reusable(
         return {}
     if replace(old, engines={}) != engines:
         return {}
-    wanted = {task.graph: task.key for task in tasks}
-    kept = {}
+    keys = {task.graph: task.key for task in tasks}
+    whole = {}
     for graph, record in old.engines.items():
-        if wanted.get(graph, record.key) != record.key or not (folder / record.layers).exists():
+        if keys.get(graph, record.key) != record.key or not (folder / record.layers).exists():
             continue
         try:
             old.read_engine(folder, graph)
         except ArtifactError as error:
             _log.warning("%s is built again: %s", graph, error)
             continue
-        kept[graph] = record
-    return kept
+        whole[graph] = record
+    return whole
 
 
 def _check_disk(folder: Path, tasks: Sequence[BuildTask]) -> None:
     needed = sum(
-        ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
+        _ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
     )
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
     if needed > free:
         raise CapacityError(
             f"{folder}: building {len(tasks)} engines needs up to {needed / 1e9:.1f} GB of disk, "
@@ -200,17 +200,26 @@ def _build_one(
     target: Target,
     progress: bool | None,
 ) -> EngineManifest:
-    built = build_engine(trt, task.graph, task.source, task.profiles, target, progress)
-    plans = _kernel_plans(engines, task, built)
+    """Builds one engine, checks its kernel plans, and writes it and the manifest that names it."""
+    graph = task.graph
+    built = build_engine(trt, graph, task.source, task.profiles, target, progress)
+    weights = task.source.weights if task.source.shared else {}
+    scratch = max(built.scratch_bytes)
+    plans = [
+        KernelPlan.from_lines(graph, engines.title, lines, scratch, tuple(weights))
+        for lines in built.layers or [[]]
+    ]
     for plan in plans:
-        check_applied(task.graph, engines.title, task.source.quantized, plan)
+        check_applied(graph, engines.title, task.source.quantized, plan)
+    record, data = _record(artifacts, task, built)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A reader must never find an engine beside the digest of another one.
-        others = {name: r for name, r in engines.engines.items() if name != task.graph}
+        others = {name: r for name, r in engines.engines.items() if name != graph}
         replace(engines, engines=others).save(folder)
-        record = _write(artifacts, folder, task, built, plans[0])
-        done = replace(engines, engines={**others, task.graph: record})
+        write_atomic(folder / record.layers, plans[0].to_json().encode())
+        write_atomic(folder / record.file, data)
+        done = replace(engines, engines={**others, graph: record})
         done.save(folder)
     except OSError as error:
         raise CapacityError(
@@ -219,70 +228,43 @@ def _build_one(
         ) from error
     _log.info(
         "%s: %.1f s, %.1f MB, scratch %.2f GB, peak memory of the build %.2f GB",
-        task.graph,
+        graph,
         built.seconds,
         record.bytes / 1e6,
-        max(built.scratch_bytes) / 1e9,
+        scratch / 1e9,
         built.peak_rss / 1e9,
     )
     return done
 
 
-def _engine_file(task: BuildTask, plan: memoryview) -> tuple[str, bytes | memoryview]:
-    """Name and content of an engine's file.
+def _record(
+    artifacts: Path, task: BuildTask, built: BuiltEngine
+) -> tuple[EngineRecord, bytes | memoryview]:
+    """The record of an engine, and the content of its file.
 
     An engine without weights is code alone, and TensorRT stores the source of a kernel once per
     use: the 80 MB of the 9B `first_step` for dynamic shapes pack to 10. Unpacking takes 0.1 s.
     """
+    data: bytes | memoryview = memoryview(built.plan)
+    weights = {}
     if task.source.shared:
-        return f"{task.graph}.engine{PACKED_SUFFIX}", zlib.compress(plan, 1)
-    return f"{task.graph}.engine", plan
-
-
-def _kernel_plans(engines: EngineManifest, task: BuildTask, built: BuiltEngine) -> list[KernelPlan]:
-    """One per optimization profile, at least one."""
-    weights = tuple(task.source.weights if task.source.shared else {})
-    return [
-        KernelPlan.from_lines(task.graph, engines.title, lines, max(built.scratch_bytes), weights)
-        for lines in built.layers or [[]]
-    ]
-
-
-def _write(
-    artifacts: Path, folder: Path, task: BuildTask, built: BuiltEngine, plan: KernelPlan
-) -> EngineRecord:
-    layers = f"{task.graph}.layers.json"
-    file, data = _engine_file(task, memoryview(built.plan))
-    weights = task.source.weights if task.source.shared else {}
-    write_atomic(folder / layers, plan.to_json().encode())
-    write_atomic(folder / file, data)
-    return EngineRecord(
+        data = zlib.compress(data, 1)
+        weights = {name: ref.place(artifacts) for name, ref in task.source.weights.items()}
+    record = EngineRecord(
         graph=task.graph,
-        file=file,
-        layers=layers,
+        file=f"{task.graph}.engine{PACKED_SUFFIX if task.source.shared else ''}",
+        layers=f"{task.graph}.layers.json",
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         key=task.key,
         onnx_digest=task.onnx_digest,
         inputs=built.inputs,
         outputs=built.outputs,
-        weights={
-            name: WeightInput(
-                ref.path.relative_to(artifacts).as_posix(),
-                ref.offset,
-                ref.nbytes,
-                ref.dtype,
-                ref.shape,
-            )
-            for name, ref in weights.items()
-        },
+        weights=weights,
         profiles=tuple(
             ProfileRecord(
                 profile.name,
-                {
-                    symbol: (low, typical, high)
-                    for symbol, (low, typical, high) in profile.symbols.items()
-                },
+                dict(profile.symbols),
                 profile.shapes,
                 scratch,
             )
@@ -292,3 +274,4 @@ def _write(
         seconds=built.seconds,
         peak_rss=built.peak_rss,
     )
+    return record, data

@@ -15,16 +15,13 @@ _TOLD_ERRORS, _TOLD_LENGTH = 2, 600
 
 @dataclass(slots=True)
 class BuildLog:
-    """What TensorRT said during one build.
+    """What TensorRT said during one build."""
 
-    Attributes:
-        errors: messages of severity ERROR and worse, in order.
-        layers: one kernel plan per optimization profile: the lines of "Engine Layer Information".
-        scratch_bytes: activation memory per optimization profile.
-    """
-
+    # messages of severity ERROR and worse, in order
     errors: list[str] = field(default_factory=list)
+    # per optimization profile, the lines of "Engine Layer Information"
     layers: list[list[str]] = field(default_factory=list)
+    # activation memory per optimization profile
     scratch_bytes: list[int] = field(default_factory=list)
 
     @property
@@ -40,8 +37,8 @@ class BuildLog:
             # After the kernels comes a table of inputs and outputs; its lines are indented.
             if lines:
                 self.layers.append(lines)
-        elif found := _SCRATCH.match(message):
-            self.scratch_bytes.append(int(found[1]))
+        elif match := _SCRATCH.match(message):
+            self.scratch_bytes.append(int(match[1]))
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
@@ -58,10 +55,9 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
         def log(self, level: Any, message: str) -> None:
             if level == severity.VERBOSE or level == severity.INFO:
                 log.add(message)
-            elif level == severity.WARNING:
-                _log.debug("%s", message)
             else:
                 _log.debug("%s", message)
-                log.errors.append(message)
+                if level != severity.WARNING:
+                    log.errors.append(message)
 
     return Logger()

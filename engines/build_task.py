@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.digest import file_digest
@@ -18,13 +17,7 @@ from klein_kv.engines.sizes.profiles import EngineProfile, engine_profiles
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 
-__all__ = [
-    "BuildTask",
-    "artifact_precision",
-    "chosen_graphs",
-    "engine_key",
-    "make_task",
-]
+__all__ = ["BuildTask", "artifact_precision", "chosen_graphs", "make_task"]
 
 _ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
 _NEEDS_REFERENCES = ("vae_encoder", "encode_references", "first_step")
@@ -44,18 +37,10 @@ class BuildTask:
     key: str
 
 
-def engine_key(parts: dict[str, Any]) -> str:
-    """Digest of everything that an engine depends on; equal keys need no new build."""
-    text = json.dumps({"builder": _BUILDER_VERSION, **parts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
     """The precision to build: the recipe's quantized one, or the artifacts' own, "bf16" or "fp16".
 
-    Raises:
-        BuildError: the artifacts are fp32, or the recipe is for another precision; or it wants
-            attention in fp8 without a quantized precision.
+    A `BuildError` if these are fp32 or not the recipe's, or to have attention in fp8.
     """
     held = dtype_name(manifest.dtype)
     if held == "fp32":
@@ -79,21 +64,17 @@ def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
     return held
 
 
-def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, there: GraphSet) -> list[str]:
-    """The graphs to build, in the order of `there`; None are all that the recipe can use.
-
-    Raises:
-        RequestError: an unknown graph.
-    """
-    unknown = [graph for graph in graphs or () if graph not in there.files]
+def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, available: GraphSet) -> list[str]:
+    """The graphs to build, in the order of `available`; None are all that the recipe can use."""
+    unknown = [graph for graph in graphs or () if graph not in available.files]
     if unknown:
         raise RequestError(
-            f"unknown graph {unknown[0]!r}, expected some of {', '.join(there.files)}"
+            f"unknown graph {unknown[0]!r}, expected some of {', '.join(available.files)}"
         )
     if graphs is not None:
-        return [graph for graph in there.files if graph in graphs]
+        return [graph for graph in available.files if graph in graphs]
     references = any(profile.references.max for profile in recipe.profiles)
-    return [graph for graph in there.files if references or graph not in _NEEDS_REFERENCES]
+    return [graph for graph in available.files if references or graph not in _NEEDS_REFERENCES]
 
 
 def make_task(
@@ -106,9 +87,8 @@ def make_task(
 ) -> BuildTask:
     """Reads and checks one graph and settles how it is built.
 
-    Raises:
-        ArtifactError: the graph is not the exported one, or its weights are not whole.
-        BuildError: the recipe has no sizes for it.
+    An `ArtifactError` if the graph is not the exported one, or its weights are not whole; a
+    `BuildError` if the recipe has no sizes for it.
     """
     file = graphs.files[graph]
     if file not in manifest.files:
@@ -127,7 +107,8 @@ def make_task(
     signature = graphs.signature(graph, manifest.config)
     source = read_graph(path, signature, shared)
     profiles = engine_profiles(signature, recipe, manifest.config)
-    parts = {
+    parts = {  # everything that an engine depends on: equal keys need no new build
+        "builder": _BUILDER_VERSION,
         "onnx": digest,
         "module": engines.module,
         "version": engines.version,
@@ -137,7 +118,8 @@ def make_task(
         # Weights of inputs may change without a new engine; embedded ones are part of it.
         "weights": [] if shared else _weight_digests(artifacts, manifest, source),
     }
-    return BuildTask(graph, source, profiles, digest, engine_key(parts))
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return BuildTask(graph, source, profiles, digest, key)
 
 
 def _weight_digests(artifacts: Path, manifest: Manifest, graph: Graph) -> list[str]:

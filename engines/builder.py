@@ -1,10 +1,8 @@
 """One graph to one serialized engine."""
 
 import contextlib
-import logging
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,20 +12,21 @@ from typing import Any
 import numpy as np
 import psutil
 
-from klein_kv.artifacts.engines.engine_manifest import TensorInfo
 from klein_kv.artifacts.engines.targets import Target, compute_capability
 from klein_kv.artifacts.numbers import FP8_MAX
+from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.engines.build_log import BuildLog, make_logger
-from klein_kv.engines.build_needs import EMBEDDED_FACTOR, embedded_build_memory
 from klein_kv.engines.progress import make_monitor
 from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
 from klein_kv.engines.sizes.profiles import EngineProfile
 from klein_kv.errors import BackendError, BuildError, CapacityError
 
-__all__ = ["BuiltEngine", "build_engine", "peak_rss"]
+__all__ = ["BuiltEngine", "build_engine"]
 
-_log = logging.getLogger(__name__)
 _MIN_FUSED_HEAD_DIM = 12  # TensorRT-RTX 1.7.1 has no kernel for 8, and has one for 12
+
+_EMBEDDED_FACTOR = 3.1
+"""Peak memory of a build with embedded weights, in weight bytes (measured, TensorRT-RTX 1.7.1)."""
 
 _SOFTMAX_SCALE = np.array(1 / FP8_MAX, np.float32)
 """TensorRT reads it during the build: it must stay alive."""
@@ -35,33 +34,19 @@ _SOFTMAX_SCALE = np.array(1 / FP8_MAX, np.float32)
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """What a build made.
+    """What a build made: the serialized engine, a buffer that the library owns, and its facts.
 
-    Attributes:
-        plan: the serialized engine; a buffer that the library owns.
-        inputs: inputs that a caller feeds, without the weights.
-        outputs: outputs.
-        layers: kernel plan lines per optimization profile.
-        scratch_bytes: activation memory per optimization profile.
-        seconds: wall time of parsing and building.
-        peak_rss: peak resident memory of this process so far, bytes.
-        peak_rss_delta: by how much this build raised it.
+    Kernel plan lines and activation memory are told per optimization profile; the rest is as in
+    `EngineRecord`.
     """
 
     plan: Any
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     layers: list[list[str]]
     scratch_bytes: tuple[int, ...]
     seconds: float
     peak_rss: int
-    peak_rss_delta: int
-
-
-def peak_rss() -> int:
-    """Peak resident memory of this process, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def build_engine(
@@ -72,25 +57,15 @@ def build_engine(
     target: Target,
     progress: bool | None = None,
 ) -> BuiltEngine:
-    """Builds one engine.
+    """Builds the engine of the graph `name`; `progress` None shows a bar on a terminal.
 
-    Args:
-        trt: the module that `trt_module.load_module` gave.
-        name: the graph's name, for messages.
-        graph: what `graph_rewrite.read_graph` gave.
-        profiles: at least one.
-        target: what to build for.
-        progress: show a bar; None shows it on a terminal.
-
-    Raises:
-        BuildError: TensorRT does not know the target, or refuses the graph.
-        BackendError: TensorRT cannot start.
-        CapacityError: not enough memory for embedded weights.
-        KeyboardInterrupt: the user stopped the build; TensorRT is left in order.
+    A `BuildError` says that TensorRT refuses the target or the graph, a `BackendError` that it
+    cannot start, a `CapacityError` that memory does not suffice for embedded weights. After Ctrl-C
+    (KeyboardInterrupt) TensorRT is left in order.
     """
     if not graph.shared:
         _check_memory(name, graph.weight_bytes)
-    start, before = time.perf_counter(), peak_rss()
+    start = time.perf_counter()
     log = BuildLog()
     capability = compute_capability(trt, target)
     try:
@@ -103,9 +78,8 @@ def build_engine(
         _quantize_softmax(trt, name, network)
     inputs, outputs = _tensors(trt, network, graph)
     config = _configure(trt, builder, profiles, capability, target)
-    with make_monitor(trt, name, progress) as monitor, _interruptible() as stopped:
-        monitor.stopped = stopped
-        config.progress_monitor = monitor.trt_monitor
+    with _interruptible() as stopped, make_monitor(trt, name, progress, stopped) as monitor:
+        config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if stopped.is_set():
         raise KeyboardInterrupt
@@ -119,7 +93,6 @@ def build_engine(
             f"{name}: TensorRT told the memory of {len(log.scratch_bytes)} profiles, expected "
             f"{len(profiles)}; it has one logger per process: build in a process of its own"
         )
-    peak = peak_rss()
     return BuiltEngine(
         plan=plan,
         inputs=inputs,
@@ -127,18 +100,17 @@ def build_engine(
         layers=log.layers,
         scratch_bytes=tuple(log.scratch_bytes),
         seconds=time.perf_counter() - start,
-        peak_rss=peak,
-        peak_rss_delta=peak - before,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
 def _check_memory(name: str, weight_bytes: int) -> None:
-    needed = embedded_build_memory(weight_bytes)
+    needed = int(weight_bytes * _EMBEDDED_FACTOR) + (1 << 30)
     available = psutil.virtual_memory().available
     if needed > available:
         raise CapacityError(
             f"{name}: embedding {weight_bytes / 1e9:.1f} GB of weights needs about "
-            f"{needed / 1e9:.0f} GB of memory ({EMBEDDED_FACTOR} times the weights), "
+            f"{needed / 1e9:.0f} GB of memory ({_EMBEDDED_FACTOR} times the weights), "
             f"{available / 1e9:.1f} GB are available; build with shared weights, which needs less "
             "than 2 GB, or on a larger machine"
         )
@@ -152,16 +124,13 @@ def _parse(trt: Any, builder: Any, name: str, graph: Graph, log: BuildLog) -> An
     parser = trt.OnnxParser(network, builder.logger)
     # The path tells where external data lies.
     if not parser.parse(graph.model, path=str(graph.path)):
-        reasons = [_parser_reason(parser.get_error(i)) for i in range(parser.num_errors)]
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = [f"{e.node_operator()} {e.node_name()}: {e.desc().strip()}"[:400] for e in errors]
         raise BuildError(
             f"{name}: {trt.__name__} {trt.__version__} cannot read {graph.path.name}: "
             f"{'; '.join(reasons) or log.reason}"
         )
     return network
-
-
-def _parser_reason(error: Any) -> str:
-    return f"{error.node_operator()} {error.node_name()}: {error.desc().strip()}"[:400]
 
 
 def _allow_unfused(trt: Any, network: Any, everywhere: bool) -> None:
@@ -172,15 +141,10 @@ def _allow_unfused(trt: Any, network: Any, everywhere: bool) -> None:
     small attention, for which TensorRT-RTX lacks a kernel at some sizes; and heads narrower than
     those of any model in use have none at all.
     """
-    if not hasattr(trt, "IAttentionInputLayer"):
-        return
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer
-            head_dim = layer.get_input(0).shape[-1]
-            if everywhere or not _MIN_FUSED_HEAD_DIM <= head_dim <= MAX_FUSED_HEAD_DIM:
-                layer.attention.decomposable = True
+    for layer in _attentions(trt, network):
+        head_dim = layer.get_input(0).shape[-1]
+        if everywhere or not _MIN_FUSED_HEAD_DIM <= head_dim <= MAX_FUSED_HEAD_DIM:
+            layer.attention.decomposable = True
 
 
 def _quantize_softmax(trt: Any, name: str, network: Any) -> None:
@@ -193,18 +157,25 @@ def _quantize_softmax(trt: Any, name: str, network: Any) -> None:
             f"{name}: {trt.__name__} {trt.__version__} offers no attention layer to quantize; "
             "build with tensorrt_rtx, or with attention in bf16"
         )
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer
-            scale = network.add_constant((), _SOFTMAX_SCALE)
-            layer.attention.normalization_quantize_scale = scale.get_output(0)
-            layer.attention.normalization_quantize_to_type = trt.DataType.FP8
+    for layer in _attentions(trt, network):
+        scale = network.add_constant((), _SOFTMAX_SCALE)
+        layer.attention.normalization_quantize_scale = scale.get_output(0)
+        layer.attention.normalization_quantize_to_type = trt.DataType.FP8
+
+
+def _attentions(trt: Any, network: Any) -> Iterator[Any]:
+    """Layers of attention, in libraries that have them as layers."""
+    if hasattr(trt, "IAttentionInputLayer"):
+        for i in range(network.num_layers):
+            layer = network.get_layer(i)
+            if layer.type == trt.LayerType.ATTENTION_INPUT:
+                layer.__class__ = trt.IAttentionInputLayer
+                yield layer
 
 
 def _tensors(
     trt: Any, network: Any, graph: Graph
-) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     names = {
         trt.DataType.FLOAT: "float32",
         trt.DataType.HALF: "float16",
@@ -214,14 +185,12 @@ def _tensors(
         trt.DataType.FP8: "float8_e4m3fn",
     }
 
-    def info(tensor: Any) -> TensorInfo:
-        return TensorInfo(tensor.name, names[tensor.dtype], tuple(tensor.shape))
-
     inputs = (network.get_input(i) for i in range(network.num_inputs))
     outputs = (network.get_output(i) for i in range(network.num_outputs))
+    fed = (tensor for tensor in inputs if tensor.name not in graph.weights)
     return (
-        tuple(info(tensor) for tensor in inputs if tensor.name not in graph.weights),
-        tuple(info(tensor) for tensor in outputs),
+        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in fed),
+        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in outputs),
     )
 
 

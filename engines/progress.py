@@ -5,12 +5,12 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["PhaseTree", "ProgressBar", "make_monitor"]
+__all__ = ["PhaseTree", "make_monitor"]
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +24,15 @@ class _Phase:
 
 
 class PhaseTree:
-    """Phases within phases, as TensorRT reports them, to one number from 0 to 1."""
+    """Phases within phases, as TensorRT reports them, to one number from 0 to 1.
+
+    Attributes:
+        fraction: share of the build that is done; never falls.
+    """
 
     def __init__(self) -> None:
+        self.fraction = 0.0
         self._phases: dict[str, _Phase] = {}
-        self._finished = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> bool:
         """Opens a phase; says whether it is a stage (one level below the build) worth a line."""
@@ -36,53 +40,32 @@ class PhaseTree:
         return parent is not None and self._phases.get(parent, _Phase("", 1)).parent is None
 
     def step(self, name: str) -> None:
-        """Counts a step of a phase."""
-        if phase := self._phases.get(name):
+        """Counts a step of a phase, and what it is of those around it."""
+        phase = self._phases.get(name)
+        if phase is not None:
             phase.done, phase.inner = phase.done + 1, 0.0
-            self._carry(phase)
+        while phase is not None:
+            share = min(phase.done + phase.inner, phase.steps) / phase.steps
+            if phase.parent is None:
+                self.fraction = max(self.fraction, share)
+            phase = self._phases.get(phase.parent or "")
+            if phase is not None:
+                phase.inner = max(phase.inner, share)
 
     def finish(self, name: str) -> None:
         """Closes a phase."""
         phase = self._phases.pop(name, None)
         if phase is not None and phase.parent is None:
-            self._finished = 1.0
-
-    @property
-    def fraction(self) -> float:
-        """Share of the build that is done; never falls."""
-        return self._finished
-
-    def _carry(self, phase: _Phase) -> None:
-        share = min(phase.done + phase.inner, phase.steps) / phase.steps
-        parent = self._phases.get(phase.parent) if phase.parent else None
-        if parent is not None:
-            parent.inner = max(parent.inner, share)
-            self._carry(parent)
-        elif phase.parent is None:
-            self._finished = max(self._finished, share)
-
-
-@dataclass(slots=True)
-class ProgressBar:
-    """What the builder hands to TensorRT.
-
-    Attributes:
-        trt_monitor: the `IProgressMonitor`.
-        stopped: set this event to stop the build at the next step.
-    """
-
-    trt_monitor: Any
-    stopped: threading.Event = field(default_factory=threading.Event)
+            self.fraction = 1.0
 
 
 @contextlib.contextmanager
-def make_monitor(trt: Any, title: str, show: bool | None) -> Iterator[ProgressBar]:
-    """A progress monitor for one build.
+def make_monitor(
+    trt: Any, title: str, show: bool | None, stopped: threading.Event
+) -> Iterator[Any]:
+    """An `IProgressMonitor` for one build, which ends it at the next step once `stopped` is set.
 
-    Args:
-        trt: the TensorRT module.
-        title: what the bar, or each line, begins with.
-        show: a bar or none; None shows one on a terminal.
+    `title` begins the bar, or each line; `show` None shows a bar on a terminal.
     """
     visible = sys.stderr.isatty() if show is None else show
     tree = PhaseTree()
@@ -107,13 +90,12 @@ def make_monitor(trt: Any, title: str, show: bool | None) -> Iterator[ProgressBa
         def step_complete(self, name: str, step: int) -> bool:  # noqa: ARG002
             tree.step(name)
             bar.update(int(100 * tree.fraction) - bar.n)
-            return not handle.stopped.is_set()
+            return not stopped.is_set()
 
         def phase_finish(self, name: str) -> None:
             tree.finish(name)
 
-    handle = ProgressBar(Monitor())
     try:
-        yield handle
+        yield Monitor()
     finally:
         bar.close()

@@ -8,12 +8,7 @@ __all__ = ["lazy_names"]
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__`.
-
-    Args:
-        package: its `__name__`.
-        modules: module of each name.
-    """
+    """A package's `__getattr__`, from the module of each name."""
 
     def find(name: str) -> Any:
         if name not in modules:

@@ -38,11 +38,7 @@ _KLEIN_OPTIONS: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """Noise levels of one run.
-
-    Attributes:
-        sigmas: float32 [n+1], read-only; the last one is 0.
-    """
+    """Noise levels of one run: `sigmas`, float32 [n+1], read-only; the last one is 0."""
 
     sigmas: NDArray[np.float32]
 
@@ -79,13 +75,6 @@ class Schedule:
         reciprocal of 1000, which in float32 may differ in the last bit.
 
         Source: diffusers, `Flux2KleinKVPipeline.__call__` and `Flux2Transformer2DModel.forward`.
-
-        Args:
-            i: Step, 0 to `num_steps - 1`.
-            dtype: "float32", "float16" or "bfloat16", that of the transformer.
-
-        Raises:
-            RequestError: another dtype.
         """
         value = round_to_dtype(self.timesteps[i : i + 1], dtype)
         value = round_to_dtype(value / _THOUSAND, dtype)
@@ -94,18 +83,7 @@ class Schedule:
 
 
 def round_to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """Rounds float32 values to the nearest ones that a floating point type holds, ties to even.
-
-    Args:
-        values: float32 array of any shape.
-        dtype: "float32", "float16" or "bfloat16".
-
-    Returns:
-        A float32 array of the same shape. NaN stays NaN.
-
-    Raises:
-        RequestError: another dtype.
-    """
+    """Rounds float32 values to the nearest that a type of the model holds, ties to even."""
     values = np.asarray(values, dtype=np.float32)
     if dtype == "float32":
         return values
@@ -116,25 +94,21 @@ def round_to_dtype(values: NDArray[np.float32], dtype: str) -> NDArray[np.float3
         bits = np.ascontiguousarray(values).view(np.uint32)
         # Adding just under half a unit in the last kept place carries exactly when the nearest
         # value is the upper one; the kept bit itself breaks the tie towards even.
-        kept = (bits >> np.uint32(16)) & np.uint32(1)
-        rounded = (bits + np.uint32(0x7FFF) + kept) & np.uint32(0xFFFF0000)
+        last_bit = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
         result = rounded.view(np.float32).reshape(values.shape)
         return np.where(np.isnan(values), np.float32(np.nan), result)
     raise RequestError(f"dtype is {dtype!r}, expected 'float32', 'float16' or 'bfloat16'")
 
 
 def empirical_mu(image_seq_len: int, num_steps: int) -> float:
-    """Shift of the schedule that suits an image size and a number of steps.
+    """Shift of the schedule that suits an image of that many tokens and a number of steps.
 
     Two lines over the image size, fitted at 10 and at 200 steps, and a line through them over the
     number of steps; above 4300 tokens the 200-step line alone.
 
     Source: diffusers, `pipeline_flux2_klein_kv.compute_empirical_mu`; the order of the operations
     is kept, since it decides the last bit.
-
-    Args:
-        image_seq_len: Tokens of the image to be made.
-        num_steps: Number of steps.
     """
     at_200 = 0.00016927 * image_seq_len + 0.45666666
     if image_seq_len > 4300:
@@ -152,19 +126,13 @@ def make_schedule(
 ) -> Schedule:
     """Makes the schedule that diffusers' klein pipeline would run.
 
+    `sigmas` are the steps' noise levels before shifting, in [0, 1]; linspace(1, 1/n, n) if None. As
+    in diffusers the shift follows `num_inference_steps` even then, the number of steps `sigmas`.
+
     Source: diffusers, `Flux2KleinKVPipeline.__call__` (part 6) and
-    `FlowMatchEulerDiscreteScheduler.set_timesteps`. As there, with custom `sigmas` the shift still
-    follows `num_inference_steps`, while the number of steps is that of `sigmas`.
+    `FlowMatchEulerDiscreteScheduler.set_timesteps`.
 
-    Args:
-        scheduler_config: The checkpoint's `scheduler/scheduler_config.json`.
-        num_inference_steps: Number of steps, 1 or more.
-        image_seq_len: Tokens of the image to be made: (height / 16) * (width / 16).
-        sigmas: Noise levels of the steps before shifting, in [0, 1]; linspace(1, 1/n, n) if None.
-
-    Raises:
-        ArtifactError: the configuration is not klein's.
-        RequestError: an argument is out of range.
+    An `ArtifactError` if the configuration is not klein's, a `RequestError` of bad arguments.
     """
     # Of an option that is absent diffusers takes what klein has, but for this one.
     options = {"use_dynamic_shifting": False, **scheduler_config}

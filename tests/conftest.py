@@ -203,15 +203,7 @@ def tiny_theirs(tiny_checkpoint: Path) -> "Flux2KleinKVPipeline":
 
 @dataclass(frozen=True, slots=True)
 class KleinExport:
-    """klein's real shapes, and what `export_checkpoint` told of them.
-
-    Attributes:
-        checkpoint: sparse files.
-        artifacts: what was written.
-        dtype: of the artifacts.
-        bytes_written: links not counted.
-        nodes: by graph.
-    """
+    """klein's real shapes in sparse files, and what `export_checkpoint` told of them."""
 
     checkpoint: Path
     artifacts: Path
@@ -238,16 +230,7 @@ def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model of `tests.checkpoints`, exported, and loaded by both pipelines.
-
-    Attributes:
-        checkpoint: as diffusers saved it.
-        artifacts: exported in float32.
-        ours: our pipeline.
-        theirs: diffusers' pipeline.
-        text_layers: hidden states that the text comes from.
-        unit: pixels per token and side.
-    """
+    """One model of `tests.checkpoints`, exported in float32, and loaded by both pipelines."""
 
     checkpoint: Path
     artifacts: Path

@@ -1,8 +1,8 @@
-"""Configurations of the released models, for tests that need shapes and no weights."""
+"""Configurations of the released models, for tests that need shapes and no weights; a recipe."""
 
 from klein_kv.artifacts.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
-__all__ = ["KLEIN_4B", "KLEIN_9B"]
+__all__ = ["KLEIN_4B", "KLEIN_9B", "TINY_PROFILE"]
 
 
 def _klein(double: int, single: int, heads: int, text_hidden: int) -> ModelConfig:
@@ -37,3 +37,13 @@ def _klein(double: int, single: int, heads: int, text_hidden: int) -> ModelConfi
 
 KLEIN_9B = _klein(8, 24, 32, 4096)
 KLEIN_4B = _klein(5, 20, 24, 2560)
+
+TINY_PROFILE = """
+[[profiles]]
+name = "tiny"
+text_tokens = 64
+output = "256x192"
+references = 2
+reference_size = "128x128"
+"""
+"""One shape that the tiny model's engines build for in a second."""

@@ -15,17 +15,7 @@ _FORMATS = {"FP8": "fp8", "FP4": "nvfp4", "FP4E2M1": "nvfp4"}
 
 
 def check_applied(graph: str, engine: str, nodes: QuantizedNodes, plan: KernelPlan) -> None:
-    """Refuses an engine that does not compute in low precision what the graph asks for.
-
-    Args:
-        graph: the graph's name, for the message.
-        engine: which build, for the message.
-        nodes: what `find_quantized` gave.
-        plan: what the builder reported.
-
-    Raises:
-        BuildError: with the layers that fell back.
-    """
+    """Refuses, with a `BuildError`, an engine without the low precision that its graph asks for."""
     native: dict[str, str] = {}
     for kernel in plan.kernels:
         if (kind := product_format(kernel)) is not None:

@@ -1,9 +1,8 @@
 """The kernel plan of an engine: what the builder says it will launch, kernel by kernel.
 
 With `ProfilingVerbosity.DETAILED` the builder logs "Engine Layer Information", one line per kernel
-with every operand's dimensions, strides and type. Without a GPU it is the only look into an engine
-(reading a serialized one needs a device), and it is enough to see what is computed in low precision
-(`applied`), and to price a plan (`kernel_price`).
+with every operand's dimensions, strides and type: without a GPU the only look into an engine, and
+enough to see what is computed in low precision (`applied`), and to price a plan (`kernel_price`).
 """
 
 import json
@@ -79,31 +78,22 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One launch.
+    """One launch."""
 
-    Attributes:
-        name: the builder's name, with a number that makes it unique.
-        kind: the builder's layer type: "gemm", "kgen", "runtime_fusion", "correlation", ...
-        inputs: what it reads; one tensor may appear twice, read through two slices.
-        constants: weights that the engine holds.
-        outputs: what it writes.
-        onnx_layers: names of the ONNX nodes it computes, as far as the builder tells.
-        stream: number of the stream it runs in.
-    """
-
-    name: str
-    kind: str
+    name: str  # the builder's name, with a number that makes it unique
+    kind: str  # the builder's layer type: "gemm", "kgen", "runtime_fusion", "correlation", ...
+    # what it reads; one tensor may appear twice, read through two slices
     inputs: tuple[Operand, ...]
-    constants: tuple[Operand, ...]
+    constants: tuple[Operand, ...]  # weights that the engine holds
     outputs: tuple[Operand, ...]
-    onnx_layers: tuple[str, ...]
-    stream: int
+    onnx_layers: tuple[str, ...]  # names of the ONNX nodes it computes, as far as the builder tells
+    stream: int  # number of the stream it runs in
 
     @property
     def operation(self) -> str:
         """The name without what makes it unique: equal for equal kernels of different blocks."""
-        found = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
-        return found[1] if found else self.name
+        match = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
+        return match[1] if match else self.name
 
     @property
     def is_attention(self) -> bool:
@@ -113,21 +103,13 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """All kernels of one engine, in launch order.
-
-    Attributes:
-        graph: name of the graph.
-        engine: where it came from, for people: target, precision, recipe, library version.
-        kernels: without events and host arithmetic.
-        scratch_bytes: activation memory besides inputs and outputs.
-        weights: names of the inputs that are weights.
-    """
+    """All kernels of one engine, in launch order, without events and host arithmetic."""
 
     graph: str
-    engine: str
+    engine: str  # where it came from, for people: target, precision, recipe, library version
     kernels: tuple[Kernel, ...]
-    scratch_bytes: int
-    weights: tuple[str, ...]
+    scratch_bytes: int  # activation memory besides inputs and outputs
+    weights: tuple[str, ...]  # names of the inputs that are weights
 
     @property
     def known(self) -> bool:
@@ -147,14 +129,10 @@ class KernelPlan:
         scratch_bytes: int = 0,
         weights: Sequence[str] = (),
     ) -> Self:
-        """Parses the builder's lines.
-
-        Raises:
-            BuildError: a line of another form.
-        """
+        """Parses the builder's lines; a `BuildError` tells of one of another form."""
         kernels = [parse_line(line) for line in lines]
-        kept = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
-        return cls(graph, engine, kept, scratch_bytes, tuple(weights))
+        launched = tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNEL)
+        return cls(graph, engine, launched, scratch_bytes, tuple(weights))
 
     def to_json(self) -> str:
         """The content of `*.layers.json`; `load` reads it."""
@@ -162,11 +140,7 @@ class KernelPlan:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads `*.layers.json`.
-
-        Raises:
-            ArtifactError: missing, or not a kernel plan.
-        """
+        """Reads `*.layers.json`; an `ArtifactError` if it is missing, or not a kernel plan."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
@@ -184,11 +158,7 @@ class KernelPlan:
 
 
 def parse_line(line: str) -> Kernel:
-    """One line of "Engine Layer Information".
-
-    Raises:
-        BuildError: the line has another form; TensorRT has changed it.
-    """
+    """One line of "Engine Layer Information", or a `BuildError`: TensorRT has changed its form."""
     head = re.match(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: ", line)
     if head is None:
         raise BuildError(
@@ -197,9 +167,8 @@ def parse_line(line: str) -> Kernel:
         )
     operands = []
     for start, end in _FIELDS:
-        _, found, rest = line.partition(start)
-        text, closed, _ = rest.partition(end)
-        operands.append(tuple(_operands(text)) if found and closed else ())
+        text, closing, _ = line.partition(start)[2].partition(end)
+        operands.append(tuple(_operands(text)) if closing else ())
     stream = re.search(r", StreamId: (\d+)", line)
     return Kernel(
         name=head["name"],
@@ -214,8 +183,8 @@ def parse_line(line: str) -> Kernel:
 
 def _operands(text: str) -> list[Operand]:
     return [
-        Operand(found["name"], _ints(found["dims"]), _ints(found["strides"]), found["dtype"])
-        for found in _OPERAND.finditer(text)
+        Operand(match["name"], _ints(match["dims"]), _ints(match["strides"]), match["dtype"])
+        for match in _OPERAND.finditer(text)
     ]
 
 

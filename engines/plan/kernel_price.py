@@ -19,15 +19,7 @@ from klein_kv.engines.plan.applied import find_product, product_format
 from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand
 from klein_kv.errors import BuildError
 
-__all__ = [
-    "KernelPrice",
-    "PlanPrice",
-    "blends_modulation",
-    "copies_weight",
-    "moves_block_scales",
-    "price_kernel",
-    "price_plan",
-]
+__all__ = ["PlanPrice", "price_plan"]
 
 _PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
 # Words in a kernel's name that read only a part of an operand.
@@ -45,51 +37,30 @@ class KernelPrice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlanPrice:
-    """A whole engine.
-
-    Attributes:
-        graph: the graph's name.
-        engine: which build.
-        gpu: name of the GPU that it is priced for.
-        kernels: number of launches.
-        attention_kernels: fused attentions among them.
-        flops: of matrix products, attention and convolutions: all that is necessary.
-        bytes: memory traffic of all kernels.
-        seconds: plan time.
-        ideal_seconds: `flops` at peak throughput.
-        ratio: plan time over ideal time; 1 is a plan of multiplications alone.
-        scratch_bytes: activation memory.
-        weight_copies: kernels that write a whole weight anew at every run.
-        blended_modulations: kernels that write a modulation per token instead of one vector.
-        native_products: matrix products on low-precision numbers, by format.
-        float8_attentions: fused attention kernels on float8 numbers.
-        block_scale_moves: nvfp4 weights whose block scales are brought into another order per run.
-    """
+    """A whole engine."""
 
     graph: str
     engine: str
-    gpu: str
+    gpu: str  # name of the GPU that it is priced for
     kernels: int
-    attention_kernels: int
-    flops: int
-    bytes: int
+    attention_kernels: int  # fused attentions among them
+    flops: int  # of matrix products, attention and convolutions: all that is necessary
+    bytes: int  # memory traffic of all kernels
     seconds: float
-    ideal_seconds: float
-    ratio: float
-    scratch_bytes: int
-    weight_copies: tuple[str, ...]
+    ideal_seconds: float  # `flops` at peak throughput
+    ratio: float  # plan time over ideal time; 1 is a plan of multiplications alone
+    scratch_bytes: int  # activation memory
+    weight_copies: tuple[str, ...]  # kernels that write a whole weight anew at every run
+    # kernels that write a modulation per token instead of one vector
     blended_modulations: tuple[str, ...]
-    native_products: dict[str, int]
-    float8_attentions: int
+    native_products: dict[str, int]  # matrix products on low-precision numbers, by format
+    float8_attentions: int  # fused attention kernels on float8 numbers
+    # nvfp4 weights whose block scales are brought into another order per run
     block_scale_moves: int
 
 
 def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
-    """Prices every kernel of a plan.
-
-    Raises:
-        BuildError: the plan has no concrete sizes, or the GPU no figure for its type.
-    """
+    """Prices every kernel; a `BuildError` without concrete sizes, or figures of the GPU."""
     if not plan.kernels:
         raise BuildError(
             f"there is no kernel plan of {plan.graph}: its builder reported none ({plan.engine})"
@@ -125,11 +96,7 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
 
 
 def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelPrice:
-    """Prices one kernel.
-
-    Raises:
-        BuildError: the GPU has no figure for the type of a matrix product.
-    """
+    """Prices one kernel; a `BuildError` if the GPU has no figure for its type."""
     flops, dtype = _matrix_flops(kernel)
     moved = _bytes_read(kernel, exact=flops > 0) + sum(x.nbytes for x in kernel.outputs)
     ideal = 0.0

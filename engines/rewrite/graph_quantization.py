@@ -15,11 +15,9 @@ _FLOAT8, _FLOAT4 = 17, 23
 
 @dataclass(frozen=True, slots=True)
 class QuantizedNodes:
-    """What a graph asks to be computed in low precision.
+    """What a graph asks to be computed in low precision: products, and attentions on float8.
 
-    Attributes:
-        products: node -> "fp8" or "nvfp4", where weight and input are both quantized.
-        attentions: attention nodes on float8 queries, keys and values.
+    A product, by its node, is "fp8" or "nvfp4" where weight and input are both quantized.
     """
 
     products: Mapping[str, str]

@@ -46,23 +46,13 @@ _FLOAT, _INT64 = 1, 7
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One graph, ready to parse.
+    """One graph, ready to parse."""
 
-    Attributes:
-        path: the exported file; external data is relative to its folder.
-        model: serialized ONNX.
-        weights: where the external initializers lie, by name.
-        shared: whether they are inputs of `model`; otherwise TensorRT reads them.
-        chunked_attentions: attentions that were rewritten.
-        quantized: which nodes are to become kernels of low precision.
-    """
-
-    path: Path
-    model: bytes
-    weights: dict[str, WeightRef]
-    shared: bool
-    chunked_attentions: int
-    quantized: QuantizedNodes
+    path: Path  # the exported file; external data is relative to its folder
+    model: bytes  # serialized ONNX
+    weights: dict[str, WeightRef]  # where the external initializers lie, by name
+    shared: bool  # whether they are inputs of `model`; otherwise TensorRT reads them
+    quantized: QuantizedNodes  # which nodes are to become kernels of low precision
 
     @property
     def weight_bytes(self) -> int:
@@ -71,16 +61,9 @@ class Graph:
 
 
 def read_graph(path: Path, signature: Signature, shared: bool) -> Graph:
-    """Reads an exported graph, checks it and rewrites it for TensorRT.
+    """Reads an exported graph, checks it and rewrites it; `shared` makes inputs of the weights.
 
-    Args:
-        path: the exported `.onnx` file.
-        signature: what the graph must be.
-        shared: make inputs of the weights.
-
-    Raises:
-        ArtifactError: not ONNX, not this graph, or weights outside the graph's folder.
-        BackendError: the onnx package is missing.
+    An `ArtifactError` tells of no ONNX, another graph, or weights outside the graph's folder.
     """
     try:
         import onnx
@@ -101,16 +84,12 @@ def read_graph(path: Path, signature: Signature, shared: bool) -> Graph:
     quantized = find_quantized(model)
     if shared:
         _move_to_inputs(model, weights)
-    chunked = _chunk_wide_attention(model, path)
-    return Graph(path, model.SerializeToString(), weights, shared, chunked, quantized)
+    _chunk_wide_attention(model, path)
+    return Graph(path, model.SerializeToString(), weights, shared, quantized)
 
 
 def check_signature(model: "onnx.ModelProto", signature: Signature, path: Path) -> None:
-    """Compares names, types and shapes of inputs and outputs with the contract.
-
-    Raises:
-        ArtifactError: the graph is another one.
-    """
+    """Refuses, with an `ArtifactError`, other names, types or shapes of inputs and outputs."""
     initializers = {tensor.name for tensor in model.graph.initializer}
     for kind, values, specs in (
         ("inputs", model.graph.input, signature.inputs),
@@ -150,7 +129,13 @@ def _external_weights(model: "onnx.ModelProto", path: Path) -> dict[str, WeightR
                 "folder; export the checkpoint again"
             )
         if location not in sizes:
-            sizes[location] = _size(path.parent / location)
+            try:
+                sizes[location] = (path.parent / location).stat().st_size
+            except OSError as error:
+                raise ArtifactError(
+                    f"weight file {path.parent / location} cannot be read ({error.strerror}); "
+                    "export the checkpoint again"
+                ) from error
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
         if tensor.data_type not in _DTYPES:
             raise ArtifactError(f"{path}: weight {tensor.name} has ONNX type {tensor.data_type}")
@@ -159,63 +144,45 @@ def _external_weights(model: "onnx.ModelProto", path: Path) -> dict[str, WeightR
                 f"{path}: weight {tensor.name} ends at byte {offset + length} of {location}, which "
                 f"has {sizes[location]}; export the checkpoint again"
             )
+        dtype = _DTYPES[tensor.data_type]
         weights[tensor.name] = WeightRef(
-            path.parent / location,
-            offset,
-            length,
-            _DTYPES[tensor.data_type],
-            tuple(tensor.dims),
+            path.parent / location, offset, length, dtype, tuple(tensor.dims)
         )
     return weights
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise ArtifactError(
-            f"weight file {path} cannot be read ({error.strerror}); export the checkpoint again"
-        ) from error
 
 
 def _move_to_inputs(model: "onnx.ModelProto", names: Iterable[str]) -> None:
     import onnx
 
-    moved = set(names)
-    kept = []
+    moving = set(names)
     for tensor in model.graph.initializer:
-        if tensor.name in moved:
+        if tensor.name in moving:
             model.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             )
-        else:
-            kept.append(tensor)
+    staying = [tensor for tensor in model.graph.initializer if tensor.name not in moving]
     del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(staying)
 
 
-def _chunk_wide_attention(model: "onnx.ModelProto", path: Path) -> int:
-    """Replaces 4-D attention over wide heads; returns how many there were."""
+def _chunk_wide_attention(model: "onnx.ModelProto", path: Path) -> None:
+    """Replaces 4-D attention over wide heads."""
     import onnx
 
     if not any(_is_plain_attention(node) for node in model.graph.node):
-        return 0
+        return
     inferred = onnx.shape_inference.infer_shapes(_without_data(model), data_prop=True).graph
     known = {value.name: value for value in (*inferred.value_info, *inferred.input)}
     nodes: list[onnx.NodeProto] = []
-    count = 0
     for node in model.graph.node:
         value = known.get(node.input[0]) if _is_plain_attention(node) else None
         dim = value.type.tensor_type.shape.dim[-1].dim_value if value is not None else 0
         if value is not None and dim > MAX_FUSED_HEAD_DIM:
             nodes += _chunks(model, node, dim, value.type.tensor_type.elem_type, path)
-            count += 1
         else:
             nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
-    if count:
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-    return count
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _is_plain_attention(node: "onnx.NodeProto") -> bool:

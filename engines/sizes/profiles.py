@@ -33,13 +33,7 @@ def engine_profiles(
 ) -> list[EngineProfile]:
     """The profiles of one engine; equal ones are kept once.
 
-    Args:
-        signature: the graph's contract.
-        recipe: ranges in users' terms.
-        config: gives the pixels of a token.
-
-    Raises:
-        BuildError: a size that is no multiple of a token's pixels, or no profile at all.
+    A `BuildError` tells of a size that is no multiple of a token's pixels, or of no profile at all.
     """
     profiles: list[EngineProfile] = []
     for profile in recipe.profiles:
@@ -57,14 +51,10 @@ def engine_profiles(
 
 
 def symbol_ranges(profile: ShapeProfile, unit: int) -> dict[str, Range]:
-    """Sizes of the symbolic axes of `klein_kv.artifacts.signature`, but for height and width.
+    """Sizes of the symbolic axes of `artifacts.signature`, but for height and width.
 
-    Args:
-        profile: ranges in users' terms.
-        unit: pixels of a token and side.
-
-    Raises:
-        BuildError: a size that is no multiple of `unit`.
+    `unit` is the pixels of a token's side; a `BuildError` tells of a size that is no multiple of
+    it.
     """
     for field in ("output", "reference_size"):
         for size in getattr(profile, field):

@@ -5,7 +5,7 @@ references and their pixels, prompt tokens and batch; `profiles` turns them into
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -59,14 +59,8 @@ class SizeRange(NamedTuple):
 class ShapeProfile:
     """One range of requests that the engines serve.
 
-    Attributes:
-        name: for people and error messages.
-        batch: images made at once.
-        text_tokens: prompt tokens.
-        output: size of the images made.
-        references: number of reference images; 0 is text-to-image.
-        reference_size: size of one reference image. The largest is an area: references of other
-            proportions (up to 8:1) have as many pixels.
+    The largest `reference_size` is an area: references of other proportions (up to 8:1) have as
+    many pixels.
     """
 
     name: str
@@ -106,78 +100,60 @@ class ShapeProfile:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Reads one `[[profiles]]` table.
-
-        Raises:
-            BuildError: unknown or missing keys, wrong types, ranges out of order.
-        """
+        """Reads one `[[profiles]]` table, or says with a `BuildError` what is wrong with it."""
         name = value.get("name")
         if not isinstance(name, str) or not name:
             raise BuildError(f"recipe: a profile's name is {name!r}, expected a text")
         where = f"profile {name}"
-        keys = ("name", "batch", "text_tokens", "output", "references", "reference_size")
-        _check_keys(where, value, keys)
+        _check_keys(where, value, cls.__slots__, ("output", "references"))
+        value = {"batch": 1, "text_tokens": 512, "reference_size": "1024x1024", **value}
         return cls(
             name=name,
-            batch=_range(where, "batch", value.get("batch", 1)),
-            text_tokens=_range(where, "text_tokens", value.get("text_tokens", 512)),
-            output=_sizes(where, "output", _required(where, value, "output")),
-            references=_range(where, "references", _required(where, value, "references")),
-            reference_size=_sizes(
-                where, "reference_size", value.get("reference_size", "1024x1024")
-            ),
+            batch=_range(where, "batch", value["batch"]),
+            text_tokens=_range(where, "text_tokens", value["text_tokens"]),
+            output=_sizes(where, "output", value["output"]),
+            references=_range(where, "references", value["references"]),
+            reference_size=_sizes(where, "reference_size", value["reference_size"]),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything a build needs to know besides the artifact folder.
+    """Everything a build needs to know besides the artifact folder."""
 
-    Attributes:
-        name: the recipe's name; part of the engines' folder unless it is "default".
-        target: a name that `targets.find_target` knows.
-        precision: "bf16" or "fp16", or a quantized one ("fp8", "nvfp4", "fp8-weight-only") that
-            the artifacts hold; None builds what they were exported in.
-        attention: "fp8" computes the transformer's attention in float8, which a quantized
-            precision and one single shape allow; None leaves it in the type of activations.
-        weights: one of `WEIGHTS_MODES`.
-        profiles: at least one.
-    """
-
-    name: str
-    target: str
+    name: str  # part of the engines' folder unless it is "default"
+    target: str  # a name that `targets.find_target` knows
+    # "bf16", "fp16", or a quantized one that the artifacts hold; None builds what they were
+    # exported in
     precision: str | None
-    weights: str
-    profiles: tuple[ShapeProfile, ...]
+    weights: str  # one of `WEIGHTS_MODES`
+    profiles: tuple[ShapeProfile, ...]  # at least one
+    # "fp8" computes the transformer's attention in float8, which a quantized precision and one
+    # single shape allow; None leaves it in the type of activations
     attention: str | None = None
 
     def __post_init__(self) -> None:
-        precisions = (*DTYPES, *PRECISION_FORMATS)
-        if self.precision is not None and self.precision not in precisions:
-            raise BuildError(
-                f"recipe {self.name}: precision is {self.precision!r}, expected one of "
-                f"{', '.join(precisions)}"
-            )
-        if self.attention not in (None, "fp8"):
-            raise BuildError(
-                f"recipe {self.name}: attention is {self.attention!r}, expected 'fp8' or "
-                "'bf16' (the type of activations)"
-            )
-        if self.attention is not None and not self.fixed:
-            raise BuildError(
-                f"recipe {self.name}: attention in fp8 has a kernel for a fixed number of keys "
-                "only; expected one profile of one single shape, such as static-1024-4ref"
-            )
-        if self.weights not in WEIGHTS_MODES:
-            raise BuildError(
-                f"recipe {self.name}: weights is {self.weights!r}, expected one of "
-                f"{', '.join(WEIGHTS_MODES)}"
-            )
         names = [profile.name for profile in self.profiles]
-        if not names or len(set(names)) != len(names):
-            raise BuildError(
-                f"recipe {self.name}: profiles are {names}, expected at least one and no name twice"
+        precisions = (*DTYPES, *PRECISION_FORMATS)
+        wrong = None
+        if self.precision not in (None, *precisions):
+            wrong = f"precision is {self.precision!r}, expected one of {', '.join(precisions)}"
+        elif self.attention not in (None, "fp8"):
+            wrong = (
+                f"attention is {self.attention!r}, expected 'fp8' or 'bf16' (the type of "
+                "activations)"
             )
+        elif self.attention is not None and not self.fixed:
+            wrong = (
+                "attention in fp8 has a kernel for a fixed number of keys only; expected one "
+                "profile of one single shape, such as static-1024-4ref"
+            )
+        elif self.weights not in WEIGHTS_MODES:
+            wrong = f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS_MODES)}"
+        elif not names or len(set(names)) != len(names):
+            wrong = f"profiles are {names}, expected at least one and no name twice"
+        if wrong is not None:
+            raise BuildError(f"recipe {self.name}: {wrong}")
 
     @property
     def fixed(self) -> bool:
@@ -186,15 +162,14 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """Reads a recipe that comes with the package, by name, or a TOML file, by path.
-
-        Raises:
-            BuildError: no such recipe, or its content is not valid.
-        """
+        """Reads a recipe that comes with the package, by name, or a TOML file, by path."""
         name = str(source)
         if isinstance(source, Path) or name.endswith(".toml"):
             path = Path(source)
-            return cls.from_toml(_read(path), path.stem)
+            try:
+                return cls.from_toml(path.read_text(encoding="utf-8"), path.stem)
+            except (OSError, UnicodeDecodeError) as error:
+                raise BuildError(f"recipe {path} cannot be read: {error}") from error
         if name not in recipe_names():
             raise BuildError(
                 f"unknown recipe {name!r}; expected one of {', '.join(recipe_names())}, or the "
@@ -204,18 +179,15 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str, name: str) -> Self:
-        """Reads a recipe's text.
-
-        Raises:
-            BuildError: not TOML, unknown or missing keys, wrong types.
-        """
+        """Reads a recipe's text, or says with a `BuildError` what is wrong with it."""
         where = f"recipe {name}"
         try:
             value = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise BuildError(f"{where} is not TOML: {error}") from error
-        _check_keys(where, value, ("target", "precision", "attention", "weights", "profiles"))
-        profiles = _required(where, value, "profiles")
+        known = ("target", "precision", "attention", "weights", "profiles")
+        _check_keys(where, value, known, ("profiles",))
+        profiles = value["profiles"]
         if not isinstance(profiles, list) or not all(isinstance(p, dict) for p in profiles):
             raise BuildError(f"{where}: profiles must be [[profiles]] tables")
         attention = value.get("attention")  # "bf16" says what is meant by leaving it out
@@ -231,36 +203,25 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in _folder().iterdir()
-        if entry.name.endswith(".toml")
-    )
+    entries = (entry.name for entry in _folder().iterdir())
+    return sorted(name.removesuffix(".toml") for name in entries if name.endswith(".toml"))
 
 
 def _folder() -> Any:
     return files("klein_kv.engines.sizes") / "recipes"
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BuildError(f"recipe {path} cannot be read: {error}") from error
-
-
-def _check_keys(where: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _check_keys(
+    where: str, value: Mapping[str, Any], known: Sequence[str], required: Sequence[str]
+) -> None:
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise BuildError(
             f"{where}: unknown key {', '.join(unknown)}; expected only {', '.join(known)}"
         )
-
-
-def _required(where: str, value: Mapping[str, Any], key: str) -> Any:
-    if key not in value:
-        raise BuildError(f"{where}: {key} is missing")
-    return value[key]
+    for key in required:
+        if key not in value:
+            raise BuildError(f"{where}: {key} is missing")
 
 
 def _triple(where: str, key: str, value: Any) -> list[Any]:

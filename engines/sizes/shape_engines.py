@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
 from klein_kv.artifacts.engines.engine_record import EngineRecord
@@ -29,54 +30,28 @@ _USUAL_REFERENCE = Size(1024, 1024)
 _NAME = re.compile(r"\d+x\d+-\d+ref(-\d+x\d+)?(-\d+tokens)?")
 
 
-def shape_recipe(
-    output: Size,
-    references: int,
-    reference_size: Size = _USUAL_REFERENCE,
-    text_tokens: int = 512,
-    target: str = "rtx5090",
-) -> Recipe:
+def shape_recipe(output: Size, references: int, reference_size: Size = _USUAL_REFERENCE) -> Recipe:
     """The recipe of one shape, named after it: `1024x1024-4ref`.
 
-    Args:
-        output: pixels of the image made.
-        references: number of reference images.
-        reference_size: pixels of each; what counts is their number of tokens together.
-        text_tokens: prompt tokens.
-        target: see `Recipe.target`.
-
-    Raises:
-        BuildError: a size out of range.
+    Of the references, each of `reference_size` pixels, the number of tokens together counts. A
+    `BuildError` tells of a size out of range.
     """
     name = f"{output.width}x{output.height}-{references}ref"
     if references and reference_size != _USUAL_REFERENCE:
         name += f"-{reference_size.width}x{reference_size.height}"
-    if text_tokens != 512:
-        name += f"-{text_tokens}tokens"
     profile = ShapeProfile(
         name=name,
         batch=Range(1, 1, 1),
-        text_tokens=Range(text_tokens, text_tokens, text_tokens),
+        text_tokens=Range(512, 512, 512),
         output=SizeRange(output, output, output),
         references=Range(references, references, references),
         reference_size=SizeRange(reference_size, reference_size, reference_size),
     )
-    return Recipe(name, target, None, "shared", (profile,))
+    return Recipe(name, "rtx5090", None, "shared", (profile,))
 
 
 def build_shape(
-    artifacts: Path,
-    recipe: Recipe,
-    *,
-    limit: int = DEFAULT_LIMIT,
-    target: str | None = None,
-    graphs: Sequence[str] | None = None,
-    module: str = "auto",
-    force: bool = False,
-    progress: bool | None = None,
-    kv_dtype: str | None = None,
-    precision: str | None = None,
-    attention: str | None = None,
+    artifacts: Path, recipe: Recipe, *, limit: int = DEFAULT_LIMIT, **options: Any
 ) -> list[EngineRecord]:
     """Builds the engines of one shape, unless they are there, and removes others above the limit.
 
@@ -84,56 +59,29 @@ def build_shape(
         artifacts: the artifact folder.
         recipe: what `shape_recipe` gave.
         limit: bytes of all engines of single shapes; those used least recently go first, those of
-            this shape never.
-        target: see `build.build_artifacts`, like all that follow.
-        graphs: likewise.
-        module: likewise.
-        force: likewise.
-        progress: likewise.
-        kv_dtype: likewise.
-        precision: likewise.
-        attention: likewise.
-
-    Raises:
-        RequestError: a limit below 0; and what `build_artifacts` raises.
+            this shape never. A `RequestError` if it is below 0.
+        options: of `build_artifacts`.
     """
     if limit < 0:
         raise RequestError(f"the limit of engines of single shapes is {limit}, expected 0 or more")
-    records = build_artifacts(
-        artifacts,
-        target=target,
-        recipe=recipe,
-        graphs=graphs,
-        module=module,
-        force=force,
-        progress=progress,
-        kv_dtype=kv_dtype,
-        precision=precision,
-        attention=attention,
-    )
-    kept = [path for path in find_engines(artifacts) if _recipe(path) == recipe.name]
-    for path in kept:
+    records = build_artifacts(artifacts, recipe=recipe, **options)
+    own = [path for path in find_engines(artifacts) if _recipe(path) == recipe.name]
+    for path in own:
         (path / ENGINE_MANIFEST).touch()
-    prune_shapes(artifacts, limit, kept)
+    prune_shapes(artifacts, limit, own)
     return records
 
 
 def prune_shapes(artifacts: Path, limit: int, keep: Sequence[Path] = ()) -> list[Path]:
-    """Removes engines of single shapes, those used least recently first.
+    """Removes, and gives, folders of single shapes above `limit` bytes, least recently used first.
 
-    Args:
-        artifacts: the artifact folder.
-        limit: bytes that may stay.
-        keep: folders that stay whatever they take.
-
-    Returns:
-        The folders that were removed.
+    Those of `keep` stay whatever they take.
     """
-    there = [path for path in find_engines(artifacts) if _NAME.fullmatch(_recipe(path))]
-    there.sort(key=lambda path: (path / ENGINE_MANIFEST).stat().st_mtime_ns)
-    sizes = {path: sum(x.stat().st_size for x in path.iterdir() if x.is_file()) for path in there}
+    folders = [path for path in find_engines(artifacts) if _NAME.fullmatch(_recipe(path))]
+    folders.sort(key=lambda path: (path / ENGINE_MANIFEST).stat().st_mtime_ns)
+    sizes = {path: sum(x.stat().st_size for x in path.iterdir() if x.is_file()) for path in folders}
     total, removed = sum(sizes.values()), []
-    for path in there:
+    for path in folders:
         if total <= limit:
             break
         if path in keep:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.engines.engine_manifest import write_atomic
+from klein_kv.artifacts.digest import write_atomic
 from klein_kv.errors import ArtifactError, KleinKVError
 from klein_kv.export.checks.graph_runs import Row
 

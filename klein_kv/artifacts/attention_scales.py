@@ -61,36 +61,24 @@ def attention_scales(
 ) -> dict[str, AttentionScales]:
     """The scales of every block.
 
-    Args:
-        net: the transformer's configuration.
-        ranges: largest magnitudes of "q", "k" (after RoPE) and "v" by block, from calibration; a
-            block that is absent gets the bound of its norms' weights, and for values 1.
-        weights: where the transformer's tensors lie; of blocks without a range the norms' weights
-            (of a head's size) are read.
-
-    Raises:
-        ArtifactError: a range that is no positive number.
+    `ranges` are largest magnitudes of "q", "k" (after RoPE) and "v" by block, from calibration; a
+    block that is absent gets the bound of its norms' weights, which are read, and for values 1.
     """
     scales = {}
     for block in block_names(net):
-        found = ranges.get(block)
-        if found is None:
+        largest = ranges.get(block)
+        if largest is None:
             bound = _norm_bound(net, block, weights) / FP8_MAX
             scales[block] = AttentionScales(bound, bound, _UNCALIBRATED_VALUE)
         else:
             # A head of zeros alone has the range 0; any scale is right for it.
-            q, k, v = (HEADROOM * found[name] / FP8_MAX or 1.0 for name in ("q", "k", "v"))
+            q, k, v = (HEADROOM * largest[name] / FP8_MAX or 1.0 for name in ("q", "k", "v"))
             scales[block] = AttentionScales(q, k, v)
     return scales
 
 
 def kv_scales(net: TransformerConfig, scales: Mapping[str, AttentionScales]) -> list[float]:
-    """Scales of keys and values, k and v of every block, in the order of `signature.kv_names`.
-
-    Args:
-        net: the transformer's configuration.
-        scales: of every block.
-    """
+    """Scales of keys and values, k and v of every block, in the order of `signature.kv_names`."""
     return [scale for name in block_names(net) for scale in (scales[name].k, scales[name].v)]
 
 

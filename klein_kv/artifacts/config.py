@@ -8,9 +8,9 @@ so that no later module has to ask.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from klein_kv.errors import CheckpointError
 
@@ -25,6 +25,8 @@ __all__ = [
     "read_json",
     "tensor_bytes",
 ]
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Command-line names of the floating point types that a graph can compute in."""
@@ -41,6 +43,9 @@ ITEM_SIZE = {
 }
 """Bytes per element."""
 
+DEFAULT_TEXT_LAYERS = (9, 18, 27)
+"""Hidden states that klein reads (diffusers: `Flux2KleinKVPipeline.__call__`)."""
+
 
 def dtype_name(dtype: str) -> str:
     """Command-line name of a type of `DTYPES`: "bf16" of "bfloat16"."""
@@ -53,16 +58,8 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return -(-count // 2) if dtype == "float4_e2m1fn" else count * ITEM_SIZE[dtype]
 
 
-DEFAULT_TEXT_LAYERS = (9, 18, 27)
-"""Hidden states that klein reads (diffusers: `Flux2KleinKVPipeline.__call__`)."""
-
-
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads one JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON or does not hold an object.
-    """
+    """Reads one JSON object; a `CheckpointError` names `what` is missing or no such thing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -79,46 +76,46 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def _require(config: Mapping[str, Any], component: str, expected: Mapping[str, Any]) -> None:
     """Refuses options that the exported graph does not implement; absent options pass."""
     for key, value in expected.items():
-        if key in config and config[key] != value and config[key] is not None:
+        if config.get(key) not in (None, value):
             raise CheckpointError(
                 f"{component} config: {key} is {config[key]!r}, expected {value!r}: "
                 "this is not a FLUX.2 [klein] component that klein-kv can export"
             )
 
 
-def _get(config: Mapping[str, Any], component: str, key: str) -> Any:
-    if config.get(key) is None:
-        raise CheckpointError(
-            f"{component} config: {key} is missing; expected the config.json that diffusers or "
-            "transformers saves"
-        )
-    return config[key]
-
-
-def _number(config: Mapping[str, Any], component: str, key: str, default: float) -> float:
-    value = default if config.get(key) is None else config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{component} config: {key} is {value!r}, expected a number")
-    return float(value)
-
-
-def _integers(
-    config: Mapping[str, Any], component: str, key: str, default: tuple[int, ...]
-) -> tuple[int, ...]:
-    value = default if config.get(key) is None else config[key]
-    if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
-        raise CheckpointError(
-            f"{component} config: {key} is {value!r}, expected a list of integers"
-        )
-    return tuple(value)
-
-
-def _positive(component: str, **values: int) -> None:
-    for key, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _read(kind: type[T], component: str, config: Mapping[str, Any], **defaults: Any) -> T:
+    """Fills the fields of a configuration; absent ones and null take their default."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = config.get(field.name)
+        value = defaults.get(field.name) if value is None else value
+        if value is None:
             raise CheckpointError(
-                f"{component} config: {key} is {value!r}, expected a positive integer"
+                f"{component} config: {field.name} is missing; expected the config.json that "
+                "diffusers or transformers saves"
             )
+        if field.type is float and type(value) is int:
+            value = float(value)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _check(component: str, name: str, value: Any, kind: Any) -> None:
+    """Refuses a value of another type than its field's; integers are sizes, so positive."""
+    if kind is int:
+        good, expected = type(value) is int and value > 0, "a positive integer"
+    elif kind is float:
+        good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
+    else:
+        good = isinstance(value, tuple) and all(type(item) is int for item in value)
+        expected = "a list of integers"
+    if not good:
+        raise CheckpointError(f"{component} config: {name} is {value!r}, expected {expected}")
+
+
+def _check_fields(component: str, config: Any) -> None:
+    for field in fields(config):
+        _check(component, field.name, getattr(config, field.name), field.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,37 +136,28 @@ class TransformerConfig:
     eps: float
 
     def __post_init__(self) -> None:
-        _positive(
-            "transformer",
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            num_layers=self.num_layers,
-            num_single_layers=self.num_single_layers,
-            attention_head_dim=self.attention_head_dim,
-            num_attention_heads=self.num_attention_heads,
-            joint_attention_dim=self.joint_attention_dim,
-            timestep_guidance_channels=self.timestep_guidance_channels,
-        )
-        if len(self.axes_dims_rope) != 4 or sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise CheckpointError(
-                f"transformer config: axes_dims_rope is {self.axes_dims_rope}, expected four axes "
-                f"(T, H, W, L) that add up to attention_head_dim {self.attention_head_dim}"
+        _check_fields("transformer", self)
+        axes, channels = self.axes_dims_rope, self.timestep_guidance_channels
+        wrong = None
+        if len(axes) != 4 or sum(axes) != self.attention_head_dim:
+            wrong = (
+                f"axes_dims_rope is {axes}, expected four axes (T, H, W, L) that add up to "
+                f"attention_head_dim {self.attention_head_dim}"
             )
-        if any(axis % 2 for axis in self.axes_dims_rope):
-            raise CheckpointError(
-                f"transformer config: axes_dims_rope is {self.axes_dims_rope}, expected even sizes"
+        elif any(axis % 2 for axis in axes):
+            wrong = f"axes_dims_rope is {axes}, expected even sizes"
+        elif channels % 2:
+            wrong = (
+                f"timestep_guidance_channels is {channels}, expected an even number: half of them "
+                "are sines, half cosines"
             )
-        if self.timestep_guidance_channels % 2:
-            raise CheckpointError(
-                f"transformer config: timestep_guidance_channels is "
-                f"{self.timestep_guidance_channels}, expected an even number: half of them are "
-                "sines, half cosines"
+        elif self.in_channels != self.out_channels:
+            wrong = (
+                f"out_channels is {self.out_channels}, expected in_channels {self.in_channels}: "
+                "the Euler update adds the two"
             )
-        if self.in_channels != self.out_channels:
-            raise CheckpointError(
-                f"transformer config: out_channels is {self.out_channels}, expected in_channels "
-                f"{self.in_channels}: the Euler update adds the two"
-            )
+        if wrong is not None:
+            raise CheckpointError(f"transformer config: {wrong}")
 
     @property
     def inner_dim(self) -> int:
@@ -192,31 +180,19 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a diffusers `transformer/config.json`.
-
-        Raises:
-            CheckpointError: another class of model, or an option that klein does not have.
-        """
-        _require(
-            config,
+        """Reads a diffusers `transformer/config.json`; a `CheckpointError` if it is not klein's."""
+        klein = {"_class_name": "Flux2Transformer2DModel", "guidance_embeds": False}
+        _require(config, "transformer", klein | {"patch_size": 1})
+        return _read(
+            cls,
             "transformer",
-            {"_class_name": "Flux2Transformer2DModel", "guidance_embeds": False, "patch_size": 1},
-        )
-        part = "transformer"
-        in_channels = _get(config, part, "in_channels")
-        return cls(
-            in_channels=in_channels,
-            out_channels=config.get("out_channels") or in_channels,
-            num_layers=_get(config, part, "num_layers"),
-            num_single_layers=_get(config, part, "num_single_layers"),
-            attention_head_dim=_get(config, part, "attention_head_dim"),
-            num_attention_heads=_get(config, part, "num_attention_heads"),
-            joint_attention_dim=_get(config, part, "joint_attention_dim"),
-            timestep_guidance_channels=config.get("timestep_guidance_channels", 256),
-            mlp_ratio=_number(config, part, "mlp_ratio", 3.0),
-            axes_dims_rope=_integers(config, part, "axes_dims_rope", (32, 32, 32, 32)),
-            rope_theta=_number(config, part, "rope_theta", 2000),
-            eps=_number(config, part, "eps", 1e-6),
+            config,
+            out_channels=config.get("in_channels"),
+            timestep_guidance_channels=256,
+            mlp_ratio=3.0,
+            axes_dims_rope=(32, 32, 32, 32),
+            rope_theta=2000.0,
+            eps=1e-6,
         )
 
 
@@ -236,16 +212,7 @@ class TextEncoderConfig:
     layers: tuple[int, ...] = DEFAULT_TEXT_LAYERS
 
     def __post_init__(self) -> None:
-        _positive(
-            "text_encoder",
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocab_size,
-        )
+        _check_fields("text_encoder", self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"text_encoder config: {self.num_attention_heads} attention heads are not a "
@@ -275,20 +242,11 @@ class TextEncoderConfig:
     ) -> Self:
         """Reads a transformers `text_encoder/config.json` (Qwen3, before and after version 5).
 
-        Raises:
-            CheckpointError: another architecture, or an option that the graph does not implement.
+        A `CheckpointError` tells of another architecture, or an option that no graph implements.
         """
-        part = "text_encoder"
-        _require(
-            config,
-            part,
-            {
-                "model_type": "qwen3",
-                "hidden_act": "silu",
-                "attention_bias": False,
-                "use_sliding_window": False,
-            },
-        )
+        qwen3 = {"model_type": "qwen3", "hidden_act": "silu"}
+        off = {"attention_bias": False, "use_sliding_window": False}
+        _require(config, "text_encoder", qwen3 | off)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
             raise CheckpointError(
@@ -300,25 +258,19 @@ class TextEncoderConfig:
             raise CheckpointError(
                 f"text_encoder config: layer_types is {kinds!r:.80}, expected full_attention alone"
             )
-        heads = _get(config, part, "num_attention_heads")
-        hidden = _get(config, part, "hidden_size")
-        _positive(part, num_attention_heads=heads, hidden_size=hidden)
-        return cls(
-            hidden_size=hidden,
-            intermediate_size=_get(config, part, "intermediate_size"),
-            num_hidden_layers=_get(config, part, "num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab_size=_get(config, part, "vocab_size"),
-            rope_theta=_number(
-                {"rope_theta": rope.get("rope_theta") or config.get("rope_theta")},
-                part,
-                "rope_theta",
-                10000.0,
-            ),
-            rms_norm_eps=_number(config, part, "rms_norm_eps", 1e-6),
-            layers=tuple(layers),
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        for name, size in (("hidden_size", hidden), ("num_attention_heads", heads)):
+            if size is not None:
+                _check("text_encoder", name, size, int)
+        own = {"rope_theta": rope.get("rope_theta") or config.get("rope_theta"), "layers": layers}
+        return _read(
+            cls,
+            "text_encoder",
+            {**config, **own},
+            num_key_value_heads=heads,
+            head_dim=hidden // heads if hidden and heads else 1,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-6,
         )
 
 
@@ -329,6 +281,9 @@ class VaeConfig:
     latent_channels: int
     num_levels: int
     batch_norm_eps: float
+
+    def __post_init__(self) -> None:
+        _check_fields("vae", self)
 
     @property
     def scale_factor(self) -> int:
@@ -347,21 +302,17 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a diffusers `vae/config.json`.
-
-        Raises:
-            CheckpointError: another class of autoencoder.
-        """
+        """Reads a diffusers `vae/config.json`; a `CheckpointError` tells of another class."""
         _require(config, "vae", {"_class_name": "AutoencoderKLFlux2", "in_channels": 3})
-        if _integers(config, "vae", "patch_size", (2, 2)) != (2, 2):
-            raise CheckpointError(f"vae config: patch_size is {config['patch_size']}, expected 2x2")
-        latent_channels = config.get("latent_channels", 32)
-        _positive("vae", latent_channels=latent_channels)
-        return cls(
-            latent_channels=latent_channels,
-            num_levels=len(_integers(config, "vae", "block_out_channels", (0, 0, 0, 0))),
-            batch_norm_eps=_number(config, "vae", "batch_norm_eps", 1e-4),
-        )
+        sides: dict[str, Any] = {"patch_size": (2, 2), "block_out_channels": (0, 0, 0, 0)}
+        for name, default in sides.items():
+            value = default if config.get(name) is None else config[name]
+            sides[name] = tuple(value) if isinstance(value, list) else value
+            _check("vae", name, sides[name], tuple)
+        if sides["patch_size"] != (2, 2):
+            raise CheckpointError(f"vae config: patch_size is {sides['patch_size']}, expected 2x2")
+        own = {"num_levels": len(sides["block_out_channels"])}
+        return _read(cls, "vae", {**config, **own}, latent_channels=32, batch_norm_eps=1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,18 +324,19 @@ class ModelConfig:
     vae: VaeConfig
 
     def __post_init__(self) -> None:
-        if self.text_encoder.output_dim != self.transformer.joint_attention_dim:
+        text, net = self.text_encoder, self.transformer
+        if text.output_dim != net.joint_attention_dim:
             raise CheckpointError(
-                f"text encoder and transformer do not fit: {len(self.text_encoder.layers)} hidden "
-                f"states {list(self.text_encoder.layers)} of width {self.text_encoder.hidden_size} "
-                f"make {self.text_encoder.output_dim}, the transformer's joint_attention_dim is "
-                f"{self.transformer.joint_attention_dim}; set the hidden states with --text-layers"
+                f"text encoder and transformer do not fit: {len(text.layers)} hidden states "
+                f"{list(text.layers)} of width {text.hidden_size} make {text.output_dim}, the "
+                f"transformer's joint_attention_dim is {net.joint_attention_dim}; set the hidden "
+                "states with --text-layers"
             )
-        if self.vae.token_channels != self.transformer.in_channels:
+        if self.vae.token_channels != net.in_channels:
             raise CheckpointError(
                 f"vae and transformer do not fit: {self.vae.latent_channels} latent channels make "
                 f"tokens of {self.vae.token_channels}, the transformer's in_channels is "
-                f"{self.transformer.in_channels}"
+                f"{net.in_channels}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -394,10 +346,12 @@ class ModelConfig:
     @classmethod
     def from_saved(cls, value: Mapping[str, Any]) -> Self:
         """Reads what `to_dict` wrote."""
-        transformer = dict(value["transformer"])
-        transformer["axes_dims_rope"] = tuple(transformer["axes_dims_rope"])
-        text = dict(value["text_encoder"])
-        text["layers"] = tuple(text["layers"])
         return cls(
-            TransformerConfig(**transformer), TextEncoderConfig(**text), VaeConfig(**value["vae"])
+            _from_saved(TransformerConfig, value["transformer"]),
+            _from_saved(TextEncoderConfig, value["text_encoder"]),
+            _from_saved(VaeConfig, value["vae"]),
         )
+
+
+def _from_saved(kind: type[T], value: Mapping[str, Any]) -> T:
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})

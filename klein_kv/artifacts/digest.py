@@ -1,4 +1,4 @@
-"""Whether a file is the one it was, and whether it lies in its folder.
+"""Files: whether one is what it was, whether it lies in its folder, written whole or not at all.
 
 Files up to 256 MiB are hashed whole. A larger one (weights of tens of gigabytes) is hashed through
 its length, its first and last mebibyte and 64 blocks of 64 KiB spread evenly over it: enough to
@@ -7,11 +7,13 @@ of the digest says which of the two it is.
 """
 
 import hashlib
+import os
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from klein_kv.errors import ArtifactError
 
-__all__ = ["WHOLE_FILE_LIMIT", "combine_digests", "file_digest", "inside"]
+__all__ = ["WHOLE_FILE_LIMIT", "combine_digests", "file_digest", "inside", "write_atomic"]
 
 WHOLE_FILE_LIMIT = 256 << 20
 _EDGE = 1 << 20
@@ -20,11 +22,7 @@ _BLOCKS = 64
 
 
 def file_digest(path: Path) -> str:
-    """`sha256:HEX` of a whole file, or `sampled-sha256:HEX` of a file over 256 MiB.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """`sha256:HEX` of a whole file, or `sampled-sha256:HEX` of a file over 256 MiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE_FILE_LIMIT:
@@ -46,11 +44,7 @@ def combine_digests(digests: dict[str, str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused where `name` would leave the folder.
-
-    Raises:
-        ArtifactError: an absolute path, one with `..`, or a link to a file elsewhere.
-    """
+    """`folder / name`; an `ArtifactError` where `name`, or a link there, leaves the folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise ArtifactError(
@@ -63,3 +57,16 @@ def inside(folder: Path, name: str) -> Path:
             "(downloads from a hub: with a local folder, not through its cache)"
         )
     return path
+
+
+def write_atomic(path: Path, data: Any) -> None:
+    """Writes bytes, or anything with a buffer, aside and renames the file into place."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

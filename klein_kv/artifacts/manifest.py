@@ -5,13 +5,12 @@ stay inside the folder.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from klein_kv.artifacts.config import DTYPES, ModelConfig
-from klein_kv.artifacts.digest import combine_digests, file_digest, inside
+from klein_kv.artifacts.digest import combine_digests, file_digest, inside, write_atomic
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
@@ -24,12 +23,7 @@ from klein_kv.artifacts.signature import (
 )
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "FileRecord",
-    "Manifest",
-]
+__all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
 MANIFEST = "klein.json"
 FORMAT_VERSION = 1
@@ -39,13 +33,7 @@ _QUANTIZED = ("transformer", "text_encoder")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Size in bytes and digest of one file.
-
-    Attributes:
-        bytes: its size.
-        digest: what `digest.file_digest` makes of it; checked whenever the folder is opened.
-        sha256: the hub's own digest of the whole file, "" if it is not known.
-    """
+    """Size of one file, its `file_digest`, and the hub's own sha256 of it, "" if not known."""
 
     bytes: int
     digest: str
@@ -54,31 +42,19 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Content of `klein.json`.
+    """Content of `klein.json`."""
 
-    Attributes:
-        model_id: name of the checkpoint, for people.
-        variant: "kv" or "plain"; never guessed from the weights.
-        dtype: floating point type of graphs and weights.
-        config: the three networks.
-        scheduler: diffusers' scheduler configuration, as found.
-        prompt: how prompts are tokenized.
-        files: records by path relative to the folder.
-        licence: notice about the weights, for people.
-        distilled: False for weights that need classifier-free guidance.
-        precisions: what was quantized: for each precision, the quantized files of each network
-            (see `quantized_weights`); a network that is not named stays as it is.
-    """
-
-    model_id: str
-    variant: str
-    dtype: str
+    model_id: str  # name of the checkpoint, for people
+    variant: str  # "kv" or "plain"; never guessed from the weights
+    dtype: str  # floating point type of graphs and weights
     config: ModelConfig
-    scheduler: dict[str, Any]
+    scheduler: dict[str, Any]  # diffusers' scheduler configuration, as found
     prompt: PromptFormat
-    files: dict[str, FileRecord]
-    licence: str
-    distilled: bool = True
+    files: dict[str, FileRecord]  # records by path relative to the folder
+    licence: str  # notice about the weights, for people
+    distilled: bool = True  # False for weights that need classifier-free guidance
+    # for each precision, the quantized files of each network (see `quantized_weights`); a network
+    # that is not named stays as it is
     precisions: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
@@ -102,20 +78,12 @@ class Manifest:
         return {file for name in self.precisions for file in self.precision_files(name)}
 
     def precision_digest(self, precision: str) -> str:
-        """The same for a precision of the folder, which is another model.
-
-        Raises:
-            ArtifactError: the folder does not hold it.
-        """
+        """The same for a precision of the folder, which is another model."""
         parts = {name: self.files[name].digest for name in self.precision_files(precision)}
         return combine_digests(parts | {"": self.model_digest})
 
     def precision_files(self, precision: str) -> list[str]:
-        """Files of a precision: quantized weights, scales and graphs.
-
-        Raises:
-            ArtifactError: the folder does not hold it.
-        """
+        """Quantized weights, scales and graphs of a precision; an `ArtifactError` without it."""
         if precision not in self.precisions:
             held = ", ".join(self.precisions) or "none"
             raise ArtifactError(
@@ -144,18 +112,11 @@ class Manifest:
         precision: str | None = None,
         attention: str | None = None,
     ) -> GraphSet:
-        """The graphs to run or to build.
+        """The graphs to run or to build; None stands for what the folder has of its own.
 
-        Args:
-            kv_dtype: type of reference keys and values: the folder's own, or a `KVFormat`; in a
-                quantized precision the scales are constants either way. None for the folder's own.
-            precision: a quantized one; None for the folder's own.
-            attention: "fp8" for attention in float8, which a quantized precision has; its keys and
-                values are float8 as well.
-
-        Raises:
-            ArtifactError: the folder does not hold them.
-            RequestError: there are no such graphs.
+        In a quantized precision the scales of float8 keys and values (a `KVFormat`) are constants
+        in any case, and `attention` "fp8", which it alone has, reads such keys and values. An
+        `ArtifactError` says that the folder lacks the graphs, a `RequestError` that none exist.
         """
         kv = None if kv_dtype == self.dtype else kv_dtype
         if precision is not None:
@@ -198,39 +159,20 @@ class Manifest:
         value = {
             "format": _FORMAT,
             "format_version": FORMAT_VERSION,
-            "model_id": self.model_id,
-            "variant": self.variant,
-            "dtype": self.dtype,
-            "licence": self.licence,
-            "distilled": self.distilled,
             "graphs": self.graphs.files,
-            "config": self.config.to_dict(),
-            "scheduler": self.scheduler,
-            "prompt": asdict(self.prompt),
-            "precisions": self.precisions,
+            **asdict(self),
             "files": {
-                name: {"bytes": record.bytes, "digest": record.digest}
-                | ({"sha256": record.sha256} if record.sha256 else {})
+                name: {key: item for key, item in asdict(record).items() if item != ""}
                 for name, record in sorted(self.files.items())
             },
         }
-        partial = folder / f".{MANIFEST}.partial-{os.getpid()}"
-        try:
-            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            partial.replace(folder / MANIFEST)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomic(folder / MANIFEST, (json.dumps(value, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path, check_files: bool = True) -> Self:
-        """Reads and checks an artifact folder's manifest.
+        """Reads and checks an artifact folder's manifest, and unless told otherwise its files.
 
-        Args:
-            folder: the artifact folder.
-            check_files: also check size and digest of every file.
-
-        Raises:
-            ArtifactError: not an artifact folder, a newer format, or a file that does not match.
+        An `ArtifactError` tells of another folder, a newer format, or a file that does not match.
         """
         value = _read_manifest(folder)
         try:
@@ -241,10 +183,7 @@ class Manifest:
                 config=ModelConfig.from_saved(value["config"]),
                 scheduler=value["scheduler"],
                 prompt=PromptFormat(**value["prompt"]),
-                files={
-                    name: FileRecord(record["bytes"], record["digest"], record.get("sha256", ""))
-                    for name, record in value["files"].items()
-                },
+                files={name: FileRecord(**record) for name, record in value["files"].items()},
                 licence=value["licence"],
                 distilled=bool(value.get("distilled", True)),
                 precisions={
@@ -260,8 +199,7 @@ class Manifest:
             raise ArtifactError(
                 f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
                 f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
-                f"{', '.join(DTYPES.values())}; "
-                "export the checkpoint again"
+                f"{', '.join(DTYPES.values())}; export the checkpoint again"
             )
         manifest.check_precisions(folder)
         if check_files:
@@ -269,35 +207,23 @@ class Manifest:
         return manifest
 
     def check_precisions(self, folder: Path) -> None:
-        """Refuses precisions and networks of other names, and ones whose files are not listed.
-
-        Raises:
-            ArtifactError: with the name.
-        """
+        """Refuses precisions and networks of other names, and ones whose files are not listed."""
         for precision, networks in self.precisions.items():
-            if "transformer" not in networks:
-                raise ArtifactError(
-                    f"{folder / MANIFEST}: precision {precision!r} has no transformer; quantize "
-                    "again"
-                )
+            wrong = None if "transformer" in networks else "has no transformer"
             for component, name in networks.items():
-                known = component in _QUANTIZED and {precision, name} <= set(PRECISION_FORMATS)
-                missing = [
-                    file for file in quantized_files(component, name) if file not in self.files
-                ]
-                if not known or missing:
-                    what = f"lists no {missing[0]}" if known else "has other names than expected"
-                    raise ArtifactError(
-                        f"{folder / MANIFEST} {what} (precision {precision!r}: {component!r} in "
-                        f"{name!r}); quantize again"
-                    )
+                if component not in _QUANTIZED or not {precision, name} <= set(PRECISION_FORMATS):
+                    wrong = f"has other names than expected ({component!r} in {name!r})"
+                    break
+                missing = [x for x in quantized_files(component, name) if x not in self.files]
+                if missing:
+                    wrong = f"lists no {missing[0]}"
+            if wrong is not None:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: precision {precision!r} {wrong}; quantize again"
+                )
 
     def check_files(self, folder: Path) -> None:
-        """Compares every recorded file with the folder.
-
-        Raises:
-            ArtifactError: a file is missing, has another size or another digest.
-        """
+        """Refuses a folder where a file is missing, or has another size or digest."""
         for graph, name in self.graphs.files.items():
             if name not in self.files:
                 raise ArtifactError(
@@ -314,8 +240,9 @@ class Manifest:
                     "export the checkpoint again"
                 ) from error
             if digest != record.digest:
-                got = f"{size} bytes" if size != record.bytes else digest
-                expected = f"{record.bytes} bytes" if size != record.bytes else record.digest
+                got, expected = digest, record.digest
+                if size != record.bytes:
+                    got, expected = f"{size} bytes", f"{record.bytes} bytes"
                 raise ArtifactError(
                     f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
                     f"{expected}; it was changed or damaged, export the checkpoint again"
@@ -327,11 +254,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = (
-            " (this is a checkpoint: export it first with `klein-kv export`)"
-            if (folder / "model_index.json").exists()
-            else ""
-        )
+        hint = ""
+        if (folder / "model_index.json").exists():
+            hint = " (this is a checkpoint: export it first with `klein-kv export`)"
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error

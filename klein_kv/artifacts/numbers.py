@@ -64,22 +64,16 @@ _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "model.layers.")
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """A quantized weight matrix [out, in] and what to do with the layer's input.
+    """A quantized weight matrix [out, in] and what to do with the layer's input."""
 
-    Attributes:
-        format: one of `FORMATS`.
-        weight: float8_e4m3fn [out, in], or float4_e2m1fn [out, in], two numbers per byte, the
-            first in the low half.
-        weight_scale: what the numbers (fp8) or the block scales (nvfp4) are multiplied by.
-        block_scales: nvfp4: float8_e4m3fn [out, in / 16], row by row.
-        input_scale: fp8: activations are `x / input_scale`; nvfp4: the tensor's scale when
-            activations are quantized. None leaves activations as they are.
-    """
-
-    format: str
+    format: str  # one of `FORMATS`
+    # float8_e4m3fn [out, in], or float4_e2m1fn [out, in], two numbers per byte, the first in the
+    # low half
     weight: WeightRef
-    weight_scale: float
-    block_scales: WeightRef | None
+    weight_scale: float  # what the numbers (fp8) or the block scales (nvfp4) are multiplied by
+    block_scales: WeightRef | None  # nvfp4: float8_e4m3fn [out, in / 16], row by row
+    # fp8: activations are `x / input_scale`; nvfp4: the tensor's scale when activations are
+    # quantized. None leaves activations as they are.
     input_scale: float | None
 
     def __post_init__(self) -> None:
@@ -156,15 +150,7 @@ def _positive(scale: np.float32) -> float:
 
 
 def quantize_fp8(values: NDArray[Any], scale: float) -> NDArray[Any]:
-    """Rounds `values / scale` to e4m3.
-
-    Args:
-        values: any float type and shape.
-        scale: positive.
-
-    Returns:
-        float8_e4m3fn of the same shape; magnitudes over 448 become 448, NaN stays NaN.
-    """
+    """Rounds `values / scale` to float8_e4m3; magnitudes over 448 become 448, NaN stays NaN."""
     scaled = np.asarray(values, np.float32) / np.float32(scale)
     numbers: NDArray[Any] = np.clip(scaled, -FP8_MAX, FP8_MAX).astype(_E4M3)
     return numbers
@@ -177,15 +163,10 @@ def dequantize_fp8(numbers: NDArray[Any], scale: float) -> NDArray[np.float32]:
 
 
 def quantize_nvfp4(values: NDArray[Any], scale: float) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """Rounds blocks of 16 along the last axis to e2m1.
+    """Rounds blocks of 16 along the last axis of [..., K] to e2m1; `scale` is the tensor's.
 
-    Args:
-        values: [..., K], any float type, K a multiple of 16.
-        scale: the tensor's scale, positive.
-
-    Returns:
-        Packed numbers uint8 [..., K / 2] and block scales float8_e4m3fn [..., K / 16]. A block
-        whose scale rounds to zero becomes zeros.
+    Gives packed numbers uint8 [..., K / 2] and block scales float8_e4m3fn [..., K / 16]. A block
+    whose scale rounds to zero becomes zeros.
     """
     blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, BLOCK)
     largest = np.abs(blocks).max(axis=-1)
@@ -200,16 +181,7 @@ def quantize_nvfp4(values: NDArray[Any], scale: float) -> tuple[NDArray[np.uint8
 def dequantize_nvfp4(
     packed: NDArray[np.uint8], block_scales: NDArray[Any], scale: float
 ) -> NDArray[np.float32]:
-    """`number * (block scale * scale)` in float32.
-
-    Args:
-        packed: uint8 [..., K / 2].
-        block_scales: float8_e4m3fn [..., K / 16].
-        scale: the tensor's scale.
-
-    Returns:
-        [..., K].
-    """
+    """`number * (block scale * scale)` in float32 [..., K], from what `quantize_nvfp4` gave."""
     numbers = _E2M1_VALUES[unpack_fp4(packed)]
     blocks = numbers.reshape(*numbers.shape[:-1], -1, BLOCK)
     steps = block_scales.astype(np.float32) * np.float32(scale)

@@ -40,15 +40,9 @@ _DECODE_ERRORS = (
 
 
 def check_reference(image: object) -> None:
-    """Refuses what diffusers refuses as a reference image.
+    """Refuses what diffusers refuses: no PIL image, a side under 64 pixels, an aspect above 8:1.
 
     Source: diffusers, `Flux2ImageProcessor.check_image_input`.
-
-    Args:
-        image: A PIL image of any mode.
-
-    Raises:
-        RequestError: not a PIL image, a side under 64 pixels, or an aspect above 8:1.
     """
     if not isinstance(image, Image.Image):
         raise RequestError(
@@ -69,23 +63,14 @@ def check_reference(image: object) -> None:
 
 
 def prepare_reference(image: Image.Image, multiple_of: int) -> NDArray[np.uint8]:
-    """Resizes and crops a reference image to what the VAE encoder reads.
+    """Resizes and crops a reference image to what the VAE encoder reads: uint8 [1, H, W, 3], RGB.
 
     An area above 1024x1024 is resized to it, keeping the aspect. Then the centre is cropped to
-    whole multiples. Transparency is dropped, not blended, as diffusers does.
+    whole multiples. Transparency is dropped, not blended, as diffusers does. A `RequestError` as of
+    `check_reference`, or if PIL cannot read or convert the image.
 
     Source: diffusers, `Flux2KleinKVPipeline.__call__` (part 4) and `Flux2ImageProcessor`
     (`_resize_to_target_area`, `_resize_and_crop`). The encoder graph scales x/255*2-1 itself.
-
-    Args:
-        image: A PIL image of any mode. It is not changed.
-        multiple_of: Pixels per token, 16 for klein.
-
-    Returns:
-        uint8 [1, H, W, 3], RGB, H and W multiples of `multiple_of`. A new array.
-
-    Raises:
-        RequestError: see `check_reference`; or PIL cannot read or convert it.
     """
     check_reference(image)
     try:
@@ -120,18 +105,10 @@ def _resized_and_cropped(image: Image.Image, multiple_of: int) -> NDArray[np.uin
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Reads an image file, upright and in RGB.
+    """Reads an image file (the first of several frames), upright, in RGB; 16-bit grey as 8-bit.
 
-    Args:
-        path: A PNG, JPEG, WebP, AVIF, BMP, GIF, TIFF or PPM file; of several frames the first.
-
-    Returns:
-        An RGB image, fully decoded, turned as its EXIF orientation says. 16-bit grey is scaled to
-        8 bits.
-
-    Raises:
-        RequestError: no such file, not an image, damaged, or of more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`; the last is refused before anything is decoded.
+    A `RequestError` tells of no file, no image, a damaged one, or one of more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS`, which is refused before anything is decoded.
     """
     path = Path(path)
     Image.init()

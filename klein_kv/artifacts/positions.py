@@ -12,12 +12,9 @@ REFERENCE_TIME_STEP = 10
 
 
 def grid_ids(height: int, width: int, time: int = 0) -> NDArray[np.int64]:
-    """Positions (T, H, W, L) of a grid of tokens, row by row.
+    """Positions (T, H, W, L) of a grid of tokens, row by row: int64 [height * width, 4].
 
     Source: diffusers, `Flux2KleinKVPipeline._prepare_latent_ids` and `_prepare_image_ids`.
-
-    Returns:
-        int64 [height * width, 4].
     """
     ids = np.zeros((height, width, 4), np.int64)
     ids[..., 0] = time

@@ -15,28 +15,18 @@ class PromptFormat:
     """What a tokenizer's chat template and configuration say about one prompt.
 
     `klein-kv export` writes it and has compared it with transformers; the runtime reads it and
-    needs no template engine. The text that is tokenized is prefix + prompt + suffix.
-
-    Attributes:
-        prefix: chat text before the prompt.
-        suffix: chat text after the prompt, up to where the model would answer.
-        pad_token: the token that fills up to the fixed length.
-        pad_id: its id.
-        padding_side: where padding goes.
-        truncation_side: where tokens beyond the fixed length are cut off.
-        split_special_tokens: whether `<|im_end|>` and the like in the text are plain characters;
-            klein's tokenizer takes them for the special tokens.
-
-    Raises:
-        CheckpointError: a value of another type, or a side that is neither left nor right.
+    needs no template engine. The text that is tokenized is prefix + prompt + suffix. A
+    `CheckpointError` tells of a value of another type, or of another side than left and right.
     """
 
-    prefix: str
-    suffix: str
-    pad_token: str
+    prefix: str  # chat text before the prompt
+    suffix: str  # chat text after the prompt, up to where the model would answer
+    pad_token: str  # the token that fills up to the fixed length
     pad_id: int
-    padding_side: Side
-    truncation_side: Side
+    padding_side: Side  # where padding goes
+    truncation_side: Side  # where tokens beyond the fixed length are cut off
+    # whether `<|im_end|>` and the like in the text are plain characters; klein's tokenizer takes
+    # them for the special tokens
     split_special_tokens: bool
 
     def __post_init__(self) -> None:

@@ -34,17 +34,13 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class QuantizedComponent:
-    """The quantized layers of one network.
-
-    Attributes:
-        linears: by weight name.
-        attention: transformer: largest magnitude of "q", "k" (after RoPE) and "v" by block; empty
-            if no calibration was run.
-        origin: how numbers and scales were found, for people.
-    """
+    """The quantized layers of one network, by weight name."""
 
     linears: dict[str, QuantizedLinear]
+    # transformer: largest magnitude of "q", "k" (after RoPE) and "v" by block; empty if no
+    # calibration was run
     attention: dict[str, dict[str, float]] = field(default_factory=dict)
+    # how numbers and scales were found, for people
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,14 +60,7 @@ def save_quantized_scales(
     attention: Mapping[str, Mapping[str, float]],
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes the scales of one network.
-
-    Args:
-        path: the .json file.
-        linears: format, weight scale and input scale by weight name.
-        attention: see `QuantizedComponent`.
-        origin: see `QuantizedComponent`.
-    """
+    """Writes the .json file of one network: format, weight scale and input scale by weight name."""
     value = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -86,15 +75,9 @@ def save_quantized_scales(
 
 
 def load_quantized(artifacts: Path, component: str, precision: str) -> QuantizedComponent:
-    """Reads scales, and where the numbers lie.
+    """Reads scales, and where the numbers lie; `precision` is what the files are called.
 
-    Args:
-        artifacts: the artifact folder.
-        component: "transformer" or "text_encoder".
-        precision: what the files are called, a key of `quantization.PRECISION_FORMATS`.
-
-    Raises:
-        ArtifactError: files are missing or do not belong together.
+    An `ArtifactError` if files are missing or do not belong together.
     """
     if precision not in PRECISION_FORMATS:
         raise ArtifactError(
@@ -124,7 +107,7 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             )
             for name, entry in value["linears"].items()
         }
-        found = QuantizedComponent(linears, value["attention"], value["origin"])
+        quantized = QuantizedComponent(linears, value["attention"], value["origin"])
     except (OSError, ValueError, TypeError, KeyError, CheckpointError, RecursionError) as error:
         raise ArtifactError(
             f"{scales} and {weights.name} cannot be read together "
@@ -135,4 +118,4 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             f"{weights} holds {next(iter(refs))}, of which {scales.name} says nothing; quantize "
             "again"
         )
-    return found
+    return quantized

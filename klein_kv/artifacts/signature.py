@@ -13,8 +13,9 @@ where diffusers has one. Symbols:
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
-from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, TransformerConfig
+from klein_kv.artifacts.config import ModelConfig, TransformerConfig, tensor_bytes
 from klein_kv.errors import RequestError
 
 __all__ = [
@@ -86,22 +87,16 @@ lets a graph refer to weights in its own folder only."""
 
 @dataclass(frozen=True, slots=True)
 class GraphSet:
-    """The graphs of an artifact folder that belong together, and their types.
+    """The graphs of an artifact folder that belong together, and their types."""
 
-    Attributes:
-        variant: a key of `VARIANTS`.
-        dtype: floating point type of inputs, outputs and activations.
-        kv_dtype: type that reference keys and values are handed on in, `dtype` or a `KVFormat`;
-            None for `dtype`.
-        quantized: (component, name of its quantized files) of quantized networks, sorted.
-        attention: "fp8" where the transformer's attention is computed in float8.
-    """
-
-    variant: str
-    dtype: str
+    variant: str  # a key of `VARIANTS`
+    dtype: str  # floating point type of inputs, outputs and activations
+    # type that reference keys and values are handed on in, `dtype` or a `KVFormat`; None for
+    # `dtype`
     kv_dtype: str | None = None
+    # (component, name of its quantized files) of quantized networks, sorted
     quantized: tuple[tuple[str, str], ...] = ()
-    attention: str | None = None
+    attention: str | None = None  # "fp8" where the transformer's attention is computed in float8
 
     @property
     def files(self) -> dict[str, str]:
@@ -157,16 +152,11 @@ def graph_sets(variant: str, dtype: str) -> list[GraphSet]:
 
 
 def quantized_graph_sets(variant: str, dtype: str, networks: Mapping[str, str]) -> list[GraphSet]:
-    """All sets of graphs of a quantized precision.
+    """All sets of graphs of a quantized precision; `networks` names its files by component.
 
     Three for KV weights: keys and values in `dtype`; in float8 with constant scales; and attention
     in float8 too, which reads them as they are. One for plain weights, and where activations are
     kept (names that end in "-weight-only").
-
-    Args:
-        variant: a key of `VARIANTS`.
-        dtype: floating point type of inputs, outputs and activations.
-        networks: component -> name of its quantized files.
     """
     quantized = tuple(sorted(networks.items()))
     own = GraphSet(variant, dtype, None, quantized)
@@ -189,9 +179,11 @@ def distinct_graphs(sets: Iterable[GraphSet]) -> Iterator[tuple[str, str, GraphS
                 yield graph if graphs.kv_dtype is None else graph + _FLOAT8_KV, graph, graphs
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output: `shape` holds integers and the symbols of this module's docstring."""
+class TensorSpec(NamedTuple):
+    """One input or output: `shape` holds integers and the symbols of this module's docstring.
+
+    Of an engine, -1 marks an axis that varies.
+    """
 
     name: str
     dtype: str
@@ -203,10 +195,7 @@ class TensorSpec:
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the tensor at these sizes."""
-        count = ITEM_SIZE[self.dtype]
-        for axis in self.concrete(sizes):
-            count *= axis
-        return count
+        return tensor_bytes(self.dtype, self.concrete(sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,22 +209,15 @@ class Signature:
     @property
     def symbols(self) -> tuple[str, ...]:
         """Symbolic axes of the inputs, in order of appearance."""
-        found: dict[str, None] = {}
-        for spec in self.inputs:
-            found.update(dict.fromkeys(axis for axis in spec.shape if isinstance(axis, str)))
-        return tuple(found)
+        axes = (axis for spec in self.inputs for axis in spec.shape)
+        return tuple(dict.fromkeys(axis for axis in axes if isinstance(axis, str)))
 
     def output_shapes(
         self, inputs: Mapping[str, tuple[int, ...]], unit: int
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs that inputs of these shapes give.
+        """Shapes of the outputs that such inputs give; `unit` is the pixels of a token's side.
 
-        Args:
-            inputs: shape of every input.
-            unit: pixels of a token's side.
-
-        Raises:
-            RequestError: the inputs do not fit the signature, or each other.
+        A `RequestError` if the inputs do not fit the signature, or each other.
         """
         sizes: dict[str, int] = {}
         for spec in self.inputs:
@@ -281,16 +263,7 @@ def is_kv(name: str) -> bool:
 
 
 def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) -> list[TensorSpec]:
-    """The same with types and shapes.
-
-    Args:
-        net: gives blocks and heads.
-        dtype: the floating point type of the graphs.
-        kv_dtype: type of keys and values, `dtype` or a `KVFormat`; None for `dtype`.
-
-    Raises:
-        RequestError: another `kv_dtype`.
-    """
+    """The same with types and shapes; a `RequestError` if there is no such `kv_dtype`."""
     if kv_dtype not in (None, dtype, *KVFormat):
         raise RequestError(
             f"kv_dtype is {kv_dtype!r}, expected {dtype!r}, '" + "' or '".join(KVFormat) + "'"
@@ -313,17 +286,10 @@ def _numbers(dtype: str, kv_dtype: str | None) -> str:
 def make_signature(
     graph: str, config: ModelConfig, dtype: str, kv_dtype: str | None = None
 ) -> Signature:
-    """The signature of one graph.
+    """The signature of one graph, a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
 
-    Args:
-        graph: a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
-        config: the checkpoint's configuration.
-        dtype: the floating point type of the graph, e.g. "bfloat16".
-        kv_dtype: type of reference keys and values, `dtype` or a `KVFormat`; None for `dtype`.
-
-    Raises:
-        KeyError: no graph of that name.
-        RequestError: another `kv_dtype`.
+    `dtype` is the graph's floating point type, `kv_dtype` that of reference keys and values: the
+    same, a `KVFormat`, or None for the same. A `RequestError` tells of another.
     """
     net = config.transformer
     kv = tuple(kv_tensors(net, dtype, kv_dtype))

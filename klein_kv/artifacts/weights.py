@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,11 +24,14 @@ from klein_kv.errors import ArtifactError, CheckpointError
 __all__ = [
     "NUMPY_DTYPES",
     "WeightIndex",
+    "WeightPlace",
     "WeightRef",
     "graph_weights",
     "map_weight",
+    "places_from_json",
     "read_header",
     "read_metadata",
+    "refs_from_places",
     "safetensors_header",
     "save_graph_weights",
     "weights_file",
@@ -68,29 +71,26 @@ class WeightRef:
     def rows(self, start: int, stop: int) -> "WeightRef":
         """Rows `start` to `stop` (exclusive) of axis 0: contiguous, so again a plain byte range."""
         row = self.nbytes // self.shape[0]
-        return WeightRef(
-            self.path,
-            self.offset + start * row,
-            (stop - start) * row,
-            self.dtype,
-            (stop - start, *self.shape[1:]),
-        )
+        shape = (stop - start, *self.shape[1:])
+        offset, nbytes = self.offset + start * row, (stop - start) * row
+        return WeightRef(self.path, offset, nbytes, self.dtype, shape)
+
+    def place(self, folder: Path) -> "WeightPlace":
+        """The same, as tables of files in or below this folder name it."""
+        file = self.path.relative_to(folder).as_posix()
+        return WeightPlace(file, self.offset, self.nbytes, self.dtype, self.shape)
 
 
 def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
-    """Reads the header of one safetensors file.
+    """Where the tensors of one safetensors file lie.
 
-    Args:
-        path: the file.
-        quantized: accept float8 and float4 tensors too, which mean nothing without their scales.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or not safetensors.
+    `quantized` accepts float8 and float4 tensors too, which mean nothing without their scales. A
+    `CheckpointError` tells of a file that is missing, truncated, or not safetensors.
     """
     header, start, size = _parse_header(path)
     dtypes = _QUANTIZED_DTYPES if quantized else _DTYPES
     refs = {
-        name: _ref_from_entry(path, name, entry, start, size, dtypes)
+        name: _ref_from_entry(path, name, entry, start, dtypes)
         for name, entry in header.items()
         if name != "__metadata__"
     }
@@ -105,17 +105,14 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
         end += ref.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path} has {size} bytes, its tensors end at {end}; download it again"
+            f"{path} is truncated or has a tail: it has {size} bytes, its tensors end at {end}; "
+            "download it again"
         )
     return refs
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the texts that a safetensors file carries beside its tensors.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or not safetensors.
-    """
+    """The texts that a safetensors file carries beside its tensors; errors as of `read_header`."""
     metadata = _parse_header(path)[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(x) is str for x in metadata.values()):
         raise CheckpointError(f"{path}: the metadata is no JSON object of texts")
@@ -149,7 +146,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _ref_from_entry(
-    path: Path, name: str, entry: Any, start: int, size: int, dtypes: Mapping[str, str]
+    path: Path, name: str, entry: Any, start: int, dtypes: Mapping[str, str]
 ) -> WeightRef:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -157,32 +154,21 @@ def _ref_from_entry(
         raise CheckpointError(
             f"{path}: the header entry of {name} is malformed: {error!r}"
         ) from error
+    dtype = dtypes.get(code, "") if isinstance(code, str) else ""
+    wrong = None
     if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
-        raise CheckpointError(
-            f"{path}: {name} has shape {shape} and bytes {begin!r} to {end!r}, expected integers "
-            "of 0 or more"
-        )
-    if not isinstance(code, str) or code not in dtypes:
-        raise CheckpointError(
-            f"{path}: {name} has dtype {code}, expected one of {', '.join(dtypes)}"
-        )
-    dtype = dtypes[code]
-    count = tensor_bytes(dtype, shape)
-    if dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
-        raise CheckpointError(
-            f"{path}: {name} is {dtype} of shape {shape}, expected an even last axis: two elements "
-            "share a byte"
-        )
-    if end - begin != count:
-        raise CheckpointError(
-            f"{path}: {name} of shape {shape} and dtype {dtype} should take {count} bytes, "
+        wrong = f"has shape {shape} and bytes {begin!r} to {end!r}, expected integers of 0 or more"
+    elif not dtype:
+        wrong = f"has dtype {code}, expected one of {', '.join(dtypes)}"
+    elif dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
+        wrong = f"is {dtype} of shape {shape}, expected an even last axis: two share a byte"
+    elif end - begin != tensor_bytes(dtype, shape):
+        wrong = (
+            f"of shape {shape} and dtype {dtype} should take {tensor_bytes(dtype, shape)} bytes, "
             f"its header gives {begin} to {end}"
         )
-    if start + end > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {start + end}, the file has {size}; "
-            "download it again"
-        )
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {name} {wrong}")
     return WeightRef(path, start + begin, end - begin, dtype, shape)
 
 
@@ -211,7 +197,7 @@ class WeightIndex(Mapping[str, WeightRef]):
     def __len__(self) -> int:
         return len(self._refs)
 
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: object) -> bool:  # `Mapping`'s own waits for a KeyError
         return name in self._refs
 
     @property
@@ -224,10 +210,7 @@ class WeightIndex(Mapping[str, WeightRef]):
         """Finds a component's safetensors: one file, or the shards that an index names.
 
         Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
-        they leave no choice.
-
-        Raises:
-            CheckpointError: no safetensors, a missing shard, an index that does not match.
+        they leave no choice; else a `CheckpointError`.
         """
         for name in _FILE_NAMES:
             if (index := folder / f"{name}.index.json").exists():
@@ -239,22 +222,17 @@ class WeightIndex(Mapping[str, WeightRef]):
             return cls(_refs_from_index(indices[0], component), component)
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
-            found = ", ".join(file.name for file in files) or "none"
+            names = ", ".join(file.name for file in files) or "none"
             raise CheckpointError(
                 f"{component}: expected one .safetensors file or an index of shards in {folder}, "
-                f"found {found} (pickle formats such as .bin and .pt are not read)"
+                f"found {names} (pickle formats such as .bin and .pt are not read)"
             )
         return cls(read_header(files[0]), component)
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], ignore: tuple[str, ...] = ()) -> None:
-        """Checks names and shapes strictly.
+        """Checks names and shapes strictly, but for names with a prefix of `ignore`.
 
-        Args:
-            shapes: every tensor that must be there.
-            ignore: prefixes of tensors that may be there and are not read.
-
-        Raises:
-            CheckpointError: missing, unexpected or misshapen tensors.
+        A `CheckpointError` tells of missing, unexpected or misshapen tensors.
         """
         missing = [name for name in shapes if name not in self._refs]
         extra = [n for n in self._refs if n not in shapes and not n.startswith(ignore or ("\0",))]
@@ -282,35 +260,30 @@ def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{component}: {index} has no weight_map")
     shards: dict[str, dict[str, WeightRef]] = {}
-    for shard in weight_map.values():
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
                 f"{component}: {index.name} names {shard!r}, expected a file in the same folder"
             )
         if shard not in shards:
             shards[shard] = read_header(index.parent / shard)
-    refs = {}
-    for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{component}: {index.name} says {name} is in {shard}, but that file lacks it"
             )
-        refs[name] = shards[shard][name]
     for shard, held in shards.items():
         stray = [name for name in held if weight_map.get(name) != shard]
         if stray:
             raise CheckpointError(
                 f"{component}: {shard} holds {stray[0]}, which {index.name} does not place there"
             )
-    return refs
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def map_weight(ref: WeightRef) -> NDArray[Any]:
-    """Maps a tensor read-only; nothing is read until it is used.
+    """Maps a tensor read-only, in its shape and type; nothing is read until it is used.
 
-    Returns:
-        An array of the tensor's shape and type; bfloat16 is `ml_dtypes.bfloat16`. float4 comes as
-        it is stored: uint8, two elements per byte, so that the last axis is half as long.
+    float4 comes as it is stored: uint8, two elements per byte, so the last axis is half as long.
     """
     mapped = np.memmap(ref.path, mode="r", dtype=np.uint8, offset=ref.offset, shape=(ref.nbytes,))
     if ref.dtype == "float4_e2m1fn":
@@ -321,11 +294,9 @@ def map_weight(ref: WeightRef) -> NDArray[Any]:
 def safetensors_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The header of a safetensors file that holds these tensors in this order.
+    """The header of a safetensors file that holds these tensors: name -> (dtype, shape).
 
-    Args:
-        tensors: name -> (dtype, shape).
-        metadata: texts to carry; default is what makes other libraries take it for weights.
+    The default of `metadata`, texts to carry, makes other libraries take the file for weights.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
@@ -342,57 +313,81 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
+class WeightPlace(NamedTuple):
+    """Where the bytes of a tensor lie, as tables name it: `file` is relative to a folder."""
+
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def places_from_json(table: Mapping[str, Any]) -> dict[str, WeightPlace]:
+    """Reads what JSON made of places; TypeError, ValueError or AttributeError if it is none."""
+    return {
+        name: WeightPlace(
+            file,
+            operator.index(offset),
+            operator.index(nbytes),
+            dtype,
+            tuple(map(operator.index, shape)),
+        )
+        for name, (file, offset, nbytes, dtype, shape) in table.items()
+    }
+
+
+def refs_from_places(
+    folder: Path, places: Mapping[str, WeightPlace], table: Path | str
+) -> dict[str, WeightRef]:
+    """Where the tensors lie; `table` names the places in an `ArtifactError`.
+
+    It tells of a file outside the folder, a missing one, or one that does not hold the tensor.
+    """
+    refs, sizes = {}, {}
+    for name, place in places.items():
+        try:
+            path = inside(folder, place.file)
+            if path not in sizes:
+                sizes[path] = path.stat().st_size
+            expected = tensor_bytes(place.dtype, place.shape)
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+            kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
+            raise ArtifactError(f"{table} cannot be read: {kind}: {error}; export again") from error
+        if (
+            not 0 <= place.offset <= sizes[path] - place.nbytes
+            or place.nbytes != expected
+            or min((0, *place.shape)) < 0
+        ):
+            raise ArtifactError(
+                f"{table}: {name} of shape {place.shape} and dtype {place.dtype} is said to take "
+                f"bytes {place.offset} to {place.offset + place.nbytes} of {path.name}, which has "
+                f"{sizes[path]}; export again"
+            )
+        refs[name] = WeightRef(path, place.offset, place.nbytes, place.dtype, place.shape)
+    return refs
+
+
 def weights_file(graph_file: str) -> str:
     """Path of the weight table beside a graph: `x/y.onnx` -> `x/y.weights.json`."""
     return graph_file.removesuffix(".onnx") + ".weights.json"
 
 
 def save_graph_weights(path: Path, weights: Mapping[str, WeightRef]) -> None:
-    """Writes the weight table of one graph: initializer -> file, offset, nbytes, dtype, shape."""
-    table = {
-        name: [ref.path.name, ref.offset, ref.nbytes, ref.dtype, list(ref.shape)]
-        for name, ref in weights.items()
-    }
+    """Writes the weight table of one graph: the place of each initializer, beside the table."""
+    table = {name: ref.place(ref.path.parent) for name, ref in weights.items()}
     path.write_text(json.dumps(table) + "\n", encoding="utf-8")
 
 
 def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
-    """Where the initializers of one graph lie, by initializer name.
+    """Where the initializers of one graph of an artifact folder lie, by initializer name.
 
-    Args:
-        folder: the artifact folder.
-        file: the graph's path in it (`GraphSet.files`).
-
-    Raises:
-        ArtifactError: the table is unreadable or points outside its folder or file.
+    An `ArtifactError` tells of a table that is unreadable or points outside its folder or file.
     """
     path = folder / weights_file(file)
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        refs = {
-            name: WeightRef(
-                inside(path.parent, file),
-                operator.index(offset),
-                operator.index(nbytes),
-                dtype,
-                tuple(map(operator.index, shape)),
-            )
-            for name, (file, offset, nbytes, dtype, shape) in table.items()
-        }
-        sizes = {file: file.stat().st_size for file in {ref.path for ref in refs.values()}}
-        expected = {name: tensor_bytes(ref.dtype, ref.shape) for name, ref in refs.items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
+        places = places_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        kind = type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
-    for name, ref in refs.items():
-        if (
-            not 0 <= ref.offset <= sizes[ref.path] - ref.nbytes
-            or ref.nbytes != expected[name]
-            or min((0, *ref.shape)) < 0
-        ):
-            raise ArtifactError(
-                f"{path}: {name} of shape {ref.shape} and dtype {ref.dtype} is said to take bytes "
-                f"{ref.offset} to {ref.offset + ref.nbytes} of {ref.path.name}, which has "
-                f"{sizes[ref.path]}; export again"
-            )
-    return refs
+    return refs_from_places(path.parent, places, path)

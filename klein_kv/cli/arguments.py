@@ -5,13 +5,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AddVerb", "Result", "add_samples", "gigabytes", "layers", "size"]
+__all__ = [
+    "AddVerb",
+    "Result",
+    "add_backend",
+    "add_checkpoint",
+    "add_samples",
+    "gigabytes",
+    "layers",
+    "size",
+]
 
 Result = tuple[dict[str, Any], str, int]
 """What a verb gives: the JSON document, the text, the exit code."""
 
 AddVerb = Callable[[str, Callable[[argparse.Namespace], Result], str], argparse.ArgumentParser]
 """Adds a verb to the command line by name, function and description; gives its parser."""
+
+
+def add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    """Adds what is exported, and where to."""
+    sub.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
+    )
+    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
+    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
+
+
+def add_backend(sub: argparse.ArgumentParser) -> None:
+    """Adds what runs artifacts."""
+    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
+    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
+    sub.add_argument("--threads", type=int, help="CPU threads")
 
 
 def add_samples(sub: argparse.ArgumentParser, count: int) -> None:

@@ -61,15 +61,12 @@ def _build(args: argparse.Namespace) -> Result:
         shape = shape_recipe(Size(*args.size), args.refs, Size(*args.ref_size))
         limit = DEFAULT_LIMIT if args.limit is None else int(args.limit * 1e9)
         records = build_shape(args.artifacts, shape, limit=limit, **options)
+    facts = ("graph", "file", "bytes", "scratch_bytes", "peak_rss")
     value = {
         "engines": [
-            {
-                "graph": record.graph,
-                "file": record.file,
-                "bytes": record.bytes,
+            {name: getattr(record, name) for name in facts}
+            | {
                 "seconds": round(record.seconds, 3),
-                "scratch_bytes": record.scratch_bytes,
-                "peak_rss": record.peak_rss,
                 "weights": "shared" if record.weights else "embedded",
             }
             for record in records

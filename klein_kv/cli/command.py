@@ -45,40 +45,23 @@ _VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv: arguments without the program's name; None takes the process's.
-
-    Returns:
-        The exit code.
-    """
+    """Runs one command, of these arguments or the process's, and gives its exit code."""
     args = _parser().parse_args(argv)
     level = logging.WARNING if args.quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("klein_kv").setLevel(level)
     try:
         result = args.run(args)
-    except KleinKVError as error:
-        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
-        return 1
+    except (KleinKVError, OSError) as error:  # the latter where nothing below knew better
+        return _fail(args.verb, str(error))
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF.get(args.verb, "cpu")
-        print(
-            f"klein-kv {args.verb}: error: {error.name} is not installed; install it with "
-            f"pip install 'klein-kv[{extra}]'",
-            file=sys.stderr,
+        return _fail(
+            args.verb,
+            f"{error.name} is not installed; install it with pip install 'klein-kv[{extra}]'",
         )
-        return 1
     except MemoryError:
-        print(
-            f"klein-kv {args.verb}: error: out of memory; use a smaller size or fewer references",
-            file=sys.stderr,
-        )
-        return 1
-    except OSError as error:  # where nothing below knew better: folders that cannot be written
-        print(f"klein-kv {args.verb}: error: {error}", file=sys.stderr)
-        return 1
+        return _fail(args.verb, "out of memory; use a smaller size or fewer references")
     except KeyboardInterrupt:
         print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
         return 130
@@ -88,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`; what is left must not go there at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
+
+
+def _fail(verb: str, message: str) -> int:
+    print(f"klein-kv {verb}: error: {message}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

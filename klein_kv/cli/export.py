@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from klein_kv.artifacts.config import DTYPES
-from klein_kv.cli.arguments import AddVerb, Result, layers
+from klein_kv.cli.arguments import AddVerb, Result, add_checkpoint, layers
 
 __all__ = ["add_export", "add_fixture"]
 
@@ -30,16 +30,9 @@ def _fixture(args: argparse.Namespace) -> Result:
 def add_export(add: AddVerb) -> None:
     """Adds `klein-kv export`."""
     sub = add("export", _export, "Turn a checkpoint into ONNX graphs.")
-    sub.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
-    )
-    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
-    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
+    add_checkpoint(sub)
     sub.add_argument("--revision", help="Hugging Face: branch, tag or commit")
     sub.add_argument("--dtype", choices=DTYPES, help="default: the transformer's own")
-    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
     sub.add_argument(
         "--text-layers",
         type=layers,

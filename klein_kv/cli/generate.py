@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from klein_kv.cli.arguments import AddVerb, Result
+from klein_kv.cli.arguments import AddVerb, Result, add_backend
 from klein_kv.errors import RequestError
 
 __all__ = ["add_generate"]
@@ -24,9 +24,7 @@ def add_generate(add: AddVerb) -> None:
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
     sub.add_argument("--num-images", type=int, default=1)
-    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
-    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
-    sub.add_argument("--threads", type=int, help="CPU threads")
+    add_backend(sub)
     sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
     sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
     sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
@@ -69,7 +67,10 @@ def _generate(args: argparse.Namespace) -> Result:
     )
     assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
     _log.info("%s", pipe.timings.to_text())
-    paths = _numbered(args.out, len(result.images))
+    paths = [args.out]
+    if len(result.images) > 1:
+        ends = range(1, len(result.images) + 1)
+        paths = [args.out.with_name(f"{args.out.stem}-{i}{args.out.suffix}") for i in ends]
     for image, path in zip(result.images, paths, strict=True):
         parameters = ImageParameters(
             prompt=args.prompt,
@@ -90,10 +91,3 @@ def _generate(args: argparse.Namespace) -> Result:
         "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
-
-
-def _numbered(path: Path, count: int) -> list[Path]:
-    """OUT.png for one image; OUT-1.png, OUT-2.png, ... for several."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]

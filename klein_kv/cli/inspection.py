@@ -10,7 +10,7 @@ from klein_kv.cli.arguments import AddVerb, Result
 from klein_kv.errors import RequestError
 
 if TYPE_CHECKING:
-    from klein_kv.artifacts.engines.engine_manifest import EngineRecord
+    from klein_kv.artifacts.engines.engine_record import EngineRecord
     from klein_kv.artifacts.signature import TensorSpec
     from klein_kv.engines.plan.kernel_price import PlanPrice
 
@@ -44,9 +44,6 @@ def _inspect(args: argparse.Namespace) -> Result:
     return _polygraphy(args.folder) if args.polygraphy else _inspect_artifacts(args.folder)
 
 
-# Artifacts ------------------------------------------------------------------------------------
-
-
 def _inspect_artifacts(folder: Path) -> Result:
     from klein_kv.artifacts.manifest import Manifest
     from klein_kv.artifacts.quantized_weights import load_quantized
@@ -67,11 +64,11 @@ def _inspect_artifacts(folder: Path) -> Result:
             for part, x in parts.items()
         }
         precisions[name] = {"digest": manifest.precision_digest(name), "components": components}
-        what = ", ".join(
+        texts = (
             f"{part} {len(x.linears)} layers in {networks[part]}, {x.nbytes / 1e9:.3f} GB"
             for part, x in parts.items()
         )
-        lines.append(f"precision {name}: {what}")
+        lines.append(f"precision {name}: {', '.join(texts)}")
     graphs: dict[str, Any] = {}
     for label, graph, held in distinct_graphs(manifest.graph_sets):
         file, signature = held.files[graph], held.signature(graph, manifest.config)
@@ -82,20 +79,18 @@ def _inspect_artifacts(folder: Path) -> Result:
             "bytes": size,
             "weights": len(weights),
             "weight_bytes": weight_bytes,
-            "inputs": [asdict(spec) for spec in signature.inputs],
-            "outputs": [asdict(spec) for spec in signature.outputs],
+            "inputs": [spec._asdict() for spec in signature.inputs],
+            "outputs": [spec._asdict() for spec in signature.outputs],
         }
         lines.append(
             f"\n{label}: {file}, {size / 1e6:.2f} MB, reads {weight_bytes / 1e9:.3f} GB of weights"
         )
         for arrow, specs in (("<-", signature.inputs), ("->", signature.outputs)):
             lines += [f"  {arrow} {line}" for line in _tensor_lines(specs)]
+    facts = ("model_id", "variant", "dtype", "model_digest")
     value = {
         "artifacts": str(folder),
-        "model_id": manifest.model_id,
-        "variant": manifest.variant,
-        "dtype": manifest.dtype,
-        "model_digest": manifest.model_digest,
+        **{name: getattr(manifest, name) for name in facts},
         "config": manifest.config.to_dict(),
         "graphs": graphs,
         "precisions": precisions,
@@ -142,9 +137,6 @@ def _polygraphy(folder: Path) -> Result:
     return {"commands": commands}, "\n\n".join(commands.values()), 0
 
 
-# Engines --------------------------------------------------------------------------------------
-
-
 def _inspect_engines(folder: Path, gpu: str | None) -> Result:
     from klein_kv.artifacts.engines.engine_manifest import EngineManifest
     from klein_kv.artifacts.engines.targets import find_target
@@ -162,11 +154,8 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
     unpriced: dict[str, str] = {}
     for graph, record in manifest.engines.items():
         manifest.read_engine(folder, graph)  # refuses a changed file
-        engines[graph] = {
-            "file": record.file,
-            "bytes": record.bytes,
-            "sha256": record.sha256,
-            "scratch_bytes": record.scratch_bytes,
+        facts = ("file", "bytes", "sha256", "scratch_bytes")
+        engines[graph] = {name: getattr(record, name) for name in facts} | {
             "build_seconds": record.seconds,
             "weights": len(record.weights),
             "profiles": [profile.symbols for profile in record.profiles],
@@ -178,9 +167,7 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
             unpriced[graph] = "no price: its shapes are dynamic (build a recipe of one shape)"
     value = {
         "engines_of": manifest.title,
-        "target": manifest.target,
-        "precision": manifest.precision,
-        "weights": manifest.weights,
+        **{name: getattr(manifest, name) for name in ("target", "precision", "weights")},
         "engines": engines,
         "note": _PRICE_NOTE,
         "plans": [asdict(price) for price in prices.values()],
@@ -195,11 +182,11 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
         *(f"{graph}: {reason}" for graph, reason in unpriced.items()),
     ]
     for graph, price in prices.items():
-        for what, kernels in (
-            ("copies a weight", price.weight_copies),
-            ("spreads a modulation over tokens", price.blended_modulations),
-        ):
-            lines += [f"{graph}: {name} {what} at every run" for name in kernels]
+        lines += [f"{graph}: {name} copies a weight at every run" for name in price.weight_copies]
+        lines += [
+            f"{graph}: {name} spreads a modulation over tokens at every run"
+            for name in price.blended_modulations
+        ]
     return value, "\n".join(lines), 0
 
 
@@ -221,9 +208,6 @@ def _engine_row(record: "EngineRecord", price: "PlanPrice | None") -> str:
     )
 
 
-# The machine ----------------------------------------------------------------------------------
-
-
 def _doctor(_args: argparse.Namespace) -> Result:
     from klein_kv.machine import DISTRIBUTIONS, examine_machine
 
@@ -233,7 +217,7 @@ def _doctor(_args: argparse.Namespace) -> Result:
         f"klein-kv {value['klein_kv']}, Python {value['python']}, {value['platform']}",
         f"{value['cpus']} CPUs, {value['memory_bytes'] / 1e9:.1f} GB memory, "
         f"{value['memory_available_bytes'] / 1e9:.1f} GB free",
-        "GPU: " + ("; ".join(gpus) if gpus else "no NVIDIA driver found"),
+        f"GPU: {'; '.join(gpus) or 'no NVIDIA driver found'}",
     ]
     for name, purpose, extra in DISTRIBUTIONS:
         state = packages[name] or f"missing: pip install 'klein-kv[{extra}]'"

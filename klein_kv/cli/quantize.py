@@ -35,18 +35,13 @@ def _quantize(args: argparse.Namespace) -> Result:
         source=args.source,
         device=args.device,
     )
+    facts = ("precision", "layers", "bytes", "bytes_before", "reused")
     value = {
         "artifacts": str(done.artifacts),
         "precision": done.precision,
         "seconds": round(done.seconds, 3),
         "components": {
-            component: {
-                "precision": part.precision,
-                "layers": part.layers,
-                "bytes": part.bytes,
-                "bytes_before": part.bytes_before,
-                "reused": part.reused,
-            }
+            component: {name: getattr(part, name) for name in facts}
             for component, part in done.parts.items()
         },
     }

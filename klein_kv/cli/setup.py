@@ -7,33 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from klein_kv.cli.arguments import AddVerb, Result, size
+from klein_kv.cli.arguments import AddVerb, Result, add_checkpoint, size
 from klein_kv.errors import ArtifactError
 
 __all__ = ["add_setup"]
 
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("bf16", "fp8", "nvfp4")
-_LEAST_SM = {"fp8": 89, "nvfp4": 120}
 
 
 def add_setup(add: AddVerb) -> None:
     """Adds `klein-kv setup`."""
     sub = add("setup", _setup, "Export, quantize, build and plan in one go, for one GPU.")
-    sub.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="folder in diffusers layout, .safetensors file, or Hugging Face repository",
-    )
-    sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
+    add_checkpoint(sub)
     sub.add_argument("--gpu", default="rtx5090", help="rtx5090, rtx4090, ... or smNN")
     sub.add_argument(
         "--precision",
         choices=_PRECISIONS,
         help="default: bf16 where the GPU keeps all of it, else fp8 where it computes that",
     )
-    sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
-    sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
     sub.add_argument(
         "--size", type=size, metavar="WxH", help="also engines for this one output size: faster"
     )
@@ -43,12 +35,13 @@ def add_setup(add: AddVerb) -> None:
 
 
 def _setup(args: argparse.Namespace) -> Result:
-    from klein_kv.artifacts.engines.targets import find_target
+    from klein_kv.artifacts.engines.targets import check_precision, find_target
     from klein_kv.artifacts.manifest import Manifest
     from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
     from klein_kv.runtime.planning.plan_text import text_from_plans
 
-    target = find_target(args.gpu)  # an unknown one is told before any work
+    target = find_target(args.gpu)
+    check_precision(args.precision or "bf16", target)  # both refuse before any work
     seconds: dict[str, float] = {}
 
     def stage(name: str, work: Callable[[], str]) -> None:
@@ -59,7 +52,6 @@ def _setup(args: argparse.Namespace) -> Result:
 
     stage("export", lambda: _export(args))
     precision = args.precision or _suited(args, target)
-    _check_precision(precision, target)
     if precision != "bf16":
         stage("quantize", lambda: _quantize(args, precision))
     stage("build", lambda: _build(args, target.name, precision))
@@ -107,25 +99,16 @@ def _export(args: argparse.Namespace) -> str:
 
 def _suited(args: argparse.Namespace, target: Any) -> str:
     """bf16 where all weights stay beside four references, else fp8 where the GPU computes it."""
+    from klein_kv.artifacts.engines.targets import LEAST_SM
     from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
 
-    if target.sm < _LEAST_SM["fp8"]:
+    if target.sm < LEAST_SM["fp8"]:
         return "bf16"
     if target.gpu is None:
         return "fp8"
     options = PlanOptions(gpu=args.gpu, references=(4,), precisions=("bf16",))
     (edit,) = plan_artifacts(args.artifacts, options).edits
     return "bf16" if edit.first.all_fits else "fp8"
-
-
-def _check_precision(precision: str, target: Any) -> None:
-    least = _LEAST_SM.get(precision, 0)
-    if target.sm < least:
-        raise ArtifactError(
-            f"precision is {precision!r}, which takes compute capability {least / 10:.1f}, and "
-            f"{target.name} has {target.sm / 10:.1f}; choose bf16"
-            + (" or fp8" if target.sm >= _LEAST_SM["fp8"] else "")
-        )
 
 
 def _quantize(args: argparse.Namespace, precision: str) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from klein_kv.cli.arguments import AddVerb, Result, add_samples
+from klein_kv.cli.arguments import AddVerb, Result, add_backend, add_samples
 from klein_kv.errors import RequestError
 
 __all__ = ["add_verify"]
@@ -21,9 +21,7 @@ def add_verify(add: AddVerb) -> None:
         metavar="FP32_ARTIFACTS",
         help="compare with these on the CPU, without diffusers, and run the loop",
     )
-    sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
-    sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
-    sub.add_argument("--threads", type=int, help="CPU threads")
+    add_backend(sub)
     sub.add_argument(
         "--precision",
         help="fp8, nvfp4 or fp8-weight-only: measure its quality, or what --against compares",
@@ -48,13 +46,8 @@ def _verify(args: argparse.Namespace) -> Result:
         )
     from klein_kv.export.checks.verify import text_from_rows, verify_artifacts
 
-    rows = verify_artifacts(
-        args.artifacts,
-        args.checkpoint,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-    )
+    where = {"backend": args.backend, "device": args.device, "threads": args.threads}
+    rows = verify_artifacts(args.artifacts, args.checkpoint, **where)
     good = all(row.ok for row in rows)
     verdict = "parity holds" if good else "parity does NOT hold"
     text = f"against diffusers\n{text_from_rows(rows)}\n{verdict}"

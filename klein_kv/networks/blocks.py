@@ -109,7 +109,7 @@ def reference_single_block(
     rope: Rope[T],
     last: bool,
 ) -> tuple[T, T, T]:
-    """A single block on the reference stream, alike."""
+    """The same for a single block."""
     net = Network(ops, config)
     norm = net.modulate(hidden, mod)
     dim = config.inner_dim
@@ -134,15 +134,9 @@ def double_block(
 ) -> tuple[T, T]:
     """A double block: rows of image and text after it.
 
-    Args:
-        ops: what computes, or writes the graph.
-        block: beginning of the names of the block's weights.
-        config: the network's shape.
-        rows: image and text before it.
-        like: tensors [B, S, ...] whose batch and length they have.
-        mods: modulations of both.
-        ropes: rotations of both.
-        kv: the references' keys and values of this block, or nothing.
+    `rows`, `like` (tensors [B, S, ...] with their batch and length), `mods` and `ropes` are of
+    image
+    and text; `kv` is the references' keys and values of this block, or nothing.
     """
     net = Network(ops, config)
     image, text = rows
@@ -193,19 +187,9 @@ def last_single_block(
 ) -> T:
     """The block after which only the image is read: rows of the image after it.
 
-    Of all other tokens keys and values are computed, and nothing else.
-
-    Args:
-        ops: what computes, or writes the graph.
-        block: beginning of the names of the block's weights.
-        config: the network's shape.
-        joint: rows of text, image and, with plain weights, references.
-        like: a tensor [B, T + S, ...] whose batch and length they have.
-        mod: the modulation.
-        ropes: rotations of the text, and of what comes after it.
-        kv: the references' keys and values of this block, or nothing.
-        text: a tensor [B, T, F].
-        image: a tensor [B, S, F] if something comes after the image, or None.
+    Of all other tokens keys and values are computed, and nothing else. `joint` holds rows of text
+    [B, T, F], image and, with plain weights, references; then `image` is a tensor [B, S, F].
+    `ropes` are of the text, and of what comes after it.
     """
     net, dim, mlp = Network(ops, config), config.inner_dim, config.mlp_hidden_dim
 
@@ -277,13 +261,7 @@ class Network(Generic[T]):
         return ops.norm_rope(x, f"{weight}.weight", self.config.eps, rope.cos, rope.sin, True)
 
     def double_qkv(
-        self,
-        norm: T,
-        block: str,
-        names: StreamNames,
-        like: T,
-        rope: Rope[T],
-        with_q: bool = True,
+        self, norm: T, block: str, names: StreamNames, like: T, rope: Rope[T], with_q: bool = True
     ) -> tuple[T, T, T]:
         """q, k (after RoPE) and v of one stream of a double block, each [B, S, H, D]."""
         ops = self.ops
@@ -297,12 +275,7 @@ class Network(Generic[T]):
         return self._head_norm_rope(q, f"{block}.attn.{names.norms[0]}", like, rope), k, v
 
     def double_out(
-        self,
-        rows: T,
-        attended: T,
-        block: str,
-        names: StreamNames,
-        mods: Sequence[Modulation[T]],
+        self, rows: T, attended: T, block: str, names: StreamNames, mods: Sequence[Modulation[T]]
     ) -> T:
         """Attention output projection and SwiGLU feed-forward of one stream, both gated."""
         ops, mlp = self.ops, self.config.mlp_hidden_dim
@@ -320,10 +293,7 @@ class Network(Generic[T]):
     ) -> Callable[[int, int], T]:
         """A single block's one projection: q, k, v, then gate and up of the SwiGLU.
 
-        Args:
-            norm: its input.
-            block: beginning of the weight's name.
-            rows: the range of output features that will be asked for; None is all.
+        `rows` is the range of output features that will be asked for; None is all.
         """
         whole = 3 * self.config.inner_dim + 2 * self.config.mlp_hidden_dim
         weight = f"{block}.attn.to_qkv_mlp_proj.weight"
@@ -343,12 +313,7 @@ class Network(Generic[T]):
         return self._head_norm_rope(query, f"{block}.attn.norm_q", like, rope)
 
     def single_out(
-        self,
-        rows: T,
-        project: Callable[[int, int], T],
-        attended: T,
-        block: str,
-        mod: Modulation[T],
+        self, rows: T, project: Callable[[int, int], T], attended: T, block: str, mod: Modulation[T]
     ) -> T:
         """SwiGLU beside the attention, one output projection over both, gated."""
         ops, dim, mlp = self.ops, self.config.inner_dim, self.config.mlp_hidden_dim

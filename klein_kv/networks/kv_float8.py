@@ -24,21 +24,12 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def quantize_references(ops: Ops[T], kv: Sequence[T]) -> list[T]:
-    """Keys and values as graphs hand them on.
-
-    Args:
-        ops: what computes, or writes the graph.
-        kv: what `model.encode_references` returns, each [1, R, H, D].
-
-    Returns:
-        Values [1, R, H, D] and scale [1, 1, H, 1] of each, in the order of
-        `signature.kv_names(..., "float8_e4m3fn")`.
-    """
+    """Keys and values [1, R, H, D] as graphs hand them on, the scale [1, 1, H, 1] behind each."""
     return [part for tensor in kv for part in ops.quantize_kv(tensor)]
 
 
 def dequantize_references(ops: Ops[T], packed: Sequence[T]) -> list[T]:
-    """Keys and values as `model.denoise` takes them, from what `quantize_references` returned."""
+    """Keys and values as `denoise` takes them, from what `quantize_references` returned."""
     return [
         ops.dequantize_kv(values, scale)
         for values, scale in zip(packed[::2], packed[1::2], strict=True)

@@ -32,38 +32,21 @@ class Ops(Protocol[T]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        """`function(self, name, ...)`: one block of the network.
-
-        Args:
-            function: reads tensors from its arguments, and weights whose names begin with `name`.
-            name: `transformer_blocks.0`, for example.
-            args: the rest of the function's arguments.
-            kwargs: alike.
-        """
+        """`function(self, name, ...)`: one block, whose weights' names begin with `name`."""
 
     def constant(self, value: NDArray[Any]) -> T:
         """A tensor known at export; equal values are stored once."""
 
     def linear(self, rows: T, weight: str, part: tuple[int, int] | None = None) -> T:
-        """`rows @ weight.T`, or with rows `part[0]` to `part[1]` of the weight only.
-
-        Args:
-            rows: [N, in].
-            weight: name of a [out, in] weight.
-            part: range of output features; a contiguous piece of the weight.
-        """
+        """`rows @ weight.T`, [N, in] and [out, in]; of a `part`, that range of output features."""
 
     def projection(
         self, rows: T, weight: str, features: tuple[int, int]
     ) -> Callable[[int, int], T]:
         """Parts of one linear layer, as a function of their range of output features.
 
-        What computes takes one product over all `features`; what writes graphs, one for each part.
-
-        Args:
-            rows: [N, in].
-            weight: name of a [out, in] weight.
-            features: the range that the parts will come from.
+        What computes takes one product over all `features`, which the parts come from; what writes
+        graphs, one for each part.
         """
 
     def embedding(self, ids: T, weight: str) -> T:
@@ -85,43 +68,27 @@ class Ops(Protocol[T]):
         """0, 1, 2, ... for the tokens of `like` [B, T]: int64 [T, 1]."""
 
     def norm_rope(self, x: T, weight: str, eps: float, cos: T, sin: T, interleaved: bool) -> T:
-        """RMS norm of every head of x [B, S, H, D], then RoPE in float32.
+        """RMS norm of every head of x [B, S, H, D], then RoPE in float32; cos, sin [B, S, D / 2].
 
-        Args:
-            x: queries or keys.
-            weight: name of the norm's weight [D].
-            eps: the norm's epsilon.
-            cos: cosines [B, S, D / 2], float32.
-            sin: sines, alike.
-            interleaved: rotate neighbouring features (True) or the two halves of a head (False).
+        `interleaved` rotates neighbouring features, else the two halves of a head.
         """
 
     def attention(self, q: T, k: T, v: T, mask: T | None = None) -> T:
         """Softmax attention: q [B, S, H, D]; k, v [B, K, Hkv, D] -> [B, S, H * D].
 
-        Args:
-            q: queries.
-            k: keys; query heads share key heads in groups where there are fewer.
-            v: values.
-            mask: what `causal_mask` returns. A query that may see no key (padding on the left of a
-                text) gets zeros, as from torch's `scaled_dot_product_attention`.
+        Query heads share key heads in groups where there are fewer. A query that may see no key by
+        the
+        `causal_mask` (padding on the left) gets zeros, as from torch's
+        `scaled_dot_product_attention`.
         """
 
     def joint_attention(
         self, q: T, k: Sequence[T], v: Sequence[T], references: Sequence[T], like: T
     ) -> T:
-        """Softmax attention of q [B, S, H, D] to references and to the batch's own keys.
+        """Softmax attention of q [B, S, H, D] to references and own keys: [B, S, H * D].
 
-        Args:
-            q: queries.
-            k: keys [B, K, H, D] in parts, one after the other.
-            v: values, alike.
-            references: keys and values [1, R, H, D], shared by every image of the batch; or
-                nothing.
-            like: a tensor of the batch's size.
-
-        Returns:
-            [B, S, H * D].
+        k and v [B, K, H, D] come in parts, one after the other; the references' [1, R, H, D], or
+        nothing, are shared by every image. `like` has the batch's size.
         """
 
     def causal_mask(self, attention_mask: T) -> T:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from klein_kv.artifacts.attention_scales import AttentionScales
 from klein_kv.artifacts.numbers import BLOCK, FP4_MAX, FP8_MAX, QuantizedLinear
@@ -20,18 +21,14 @@ _QUERIES = 1024  # at a time: the scores of all would take gigabytes
 
 
 class QuantizedOps(TorchOps):
-    """Runs `model.py` and `text_model.py` with some linear layers quantized.
+    """Runs the networks with some linear layers quantized, by weight name.
 
-    Args:
-        weights: the checkpoint's tensors, on the device to compute on.
-        dtype: type of the activations between layers.
-        quantized: quantized layers by weight name; the others are computed as they are.
-        attention: scales of attention in float8, by block; None computes it as it is.
+    `attention` are the scales of attention in float8, by block; None computes it as it is.
     """
 
     def __init__(
         self,
-        weights: Mapping[str, torch.Tensor],
+        weights: Mapping[str, Tensor],
         dtype: torch.dtype,
         quantized: Mapping[str, QuantizedLinear],
         attention: Mapping[str, AttentionScales] | None = None,
@@ -41,9 +38,7 @@ class QuantizedOps(TorchOps):
         self.attention_scales = attention
         self._block = ""
 
-    def linear(
-        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def linear(self, rows: Tensor, weight: str, part: tuple[int, int] | None = None) -> Tensor:
         self._block = ".".join(weight.split(".")[:2])
         layer = self.quantized.get(weight)
         if layer is None:
@@ -54,9 +49,7 @@ class QuantizedOps(TorchOps):
         w = torch.from_numpy(layer.dequantize()).to(x.device)
         return F.linear(x, w).to(self.dtype)
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.attention_scales is None:
             return super().attention(q, k, v, mask)
         scales = self.attention_scales[self._block]
@@ -66,19 +59,11 @@ class QuantizedOps(TorchOps):
         return fp8_attention(q, k, v).to(self.dtype)
 
 
-def fp8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def fp8_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention with the softmax rounded to e4m3 at scale 1 / 448, its largest value 1.
 
-    A fused kernel rounds before it divides by the sum, block by block of keys; that order is its
-    own affair and not simulated.
-
-    Args:
-        q: float32 [B, S, H, D].
-        k: float32 [B, K, H, D].
-        v: alike.
-
-    Returns:
-        float32 [B, S, H * D].
+    float32 [B, S, H, D] to [B, S, H * D]. A fused kernel rounds before it divides by the sum, block
+    by block of keys; that order is its own affair and not simulated.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.empty_like(q)
@@ -91,7 +76,7 @@ def fp8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     return out.transpose(1, 2).flatten(2)
 
 
-def round_activations(rows: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+def round_activations(rows: Tensor, layer: QuantizedLinear) -> Tensor:
     """What a kernel of this layer's format reads instead of `rows`, float32."""
     if layer.input_scale is None:
         return rows.float()
@@ -100,18 +85,13 @@ def round_activations(rows: torch.Tensor, layer: QuantizedLinear) -> torch.Tenso
     return round_to_nvfp4(rows, layer.input_scale)
 
 
-def round_to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """`quantization.quantize_fp8`, then `dequantize_fp8`: float32 of the same shape."""
+def round_to_fp8(x: Tensor, scale: float) -> Tensor:
+    """`numbers.quantize_fp8`, then `dequantize_fp8`: float32 of the same shape."""
     return _round_e4m3(x.float() / _like(scale, x)) * _like(scale, x)
 
 
-def round_to_nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """`quantization.quantize_nvfp4`, then `dequantize_nvfp4`: float32 of the same shape.
-
-    Args:
-        x: [..., K], K a multiple of 16; block scales follow from its values.
-        scale: the tensor's scale.
-    """
+def round_to_nvfp4(x: Tensor, scale: float) -> Tensor:
+    """`numbers.quantize_nvfp4`, then `dequantize_nvfp4`: float32 [..., K], K a multiple of 16."""
     blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     steps = _round_e4m3(largest / FP4_MAX / _like(scale, x)) * _like(scale, x)
@@ -119,16 +99,16 @@ def round_to_nvfp4(x: torch.Tensor, scale: float) -> torch.Tensor:
     return (numbers * steps).flatten(-2)
 
 
-def _like(scale: float, x: torch.Tensor) -> torch.Tensor:
+def _like(scale: float, x: Tensor) -> Tensor:
     # A Python number would divide in float64 on some devices; the formats are float32's.
     return torch.tensor(scale, dtype=torch.float32, device=x.device)
 
 
-def _round_e4m3(x: torch.Tensor) -> torch.Tensor:
+def _round_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
 
 
-def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
+def _round_e2m1(x: Tensor) -> Tensor:
     """Nearest e2m1 number, ties to even.
 
     From 1 on, neighbours are half a power of two apart, below 1 they are 0.5 apart. Even codes are

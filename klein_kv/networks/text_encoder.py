@@ -45,17 +45,11 @@ def text_encoder_parameters(config: TextEncoderConfig) -> dict[str, tuple[int, .
 
 
 def encode_text(ops: Ops[T], config: TextEncoderConfig, input_ids: T, attention_mask: T) -> T:
-    """Runs the decoder blocks and joins the tapped hidden states.
+    """Runs the decoder blocks and joins the tapped hidden states: [B, T, taps * hidden_size].
 
-    Args:
-        ops: what computes, or writes the graph.
-        config: the encoder's shape and which hidden states to read; 0 is the embedding, and the
-            last one of the whole model comes after its final norm, as in transformers.
-        input_ids: int64 [B, T].
-        attention_mask: int64 [B, T], 1 where a token is, 0 where padding is.
-
-    Returns:
-        encoder_hidden_states [B, T, taps * hidden_size], tapped states side by side.
+    `input_ids` and `attention_mask` (1 where a token is, 0 where padding is) are int64 [B, T].
+    Hidden
+    state 0 is the embedding; the last of the whole model comes after its final norm.
     """
     eps = config.rms_norm_eps
     hidden = ops.embedding(input_ids, "model.embed_tokens.weight")
@@ -89,9 +83,7 @@ def encode_text(ops: Ops[T], config: TextEncoderConfig, input_ids: T, attention_
     return ops.sequence(ops.concat([states[layer] for layer in config.layers], 1), input_ids)
 
 
-def text_rope_tables(
-    config: TextEncoderConfig,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def text_rope_tables(config: TextEncoderConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines [MAX_POSITION, head_dim / 2]; angles in float32, as in transformers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inverse = (1.0 / np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(

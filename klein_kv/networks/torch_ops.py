@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
@@ -26,26 +27,19 @@ Block = Callable[..., Any]
 
 
 class TorchOps:
-    """Runs `transformer.py` and `text_encoder.py`.
+    """Runs the networks on weights that lie on the device to compute on.
 
-    Args:
-        weights: the checkpoint's tensors, on the device to compute on.
-        dtype: type of the activations.
-        compile_blocks: run blocks through `torch.compile`: each kind of block is compiled once, for
-            all blocks of that kind and all graphs, and once more, for any size, when a second size
-            comes.
+    `compile_blocks` runs blocks through `torch.compile`: each kind of block is compiled once, for
+    all blocks of that kind and all graphs, and once more, for any size, when a second size comes.
     """
 
     def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
-        compile_blocks: bool = False,
+        self, weights: Mapping[str, Tensor], dtype: torch.dtype, compile_blocks: bool = False
     ) -> None:
         self.weights = weights
         self.dtype = dtype
         self._compile = compile_blocks
-        self._constants: dict[object, tuple[NDArray[Any], torch.Tensor]] = {}
+        self._constants: dict[object, tuple[NDArray[Any], Tensor]] = {}
         self._blocks: dict[str, TorchOps] = {}
 
     @property
@@ -55,7 +49,7 @@ class TorchOps:
 
     def block(
         self,
-        function: "Callable[Concatenate[Ops[torch.Tensor], str, P], R]",
+        function: "Callable[Concatenate[Ops[Tensor], str, P], R]",
         name: str,
         *args: P.args,
         **kwargs: P.kwargs,
@@ -73,7 +67,7 @@ class TorchOps:
         result: R = _compiled(function)(self._blocks[name], _KIND, *args, **kwargs)
         return result
 
-    def constant(self, value: NDArray[Any]) -> torch.Tensor:
+    def constant(self, value: NDArray[Any]) -> Tensor:
         # Large constants are module-level tables that come again at every call: no need to read
         # them. What `id` names is kept, so that nothing else gets that id.
         content = value.tobytes() if value.nbytes <= _SMALL else id(value)
@@ -82,52 +76,40 @@ class TorchOps:
             self._constants[key] = value, torch.from_numpy(value.copy()).to(self.device)
         return self._constants[key][1]
 
-    def linear(
-        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
-    ) -> torch.Tensor:
+    def linear(self, rows: Tensor, weight: str, part: tuple[int, int] | None = None) -> Tensor:
         w = self.weights[weight]
         return F.linear(rows, w if part is None else w[part[0] : part[1]])
 
     def projection(
-        self, rows: torch.Tensor, weight: str, features: tuple[int, int]
-    ) -> Callable[[int, int], torch.Tensor]:
+        self, rows: Tensor, weight: str, features: tuple[int, int]
+    ) -> Callable[[int, int], Tensor]:
         first = features[0]
         whole = self.linear(rows, weight, features)
         return lambda start, stop: whole[:, start - first : stop - first]
 
-    def embedding(self, ids: torch.Tensor, weight: str) -> torch.Tensor:
+    def embedding(self, ids: Tensor, weight: str) -> Tensor:
         return F.embedding(ids, self.weights[weight]).flatten(0, 1)
 
-    def layer_norm(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def layer_norm(self, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
 
-    def rms_norm(self, x: torch.Tensor, weight: str, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, weight: str, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[weight], eps)
 
-    def timestep_embedding(
-        self, timestep: torch.Tensor, frequencies: NDArray[np.float32]
-    ) -> torch.Tensor:
+    def timestep_embedding(self, timestep: Tensor, frequencies: NDArray[np.float32]) -> Tensor:
         angles = timestep[:, None].float() * self.constant(frequencies)[None]
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
 
-    def rope_table(self, ids: torch.Tensor, tables: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+    def rope_table(self, ids: Tensor, tables: Sequence[NDArray[np.float32]]) -> Tensor:
         columns = [self.constant(table)[ids[:, axis]] for axis, table in enumerate(tables)]
         return torch.cat(columns, dim=-1)[None]
 
-    def sequence_positions(self, like: torch.Tensor) -> torch.Tensor:
+    def sequence_positions(self, like: Tensor) -> Tensor:
         return torch.arange(like.shape[1], device=self.device)[:, None]
 
     def norm_rope(
-        self,
-        x: torch.Tensor,
-        weight: str,
-        eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        interleaved: bool,
-    ) -> torch.Tensor:
+        self, x: Tensor, weight: str, eps: float, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> Tensor:
         x = self.rms_norm(x, weight, eps)
         cos, sin, y = cos[:, :, None], sin[:, :, None], x.float()
         if interleaved:
@@ -138,9 +120,7 @@ class TorchOps:
             turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         return turned.to(x.dtype)
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -148,74 +128,74 @@ class TorchOps:
 
     def joint_attention(
         self,
-        q: torch.Tensor,
-        k: Sequence[torch.Tensor],
-        v: Sequence[torch.Tensor],
-        references: Sequence[torch.Tensor],
-        like: torch.Tensor,
-    ) -> torch.Tensor:
+        q: Tensor,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        references: Sequence[Tensor],
+        like: Tensor,
+    ) -> Tensor:
         if references:
             k_ref, v_ref = (self.expand_batch(x, like) for x in references)
             k, v = [k_ref, *k], [v_ref, *v]
         keys, values = (x[0] if len(x) == 1 else self.concat(x, 1) for x in (k, v))
         return self.attention(q, keys, values)
 
-    def causal_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def causal_mask(self, attention_mask: Tensor) -> Tensor:
         length = attention_mask.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
         return causal & attention_mask.bool()[:, None, None]
 
-    def quantize_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
         wide = x.float()
         largest = wide.abs().amax((1, 3), keepdim=True) if x.shape[1] else wide.new_zeros(1)
         scale = largest.clip(min=SMALLEST_SCALE * FP8_MAX) / FP8_MAX
         scale = scale.expand(1, 1, x.shape[2], 1)
         return (wide / scale).clip(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
-    def dequantize_kv(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def dequantize_kv(self, values: Tensor, scale: Tensor) -> Tensor:
         return (values.float() * scale).to(self.dtype)
 
-    def heads(self, rows: torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
+    def heads(self, rows: Tensor, like: Tensor, num_heads: int) -> Tensor:
         return rows.view(like.shape[0], like.shape[1], num_heads, -1)
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
+    def rows(self, x: Tensor) -> Tensor:
         return x.flatten(2).flatten(0, 1) if x.ndim > 2 else x
 
-    def sequence(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def sequence(self, rows: Tensor, like: Tensor) -> Tensor:
         return rows.view(like.shape[0], like.shape[1], -1)
 
-    def expand_batch(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def expand_batch(self, x: Tensor, like: Tensor) -> Tensor:
         return x.expand(like.shape[0], *x.shape[1:])
 
-    def concat(self, parts: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         return torch.cat(list(parts), dim=axis)
 
-    def compact(self, x: torch.Tensor) -> torch.Tensor:
+    def compact(self, x: Tensor) -> Tensor:
         return x.contiguous()
 
-    def split_tokens(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split_tokens(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         count = at.shape[1]
         return x[:, :count], x[:, count:]
 
-    def split_features(self, x: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    def split_features(self, x: Tensor, parts: int) -> list[Tensor]:
         return list(x.flatten().chunk(parts))
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
-    def mul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
+    def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
-    def saturate(self, x: torch.Tensor) -> torch.Tensor:
+    def saturate(self, x: Tensor) -> Tensor:
         return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
-    def to_float32(self, x: torch.Tensor) -> torch.Tensor:
+    def to_float32(self, x: Tensor) -> Tensor:
         return x.float()
 
-    def to_model_dtype(self, x: torch.Tensor) -> torch.Tensor:
+    def to_model_dtype(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
 

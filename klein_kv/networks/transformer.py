@@ -94,17 +94,9 @@ def transformer_parameters(config: TransformerConfig) -> dict[str, tuple[int, ..
 def encode_references(
     ops: Ops[T], config: TransformerConfig, ref_hidden_states: T, ref_ids: T
 ) -> list[T]:
-    """Runs the reference stream.
+    """Runs the reference stream on VAE tokens [1, R, C] at positions (T, H, W, L), int64 [R, 4].
 
-    Args:
-        ops: what computes, or writes the graph.
-        config: the network's shape.
-        ref_hidden_states: VAE tokens of all references, [1, R, C].
-        ref_ids: their positions (T, H, W, L), int64 [R, 4].
-
-    Returns:
-        k and v of every block in the order of `signature.kv_names`, each [1, R, H, D], keys after
-        RoPE.
+    Gives k (after RoPE) and v of every block in the order of `signature.kv_names`: [1, R, H, D].
     """
     net = Network(ops, config)
     zero = ops.constant(np.zeros(1, np.float32))
@@ -134,17 +126,10 @@ def encode_references(
 def denoise(
     ops: Ops[T], config: TransformerConfig, inputs: StepInputs[T], kv: Sequence[T]
 ) -> tuple[T, T]:
-    """Runs one step: velocity prediction and Euler update.
+    """Runs one step: velocity prediction and Euler update, noise_pred and latents [B, S, C].
 
-    Args:
-        ops: what computes, or writes the graph.
-        config: the network's shape.
-        inputs: latents, text, time and positions.
-        kv: reference keys and values as `encode_references` returns them, batch 1, shared by every
-            image of the batch; R may be 0, or nothing given at all.
-
-    Returns:
-        noise_pred [B, S, C] and the latents after the step [B, S, C].
+    `kv` is what `encode_references` gave, of batch 1 and shared by every image of the batch; R may
+    be 0, or nothing given at all.
     """
     net = Network(ops, config)
     temb = net.time_embedding(inputs.timestep)
@@ -153,27 +138,14 @@ def denoise(
 
 
 def denoise_with_references(
-    ops: Ops[T],
-    config: TransformerConfig,
-    inputs: StepInputs[T],
-    ref_hidden_states: T,
-    ref_ids: T,
+    ops: Ops[T], config: TransformerConfig, inputs: StepInputs[T], ref_hidden_states: T, ref_ids: T
 ) -> tuple[T, T]:
     """Runs one step of plain klein weights: every token attends to every other.
 
-    Source: diffusers `Flux2KleinPipeline.__call__`, which appends the reference tokens to the
-    latents at every step and drops what is predicted for them.
-
-    Args:
-        ops: what computes, or writes the graph.
-        config: the network's shape.
-        inputs: latents, text, time and positions.
-        ref_hidden_states: VAE tokens of all references, [1, R, C], shared by every image of the
-            batch; R may be 0.
-        ref_ids: their positions (T, H, W, L), int64 [R, 4].
-
-    Returns:
-        noise_pred [B, S, C] and the latents after the step [B, S, C].
+    Reference tokens [1, R, C], R may be 0, are shared by every image of the batch. Source:
+    diffusers
+    `Flux2KleinPipeline.__call__`, which appends them to the latents at every step and drops what is
+    predicted for them.
     """
     net = Network(ops, config)
     temb = net.time_embedding(inputs.timestep)
@@ -195,14 +167,7 @@ def _run_blocks(
 ) -> T:
     """All blocks on text and image tokens; rows of the image [B * S, D] after them.
 
-    Args:
-        net: the network.
-        inputs: the step's text and its positions.
-        temb: the timestep's embedding.
-        img_seq: tokens of the image [B, S, C], and of references after it.
-        img_ids: their positions.
-        kv: reference keys and values of every block, or none.
-        image: the image's tokens alone, if references come after them.
+    `img_seq` [B, S, C] holds references too with plain weights; `image` is then the image alone.
     """
     ops, config = net.ops, net.config
     image_mods = net.modulation(temb, "double_stream_modulation_img", 2)

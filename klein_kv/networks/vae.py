@@ -19,12 +19,9 @@ __all__ = ["VaeDecoder", "VaeEncoder", "build_vae"]
 
 
 def build_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLFlux2:
-    """diffusers' module for a checkpoint's `vae/config.json`.
+    """diffusers' module for a checkpoint's `vae/config.json`, or a `CheckpointError`.
 
     Weights are whatever the surrounding context makes of them: random, fake, or on "meta".
-
-    Raises:
-        CheckpointError: diffusers cannot build it.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

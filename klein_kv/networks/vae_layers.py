@@ -13,18 +13,11 @@ __all__ = ["vae_scratch"]
 def vae_scratch(
     shapes: Mapping[str, tuple[int, ...]], levels: int, *, batch: int, height: int, width: int
 ) -> int:
-    """Numbers that the widest place of a graph holds at once.
+    """Numbers that the widest place of a graph holds at once, of weights' shapes by name.
 
     That is the first convolution of a residual block: its input, kept for the sum, the same after
     norm and activation, and its output. Engines of one size take within 2 % of it
     (TensorRT-RTX 1.7.1, klein's VAE at 1024x1024), ONNX Runtime more.
-
-    Args:
-        shapes: weights of `vae_encoder` or `vae_decoder` by name.
-        levels: of the VAE (`VaeConfig.num_levels`).
-        batch: images.
-        height: pixels.
-        width: pixels.
     """
     return max(
         (2 * shape[1] + shape[0]) * (batch * height * width >> 2 * _level(name, levels))

@@ -1,10 +1,10 @@
 """The tiny model's graphs to engines. A GPU is not needed, and nothing is deserialised."""
 
 import json
+import logging
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from klein_kv.artifacts.engines.targets import GPUS, compute_capability, find_ta
 from klein_kv.artifacts.engines.trt_module import load_module
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.engines import build, builder
+from klein_kv.engines import build, builder, progress
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.plan.kernel_plan import KernelPlan
@@ -27,21 +27,12 @@ from klein_kv.engines.plan.kernel_price import price_plan
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.export import exporter
+from tests.klein_configs import TINY_PROFILE
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
 SMALL = ["encode_references", "cached_step"]
-RECIPE = Recipe.from_toml(
-    """
-    [[profiles]]
-    name = "tiny"
-    text_tokens = 64
-    output = "256x192"
-    references = 2
-    reference_size = "128x128"
-    """,
-    "tiny",
-)
+RECIPE = Recipe.from_toml(TINY_PROFILE, "tiny")
 
 
 @pytest.fixture
@@ -348,14 +339,13 @@ def test_not_an_artifact_folder(tmp_path: Path) -> None:
         build_artifacts(tmp_path)
 
 
-def test_ctrl_c_stops_the_build_and_leaves_nothing_half_written(artifacts: Path) -> None:
+def test_ctrl_c_stops_the_build_and_leaves_nothing_half_written(
+    artifacts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pressed in the first stage, when nothing but the build's own handler hears it."""
     before = signal.getsignal(signal.SIGINT)
-    timer = threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            build_artifacts(artifacts, recipe=RECIPE, graphs=["text_encoder"], progress=False)
-    finally:
-        timer.cancel()
+    monkeypatch.setattr(caplog.handler, "emit", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with caplog.at_level(logging.INFO, progress.__name__), pytest.raises(KeyboardInterrupt):
+        build_artifacts(artifacts, recipe=RECIPE, graphs=["text_encoder"], progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert not list((artifacts / "engines").glob("**/*.engine*"))

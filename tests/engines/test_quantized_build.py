@@ -15,6 +15,7 @@ from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.signature import KVFormat
+from klein_kv.cli import main
 from klein_kv.engines import build
 from klein_kv.engines.build import build_artifacts, engine_folder
 from klein_kv.engines.plan.applied import check_applied
@@ -26,19 +27,12 @@ from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
+from tests.klein_configs import TINY_PROFILE
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
-PROFILE = """
-[[profiles]]
-name = "tiny"
-text_tokens = 64
-output = "256x192"
-references = 2
-reference_size = "128x128"
-"""
-RECIPE = Recipe.from_toml(PROFILE, "tiny")
-DYNAMIC = Recipe.from_toml(PROFILE.replace("= 2", "= [0, 1, 4]"), "dynamic")
+RECIPE = Recipe.from_toml(TINY_PROFILE, "tiny")
+DYNAMIC = Recipe.from_toml(TINY_PROFILE.replace("= 2", "= [0, 1, 4]"), "dynamic")
 GRAPHS = ["encode_references", "first_step", "cached_step"]
 
 # One double and two single blocks: 14 products, and 5 ranges of rows and to_out each. The last
@@ -90,15 +84,8 @@ def test_every_product_is_native_and_no_weight_is_copied(
     folder = engine_folder(
         artifacts, "rtx5090", precision, "tiny", kv_dtype, options.get("attention")
     )
-    assert (
-        folder.name
-        == f"rtx5090-{precision}-tiny"
-        + {
-            "own K/V": "",
-            "fp8 K/V": "-fp8kv",
-            "fp8 attention": "-fp8attention",
-        }[kind]
-    )
+    end = {"own K/V": "", "fp8 K/V": "-fp8kv", "fp8 attention": "-fp8attention"}[kind]
+    assert folder.name == f"rtx5090-{precision}-tiny{end}"
     engines = EngineManifest.load(folder)
     assert (engines.precision, engines.kv_dtype) == (precision, kv_dtype)
     assert engines.attention == options.get("attention")
@@ -157,13 +144,19 @@ def test_the_same_again_is_kept(artifacts: Path, monkeypatch: pytest.MonkeyPatch
     assert built(artifacts, ["cached_step"], **options) == before
 
 
-def test_ada_has_fp8_and_ampere_has_not(artifacts: Path) -> None:
+def test_ada_has_fp8_and_ampere_has_not(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (record,) = built(artifacts, ["cached_step"], precision="fp8", attention="fp8", target="sm89")
     assert record.scratch_bytes > 0
-    with pytest.raises(BuildError, match="cached_step"):
+
+    monkeypatch.setattr(build, "load_module", None)  # told before TensorRT is asked
+    with pytest.raises(BuildError, match=r"takes .* 8\.9, and sm86 has 8\.6; choose bf16$"):
         built(artifacts, ["cached_step"], precision="fp8", target="sm86")
-    with pytest.raises(BuildError, match="cached_step"):
-        built(artifacts, ["cached_step"], precision="nvfp4", target="sm89")
+    options = ("build", str(artifacts), "--precision", "nvfp4", "--target", "rtx4090")
+    assert main(options) == 1
+    error = "takes compute capability 10.0, and rtx4090 has 8.9; choose bf16 or fp8"
+    assert error in capsys.readouterr().err
 
 
 def test_combinations_that_do_not_exist_are_refused(

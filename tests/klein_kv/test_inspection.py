@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engines.engine_manifest import EngineManifest, EngineRecord, ProfileRecord
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.cli import main
 from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand

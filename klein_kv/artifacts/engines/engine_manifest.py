@@ -6,34 +6,17 @@ An engine file is native code. So a digest that does not match is refused, never
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.digest import inside
-from klein_kv.artifacts.engines.engine_record import (
-    EngineRecord,
-    ProfileRecord,
-    TensorInfo,
-    WeightInput,
-    record_from_json,
-)
-from klein_kv.errors import ArtifactError, BuildError
+from klein_kv.artifacts.digest import inside, write_atomic
+from klein_kv.artifacts.engines.engine_record import EngineRecord, record_from_json
+from klein_kv.errors import ArtifactError
 
-__all__ = [
-    "ENGINE_MANIFEST",
-    "PACKED_SUFFIX",
-    "EngineManifest",
-    "EngineRecord",
-    "ProfileRecord",
-    "TensorInfo",
-    "WeightInput",
-    "find_engines",
-    "write_atomic",
-]
+__all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
 ENGINE_MANIFEST = "engine.json"
 PACKED_SUFFIX = ".zlib"
@@ -44,31 +27,19 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class EngineManifest:
-    """All engines of one folder.
+    """All engines of one folder."""
 
-    Attributes:
-        module: "tensorrt_rtx" or "tensorrt".
-        version: its version; engines load with this one only.
-        target: name of the target.
-        sm: compute capability without the dot.
-        precision: "bf16", "fp16", ...
-        weights: "shared" or "embedded" (the VAE always embeds).
-        recipe: name of the recipe.
-        engines: records by graph.
-        kv_dtype: type that keys and values are handed on in; None for that of activations.
-        attention: "fp8" where the transformer's attention is computed in float8.
-    """
-
-    module: str
-    version: str
+    module: str  # "tensorrt_rtx" or "tensorrt"
+    version: str  # its version; engines load with this one only
     target: str
-    sm: int
-    precision: str
-    weights: str
+    sm: int  # compute capability without the dot
+    precision: str  # "bf16", "fp16", ...
+    weights: str  # "shared" or "embedded" (the VAE always embeds)
     recipe: str
     engines: dict[str, EngineRecord]
+    # type that keys and values are handed on in; None for that of activations
     kv_dtype: str | None = None
-    attention: str | None = None
+    attention: str | None = None  # "fp8" where the transformer's attention is computed in float8
 
     @property
     def title(self) -> str:
@@ -77,37 +48,8 @@ class EngineManifest:
         kv += "" if self.attention is None else f", attention {self.attention}"
         return f"{self.target} {self.precision} {self.recipe}{kv} ({self.module} {self.version})"
 
-    def check_module(self, module: str, version: str) -> None:
-        """Refuses another library or version than the one that built the engines.
-
-        Raises:
-            BuildError: engines of one version do not load in another.
-        """
-        if (module, version) != (self.module, self.version):
-            raise BuildError(
-                f"the engines were built with {self.module} {self.version}, this is {module} "
-                f"{version}, which cannot load them; build them again with `klein-kv build`"
-            )
-
-    def check_device(self, sm: int) -> None:
-        """Refuses a GPU of another compute capability.
-
-        Raises:
-            BuildError: engines run on the compute capability that they were built for.
-        """
-        if sm != self.sm:
-            raise BuildError(
-                f"the engines were built for compute capability {self.sm / 10:.1f} "
-                f"({self.target}), this GPU has {sm / 10:.1f}; build them with "
-                f"`klein-kv build --target sm{sm}`"
-            )
-
     def record(self, graph: str) -> EngineRecord:
-        """The record of one graph.
-
-        Raises:
-            ArtifactError: there is no engine of that graph.
-        """
+        """The record of one graph; an `ArtifactError` if there is no engine of it."""
         if graph not in self.engines:
             raise ArtifactError(
                 f"there is no engine of {graph}, only of {', '.join(self.engines) or 'nothing'}; "
@@ -116,13 +58,9 @@ class EngineManifest:
         return self.engines[graph]
 
     def read_engine(self, folder: Path, graph: str) -> bytes:
-        """Reads one engine and checks it before anything of it is interpreted.
+        """One engine as TensorRT wants it, unpacked, and checked before it is interpreted.
 
-        Returns:
-            The engine as TensorRT wants it, unpacked where the file is packed.
-
-        Raises:
-            ArtifactError: missing, or not the file that was built.
+        An `ArtifactError` tells of one that is missing, or not the file that was built.
         """
         record = self.record(graph)
         path = inside(folder, record.file)
@@ -151,8 +89,7 @@ class EngineManifest:
     def load(cls, folder: Path) -> Self:
         """Reads and checks `engine.json`; the engines themselves are checked as they are read.
 
-        Raises:
-            ArtifactError: no engines here, another format version, or a manifest that was changed.
+        An `ArtifactError` tells of none, of another format version, or of one that was changed.
         """
         path = folder / ENGINE_MANIFEST
         try:
@@ -175,18 +112,8 @@ class EngineManifest:
             raise ArtifactError(f"{path} was changed after it was written; build again")
         try:
             engines = {name: record_from_json(record) for name, record in value["engines"].items()}
-            return cls(
-                module=value["module"],
-                version=value["version"],
-                target=value["target"],
-                sm=int(value["sm"]),
-                precision=value["precision"],
-                weights=value["weights"],
-                recipe=value["recipe"],
-                engines=engines,
-                kv_dtype=value.get("kv_dtype"),
-                attention=value.get("attention"),
-            )
+            known = {name: value[name] for name in cls.__slots__ if name in value}
+            return cls(**known | {"engines": engines, "sm": int(value["sm"])})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error
 
@@ -194,24 +121,6 @@ class EngineManifest:
 def find_engines(artifacts: Path) -> list[Path]:
     """Folders of an artifact folder that hold engines, sorted."""
     return sorted(path.parent for path in (artifacts / "engines").glob(f"*/{ENGINE_MANIFEST}"))
-
-
-def write_atomic(path: Path, data: Any) -> None:
-    """Writes a file aside and renames it into place.
-
-    Args:
-        path: the file.
-        data: bytes, or anything with a buffer (an engine that TensorRT holds is not copied).
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _self_digest(value: Mapping[str, Any]) -> str:

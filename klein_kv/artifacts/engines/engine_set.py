@@ -16,19 +16,14 @@ from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineMa
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import ArtifactError, RequestError
+from klein_kv.errors import ArtifactError, BuildError, RequestError
 
 __all__ = ["EngineFolder", "EngineSet", "open_engines"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFolder:
-    """Engines of one folder.
-
-    Attributes:
-        path: where they lie.
-        manifest: what `engine.json` says.
-    """
+    """Engines of one folder, and what its `engine.json` says."""
 
     path: Path
     manifest: EngineManifest
@@ -40,11 +35,9 @@ class EngineFolder:
 
 @dataclass(frozen=True, slots=True)
 class EngineSet:
-    """Engines that serve one set of graphs.
+    """Engines that serve one set of graphs; there is at least one folder.
 
-    Attributes:
-        folders: in no particular order; never empty.
-        attention: of the graphs; engines that have it come before those that do not.
+    Those that have the graphs' `attention` come before those that do not.
     """
 
     folders: tuple[EngineFolder, ...]
@@ -58,9 +51,8 @@ class EngineSet:
     def choose(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> EngineFolder:
         """The engine for these shapes of inputs: for them alone, else the one with least scratch.
 
-        Raises:
-            ArtifactError: there is no engine of that graph.
-            RequestError: none takes these shapes.
+        An `ArtifactError` if there is none of that graph, a `RequestError` if none takes these
+        shapes.
         """
         fitting: list[tuple[tuple[bool, bool, int, str], EngineFolder]] = []
         refused: RequestError | None = None
@@ -83,86 +75,70 @@ class EngineSet:
         raise refused or _missing(self, graph)
 
     def records(self, graph: str) -> list[EngineRecord]:
-        """Records of every engine of a graph.
-
-        Raises:
-            ArtifactError: there is none.
-        """
+        """Records of every engine of a graph; an `ArtifactError` if there is none."""
         records = [x.manifest.engines[graph] for x in self.folders if graph in x.manifest.engines]
         if not records:
             raise _missing(self, graph)
         return records
 
-    def check_module(self, module: str, version: str) -> None:
-        """Refuses a TensorRT that loads none of them.
-
-        Raises:
-            BuildError: they were built with another library or version.
-        """
-        for folder in self.folders:
-            if (folder.manifest.module, folder.manifest.version) == (module, version):
-                return
-        self.folders[0].manifest.check_module(module, version)
-
-    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Those that this TensorRT and a GPU of this compute capability run.
-
-        Raises:
-            BuildError: there are none.
-        """
-        self.check_module(module, version)
-        own = [
+    def for_module(self, module: str, version: str) -> "EngineSet":
+        """Those that this TensorRT loads, or a `BuildError`."""
+        own = tuple(
             folder
             for folder in self.folders
             if (folder.manifest.module, folder.manifest.version) == (module, version)
-        ]
-        return EngineSet(tuple(own), self.attention).for_sm(sm)
+        )
+        if not own:
+            other = self.folders[0].manifest
+            raise BuildError(
+                f"the engines were built with {other.module} {other.version}, this is {module} "
+                f"{version}, which cannot load them; build them again with `klein-kv build`"
+            )
+        return replace(self, folders=own)
+
+    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
+        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
+        return self.for_module(module, version).for_sm(sm)
 
     def for_sm(self, sm: int) -> "EngineSet":
-        """Those for one compute capability.
-
-        Raises:
-            BuildError: there are none.
-        """
+        """Those for one compute capability, or a `BuildError`."""
         own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
         if not own:
-            self.folders[0].manifest.check_device(sm)
+            other = self.folders[0].manifest
+            raise BuildError(
+                f"the engines were built for compute capability {other.sm / 10:.1f} "
+                f"({other.target}), this GPU has {sm / 10:.1f}; build them with "
+                f"`klein-kv build --target sm{sm}`"
+            )
         return replace(self, folders=own)
 
 
 def open_engines(
     artifacts: Path, manifest: Manifest, graphs: GraphSet, folder: Path | None = None
 ) -> EngineSet:
-    """Finds the engines of a set of graphs, for whatever GPU.
+    """Finds the engines that were built from a set of graphs, for whatever GPU, or in one `folder`.
 
-    Args:
-        artifacts: the artifact folder.
-        manifest: its manifest.
-        graphs: what the engines must have been built from. Where attention is in float8, engines
-            with attention in the type of activations serve the shapes that have none.
-        folder: these engines alone.
-
-    Raises:
-        ArtifactError: there are none, or only engines of another export.
+    Where attention is in float8, engines with attention in the type of activations serve the shapes
+    that have none. An `ArtifactError` if there are none, or only engines of another export.
     """
     general = replace(graphs, attention=None)
     if folder is not None:
-        found = [EngineFolder(folder, EngineManifest.load(folder))]
-        if not (_is_of(found[0].manifest, graphs) or _is_of(found[0].manifest, general)):
+        engines = EngineManifest.load(folder)
+        folders = [EngineFolder(folder, engines)]
+        if not (_is_of(engines, graphs) or _is_of(engines, general)):
+            own = manifest.dtype
             raise ArtifactError(
-                f"{folder}: these are engines of {found[0].manifest.title}, keys and values in "
-                f"{found[0].manifest.kv_dtype or manifest.dtype}; expected precision "
-                f"{graphs.precision or manifest.dtype}, keys and values in "
-                f"{graphs.kv_dtype or manifest.dtype}, attention in "
-                f"{graphs.attention or manifest.dtype}; choose other engines, or another "
-                "precision, kv_dtype or attention"
+                f"{folder}: these are engines of {engines.title}, keys and values in "
+                f"{engines.kv_dtype or own}; expected precision {graphs.precision or own}, keys "
+                f"and values in {graphs.kv_dtype or own}, attention in {graphs.attention or own}; "
+                "choose other engines, or another precision, kv_dtype or attention"
             )
     else:
-        there = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
-        found = [x for x in there if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
-        if not any(_is_of(x.manifest, graphs) for x in found):
+        every = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
+        folders = [x for x in every if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
+        if not any(_is_of(x.manifest, graphs) for x in folders):
             raise _none(artifacts, graphs)
-    for one in found:
+    for one in folders:
         files = (graphs if one.manifest.attention == graphs.attention else general).files
         for graph, record in one.manifest.engines.items():
             if record.onnx_digest != manifest.files[files[graph]].digest:
@@ -170,7 +146,7 @@ def open_engines(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"
                 )
-    return EngineSet(tuple(found), graphs.attention)
+    return EngineSet(tuple(folders), graphs.attention)
 
 
 def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
@@ -187,9 +163,9 @@ def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:
 
 
 def _missing(engines: EngineSet, graph: str) -> ArtifactError:
-    there = sorted({name for folder in engines.folders for name in folder.manifest.engines})
+    names = sorted({name for folder in engines.folders for name in folder.manifest.engines})
     return ArtifactError(
-        f"there is no engine of {graph}, only of {', '.join(there) or 'nothing'}; build it with "
+        f"there is no engine of {graph}, only of {', '.join(names) or 'nothing'}; build it with "
         "`klein-kv build`"
     )
 

@@ -9,9 +9,11 @@ from klein_kv.errors import BackendError, BuildError
 
 __all__ = [
     "GPUS",
+    "LEAST_SM",
     "TARGETS",
     "Gpu",
     "Target",
+    "check_precision",
     "compute_capability",
     "find_target",
     "local_sm",
@@ -20,14 +22,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Figures that kernel plans are priced with.
+    """Figures that kernel plans are priced with: bandwidth in 1e9 B/s, memory in 1e9 B.
 
-    Attributes:
-        name: what people call it.
-        tflops: peak dense tensor throughput with float32 accumulation, 1e12 FLOP/s, by the type
-            of the operands: "bf16", "fp16", "fp8", "fp4". A type that is absent has no figure.
-        bandwidth: memory bandwidth, 1e9 B/s.
-        memory: device memory, 1e9 B.
+    `tflops` is the peak dense tensor throughput with float32 accumulation, 1e12 FLOP/s, by type of
+    the operands ("bf16", "fp16", "fp8", "fp4"); a type that is absent has no figure.
     """
 
     name: str
@@ -69,13 +67,7 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one set of engines is built for.
-
-    Attributes:
-        name: how the folder of the engines is called.
-        sm: compute capability without the dot: 120 is 12.0.
-        gpu: figures to price kernel plans with, where known.
-    """
+    """What one set of engines is built for; `sm` is the compute capability: 120 is 12.0."""
 
     name: str
     sm: int
@@ -109,17 +101,17 @@ TARGETS = {
 _TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
 
 
-def find_target(name: str) -> Target:
-    """A target by name (`rtx5090`), or by compute capability (`sm120`).
+LEAST_SM = {"fp8": 89, "nvfp4": 100}
+"""First compute capability that multiplies them: Ada, Blackwell (NVIDIA Model Optimizer)."""
 
-    Raises:
-        BuildError: no such target.
-    """
+
+def find_target(name: str) -> Target:
+    """A target by name (`rtx5090`), or by compute capability (`sm120`); else a `BuildError`."""
     key = name.lower()
     if key in TARGETS:
         return TARGETS[key]
-    if found := re.fullmatch(r"sm_?(\d{2,3})", key):
-        sm = int(found[1])
+    if match := re.fullmatch(r"sm_?(\d{2,3})", key):
+        sm = int(match[1])
         typical = _TYPICAL.get(sm)
         return Target(f"sm{sm}", sm, GPUS[typical] if typical else None)
     raise BuildError(
@@ -128,14 +120,22 @@ def find_target(name: str) -> Target:
     )
 
 
+def check_precision(precision: str, target: Target) -> None:
+    """Refuses, with a `BuildError`, a precision that the target's GPUs do not compute."""
+    least = LEAST_SM.get(precision, 0)
+    if target.sm < least:
+        raise BuildError(
+            f"precision is {precision!r}, which takes compute capability {least / 10:.1f}, and "
+            f"{target.name} has {target.sm / 10:.1f}; choose bf16"
+            + (" or fp8" if target.sm >= LEAST_SM["fp8"] else "")
+        )
+
+
 def compute_capability(trt: Any, target: Target) -> Any | None:
     """The library's own constant for a target, or None for a library that has none.
 
-    `tensorrt` has none: it builds for the GPU of the machine it runs on.
-
-    Raises:
-        BuildError: the library knows no such compute capability, or builds for another GPU.
-        BackendError: the library needs a GPU to build, and there is none.
+    `tensorrt` has none: it builds for the GPU of the machine it runs on. A `BuildError` tells of a
+    capability that the library does not know, or that this GPU has not; a `BackendError` of none.
     """
     if not hasattr(trt, "ComputeCapability"):
         if (sm := local_sm()) != target.sm:
@@ -145,23 +145,18 @@ def compute_capability(trt: Any, target: Target) -> Any | None:
                 f"build with --target sm{sm} here, or with tensorrt_rtx, which needs no GPU"
             )
         return None
-    known = {
-        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
-    }
+    known = trt.ComputeCapability.__members__
     if f"SM{target.sm}" not in known:
+        names = sorted((name for name in known if name[:2] == "SM"), key=lambda name: int(name[2:]))
         raise BuildError(
             f"target {target.name}: {trt.__name__} {trt.__version__} cannot build for compute "
-            f"capability {target.sm / 10:.1f}; it knows {', '.join(sorted(known, key=_number))}"
+            f"capability {target.sm / 10:.1f}; it knows {', '.join(names)}"
         )
     return known[f"SM{target.sm}"]
 
 
 def local_sm() -> int:
-    """Compute capability of this machine's first GPU, without the dot.
-
-    Raises:
-        BackendError: cuda-python is missing, or there is no usable GPU.
-    """
+    """Compute capability of this machine's first GPU, without the dot, or a `BackendError`."""
     try:
         cudart = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -176,7 +171,3 @@ def local_sm() -> int:
             "for, tensorrt_rtx builds without one: pip install 'klein-kv[rtx]'"
         )
     return int(properties.major) * 10 + int(properties.minor)
-
-
-def _number(name: str) -> int:
-    return int(name[2:])

@@ -18,14 +18,9 @@ _EXTRAS = {"tensorrt_rtx": "klein-kv[rtx]", "tensorrt": "klein-kv[tensorrt]"}
 
 
 def load_module(name: str = "auto") -> Any:
-    """Imports TensorRT.
+    """Imports TensorRT: "tensorrt_rtx", "tensorrt", or "auto" for the first that is installed.
 
-    Args:
-        name: "tensorrt_rtx", "tensorrt", or "auto" for the first of them that is installed.
-
-    Raises:
-        RequestError: another name.
-        BackendError: not installed, or its libraries do not load.
+    A `BackendError` if none is, or its libraries do not load.
     """
     if name not in ("auto", *MODULES):
         raise RequestError(f"module is {name!r}, expected 'auto' or one of {', '.join(MODULES)}")

@@ -91,7 +91,7 @@ class TrtBackend:
         found = open_engines(artifacts, manifest, self._graphs, engines)
         self._trt = trt or load_module(found.module)
         name, version = self._trt.__name__, module_version(self._trt)
-        found.check_module(name, version)  # before a GPU is asked for
+        found.for_module(name, version)  # before a GPU is asked for
         self._errors = Errors()
         self._weights: dict[WeightRef, DeviceBuffer] = {}
         self._loaded: dict[str, OrderedDict[Path, Engine]] = {}

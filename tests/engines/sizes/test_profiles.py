@@ -1,20 +1,14 @@
 import pytest
 
-from klein_kv.artifacts.config import ModelConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from klein_kv.artifacts.signature import GRAPH_FILES, make_signature
 from klein_kv.engines.sizes.profiles import EngineProfile, engine_profiles
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import BuildError
-
-CONFIG = ModelConfig(
-    TransformerConfig(128, 128, 8, 24, 128, 32, 12288, 256, 3.0, (32, 32, 32, 32), 2000.0, 1e-6),
-    TextEncoderConfig(4096, 12288, 36, 32, 8, 128, 151936, 1e6, 1e-6),
-    VaeConfig(32, 4, 1e-4),
-)
+from tests.klein_configs import KLEIN_9B
 
 
 def _profiles(graph: str, recipe: Recipe) -> list[EngineProfile]:
-    return engine_profiles(make_signature(graph, CONFIG, "bfloat16"), recipe, CONFIG)
+    return engine_profiles(make_signature(graph, KLEIN_9B, "bfloat16"), recipe, KLEIN_9B)
 
 
 def _recipe(*profiles: str) -> Recipe:

@@ -52,7 +52,6 @@ def test_recipe_of_a_shape() -> None:
     assert (recipe.name, recipe.fixed) == ("1024x768-4ref", True)
     assert shape_recipe(Size(512, 512), 1, Size(512, 768)).name == "512x512-1ref-512x768"
     assert shape_recipe(Size(512, 512), 0, Size(512, 768)).name == "512x512-0ref"
-    assert shape_recipe(Size(512, 512), 0, text_tokens=64).name == "512x512-0ref-64tokens"
     with pytest.raises(BuildError, match="expected at most 2048"):
         shape_recipe(Size(4096, 1024), 0)
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from klein_kv.artifacts.engines.engine_manifest import EngineManifest, ProfileRecord
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.signature import KVFormat

@@ -24,6 +24,7 @@ from klein_kv.artifacts.numbers import (
 )
 from klein_kv.artifacts.weights import WeightRef, map_weight, read_header, safetensors_header
 from klein_kv.errors import ArtifactError, CheckpointError
+from klein_kv.export.checks.compare import compare
 
 # Every e2m1 number in the order of its code: sign, two bits of exponent, one of mantissa.
 E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -145,12 +146,8 @@ def test_a_wrong_reader_is_far_off(fault: str) -> None:
         wrong = dequantize_nvfp4(packed, np.roll(block_scales, 1, axis=1), scale)
     else:
         wrong = dequantize_nvfp4(np.roll(packed, 1, axis=1), block_scales, scale)
-    assert relative(values, right) < 0.12
-    assert relative(values, wrong) > 0.4
-
-
-def relative(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+    assert compare(right, values).relative < 0.12
+    assert compare(wrong, values).relative > 0.4
 
 
 def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:

@@ -4,7 +4,6 @@ import pytest
 
 from klein_kv.artifacts.signature import (
     GRAPH_FILES,
-    MAX_POSITION,
     KVFormat,
     is_kv,
     kv_names,
@@ -154,14 +153,3 @@ def test_concrete_shape_and_bytes() -> None:
     assert spec.nbytes({"ref_tokens": 16384}) == 128 << 20
     with pytest.raises(KeyError):
         spec.concrete({"batch": 1})
-
-
-def test_unknown_graph() -> None:
-    with pytest.raises(KeyError):
-        make_signature("second_step", KLEIN_9B, "float32")
-
-
-def test_positions_hold_the_largest_request() -> None:
-    # 2048 pixels are 128 tokens; a fifth reference sits at T = 50; text runs along L.
-    assert MAX_POSITION >= 512
-    assert len(set(GRAPH_FILES.values())) == len(GRAPH_FILES) == 6

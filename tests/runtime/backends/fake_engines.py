@@ -5,14 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from klein_kv.artifacts.config import DTYPES
-from klein_kv.artifacts.engines.engine_manifest import (
-    EngineManifest,
-    EngineRecord,
-    ProfileRecord,
-    TensorInfo,
-    WeightInput,
-    write_atomic,
-)
+from klein_kv.artifacts.digest import write_atomic
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
 from klein_kv.artifacts.weights import graph_weights
@@ -74,8 +69,8 @@ def _write(
     signature = graphs.signature(graph, manifest.config)
     weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.files[graph])
 
-    def info(spec: TensorSpec) -> TensorInfo:
-        return TensorInfo(
+    def info(spec: TensorSpec) -> TensorSpec:
+        return TensorSpec(
             spec.name, spec.dtype, tuple(a if isinstance(a, int) else -1 for a in spec.shape)
         )
 
@@ -100,16 +95,7 @@ def _write(
         onnx_digest=manifest.files[graphs.files[graph]].digest,
         inputs=tuple(info(spec) for spec in signature.inputs),
         outputs=tuple(info(spec) for spec in signature.outputs),
-        weights={
-            name: WeightInput(
-                ref.path.relative_to(artifacts).as_posix(),
-                ref.offset,
-                ref.nbytes,
-                ref.dtype,
-                ref.shape,
-            )
-            for name, ref in weights.items()
-        },
+        weights={name: ref.place(artifacts) for name, ref in weights.items()},
         profiles=(ProfileRecord("any", {}, shapes, scratch),),  # type: ignore[arg-type]
         scratch_bytes=scratch,
         seconds=0.0,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv.artifacts.engines.engine_manifest import EngineManifest, EngineRecord
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES, kv_names, make_signature
 from klein_kv.artifacts.weights import graph_weights

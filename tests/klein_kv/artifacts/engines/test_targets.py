@@ -7,6 +7,7 @@ from klein_kv.artifacts.engines import targets
 from klein_kv.artifacts.engines.targets import (
     GPUS,
     TARGETS,
+    check_precision,
     compute_capability,
     find_target,
     local_sm,
@@ -35,6 +36,14 @@ def test_targets_by_name_and_number(name: str, sm: int, gpu: str | None) -> None
 def test_unknown_target_lists_the_known(name: str) -> None:
     with pytest.raises(BuildError, match=r"expected one of rtx5090, .*such as sm120"):
         find_target(name)
+
+
+def test_precisions_by_compute_capability() -> None:
+    for precision, target in (("bf16", "rtx3090"), ("fp8", "sm89"), ("nvfp4", "sm100")):
+        check_precision(precision, find_target(target))
+    check_precision("fp8-weight-only", find_target("rtx3090"))  # nothing multiplies fp8
+    with pytest.raises(BuildError, match=r"'nvfp4', .* 10\.0, and rtx3090 has 8\.6; choose bf16$"):
+        check_precision("nvfp4", find_target("rtx3090"))
 
 
 def test_library_without_the_capability_names_what_it_has() -> None:
