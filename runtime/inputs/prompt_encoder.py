@@ -36,14 +36,7 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Tokenizer, text encoder and cache of one pipeline.
-
-    Args:
-        session: where the text encoder runs.
-        tokenizer: the artifacts' own.
-        config: the text encoder's configuration.
-        cache: embeddings seen before.
-    """
+    """Tokenizer, text encoder and cache of one pipeline."""
 
     def __init__(
         self,
@@ -61,7 +54,7 @@ class PromptEncoder:
         """Inputs of the text encoder, [B, length] each.
 
         Raises:
-            RequestError: not texts, or an impossible length.
+            RequestError: a text that is not valid Unicode, or an impossible length.
         """
         if isinstance(length, int) and length > MAX_POSITION:
             raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
@@ -99,13 +92,7 @@ class PromptEncoder:
     def encode(
         self, tokens: dict[str, NDArray[np.int64]], at: list[int], *, look_up: bool = True
     ) -> EncodedPrompt:
-        """Embeddings [B, T, D] on the device.
-
-        Args:
-            tokens: what `tokenize` gave.
-            at: what `layers_at` gave.
-            look_up: take them from the cache where they are there.
-        """
+        """Embeddings [B, T, D] on the device, of `tokenize`'s tokens and `layers_at`'s states."""
         batch, length = tokens["input_ids"].shape
         width, exported = self.config.hidden_size, len(self.config.layers)
         shape = (batch, length, exported * width)

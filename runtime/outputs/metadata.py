@@ -1,9 +1,9 @@
 """How an image was made, kept in its PNG file.
 
 Three text chunks: `parameters` in the one-line form that image tools and web interfaces read,
-`klein_kv` with the same facts as JSON, which `read_metadata` gives back, and an XMP packet that
-marks the image as made by a model, where photo libraries and platforms look for it. EXIF says it in
-words, for viewers that know nothing else.
+`klein_kv` with the same facts as JSON, and an XMP packet that marks the image as made by a model,
+where photo libraries and platforms look for it. EXIF says it in words, for viewers that know
+nothing else.
 """
 
 import errno
@@ -20,10 +20,8 @@ from PIL.PngImagePlugin import PngInfo
 from klein_kv import __version__
 from klein_kv.errors import CapacityError, RequestError
 
-__all__ = ["ImageParameters", "read_metadata", "save_png"]
+__all__ = ["ImageParameters", "save_png"]
 
-_CHUNK = "klein_kv"
-_XMP_CHUNK = "XML:com.adobe.xmp"
 # XMP specification, part 3, "PNG": this keyword, not compressed. The property and its value are
 # IPTC's: Photo Metadata Standard, "Digital Source Type".
 _XMP = """\
@@ -47,15 +45,15 @@ class ImageParameters:
     """Facts about one image.
 
     Attributes:
-        prompt: As the user gave it.
-        steps: Number of steps.
-        width: Pixels.
-        height: Pixels.
-        references: Number of reference images.
-        model: Name of the model.
+        prompt: as the user gave it.
+        steps: number of steps.
+        width: pixels.
+        height: pixels.
+        references: number of reference images.
+        model: name of the model.
         model_digest: sha256 of the weights, with or without "sha256:" before it.
         seed: None if the noise came from elsewhere.
-        version: Of klein-kv.
+        version: of klein-kv.
     """
 
     prompt: str
@@ -83,46 +81,12 @@ class ImageParameters:
         return f"{self.prompt}\n{line}"
 
 
-def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """Reads back what `save_png` stored.
-
-    Returns:
-        The keys of `ImageParameters`, or None if the image has no klein_kv chunk.
-
-    Raises:
-        RequestError: no such file, not an image, or the chunk is damaged.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text chunks may come after the pixels
-            stored = image.info.get(_CHUNK)
-    except FileNotFoundError as error:
-        raise RequestError(f"image file does not exist: {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"not a PNG file that can be read: {path}: {error}") from error
-    if stored is None:
-        return None
-    try:
-        facts = json.loads(stored)
-    except (TypeError, ValueError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise RequestError(f"the {_CHUNK} chunk of {path} is not a JSON object")
-    return facts
-
-
 def save_png(
     image: Image.Image, path: str | Path, parameters: ImageParameters | None = None
 ) -> None:
     """Writes a PNG file, whole or not at all.
 
-    The file is written under another name in the same folder and then put in place: a reader never
-    sees half of it, and a failure leaves whatever was there before.
-
-    Args:
-        image: Any mode that PNG has.
-        path: File to write; an existing file is replaced.
-        parameters: Stored in the file unless None.
+    It is written aside and renamed: a failure leaves whatever was there before.
 
     Raises:
         RequestError: the name does not end in .png, or the folder is missing or not writable.
@@ -165,8 +129,8 @@ def _chunks(parameters: ImageParameters) -> dict[str, Any]:
         parameters, prompt=_storable(parameters.prompt), model=_storable(parameters.model)
     )
     info.add_itxt("parameters", parameters.text)
-    info.add_itxt(_CHUNK, json.dumps(asdict(parameters), ensure_ascii=False))
-    info.add_itxt(_XMP_CHUNK, _XMP.format(version=parameters.version))
+    info.add_itxt("klein_kv", json.dumps(asdict(parameters), ensure_ascii=False))
+    info.add_itxt("XML:com.adobe.xmp", _XMP.format(version=parameters.version))
     tags = Image.Exif()
     tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
     tags[ExifTags.Base.Software] = f"klein-kv {parameters.version}"

@@ -29,17 +29,12 @@ from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, Reque
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
 from klein_kv.runtime.session import Session
 
-__all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
+__all__ = ["load_references", "read_reference_digest", "save_references"]
 
 _FORMAT = "klein-kv reference set 2"
 _OLDER_FORMAT = "klein-kv reference set 1"
 _NO_CHECKSUM = "00000000"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def reference_file_bytes(references: ReferenceSet) -> int:
-    """Bytes of the file that `save_references` writes."""
-    return len(_header(references, _NO_CHECKSUM)) + references.nbytes
 
 
 def save_references(references: ReferenceSet, path: Path) -> None:
@@ -60,7 +55,7 @@ def save_references(references: ReferenceSet, path: Path) -> None:
         if error.errno in _FULL:
             raise CapacityError(
                 f"{path} cannot be written: {error.strerror}; the references take "
-                f"{reference_file_bytes(references) / 1e6:.1f} MB, make room or save elsewhere"
+                f"{references.nbytes / 1e6:.1f} MB, make room or save elsewhere"
             ) from error
         raise RequestError(
             f"{path} cannot be written: {error.strerror}; expected a file name in a folder that "
@@ -111,22 +106,12 @@ def load_references(
 ) -> ReferenceSet:
     """Maps a file, checks all of it, and uploads its keys and values.
 
-    Args:
-        path: what `save_references` wrote.
-        session: where to.
-        origin: what they must have been made with.
-        net: the network, whose blocks and heads they must fit.
-
     Raises:
         ArtifactError: the file is missing, damaged, or no saved reference set.
         RequestError: a set of other weights, LoRA set, types, backend or layout.
     """
-    found, images, first_size, checksum = _read_description(path)
-    reason = origin.difference(found)
-    if reason is not None:
-        raise RequestError(
-            f"the references in {path} cannot be used here: they {reason}; encode them again"
-        )
+    made_with, images, first_size, checksum = _read_description(path)
+    origin.check(made_with, f"the references in {path}")
     try:
         refs = read_header(path, quantized=True)
     except CheckpointError as error:

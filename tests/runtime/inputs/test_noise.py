@@ -131,7 +131,6 @@ def test_numpy_integers_are_seeds() -> None:
         ((3, 16), {"generator": [generator(0)] * 2}, "2 generators for a batch of 3"),
         ((1, 3, 5, 7), {"seed": 1}, "105 values, expected a multiple of 16"),
         ((0, 16), {"seed": 1}, "0 values, expected a multiple of 16"),
-        (SHAPE, {"seed": 1, "dtype": "float64"}, "float64"),
     ],
 )
 def test_bad_arguments(shape: tuple[int, ...], arguments: Any, message: str) -> None:

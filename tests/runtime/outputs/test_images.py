@@ -14,7 +14,6 @@ from PIL import Image
 
 from klein_kv.artifacts.pixels import check_reference, load_image, prepare_reference
 from klein_kv.errors import RequestError
-from klein_kv.runtime.outputs.results import images_from_uint8
 
 MULTIPLE = 16
 
@@ -214,21 +213,3 @@ def test_load_bomb_is_refused_before_decoding(
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(RequestError, match="too large"):
         load_image(path)
-
-
-def test_images_from_uint8() -> None:
-    array = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    array.flags.writeable = False
-    images = images_from_uint8(array)
-    assert [image.size for image in images] == [(7, 5), (7, 5)]
-    for image, pixels in zip(images, array, strict=True):
-        np.testing.assert_array_equal(np.asarray(image), pixels)
-
-
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((1, 4, 4, 3)), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)],
-)
-def test_images_from_other_arrays(array: Any) -> None:
-    with pytest.raises(RequestError, match="expected uint8"):
-        images_from_uint8(array)

@@ -94,7 +94,7 @@ def cuda_of(pipe: KleinKVPipeline) -> FakeCuda:
 
 
 def set_bytes(pipe: KleinKVPipeline, images: list[Image.Image]) -> int:
-    count = pipe._maker.encoder.prepare(images).num_tokens
+    count = pipe.encoder.prepare(images).num_tokens
     tensors = pipe.graphs.kv_tensors(pipe.config.transformer, count)
     return sum(spec.nbytes({}) for spec in tensors)
 

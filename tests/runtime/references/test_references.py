@@ -196,18 +196,19 @@ def test_digest_covers_what_keys_and_values_depend_on(
     cropped_away = one.copy()
     cropped_away.putpixel((0, 0), (1, 2, 3))  # outside the 64 pixels that are used
     sets = [[one], [two], [one, two], [two, one], [one, one], [changed]]
-    digests = [pipe._maker.encoder.prepare(images).digest for images in sets]
+    digests = [pipe.encoder.prepare(images).digest for images in sets]
     assert len(set(digests)) == len(sets)
-    assert pipe._maker.encoder.prepare([cropped_away]).digest == digests[0]
-    assert pipe._maker.encoder.prepare([one.convert("RGBA")]).digest == digests[0]
+    assert pipe.encoder.prepare([cropped_away]).digest == digests[0]
+    assert pipe.encoder.prepare([one.convert("RGBA")]).digest == digests[0]
 
-    origin = pipe._maker.encoder.origin
-    images = pipe._maker.encoder.prepare([one]).images
-    for name in ("model_digest", "dtype", "kv_dtype", "backend"):
+    origin = pipe.encoder.origin
+    images = pipe.encoder.prepare([one]).images
+    for name in KVOrigin.__annotations__:
         other = replace(origin, **{name: "other"})
         assert other.digest(images) != digests[0]
-        assert origin.difference(other) is not None
-    assert origin.difference(replace(origin)) is None
+        with pytest.raises(RequestError, match="this cannot be used here"):
+            origin.check(other, "this")
+    origin.check(replace(origin), "this")
 
 
 def test_images_digest_tells_shapes_apart() -> None:
