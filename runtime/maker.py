@@ -13,13 +13,7 @@ from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.inputs.noise import initial_noise
 from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt
 from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs
-from klein_kv.runtime.options import (
-    CallArguments,
-    embeds_array,
-    host_array,
-    output_size,
-    texts_of,
-)
+from klein_kv.runtime.options import CallArguments, embeds_array, host_array, output_size, texts_of
 from klein_kv.runtime.outputs.results import decode_latents, vae_latents
 from klein_kv.runtime.planning.memory_plan import MemoryPlan
 from klein_kv.runtime.planning.request import Request, edit_stages
@@ -180,10 +174,11 @@ def _repeated(session: Session, prompt: EncodedPrompt, times: int) -> Buffer:
         return prompt.buffer
     batch, length, width = prompt.shape
     rows = [
-        session.view(prompt.buffer, (1, length, width), i * length * width) for i in range(batch)
+        session.view(prompt.buffer, (1, length, width), i * length * width)
+        for i in range(batch)
+        for _ in range(times)
     ]
-    shape = (batch * times, length, width)
-    return session.assemble(shape, [row for row in rows for _ in range(times)])
+    return session.assemble((batch * times, length, width), rows)
 
 
 def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArguments) -> None:

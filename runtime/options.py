@@ -99,7 +99,6 @@ class CallArguments:
     latents: Any = None
     prompt_embeds: Any = None
     output_type: str = "pil"
-    attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
     max_sequence_length: int = 512

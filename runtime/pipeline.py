@@ -161,11 +161,7 @@ class KleinKVPipeline:
     ) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
-        Args:
-            artifacts: the folder.
-            options: how; None takes the defaults.
-            changes: fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`,
-                `precision="fp8"`.
+        `changes` are fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`, `precision="fp8"`.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -387,7 +383,6 @@ class KleinKVPipeline:
             latents=latents,
             prompt_embeds=prompt_embeds,
             output_type=output_type,
-            attention_kwargs=attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,

@@ -20,12 +20,7 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, CapacityError, KleinKVError, RequestError
 from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
-from klein_kv.runtime.planning.footprint import (
-    COMPONENTS,
-    Footprint,
-    component_of,
-    load_vae_shapes,
-)
+from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, load_vae_shapes
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
 from klein_kv.runtime.planning.plan_choices import what_fits

@@ -14,15 +14,7 @@ from typing import Any, NamedTuple
 
 from klein_kv.errors import BackendError
 
-__all__ = [
-    "COPIES",
-    "LOADING",
-    "HostClock",
-    "Span",
-    "Timings",
-    "nvtx_ranges",
-    "timings_from_spans",
-]
+__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
 
 COPIES = "copies"
 LOADING = "load"

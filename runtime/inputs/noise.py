@@ -29,11 +29,7 @@ _TWO_PI = np.float32(2.0 * math.pi)
 
 
 def initial_noise(
-    shape: Sequence[int],
-    *,
-    generator: Any = None,
-    seed: int | None = None,
-    dtype: str = "float32",
+    shape: Sequence[int], *, generator: Any = None, seed: int | None = None, dtype: str = "float32"
 ) -> NDArray[Any]:
     """Draws standard normal noise as diffusers does.
 

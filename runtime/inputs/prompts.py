@@ -97,9 +97,6 @@ class PromptTokenizer:
         count = len(encoding)
         encoding.truncate(max_length, direction=form.truncation_side)
         encoding.pad(
-            max_length,
-            direction=form.padding_side,
-            pad_id=form.pad_id,
-            pad_token=form.pad_token,
+            max_length, direction=form.padding_side, pad_id=form.pad_id, pad_token=form.pad_token
         )
         return encoding, count

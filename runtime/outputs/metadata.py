@@ -6,10 +6,7 @@ where photo libraries and platforms look for it. EXIF says it in words, for view
 nothing else.
 """
 
-import errno
 import json
-import secrets
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from klein_kv import __version__
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import RequestError
+from klein_kv.runtime.outputs.whole_file import whole_file
 
 __all__ = ["ImageParameters", "save_png"]
 
@@ -37,7 +35,6 @@ _XMP = """\
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="w"?>"""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +81,7 @@ class ImageParameters:
 def save_png(
     image: Image.Image, path: str | Path, parameters: ImageParameters | None = None
 ) -> None:
-    """Writes a PNG file, whole or not at all.
-
-    It is written aside and renamed: a failure leaves whatever was there before.
+    """Writes a PNG file, whole or not at all (`whole_file`).
 
     Raises:
         RequestError: the name does not end in .png, or the folder is missing or not writable.
@@ -96,26 +91,8 @@ def save_png(
     if path.suffix.lower() != ".png":
         raise RequestError(f"image file is {path}, expected a name that ends in .png")
     chunks = _chunks(parameters) if parameters else {}
-    partial = path.with_name(f".klein-{secrets.token_hex(8)}.part")
-    try:
-        try:
-            with partial.open("xb") as file:
-                image.save(file, format="PNG", **chunks)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in _FULL:
-            needed = image.width * image.height * len(image.getbands())
-            raise CapacityError(
-                f"image cannot be written: {path}: {error.strerror}; about {needed / 2**20:.1f} "
-                f"MiB are needed, {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free; "
-                "make room, or choose another folder"
-            ) from error
-        raise RequestError(
-            f"image cannot be written: {path}: {error.strerror or error}; expected an existing, "
-            "writable folder"
-        ) from error
+    with whole_file(path, image.width * image.height * len(image.getbands())) as file:
+        image.save(file, format="PNG", **chunks)
 
 
 def _chunks(parameters: ImageParameters) -> dict[str, Any]:

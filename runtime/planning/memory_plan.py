@@ -71,12 +71,7 @@ class Stage:
 class MemoryPlan:
     """How a request runs on a device of `capacity` bytes.
 
-    Attributes:
-        request: what is made.
-        footprint: of the model.
-        capacity: bytes.
-        stages: in order.
-        together: bytes at the peak if all that takes part stays through all stages.
+    `together` is the peak if all that takes part stays through all stages.
     """
 
     request: Request
@@ -140,12 +135,12 @@ def make_plan(
     kv_copies: int = 0,
     held_scratch: int = 0,
 ) -> MemoryPlan:
-    """Adds everything up and decides which weights stay.
+    """Adds everything up, for a device of `capacity` bytes, and decides which weights stay.
 
     Args:
         footprint: the model.
         request: what is to be made.
-        capacity: bytes of the device.
+        capacity: bytes.
         scratch: bytes and their source by graph, where known; the rest is estimated.
         loaded: components on the device now; None plans a request that follows one like it.
         reserved: bytes that are not to be had.

@@ -80,7 +80,7 @@ class ReferenceSet:
 
     Attributes:
         kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`
-            [1, R, H, D], and beside float8 ones their scales.
+            [1, R, H, D], and float8 ones' scales.
         tensors: name, type and concrete shape of each of `kv`.
         num_tokens: R, tokens of all images together.
         first_size: (height, width) of the first image after cropping: the default output size.
@@ -113,8 +113,6 @@ class ReferenceSet:
 
     def save(self, path: str | Path) -> None:
         """Writes the set as one safetensors file; `KleinKVPipeline.load_references` reads it.
-
-        An interrupted save leaves a file that was there before as it was.
 
         Raises:
             CapacityError: the disk is full.

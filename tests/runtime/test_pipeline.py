@@ -15,9 +15,9 @@ from PIL import Image
 import klein_kv
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from tests.runtime.conftest import Picture
 
 PROMPT = "a red kite over the sea"
-Picture = Callable[..., Image.Image]
 LATENTS = np.zeros((1, 128, 8, 8), np.float32)
 EMBEDS = np.zeros((1, 7, 96), np.float32)
 
@@ -98,18 +98,9 @@ EMBEDS = np.zeros((1, 7, 96), np.float32)
         ({"image": Image.new("RGB", (64, 513))}, "expected at most 8:1"),
     ],
 )
-def test_bad_request(
-    request_: dict[str, Any],
-    message: str,
-    tiny_ours: KleinKVPipeline,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("no_graph_runs")
+def test_bad_request(request_: dict[str, Any], message: str, tiny_ours: KleinKVPipeline) -> None:
     """One clear error; no graph has run, and the generator stands where it stood."""
-
-    def run(graph: str, _inputs: Any) -> None:
-        pytest.fail(f"{graph} ran before the request was refused")
-
-    monkeypatch.setattr(tiny_ours.backend, "run", run)
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     request = {"prompt": PROMPT} | request_

@@ -12,12 +12,7 @@ from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import GRAPH_FILES, GraphSet, KVFormat
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.planning.footprint import (
-    COMPONENTS,
-    Footprint,
-    component_of,
-    linear_weights,
-)
+from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, linear_weights
 from klein_kv.runtime.planning.memory_plan import RESERVED, MemoryPlan, make_plan, size_text
 from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.planning.scratch import estimate_scratch

@@ -72,7 +72,7 @@ def test_a_host_has_fewer_choices() -> None:
     light = replace(FOOTPRINT, weights=dict.fromkeys(FOOTPRINT.weights, 0))
 
     def make(footprint: Footprint, changed: Request) -> MemoryPlan:
-        return make_plan(footprint, changed, 6 * GB, reserved=0)
+        return make_plan(footprint, changed, 6_200_000_000, reserved=0)
 
     fitting = what_fits(make(light, request(4)), make, device=False)
     assert texts(fitting) == ["2 references", "references up to 768x768"]
