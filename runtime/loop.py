@@ -29,20 +29,15 @@ class LoopInputs:
     """Buffers of one request; exactly one of `references` and `kv` is given.
 
     Attributes:
-        latents: noise, [B, S, C].
-        latents_shape: that shape.
-        text: encoder_hidden_states [B, T, 3 * hidden].
-        img_ids: int64 [S, 4].
-        txt_ids: int64 [T, 4].
         references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
         kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
     """
 
-    latents: Buffer
+    latents: Buffer  # [B, S, C]
     latents_shape: tuple[int, ...]
-    text: Buffer
-    img_ids: Buffer
-    txt_ids: Buffer
+    text: Buffer  # [B, T, 3 * hidden]
+    img_ids: Buffer  # int64 [S, 4]
+    txt_ids: Buffer  # int64 [T, 4]
     references: dict[str, Buffer] | None = None
     kv: dict[str, Buffer] = field(default_factory=dict)
 

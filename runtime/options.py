@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -68,16 +68,17 @@ class RuntimeOptions:
     prompt_cache_bytes: int | None = None
     nvtx: bool = False
 
-    def with_changes(self, changes: Mapping[str, Any]) -> Self:
-        """The same with other values for some.
+    @classmethod
+    def from_names(cls, options: Mapping[str, Any]) -> Self:
+        """Options by name.
 
         Raises:
             RequestError: no option of such a name.
         """
-        known = [item.name for item in fields(self)]
-        if unknown := sorted(changes.keys() - set(known)):
+        known = [item.name for item in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
             raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(known)}")
-        return replace(self, **changes)
+        return cls(**options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,14 +96,9 @@ class KleinKVPipeline:
     """
 
     def __init__(
-        self,
-        artifacts: Path,
-        manifest: Manifest,
-        backend: Backend,
-        options: RuntimeOptions | None = None,
-        **changes: Any,
+        self, artifacts: Path, manifest: Manifest, backend: Backend, **changes: Any
     ) -> None:
-        options = (options or RuntimeOptions()).with_changes(changes)
+        options = RuntimeOptions.from_names(changes)
         if not manifest.distilled:
             raise RequestError(
                 f"{artifacts} holds weights that are not distilled: they need classifier-free "
@@ -156,9 +151,7 @@ class KleinKVPipeline:
         self._closed = False
 
     @classmethod
-    def from_pretrained(
-        cls, artifacts: str | Path, options: RuntimeOptions | None = None, **changes: Any
-    ) -> Self:
+    def from_pretrained(cls, artifacts: str | Path, **changes: Any) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
         `changes` are fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`, `precision="fp8"`.
@@ -170,7 +163,7 @@ class KleinKVPipeline:
             RequestError: an unknown option, a budget below 0, another kv_dtype, or weights that are
                 not distilled.
         """
-        options = (options or RuntimeOptions()).with_changes(changes)
+        options = RuntimeOptions.from_names(changes)
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
         backend = open_backend(
@@ -183,7 +176,7 @@ class KleinKVPipeline:
             options=options.backend_options,
         )
         try:
-            return cls(folder, manifest, backend, options)
+            return cls(folder, manifest, backend, **changes)
         except BaseException:
             backend.close()
             raise

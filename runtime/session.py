@@ -271,18 +271,11 @@ class Session:
             held |= self.graph_memory(graph).weights
         return sum(held.values())
 
-    def _shapes(self, graph: str, request: Request) -> list[dict[str, tuple[int, ...]]]:
-        """Of a graph's inputs, for each different run."""
-        inputs = self._graphs.signature(graph, self._config).inputs
-        return [
-            {spec.name: spec.concrete(sizes) for spec in inputs}
-            for sizes in request.runs(graph, self._config)
-        ]
-
     def _scratch(self, graph: str, request: Request) -> int | None:
         """What the backend knows of a graph's scratch; what it refuses it will refuse itself."""
+        runs = request.shapes(graph, self._config, self._graphs)
         try:
-            needs = [self.backend.scratch_bytes(graph, x) for x in self._shapes(graph, request)]
+            needs = [self.backend.scratch_bytes(graph, shapes) for shapes in runs]
         except RequestError:
             return None
         return max((need for need in needs if need is not None), default=None)
@@ -345,8 +338,9 @@ class Session:
 
     def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
         assert self.plan is not None  # noqa: S101 - asked before
+        runs = self.plan.request.shapes(graph, self._config, self._graphs)
         with self._loading(graph):
-            for shapes in self._shapes(graph, self.plan.request):
+            for shapes in runs:
                 self.backend.prepare(graph, shapes, kv, eager=self._eager)
 
     @contextlib.contextmanager

@@ -20,13 +20,9 @@ __all__ = ["EncodedPrompt", "PromptEncoder"]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Embeddings of prompts.
+    """Embeddings [B, T, D] of prompts, on the device.
 
-    Attributes:
-        buffer: on the device.
-        shape: [B, T, D].
-        key: of the cache.
-        new: embeddings of all exported hidden states that the cache does not hold yet, if any.
+    `new` holds all exported hidden states where the cache does not yet, under `key`.
     """
 
     buffer: Buffer

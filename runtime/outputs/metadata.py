@@ -42,12 +42,7 @@ class ImageParameters:
     """Facts about one image.
 
     Attributes:
-        prompt: as the user gave it.
-        steps: number of steps.
-        width: pixels.
-        height: pixels.
         references: number of reference images.
-        model: name of the model.
         model_digest: sha256 of the weights, with or without "sha256:" before it.
         seed: None if the noise came from elsewhere.
         version: of klein-kv.

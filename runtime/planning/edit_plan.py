@@ -5,7 +5,6 @@ Only headers and manifests are read, and no GPU is asked: its memory is what the
 
 import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,13 +124,9 @@ class EditPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """All that `klein-kv plan` tells.
+    """All that `klein-kv plan` tells: edits by precision, then number of references.
 
-    Attributes:
-        gpu: its name, for people.
-        capacity: bytes of its memory.
-        edits: by precision, then number of references.
-        host: bytes of host memory at the peak, by what takes them.
+    `capacity` is the GPU's memory, `host` the host's at the peak, by what takes it; in bytes.
     """
 
     gpu: str
@@ -253,9 +248,8 @@ class _Planner:
         scratch: dict[str, tuple[int, str]] = {}
         copies = 0
         for graph in request.stages:
-            if engines is None:
-                break
-            shapes = _largest_shapes(graph, footprint, request)
+            runs = request.shapes(graph, footprint.config, footprint.graphs)
+            shapes = max(runs, key=lambda shapes: sum(map(math.prod, shapes.values())))
             with contextlib.suppress(ArtifactError, RequestError):  # no such engine: an estimate
                 folder = engines.choose(graph, shapes)
                 scratch[graph] = folder.manifest.record(graph).scratch_for(shapes), folder.path.name
@@ -276,23 +270,12 @@ class _Planner:
         budget = reference_budget(self.capacity, plan.footprint.weights, besides, plan.kv_bytes)
         return budget // plan.kv_bytes
 
-    def _engines(self, footprint: Footprint) -> EngineSet | None:
+    def _engines(self, footprint: Footprint) -> EngineSet:
+        """Those for this device; without any, every choice is an `ArtifactError`."""
         graphs = footprint.graphs
         try:
             return open_engines(self.artifacts, self.manifest, graphs, self.folder).for_sm(self.sm)
         except (ArtifactError, BuildError, KeyError):
             if self.folder is not None and not (self.folder / ENGINE_MANIFEST).exists():
                 raise
-            return None
-
-
-def _largest_shapes(
-    graph: str, footprint: Footprint, request: Request
-) -> Mapping[str, tuple[int, ...]]:
-    """Inputs of the largest run."""
-    inputs = footprint.graphs.signature(graph, footprint.config).inputs
-    runs = [
-        {spec.name: spec.concrete(sizes) for spec in inputs}
-        for sizes in request.runs(graph, footprint.config)
-    ]
-    return max(runs, key=lambda shapes: sum(map(math.prod, shapes.values())))
+            return EngineSet(())

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.signature import GraphSet
 
 __all__ = ["Request", "edit_stages", "flagship_request"]
 
@@ -67,6 +68,16 @@ class Request:
             return [self.sizes(graph, config)]
         different = dict.fromkeys(self.references)
         return [replace(self, references=(size,)).sizes(graph, config) for size in different]
+
+    def shapes(
+        self, graph: str, config: ModelConfig, graphs: GraphSet
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of a graph's inputs, for each different run."""
+        inputs = graphs.signature(graph, config).inputs
+        return [
+            {spec.name: spec.concrete(sizes) for spec in inputs}
+            for sizes in self.runs(graph, config)
+        ]
 
 
 def edit_stages(variant: str, references: int, *, known: bool = False) -> tuple[str, ...]:

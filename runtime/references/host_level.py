@@ -50,10 +50,6 @@ class HostLevel:
 
     A set that went back to the device keeps its copy as long as nothing else needs the room, so
     giving it up another time copies nothing.
-
-    Args:
-        budget: bytes of host memory.
-        backend: whose device the sets come from and go to.
     """
 
     def __init__(self, budget: int, backend: DeviceBackend) -> None:

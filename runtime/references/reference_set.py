@@ -22,9 +22,9 @@ class KVOrigin:
     """Everything but the images that keys and values depend on.
 
     Attributes:
-        model_digest: graphs and weights (`Manifest.model_digest`).
+        model_digest: graphs and weights (`Manifest.graphs_digest`).
         dtype: type that the graphs compute in.
-        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KVFormat.FP8_PER_HEAD`.
+        kv_dtype: type that graphs hand keys and values on in, `dtype` or a `KVFormat`.
         backend: what computes them; another one rounds differently.
     """
 
@@ -74,9 +74,7 @@ def images_digest(pixels: Sequence[NDArray[np.uint8]]) -> str:
 class ReferenceSet:
     """Keys and values of an ordered set of reference images.
 
-    They depend on the images, their order, and `origin`; not on prompt, seed or output size. Made
-    by `KleinKVPipeline.encode_references` or `load_references`, and used by any number of requests
-    at once.
+    Made by `KleinKVPipeline.encode_references` or `load_references`, for any number of requests.
 
     Attributes:
         kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`

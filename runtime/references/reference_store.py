@@ -39,10 +39,7 @@ class StoreStats:
 class ReferenceStore(ByteCache[ReferenceSet]):
     """Reference sets by digest, on the device, and those that it gave up in host memory.
 
-    Args:
-        budget: bytes on the device; 0 keeps none.
-        host_budget: bytes of pinned host memory for sets that the device gives up; 0 for none.
-        backend: of the device.
+    Budgets are bytes; 0 keeps none.
 
     Raises:
         RequestError: a budget below 0; host memory without any on the device, or for a backend
