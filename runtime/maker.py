@@ -187,17 +187,17 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
     assert callback is not None  # noqa: S101 - asked before
     # Engines write to the same buffers at every run: what outlasts that needs its own.
     state.latents = session.assemble(state.latents_shape, [state.latents])
-    held = {"latents": state.latents, "prompt_embeds": state.text}
+    buffers = {"latents": state.latents, "prompt_embeds": state.text}
     names = ask.callback_on_step_end_tensor_inputs or ()
-    tensors: dict[str, NDArray[Any]] = {name: session.download(held[name]) for name in names}
+    tensors: dict[str, NDArray[Any]] = {name: session.download(buffers[name]) for name in names}
     with session.interrupted():
-        returned = callback(pipe, i, pipe.current_timestep or 0.0, tensors) or {}
-    if not isinstance(returned, Mapping):
+        answer = callback(pipe, i, pipe.current_timestep or 0.0, tensors) or {}
+    if not isinstance(answer, Mapping):
         raise RequestError(
-            f"the callback returned a {type(returned).__name__}, expected a dict or None"
+            f"the callback returned a {type(answer).__name__}, expected a dict or None"
         )
-    for name, buffer in held.items():
-        new = returned.get(name)
+    for name, buffer in buffers.items():
+        new = answer.get(name)
         if new is None or new is tensors.get(name):
             continue
         array = host_array(new, name, pipe.manifest.dtype)
@@ -206,5 +206,5 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
             raise RequestError(
                 f"the callback returned {name} of shape {array.shape}, expected {shape}"
             )
-        held[name] = session.upload(array)
-    state.latents, state.text = held["latents"], held["prompt_embeds"]
+        buffers[name] = session.upload(array)
+    state.latents, state.text = buffers["latents"], buffers["prompt_embeds"]

@@ -75,9 +75,9 @@ class RuntimeOptions:
         Raises:
             RequestError: no option of such a name.
         """
-        known = [item.name for item in fields(cls)]
-        if unknown := sorted(options.keys() - set(known)):
-            raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(known)}")
+        names = [item.name for item in fields(cls)]
+        if unknown := sorted(options.keys() - set(names)):
+            raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(names)}")
         return cls(**options)
 
 

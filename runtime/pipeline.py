@@ -96,7 +96,7 @@ class KleinKVPipeline:
     """
 
     def __init__(
-        self, artifacts: Path, manifest: Manifest, backend: Backend, **changes: Any
+        self, artifacts: Path, manifest: Manifest, backend: Backend, /, **changes: Any
     ) -> None:
         options = RuntimeOptions.from_names(changes)
         if not manifest.distilled:

@@ -259,17 +259,17 @@ class Session:
 
     def _capacity(self, request: Request) -> int:
         """What can be had, and what this pipeline holds already and the plan counts."""
-        held = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
+        own = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
         if request.kv_held:
-            held += self._footprint(request).kv_bytes(request)
-        return self.backend.available_memory() + held
+            own += self._footprint(request).kv_bytes(request)
+        return self.backend.available_memory() + own
 
     def _weights(self, graphs: Iterable[str]) -> int:
         """Bytes of the tensors of these graphs, each once."""
-        held: dict[Hashable, int] = {}
+        tensors: dict[Hashable, int] = {}
         for graph in graphs:
-            held |= self.graph_memory(graph).weights
-        return sum(held.values())
+            tensors |= self.graph_memory(graph).weights
+        return sum(tensors.values())
 
     def _scratch(self, graph: str, request: Request) -> int | None:
         """What the backend knows of a graph's scratch; what it refuses it will refuse itself."""

@@ -113,11 +113,11 @@ def _torch_noise(sizes: tuple[int, ...], generator: Any, dtype: str) -> NDArray[
             f"{len(generators)} generators for a batch of {sizes[0]}; expected one, or one each"
         )
     item = sizes if len(generators) == 1 else (1, *sizes[1:])
-    drawn = [
+    items = [
         torch.randn(item, generator=one, device=one.device, dtype=getattr(torch, dtype)).cpu()
         for one in generators
     ]
-    noise = torch.cat(drawn)
+    noise = torch.cat(items)
     if dtype == "bfloat16":  # numpy has no such type
         noise = noise.float()
     array: NDArray[Any] = noise.numpy()

@@ -93,20 +93,20 @@ class PromptEncoder:
         width, exported = self.config.hidden_size, len(self.config.layers)
         shape = (batch, length, exported * width)
         key = self._key(tokens)
-        known = self.cache.get(key) if look_up else None
+        embeds = self.cache.get(key) if look_up else None
         in_order = at == list(range(exported))
-        if known is None:
+        if embeds is None:
             buffers = {name: self.session.upload(array) for name, array in tokens.items()}
-            embeds = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
+            output = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
             # Memory of its own: a callback may encode another prompt meanwhile.
-            whole = self.session.assemble(shape, [embeds])
+            whole = self.session.assemble(shape, [output])
             if in_order:
                 return EncodedPrompt(whole, shape, key, whole)
-            known = self.session.download(whole)
-            self.cache.put(key, known)
+            embeds = self.session.download(whole)
+            self.cache.put(key, embeds)
         if not in_order:
-            known = np.concatenate([known[..., i * width : (i + 1) * width] for i in at], axis=-1)
-        return EncodedPrompt(self.session.upload(known), known.shape)
+            embeds = np.concatenate([embeds[..., i * width : (i + 1) * width] for i in at], axis=-1)
+        return EncodedPrompt(self.session.upload(embeds), embeds.shape)
 
     def keep(self, prompt: EncodedPrompt) -> None:
         """Puts embeddings that were computed into the cache: waits for the device."""

@@ -137,7 +137,7 @@ def file_weights(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> dict[
 
     Tensors of the folder's floating point type are counted in that of `graphs`.
     """
-    held: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for component in COMPONENTS:
         files = [f for graph, f in graphs.files.items() if component_of(graph) == component]
         if not all(file in manifest.files for file in files):
@@ -148,8 +148,8 @@ def file_weights(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> dict[
                 tensors[ref] = ref.nbytes
                 if ref.dtype == manifest.dtype:
                     tensors[ref] = ref.nbytes * ITEM_SIZE[graphs.dtype] // ITEM_SIZE[ref.dtype]
-        held[component] = sum(tensors.values())
-    return held
+        weights[component] = sum(tensors.values())
+    return weights
 
 
 def load_vae_shapes(artifacts: Path, graphs: GraphSet) -> Shapes:

@@ -153,7 +153,7 @@ def make_plan(
             sizes = request.sizes(name, footprint.config)
             needs[name] = estimate_scratch(name, footprint, sizes), "estimated"
     buffers = _buffers(footprint, request)
-    held = {name: footprint.weights[name] + buffers[name] for name in COMPONENTS}
+    component_bytes = {name: footprint.weights[name] + buffers[name] for name in COMPONENTS}
 
     # 1. What each graph needs beside its component.
     kv, sources = footprint.kv_bytes(request), _sources(footprint, request)
@@ -163,13 +163,15 @@ def make_plan(
         parts = {"kv": kv * ((request.kv_held or name in _WITH_KV) + copies)}
         parts |= {"scratch": needs[name][0], "activations": sources, "reserved": reserved}
         if name == "vae_decoder" and request.kv_kept and not request.kv_held:
-            fits = sum(parts.values()) + held["vae"] + kv <= capacity
+            fits = sum(parts.values()) + component_bytes["vae"] + kv <= capacity
             parts["kv"] += kv if fits else 0
         rows[name] = parts
 
     # 2. All together, with the scratch that they share; else what one leaves is given back.
     largest = max(held_scratch, *(parts["scratch"] for parts in rows.values()))
-    together = sum(held[name] for name in {component_of(name) for name in rows}) + largest
+    together = (
+        sum(component_bytes[name] for name in {component_of(name) for name in rows}) + largest
+    )
     together += max(sum(parts.values()) - parts["scratch"] for parts in rows.values())
     if together <= capacity:
         rows = {name: parts | {"scratch": largest} for name, parts in rows.items()}
@@ -182,11 +184,11 @@ def make_plan(
         for name, parts in rows.items():
             own = component_of(name)
             loads = 0 if own in resident else footprint.weights[own]
-            room = capacity - sum(parts.values()) - held[own]
+            room = capacity - sum(parts.values()) - component_bytes[own]
             staying = [own]
             for other in COMPONENTS:
-                if other in resident and other != own and held[other] <= room:
-                    room -= held[other]
+                if other in resident and other != own and component_bytes[other] <= room:
+                    room -= component_bytes[other]
                     staying.append(other)
             resident = set(staying)
             weights = {component: footprint.weights[component] for component in staying}
@@ -199,12 +201,12 @@ def make_plan(
 
 def _buffers(footprint: Footprint, request: Request) -> dict[str, int]:
     """By component, inputs and outputs of its graphs, but for keys and values."""
-    held = dict.fromkeys(COMPONENTS, 0)
+    nbytes = dict.fromkeys(COMPONENTS, 0)
     for name in request.stages:
         signature = footprint.graphs.signature(name, footprint.config)
         for sizes in request.runs(name, footprint.config):
-            held[component_of(name)] += _nbytes((*signature.inputs, *signature.outputs), sizes)
-    return held
+            nbytes[component_of(name)] += _nbytes((*signature.inputs, *signature.outputs), sizes)
+    return nbytes
 
 
 def _sources(footprint: Footprint, request: Request) -> int:

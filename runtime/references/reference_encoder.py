@@ -172,8 +172,8 @@ class ReferenceEncoder:
         new = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
         at = "text_encoder" in request.stages
         stages = (*request.stages[:at], *new, *request.stages[at:])
-        kept = kv and self._store.budget > 0
-        return replace(request, references=sizes, stages=stages, kv_kept=kept)
+        stays = kv and self._store.budget > 0
+        return replace(request, references=sizes, stages=stages, kv_kept=stays)
 
 
 def blank_references(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:

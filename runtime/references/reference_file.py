@@ -94,15 +94,15 @@ def load_references(
     count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
     tensors = graphs.kv_tensors(net, count)
     _check_layout(path, refs, tensors)
-    arrays, seen = {}, 0
+    arrays, actual = {}, 0
     for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
         try:
             arrays[name] = map_weight(ref)
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
-        seen = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, seen)
-    if f"{seen:08x}" != checksum:
-        raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
+        actual = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, actual)
+    if f"{actual:08x}" != checksum:
+        raise _damaged(path, f"its checksum is {actual:08x}, expected {checksum}")
     return ReferenceSet(
         kv=session.upload_kv({spec.name: arrays[spec.name] for spec in tensors}),
         tensors=tensors,
