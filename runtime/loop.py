@@ -29,20 +29,15 @@ class LoopInputs:
     """Buffers of one request; exactly one of `references` and `kv` is given.
 
     Attributes:
-        latents: noise, [B, S, C].
-        latents_shape: that shape.
-        text: encoder_hidden_states [B, T, 3 * hidden].
-        img_ids: int64 [S, 4].
-        txt_ids: int64 [T, 4].
         references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
         kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
     """
 
-    latents: Buffer
+    latents: Buffer  # [B, S, C]
     latents_shape: tuple[int, ...]
-    text: Buffer
-    img_ids: Buffer
-    txt_ids: Buffer
+    text: Buffer  # [B, T, 3 * hidden]
+    img_ids: Buffer  # int64 [S, 4]
+    txt_ids: Buffer  # int64 [T, 4]
     references: dict[str, Buffer] | None = None
     kv: dict[str, Buffer] = field(default_factory=dict)
 
@@ -52,12 +47,7 @@ def loop_inputs(
 ) -> LoopInputs:
     """Uploads what a request starts from; its references are still to be filled in.
 
-    Args:
-        backend: where the loop runs.
-        noise: [B, C, h, w].
-        text: embeddings [B, T, 3 * hidden], on the device.
-        length: T.
-        grid: (h, w).
+    From noise [B, C, h, w] of a grid (h, w), and text [B, T, 3 * hidden] of length T on the device.
     """
     batch, channels = noise.shape[:2]
     tokens = noise.reshape(batch, channels, -1).transpose(0, 2, 1)  # [B, S, C]
@@ -91,15 +81,7 @@ def denoise_loop(
     graphs: GraphSet,
     after_step: AfterStep | None = None,
 ) -> None:
-    """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values.
-
-    Args:
-        backend: where the graphs run.
-        schedule: timesteps and step sizes.
-        inputs: buffers, updated in place.
-        graphs: their variant, and their type, whose rounding the timestep follows.
-        after_step: see `AfterStep`.
-    """
+    """Runs all steps; `inputs.latents` holds the result, `inputs.kv` the keys and values."""
     scalars = [
         (
             backend.upload(np.array([schedule.model_timestep(i, graphs.dtype)], np.float32)),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "is_integer",
     "output_size",
     "prompt_may_come_first",
+    "texts_of",
 ]
 
 _DEFAULT_LATENT_SIDE = 128
@@ -36,7 +37,7 @@ class RuntimeOptions:
     """How artifacts are opened.
 
     Attributes:
-        backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `backends.open_backend`.
+        backend: "auto", "onnxruntime", "tensorrt" or "torch"; see `open_backend`.
         device: "cpu", "cuda" or "cuda:N"; None for the backend's own.
         threads: CPU threads of the backend; None leaves it to the library.
         backend_options: further arguments of the torch backend (`TorchBackend`), e.g.
@@ -67,16 +68,17 @@ class RuntimeOptions:
     prompt_cache_bytes: int | None = None
     nvtx: bool = False
 
-    def with_changes(self, changes: Mapping[str, Any]) -> Self:
-        """The same with other values for some.
+    @classmethod
+    def from_names(cls, options: Mapping[str, Any]) -> Self:
+        """Options by name.
 
         Raises:
             RequestError: no option of such a name.
         """
-        known = [item.name for item in fields(self)]
-        if unknown := sorted(changes.keys() - set(known)):
-            raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(known)}")
-        return replace(self, **changes)
+        names = [item.name for item in fields(cls)]
+        if unknown := sorted(options.keys() - set(names)):
+            raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(names)}")
+        return cls(**options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,6 @@ class CallArguments:
     latents: Any = None
     prompt_embeds: Any = None
     output_type: str = "pil"
-    attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
     max_sequence_length: int = 512
@@ -107,13 +108,11 @@ class CallArguments:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        prompt = self.prompt
-        if (prompt is None) == (self.prompt_embeds is None):
-            got = "neither" if prompt is None else "both"
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            got = "neither" if self.prompt is None else "both"
             raise RequestError(f"expected one of prompt and prompt_embeds, got {got}")
-        texts = isinstance(prompt, list) and prompt and all(isinstance(x, str) for x in prompt)
-        if prompt is not None and not isinstance(prompt, str) and not texts:
-            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
+        if self.prompt is not None:
+            texts_of(self.prompt)
         if self.output_type not in ("pil", "np", "pt", "latent"):
             raise RequestError(
                 f"output_type is {self.output_type!r}, expected 'pil', 'np', 'pt' or 'latent'"
@@ -136,10 +135,22 @@ class CallArguments:
             return []
         return self.image if isinstance(self.image, list) else [self.image]
 
-    @property
-    def prompts(self) -> list[str]:
-        """Texts, in order; empty where embeddings are given."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt or []
+
+def texts_of(prompt: Any) -> list[str]:
+    """The texts of an argument `prompt`, a text or a list of at least one.
+
+    Raises:
+        RequestError: something else.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not _are_texts(prompt):
+        raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
+    return list(prompt)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
 def _check_count(name: str, value: object, most: int = 0) -> None:
@@ -159,8 +170,7 @@ def prompt_may_come_first(call: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(call)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[1] if len(args) > 1 else None
-        texts = isinstance(first, list) and first and all(isinstance(x, str) for x in first)
-        if isinstance(first, str) or texts:
+        if isinstance(first, str) or _are_texts(first):
             if len(args) > 2 or "prompt" in kwargs:
                 raise RequestError(
                     "the first argument is a prompt, and another prompt or positional argument "
@@ -215,14 +225,9 @@ def output_size(
     first: tuple[int, int] | None,
     noise: NDArray[Any] | None,
 ) -> tuple[int, int]:
-    """Height and width of the output in pixels.
+    """Height and width of the output in pixels, as asked for.
 
-    Args:
-        config: gives the pixels of a token.
-        height: as asked for, or None.
-        width: as asked for, or None.
-        first: size of the first reference, the default where there is one.
-        noise: latents of the caller's own, [B, C, h, w]: the default before all others.
+    Where one is None: that of the caller's own latents [B, C, h, w], else of the first reference.
 
     Raises:
         RequestError: not a multiple of a token's side, or above 2048.

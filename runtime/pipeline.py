@@ -5,11 +5,10 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 `output_type="pt"`.
 """
 
-import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
@@ -17,27 +16,27 @@ from typing import Any, ParamSpec, Self, TypeVar
 from numpy.typing import NDArray
 from PIL import Image
 
+from klein_kv.artifacts.config import DTYPES, dtype_name
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import GraphSet
+from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.errors import RequestError
-from klein_kv.runtime.backends.backend import Backend, open_backend
+from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.inputs.prompt_encoder import PromptEncoder
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
-from klein_kv.runtime.maker import ImageMaker
+from klein_kv.runtime.loop import no_references
+from klein_kv.runtime.maker import make_images
 from klein_kv.runtime.options import (
     CallArguments,
     RuntimeOptions,
     is_integer,
     prompt_may_come_first,
+    texts_of,
 )
 from klein_kv.runtime.planning.memory import default_prompt_bytes
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
-from klein_kv.runtime.references.reference_encoder import (
-    ReferenceEncoder,
-    blank_references,
-)
-from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, check_kv_dtype
+from klein_kv.runtime.references.reference_encoder import ReferenceEncoder, blank_references
+from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
 from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
 from klein_kv.runtime.timings import Timings
@@ -55,8 +54,10 @@ def one_at_a_time(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        pipeline: Any = args[0]
-        with pipeline.alone():
+        pipe: Any = args[0]
+        with pipe._lock:
+            if pipe._closed:
+                raise RequestError("this pipeline is closed; open the artifacts again")
             return call(*args, **kwargs)
 
     return alone
@@ -84,34 +85,35 @@ class KleinKVPipeline:
     Attributes:
         manifest: what the folder says of itself.
         backend: where the graphs run.
+        graphs: which of them.
         session: the backend under a memory plan.
         reference_store: keys and values of references seen before, by digest.
         prompt_cache: text embeddings seen before.
         timings: where the time of the last call went.
+        num_timesteps: steps of the last call.
+        current_timestep: timestep of the step under way; None between calls.
+        progress_bar_config: arguments for tqdm.
     """
 
     def __init__(
-        self,
-        artifacts: Path,
-        manifest: Manifest,
-        backend: Backend,
-        options: RuntimeOptions | None = None,
-        **changes: Any,
+        self, artifacts: Path, manifest: Manifest, backend: Backend, /, **changes: Any
     ) -> None:
-        options = (options or RuntimeOptions()).with_changes(changes)
+        options = RuntimeOptions.from_names(changes)
         if not manifest.distilled:
             raise RequestError(
                 f"{artifacts} holds weights that are not distilled: they need classifier-free "
                 "guidance, which this pipeline does not do; expected distilled weights, such as "
                 "FLUX.2-klein-9b-kv"
             )
+        # 1. What runs.
         self.artifacts = artifacts
         self.manifest = manifest
         self.config = manifest.config
         self.backend = backend
         self.graphs = _graphs(manifest, options)
         self.session = Session(backend, artifacts, manifest, self.graphs, nvtx=options.nvtx)
-        self.timings = Timings()
+
+        # 2. What is kept.
         budget = options.reference_cache_bytes
         if budget is None:
             budget = self.session.default_reference_budget()
@@ -120,11 +122,11 @@ class KleinKVPipeline:
         self.prompt_cache: ByteCache[NDArray[Any]] = ByteCache(
             default_prompt_bytes() if budget is None else budget, "text embeddings"
         )
-        prompts = PromptEncoder(
-            self.session,
-            PromptTokenizer(artifacts / "tokenizer", manifest.prompt),
-            manifest.config.text_encoder,
-            self.prompt_cache,
+
+        # 3. What goes in: prompts, and references.
+        tokenizer = PromptTokenizer(artifacts / "tokenizer", manifest.prompt)
+        self.prompts = PromptEncoder(
+            self.session, tokenizer, self.config.text_encoder, self.prompt_cache
         )
         origin = KVOrigin(
             model_digest=manifest.graphs_digest(self.graphs),
@@ -132,23 +134,27 @@ class KleinKVPipeline:
             kv_dtype=self.graphs.kv_dtype or manifest.dtype,
             backend=backend.name,
         )
-        encoder = ReferenceEncoder(self.session, manifest, origin, self.reference_store)
-        self._maker = ImageMaker(artifacts, manifest, self.graphs, self.session, prompts, encoder)
+        self.encoder = ReferenceEncoder(
+            self.session, self.config, self.graphs, origin, self.reference_store
+        )
+        self.no_references: dict[str, Buffer] = {}
+        if manifest.variant == "kv":
+            self.no_references = no_references(self.session, self.config.transformer, self.graphs)
+
+        # 4. The call under way, or the last one.
+        self.timings = Timings()
+        self.num_timesteps = 0
+        self.current_timestep: float | None = None
+        self.progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
         self._lock = threading.RLock()
         self._closed = False
 
     @classmethod
-    def from_pretrained(
-        cls, artifacts: str | Path, options: RuntimeOptions | None = None, **changes: Any
-    ) -> Self:
+    def from_pretrained(cls, artifacts: str | Path, **changes: Any) -> Self:
         """Opens an artifact folder that `klein-kv export` wrote.
 
-        Args:
-            artifacts: the folder.
-            options: how; None takes the defaults.
-            changes: fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`,
-                `precision="fp8"`.
+        `changes` are fields of `RuntimeOptions` by name, e.g. `device="cuda:0"`, `precision="fp8"`.
 
         Raises:
             ArtifactError: the folder is not whole, or not what its manifest says.
@@ -157,7 +163,7 @@ class KleinKVPipeline:
             RequestError: an unknown option, a budget below 0, another kv_dtype, or weights that are
                 not distilled.
         """
-        options = (options or RuntimeOptions()).with_changes(changes)
+        options = RuntimeOptions.from_names(changes)
         folder = Path(artifacts)
         manifest = Manifest.load(folder)
         backend = open_backend(
@@ -170,7 +176,7 @@ class KleinKVPipeline:
             options=options.backend_options,
         )
         try:
-            return cls(folder, manifest, backend, options)
+            return cls(folder, manifest, backend, **changes)
         except BaseException:
             backend.close()
             raise
@@ -191,31 +197,9 @@ class KleinKVPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Lets one thread at a time use the pipeline; others wait.
-
-        Raises:
-            RequestError: the pipeline is closed.
-        """
-        with self._lock:
-            if self._closed:
-                raise RequestError("this pipeline is closed; open the artifacts again")
-            yield
-
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments for tqdm's progress bar, e.g. `disable=True`."""
-        self._maker.progress_bar_config = config
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last call."""
-        return self._maker.num_timesteps
-
-    @property
-    def current_timestep(self) -> float | None:
-        """Timestep of the step under way; None between calls."""
-        return self._maker.current_timestep
+        self.progress_bar_config = config
 
     @property
     def interrupt(self) -> bool:
@@ -229,46 +213,31 @@ class KleinKVPipeline:
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
     ) -> NDArray[Any]:
-        """Text embeddings of prompts.
+        """Text embeddings [B, T, len(layers) * hidden_size] of one text or B of them.
 
-        Args:
-            prompt: one text or B of them.
-            max_sequence_length: T; shorter prompts are padded to it (which is part of the result),
-                longer ones are cut with a warning.
-            text_encoder_out_layers: hidden states to read, among the exported ones.
-
-        Returns:
-            [B, T, len(layers) * hidden_size] in the artifacts' dtype.
+        Shorter prompts are padded to `max_sequence_length`, T, which is part of the result; longer
+        ones are cut with a warning.
 
         Raises:
             RequestError: not a text, or hidden states that were not exported.
         """
-        if not isinstance(prompt, str | list | tuple):
-            raise RequestError(f"prompt is {prompt!r:.80}, expected a text or a list of texts")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        layers_at = self._maker.prompts.layers_at(tuple(text_encoder_out_layers))
-        tokens = self._maker.prompts.tokenize(prompts, max_sequence_length)
-        if not self._maker.prompts.knows(tokens):
+        layers_at = self.prompts.layers_at(tuple(text_encoder_out_layers))
+        tokens = self.prompts.tokenize(texts_of(prompt), max_sequence_length)
+        if not self.prompts.knows(tokens):
             batch, length = tokens["input_ids"].shape
-            unit, stages = self.config.vae.multiple_of, ("text_encoder",)
-            request = Request(
-                unit, unit, (), stages, batch=batch, prompts=batch, text_tokens=length
-            )
+            unit = self.config.vae.multiple_of
+            request = Request(unit, unit, (), ("text_encoder",), batch, batch, length)
             self.session.admit(request, self.reference_store.free)
             self.session.prepare()
-        encoded = self._maker.prompts.encode(tokens, layers_at)
-        self._maker.prompts.keep(encoded)
+        encoded = self.prompts.encode(tokens, layers_at)
+        self.prompts.keep(encoded)
         return self.session.download(encoded.buffer).copy()
 
     @one_at_a_time
     def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
-        """Keys and values of reference images, before any prompt is known.
+        """Keys and values of reference images, in order, before any prompt is known.
 
-        Args:
-            image: one image or several, in order; the order is part of the result.
-
-        Returns:
-            A set to pass as `references=`: the same images then cost only cached steps.
+        Pass them as `references=`, or the images again: either costs only cached steps.
 
         Raises:
             RequestError: see `pixels.prepare_reference`; plain weights, whose references have no
@@ -283,7 +252,7 @@ class KleinKVPipeline:
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
-        return self._maker.encoder.encode(self._maker.encoder.prepare(images))
+        return self.encoder.encode(self.encoder.prepare(images))
 
     @one_at_a_time
     def load_references(self, path: str | Path) -> ReferenceSet:
@@ -293,7 +262,7 @@ class KleinKVPipeline:
             ArtifactError: the file is missing, damaged, or no saved reference set.
             RequestError: a set of other weights, types, backend or layout.
         """
-        return self._maker.encoder.load(Path(path))
+        return self.encoder.load(Path(path))
 
     @one_at_a_time
     def warm_up(
@@ -309,16 +278,8 @@ class KleinKVPipeline:
     ) -> Timings:
         """Does once what the first call of these sizes would have to do besides: load, compile.
 
-        No cache is touched and nothing is kept; `timings` stays that of the last call.
-
-        Args:
-            height: of the output in pixels; default the first reference's, else 1024.
-            width: of the output in pixels, with the same default.
-            references: (height, width) of each reference image that calls will bring.
-            num_inference_steps: steps of those calls.
-            prompts: prompts of one call.
-            num_images_per_prompt: images of each.
-            max_sequence_length: prompt tokens.
+        No cache is touched and nothing is kept; `timings` stays that of the last call. Arguments
+        are those of a call, but for the number of prompts and (height, width) of each reference.
 
         Returns:
             Where the time went, loading included.
@@ -340,9 +301,9 @@ class KleinKVPipeline:
             seed=0,
         )
         with self.session.record() as timings:
-            self._maker.make(arguments, self, warming_up=True)
+            make_images(self, arguments, warming_up=True)
             if self.session.captures:
-                self._maker.make(arguments, self, warming_up=True)
+                make_images(self, arguments, warming_up=True)
             return timings()
 
     @prompt_may_come_first
@@ -415,7 +376,6 @@ class KleinKVPipeline:
             latents=latents,
             prompt_embeds=prompt_embeds,
             output_type=output_type,
-            attention_kwargs=attention_kwargs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
@@ -426,11 +386,19 @@ class KleinKVPipeline:
         if attention_kwargs:
             _log.warning("attention_kwargs %s have no effect", sorted(attention_kwargs))
         with self.session.record() as timings:
-            images = self._maker.make(arguments, self)
+            images = make_images(self, arguments)
             self.timings = timings()
         return KleinKVOutput(images) if return_dict else (images,)
 
 
 def _graphs(manifest: Manifest, options: RuntimeOptions) -> GraphSet:
-    kv_dtype = check_kv_dtype(options.kv_dtype, manifest.dtype)
+    """The graphs of a folder that the options ask for."""
+    kv_dtype: str = manifest.dtype
+    if options.kv_dtype == "fp8":
+        kv_dtype = KVFormat.FP8_PER_HEAD
+    elif options.kv_dtype is not None and DTYPES.get(options.kv_dtype) != kv_dtype:
+        raise RequestError(
+            f"kv_dtype is {options.kv_dtype!r}, the graphs compute in {kv_dtype}; expected "
+            f"{dtype_name(kv_dtype)!r} or 'fp8'"
+        )
     return manifest.choose_graphs(kv_dtype, options.precision, options.attention)

@@ -16,27 +16,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import (
-    ArtifactError,
-    CapacityError,
-    KleinKVError,
-    RequestError,
-)
+from klein_kv.errors import ArtifactError, CapacityError, KleinKVError, RequestError
 from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
-from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
+from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, load_vae_shapes
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
 from klein_kv.runtime.planning.plan_choices import what_fits
 from klein_kv.runtime.planning.request import Request, flagship_request
-from klein_kv.runtime.planning.scratch import load_vae_shapes
 from klein_kv.runtime.timings import (
     COPIES,
     LOADING,
     HostClock,
-    Recording,
     Span,
     Timings,
     nvtx_ranges,
@@ -53,14 +45,12 @@ exactly."""
 
 _PARTS = {
     "text_encoder": "text encoder",
-    "transformer": "transformer",
     "vae": "VAE",
     "kv": "reference K/V",
-    "scratch": "scratch",
     "activations": "inputs and outputs",
-    "images": "images",
     "reserved": "reserve",
 }
+"""Names of `Stage.parts` for people, where they differ."""
 
 FreeSets = Callable[[int, str | None], int]
 """Asked for bytes of kept reference sets, and which set to keep; returns how many it gave up."""
@@ -69,15 +59,8 @@ FreeSets = Callable[[int, str | None], int]
 class Session:
     """Runs the graphs of one artifact folder, a request at a time.
 
-    Args:
-        backend: what runs them.
-        artifacts: the artifact folder.
-        manifest: its manifest.
-        graphs: which of its graphs the backend runs.
-        nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
-
     Attributes:
-        backend: see above.
+        backend: what runs them.
         plan: of the request under way or the last one.
 
     Raises:
@@ -95,12 +78,10 @@ class Session:
     ) -> None:
         self.backend = backend
         self.plan: MemoryPlan | None = None
-        self._artifacts = artifacts
-        self._manifest = manifest
+        self._config = manifest.config
         self._graphs = graphs
+        self._vae_shapes = load_vae_shapes(artifacts, graphs)
         self._memory: dict[str, GraphMemory] = {}
-        self._vae_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        self._sums: dict[frozenset[str], int] = {}
         self._loaded: set[str] = set()
         self._last = ""  # the graph that ran last, or "" where room must be made before the next
         self._prepared = False
@@ -116,11 +97,6 @@ class Session:
             nvtx_ranges() if nvtx else contextlib.nullcontext
         )
 
-    @property
-    def name(self) -> str:
-        """Of the backend."""
-        return self.backend.name
-
     # The graphs -------------------------------------------------------------------------------
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -132,14 +108,8 @@ class Session:
             if self._eager:
                 self._prepare_graph(graph)
         self._last = graph
-        try:
-            with self._span(graph):
-                outputs = self.backend.run(graph, inputs)
-        except BaseException:
-            self._forget(graph)
-            raise
-        if memory.weights:
-            self._loaded.add(graph)
+        with self._loading(graph), self._span(graph):
+            outputs = self.backend.run(graph, inputs)
         if stage is not None and memory.keeps_scratch:
             self._kept_scratch = max(self._kept_scratch, stage.passing)
         if self.plan is not None and memory.kv_copies:
@@ -188,18 +158,20 @@ class Session:
         self._loaded.clear()
         self.backend.close()
 
-    # The plan ---------------------------------------------------------------------------------
+    @property
+    def captures(self) -> bool:
+        """Whether runs are captured, for which each graph has to run more than once."""
+        return any(self.graph_memory(graph).fixed_buffers for graph in self._loaded)
+
+    # A request --------------------------------------------------------------------------------
 
     def admit(self, request: Request, free: FreeSets, keep: str | None = None) -> MemoryPlan:
-        """Plans a request, or refuses it before any of it is run.
+        """Plans a request, or refuses it before any of it is run; graphs then follow the plan.
 
         Args:
             request: what is to be made.
             free: see `FreeSets`.
             keep: digest of the references that the steps need.
-
-        Returns:
-            The plan that the graphs run under from now on.
 
         Raises:
             CapacityError: it cannot fit, with the numbers and what would.
@@ -227,34 +199,13 @@ class Session:
         self._eager = eager
         if plan is None or not plan.all_fits or not self._on_device(plan.request):
             return
-        request = plan.request
+        stages = plan.request.stages
         self._make_room_for_all(plan)
         with self._span(LOADING):
-            for graph in request.stages:
-                known = (
-                    kv if graph == "cached_step" and "first_step" not in request.stages else None
-                )
-                self._prepare_graph(graph, known)
+            for graph in stages:
+                known = graph == "cached_step" and "first_step" not in stages
+                self._prepare_graph(graph, kv if known else None)
         self._prepared = True
-
-    def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
-        assert self.plan is not None  # noqa: S101 - asked before
-        config = self._manifest.config
-        inputs = self._graphs.signature(graph, config).inputs
-        try:
-            for sizes in self.plan.request.runs(graph, config):
-                shapes = {spec.name: spec.concrete(sizes) for spec in inputs}
-                self.backend.prepare(graph, shapes, kv, eager=self._eager)
-        except BaseException:
-            self._forget(graph)
-            raise
-        self._loaded.add(graph)
-
-    def _forget(self, graph: str) -> None:
-        """Frees what a graph left that broke while it was loaded."""
-        if graph not in self._loaded:
-            with contextlib.suppress(KleinKVError):  # what broke is told
-                self.release(graph)
 
     @contextlib.contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -266,75 +217,28 @@ class Session:
             self.plan, self._free, self._keep, self._eager = plan, free, keep, eager
             self._last, self._prepared = "", False
 
-    @property
-    def captures(self) -> bool:
-        """Whether runs are captured, for which each graph has to run more than once."""
-        return any(self.graph_memory(graph).fixed_buffers for graph in self._loaded)
-
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""
-        weights = self._component_weights()
-        available = self.backend.available_memory()
-        request = flagship_request(self._manifest.variant, self._manifest.config)
-        footprint = self._footprint(request)
-        besides = 0
-        if any(weights.values()):
-            stages = self._make(request, available).stages
-            besides = max(stage.passing for stage in stages) + available // _MARGIN
-        return reference_budget(available, weights, besides, footprint.kv_bytes(request))
-
-    def _component_weights(self) -> dict[str, int]:
-        """Bytes of each component's weights on the device, loaded or not; 0 for mapped files."""
         graphs: dict[str, set[str]] = {component: set() for component in COMPONENTS}
         for graph in self._graphs.files:
             with contextlib.suppress(ArtifactError):  # an engine that was not built
                 self.graph_memory(graph)
                 graphs[component_of(graph)].add(graph)
-        return {component: self._weights(names) for component, names in graphs.items()}
+        weights = {component: self._weights(names) for component, names in graphs.items()}
+        available = self.backend.available_memory()
+        request = flagship_request(self._graphs.variant, self._config)
+        besides = 0
+        if any(weights.values()):
+            stages = self._make(request, available).stages
+            besides = max(stage.passing for stage in stages) + available // _MARGIN
+        kv_bytes = self._footprint(request).kv_bytes(request)
+        return reference_budget(available, weights, besides, kv_bytes)
 
-    def _on_device(self, request: Request) -> bool:
-        return any(self.graph_memory(graph).weights for graph in request.stages)
-
-    def _weights(self, graphs: Iterable[str]) -> int:
-        """Bytes of the tensors of these graphs, each once."""
-        chosen = frozenset(graphs)
-        if chosen not in self._sums:
-            held: dict[Hashable, int] = {}
-            for graph in chosen:
-                held |= self.graph_memory(graph).weights
-            self._sums[chosen] = sum(held.values())
-        return self._sums[chosen]
-
-    def _capacity(self, request: Request) -> int:
-        """What can be had, and what this pipeline holds already and the plan counts."""
-        held = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
-        if request.kv_held:
-            held += self._footprint(request).kv_bytes(request)
-        return self.backend.available_memory() + held
-
-    def _footprint(self, request: Request) -> Footprint:
-        manifest, graphs = self._manifest, {*request.stages, *self._loaded}
-        weights = {
-            component: self._weights(g for g in graphs if component_of(g) == component)
-            for component in COMPONENTS
-        }
-        if not self._vae_shapes:
-            self._vae_shapes = load_vae_shapes(self._artifacts, self._graphs.files)
-        precision = dtype_name(manifest.dtype)
-        return Footprint(
-            config=manifest.config,
-            dtype=manifest.dtype,
-            weights=weights,
-            vae_shapes=self._vae_shapes,
-            precision=self._graphs.precision or precision,
-            text_precision=dict(self._graphs.quantized).get("text_encoder", precision),
-            kv_dtype=self._graphs.kv_numbers,
-        )
+    # The plan ---------------------------------------------------------------------------------
 
     def _make(
         self, request: Request, capacity: int, footprint: Footprint | None = None
     ) -> MemoryPlan:
-        memory = [self.graph_memory(graph) for graph in request.stages]
         return make_plan(
             footprint or self._footprint(request),
             request,
@@ -342,54 +246,49 @@ class Session:
             scratch={g: (n, "engine") for g in request.stages if (n := self._scratch(g, request))},
             loaded={component_of(graph) for graph in self._loaded},
             reserved=capacity // _MARGIN if self._on_device(request) else 0,
-            fixed_buffers=any(x.fixed_buffers for x in memory),
-            kv_copies=max((x.kv_copies for x in memory), default=0),
+            kv_copies=max(self.graph_memory(graph).kv_copies for graph in request.stages),
         )
+
+    def _footprint(self, request: Request) -> Footprint:
+        graphs = {*request.stages, *self._loaded}
+        weights = {
+            component: self._weights(g for g in graphs if component_of(g) == component)
+            for component in COMPONENTS
+        }
+        return Footprint(self._config, self._graphs, weights, self._vae_shapes)
+
+    def _capacity(self, request: Request) -> int:
+        """What can be had, and what this pipeline holds already and the plan counts."""
+        own = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
+        if request.kv_held:
+            own += self._footprint(request).kv_bytes(request)
+        return self.backend.available_memory() + own
+
+    def _weights(self, graphs: Iterable[str]) -> int:
+        """Bytes of the tensors of these graphs, each once."""
+        tensors: dict[Hashable, int] = {}
+        for graph in graphs:
+            tensors |= self.graph_memory(graph).weights
+        return sum(tensors.values())
 
     def _scratch(self, graph: str, request: Request) -> int | None:
         """What the backend knows of a graph's scratch; what it refuses it will refuse itself."""
-        config, needs = self._manifest.config, []
-        inputs = self._graphs.signature(graph, config).inputs
-        for sizes in request.runs(graph, config):
-            shapes = {spec.name: spec.concrete(sizes) for spec in inputs}
-            try:
-                needs.append(self.backend.scratch_bytes(graph, shapes))
-            except RequestError:
-                return None
+        runs = request.shapes(graph, self._config, self._graphs)
+        try:
+            needs = [self.backend.scratch_bytes(graph, shapes) for shapes in runs]
+        except RequestError:
+            return None
         return max((need for need in needs if need is not None), default=None)
 
-    def _make_room(self, stage: Stage) -> None:
-        for graph in self._graphs.files:
-            if component_of(graph) not in stage.resident and graph in self._loaded:
-                _log.info("%s makes room for %s", graph, stage.name)
-                self.release(graph)
-        needed = self._weights(self._loaded | {stage.name}) - self._weights(self._loaded)
-        needed += stage.passing
-        if stage.name in ("first_step", "encode_references"):
-            needed += stage.parts.get("kv", 0)
-        missing = needed - self.backend.available_memory()
-        if missing > 0:
-            self._free(missing, None if stage.name == "vae_decoder" else self._keep)
-
-    def _make_room_for_all(self, plan: MemoryPlan) -> None:
-        """Releases what the request does not need, then reference sets, if it lacks memory."""
-        stages = plan.request.stages
-        needed = self._weights(self._loaded | set(stages)) - self._weights(self._loaded)
-        needed += max(stage.passing for stage in plan.stages)
-        needed += 0 if plan.request.kv_held else plan.kv_bytes
-        own = {component_of(graph) for graph in stages}
-        for graph in sorted(self._loaded):
-            if needed > self.backend.available_memory() and component_of(graph) not in own:
-                _log.info("%s makes room for %s", graph, ", ".join(stages))
-                self.release(graph)
-        missing = needed - self.backend.available_memory()
-        if missing > 0:
-            self._free(missing, self._keep)
+    def _on_device(self, request: Request) -> bool:
+        return any(self.graph_memory(graph).weights for graph in request.stages)
 
     def _refusal(self, plan: MemoryPlan) -> str:
         worst = max(plan.stages, key=lambda stage: stage.total)
         parts = ", ".join(
-            f"{_PARTS[part]} {size_text(nbytes)}" for part, nbytes in worst.parts.items() if nbytes
+            f"{_PARTS.get(part, part)} {size_text(nbytes)}"
+            for part, nbytes in worst.parts.items()
+            if nbytes
         )
         device = self._on_device(plan.request)
 
@@ -403,6 +302,59 @@ class Session:
             f"{size_text(plan.capacity)} of {'device ' if device else ''}memory can be had; "
             f"what would fit: {fitting}"
         )
+
+    # Following it -----------------------------------------------------------------------------
+
+    def _make_room(self, stage: Stage) -> None:
+        """Releases what does not stay beside one graph, then reference sets, if memory lacks."""
+        for graph in self._graphs.files:
+            if component_of(graph) not in stage.resident and graph in self._loaded:
+                _log.info("%s makes room for %s", graph, stage.name)
+                self.release(graph)
+        needed = self._weights_to_come({stage.name}) + stage.passing
+        if stage.name in ("first_step", "encode_references"):
+            needed += stage.parts.get("kv", 0)
+        self._free_sets(needed, None if stage.name == "vae_decoder" else self._keep)
+
+    def _make_room_for_all(self, plan: MemoryPlan) -> None:
+        """Releases what the request does not need, then reference sets, if memory lacks."""
+        stages = set(plan.request.stages)
+        needed = self._weights_to_come(stages) + max(stage.passing for stage in plan.stages)
+        needed += 0 if plan.request.kv_held else plan.kv_bytes
+        own = {component_of(graph) for graph in stages}
+        for graph in sorted(self._loaded):
+            if needed > self.backend.available_memory() and component_of(graph) not in own:
+                _log.info("%s makes room for %s", graph, ", ".join(plan.request.stages))
+                self.release(graph)
+        self._free_sets(needed, self._keep)
+
+    def _weights_to_come(self, graphs: set[str]) -> int:
+        return self._weights(self._loaded | graphs) - self._weights(self._loaded)
+
+    def _free_sets(self, needed: int, keep: str | None) -> None:
+        missing = needed - self.backend.available_memory()
+        if missing > 0:
+            self._free(missing, keep)
+
+    def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
+        assert self.plan is not None  # noqa: S101 - asked before
+        runs = self.plan.request.shapes(graph, self._config, self._graphs)
+        with self._loading(graph):
+            for shapes in runs:
+                self.backend.prepare(graph, shapes, kv, eager=self._eager)
+
+    @contextlib.contextmanager
+    def _loading(self, graph: str) -> Iterator[None]:
+        """Notes that a graph is loaded; frees what it left if it broke before that."""
+        try:
+            yield
+        except BaseException:
+            if graph not in self._loaded:
+                with contextlib.suppress(KleinKVError):  # what broke is told
+                    self.release(graph)
+            raise
+        if self.graph_memory(graph).weights:
+            self._loaded.add(graph)
 
     # The times --------------------------------------------------------------------------------
 
@@ -424,8 +376,13 @@ class Session:
         finally:
             self._spans = outer
 
-    def _span(self, stage: str) -> "contextlib.AbstractContextManager[object]":
-        spans = self._spans
-        if spans is None or threading.get_ident() != self._thread:
-            return self._range(stage)
-        return Recording(spans, stage, self._clock, self._range(stage))
+    @contextlib.contextmanager
+    def _span(self, stage: str) -> Iterator[None]:
+        spans = self._spans if threading.get_ident() == self._thread else None
+        with self._range(stage):
+            if spans is None:
+                yield
+                return
+            start = self._clock.mark()
+            yield
+            spans.append(Span(stage, start, self._clock.mark()))

@@ -5,7 +5,7 @@ between two of them is what the device needed, whenever the host queued it. Else
 host's clock. What is loaded when its graph first runs counts for that graph.
 """
 
-import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,18 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from klein_kv.errors import BackendError
-from klein_kv.runtime.backends.backend import DeviceClock
 
-__all__ = [
-    "COPIES",
-    "LOADING",
-    "HostClock",
-    "Recording",
-    "Span",
-    "Timings",
-    "nvtx_ranges",
-    "timings_from_spans",
-]
+__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
 
 COPIES = "copies"
 LOADING = "load"
@@ -32,10 +22,7 @@ _STEPS = ("first_step", "cached_step", "plain_step")
 
 
 class Span(NamedTuple):
-    """One run of a graph, one copy or one loading, between two marks.
-
-    `stage` is the graph, `COPIES` or `LOADING`.
-    """
+    """One run of a graph, one copy (`COPIES`) or one loading (`LOADING`), between two marks."""
 
     stage: str
     start: object
@@ -106,13 +93,7 @@ class Timings:
 def timings_from_spans(
     spans: Sequence[Span], elapsed: Callable[[Any, Any], float], total: float
 ) -> Timings:
-    """Adds up what was recorded.
-
-    Args:
-        spans: in the order in which they ended.
-        elapsed: seconds between two marks.
-        total: seconds of the whole call.
-    """
+    """Adds up spans, in the order in which they ended; `elapsed` is seconds between two marks."""
     seconds: dict[str, list[float]] = defaultdict(list)
     gaps: list[float] = []
     last_step: Span | None = None
@@ -149,31 +130,6 @@ class HostClock:
         return float(end - start)
 
 
-class Recording:
-    """Adds a span: what the device does in a `with` block."""
-
-    __slots__ = ("_clock", "_range", "_spans", "_stage", "_start")
-
-    def __init__(
-        self,
-        spans: list[Span],
-        stage: str,
-        clock: DeviceClock | HostClock,
-        nvtx: contextlib.AbstractContextManager[object],
-    ) -> None:
-        self._spans, self._stage, self._clock, self._range = spans, stage, clock, nvtx
-        self._start: object = None
-
-    def __enter__(self) -> None:
-        self._range.__enter__()
-        self._start = self._clock.mark()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._spans.append(Span(self._stage, self._start, self._clock.mark()))
-        self._range.__exit__(kind, error, trace)
-
-
 def nvtx_ranges() -> Callable[[str], Any]:
     """Gives NVTX ranges of the domain klein_kv, by name.
 
@@ -187,7 +143,4 @@ def nvtx_ranges() -> Callable[[str], Any]:
             "NVTX ranges need the nvtx package; install it with pip install 'klein-kv[nvtx]'"
         ) from error
 
-    def mark(stage: str) -> Any:
-        return nvtx.annotate(stage, domain="klein_kv")
-
-    return mark
+    return functools.partial(nvtx.annotate, domain="klein_kv")

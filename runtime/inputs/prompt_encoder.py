@@ -20,13 +20,9 @@ __all__ = ["EncodedPrompt", "PromptEncoder"]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """Embeddings of prompts.
+    """Embeddings [B, T, D] of prompts, on the device.
 
-    Attributes:
-        buffer: on the device.
-        shape: [B, T, D].
-        key: of the cache.
-        new: embeddings of all exported hidden states that the cache does not hold yet, if any.
+    `new` holds all exported hidden states where the cache does not yet, under `key`.
     """
 
     buffer: Buffer
@@ -36,14 +32,7 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Tokenizer, text encoder and cache of one pipeline.
-
-    Args:
-        session: where the text encoder runs.
-        tokenizer: the artifacts' own.
-        config: the text encoder's configuration.
-        cache: embeddings seen before.
-    """
+    """Tokenizer, text encoder and cache of one pipeline."""
 
     def __init__(
         self,
@@ -61,7 +50,7 @@ class PromptEncoder:
         """Inputs of the text encoder, [B, length] each.
 
         Raises:
-            RequestError: not texts, or an impossible length.
+            RequestError: a text that is not valid Unicode, or an impossible length.
         """
         if isinstance(length, int) and length > MAX_POSITION:
             raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
@@ -99,31 +88,25 @@ class PromptEncoder:
     def encode(
         self, tokens: dict[str, NDArray[np.int64]], at: list[int], *, look_up: bool = True
     ) -> EncodedPrompt:
-        """Embeddings [B, T, D] on the device.
-
-        Args:
-            tokens: what `tokenize` gave.
-            at: what `layers_at` gave.
-            look_up: take them from the cache where they are there.
-        """
+        """Embeddings [B, T, D] on the device, of `tokenize`'s tokens and `layers_at`'s states."""
         batch, length = tokens["input_ids"].shape
         width, exported = self.config.hidden_size, len(self.config.layers)
         shape = (batch, length, exported * width)
         key = self._key(tokens)
-        known = self.cache.get(key) if look_up else None
+        embeds = self.cache.get(key) if look_up else None
         in_order = at == list(range(exported))
-        if known is None:
+        if embeds is None:
             buffers = {name: self.session.upload(array) for name, array in tokens.items()}
-            embeds = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
+            output = self.session.run("text_encoder", buffers)["encoder_hidden_states"]
             # Memory of its own: a callback may encode another prompt meanwhile.
-            whole = self.session.assemble(shape, [embeds])
+            whole = self.session.assemble(shape, [output])
             if in_order:
                 return EncodedPrompt(whole, shape, key, whole)
-            known = self.session.download(whole)
-            self.cache.put(key, known)
+            embeds = self.session.download(whole)
+            self.cache.put(key, embeds)
         if not in_order:
-            known = np.concatenate([known[..., i * width : (i + 1) * width] for i in at], axis=-1)
-        return EncodedPrompt(self.session.upload(known), known.shape)
+            embeds = np.concatenate([embeds[..., i * width : (i + 1) * width] for i in at], axis=-1)
+        return EncodedPrompt(self.session.upload(embeds), embeds.shape)
 
     def keep(self, prompt: EncodedPrompt) -> None:
         """Puts embeddings that were computed into the cache: waits for the device."""

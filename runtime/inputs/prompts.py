@@ -23,11 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """Tokenizes prompts for the text encoder. Calls change nothing in it.
-
-    Args:
-        folder: the artifacts' tokenizer folder, of which tokenizer.json is read.
-        prompt_format: what the manifest says about prompts.
+    """Tokenizes prompts for the text encoder, from a folder with tokenizer.json.
 
     Raises:
         ArtifactError: tokenizer.json is missing, damaged, or of another tokenizer.
@@ -58,26 +54,19 @@ class PromptTokenizer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokenizes prompts to a fixed length; longer ones are cut, with a warning.
 
-        Source: diffusers, `Flux2KleinKVPipeline._get_qwen3_prompt_embeds`.
-
-        Args:
-            prompts: B texts; a text may be empty.
-            max_length: L, tokens per prompt, the text around it included.
+        Source: diffusers, `Flux2KleinKVPipeline._get_qwen3_prompt_embeds`. `max_length` (L) counts
+        the text around the prompt.
 
         Returns:
             input_ids int64 [B, L] and attention_mask int64 [B, L] (1 for tokens, 0 for padding).
 
         Raises:
-            RequestError: no prompts, one that is not a text, or a limit below 1.
+            RequestError: a text that is not valid Unicode, or a limit below 1.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise RequestError(f"prompts are {prompts!r}, expected a list of at least one text")
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise RequestError(f"max_length is {max_length!r}, expected an integer of 1 or more")
         encodings = []
         for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise RequestError(f"prompt {index} is a {type(prompt).__name__}, expected a str")
             try:
                 encoding, count = self.encode(prompt, max_length)
             except (TypeError, UnicodeEncodeError) as error:
@@ -108,9 +97,6 @@ class PromptTokenizer:
         count = len(encoding)
         encoding.truncate(max_length, direction=form.truncation_side)
         encoding.pad(
-            max_length,
-            direction=form.padding_side,
-            pad_id=form.pad_id,
-            pad_token=form.pad_token,
+            max_length, direction=form.padding_side, pad_id=form.pad_id, pad_token=form.pad_token
         )
         return encoding, count

@@ -1,15 +1,12 @@
 """How an image was made, kept in its PNG file.
 
 Three text chunks: `parameters` in the one-line form that image tools and web interfaces read,
-`klein_kv` with the same facts as JSON, which `read_metadata` gives back, and an XMP packet that
-marks the image as made by a model, where photo libraries and platforms look for it. EXIF says it in
-words, for viewers that know nothing else.
+`klein_kv` with the same facts as JSON, and an XMP packet that marks the image as made by a model,
+where photo libraries and platforms look for it. EXIF says it in words, for viewers that know
+nothing else.
 """
 
-import errno
 import json
-import secrets
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,11 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from klein_kv import __version__
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import RequestError
+from klein_kv.runtime.outputs.whole_file import whole_file
 
-__all__ = ["ImageParameters", "read_metadata", "save_png"]
+__all__ = ["ImageParameters", "save_png"]
 
-_CHUNK = "klein_kv"
-_XMP_CHUNK = "XML:com.adobe.xmp"
 # XMP specification, part 3, "PNG": this keyword, not compressed. The property and its value are
 # IPTC's: Photo Metadata Standard, "Digital Source Type".
 _XMP = """\
@@ -39,7 +35,6 @@ _XMP = """\
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="w"?>"""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +42,10 @@ class ImageParameters:
     """Facts about one image.
 
     Attributes:
-        prompt: As the user gave it.
-        steps: Number of steps.
-        width: Pixels.
-        height: Pixels.
-        references: Number of reference images.
-        model: Name of the model.
+        references: number of reference images.
         model_digest: sha256 of the weights, with or without "sha256:" before it.
         seed: None if the noise came from elsewhere.
-        version: Of klein-kv.
+        version: of klein-kv.
     """
 
     prompt: str
@@ -83,46 +73,10 @@ class ImageParameters:
         return f"{self.prompt}\n{line}"
 
 
-def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """Reads back what `save_png` stored.
-
-    Returns:
-        The keys of `ImageParameters`, or None if the image has no klein_kv chunk.
-
-    Raises:
-        RequestError: no such file, not an image, or the chunk is damaged.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text chunks may come after the pixels
-            stored = image.info.get(_CHUNK)
-    except FileNotFoundError as error:
-        raise RequestError(f"image file does not exist: {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"not a PNG file that can be read: {path}: {error}") from error
-    if stored is None:
-        return None
-    try:
-        facts = json.loads(stored)
-    except (TypeError, ValueError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise RequestError(f"the {_CHUNK} chunk of {path} is not a JSON object")
-    return facts
-
-
 def save_png(
     image: Image.Image, path: str | Path, parameters: ImageParameters | None = None
 ) -> None:
-    """Writes a PNG file, whole or not at all.
-
-    The file is written under another name in the same folder and then put in place: a reader never
-    sees half of it, and a failure leaves whatever was there before.
-
-    Args:
-        image: Any mode that PNG has.
-        path: File to write; an existing file is replaced.
-        parameters: Stored in the file unless None.
+    """Writes a PNG file, whole or not at all (`whole_file`).
 
     Raises:
         RequestError: the name does not end in .png, or the folder is missing or not writable.
@@ -132,26 +86,8 @@ def save_png(
     if path.suffix.lower() != ".png":
         raise RequestError(f"image file is {path}, expected a name that ends in .png")
     chunks = _chunks(parameters) if parameters else {}
-    partial = path.with_name(f".klein-{secrets.token_hex(8)}.part")
-    try:
-        try:
-            with partial.open("xb") as file:
-                image.save(file, format="PNG", **chunks)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in _FULL:
-            needed = image.width * image.height * len(image.getbands())
-            raise CapacityError(
-                f"image cannot be written: {path}: {error.strerror}; about {needed / 2**20:.1f} "
-                f"MiB are needed, {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free; "
-                "make room, or choose another folder"
-            ) from error
-        raise RequestError(
-            f"image cannot be written: {path}: {error.strerror or error}; expected an existing, "
-            "writable folder"
-        ) from error
+    with whole_file(path, image.width * image.height * len(image.getbands())) as file:
+        image.save(file, format="PNG", **chunks)
 
 
 def _chunks(parameters: ImageParameters) -> dict[str, Any]:
@@ -165,8 +101,8 @@ def _chunks(parameters: ImageParameters) -> dict[str, Any]:
         parameters, prompt=_storable(parameters.prompt), model=_storable(parameters.model)
     )
     info.add_itxt("parameters", parameters.text)
-    info.add_itxt(_CHUNK, json.dumps(asdict(parameters), ensure_ascii=False))
-    info.add_itxt(_XMP_CHUNK, _XMP.format(version=parameters.version))
+    info.add_itxt("klein_kv", json.dumps(asdict(parameters), ensure_ascii=False))
+    info.add_itxt("XML:com.adobe.xmp", _XMP.format(version=parameters.version))
     tags = Image.Exif()
     tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
     tags[ExifTags.Base.Software] = f"klein-kv {parameters.version}"

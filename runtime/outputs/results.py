@@ -10,34 +10,29 @@ from PIL import Image
 from klein_kv.artifacts.config import VaeConfig
 from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.artifacts.weights import graph_weights, map_weight
-from klein_kv.errors import BackendError, RequestError
+from klein_kv.errors import BackendError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session
 
-__all__ = ["decode_latents", "images_from_uint8", "vae_latents"]
+__all__ = ["decode_latents", "vae_latents"]
 
 
 def decode_latents(
     backend: Session, latents: Buffer, shape: tuple[int, int, int, int], output_type: str
 ) -> Any:
-    """Runs the VAE decoder.
-
-    Args:
-        backend: where it runs.
-        latents: tokens [B, S, C] on the backend's device.
-        shape: the same in grid order, [B, h, w, C].
-        output_type: "pil", "np" or "pt".
+    """Runs the VAE decoder on tokens [B, S, C] on the device, in grid order `shape` [B, h, w, C].
 
     Returns:
-        A list of PIL images, float32 [B, H, W, 3] in 0..1, or a torch tensor [B, 3, H, W] in 0..1
-        in the artifacts' type.
+        For "pil" a list of PIL images, for "np" float32 [B, H, W, 3] in 0..1, for "pt" a torch
+        tensor [B, 3, H, W] in 0..1 in the artifacts' type.
 
     Raises:
         BackendError: "pt" without torch.
     """
     outputs = backend.run("vae_decoder", {"latents": backend.view(latents, shape)})
     if output_type == "pil":
-        return images_from_uint8(backend.download(outputs["image"]))
+        # PIL's images have memory of their own.
+        return [Image.fromarray(np.array(x)) for x in backend.download(outputs["image"])]
     sample = backend.download(outputs["sample"])
     if output_type == "np":
         return np.ascontiguousarray(sample.transpose(0, 2, 3, 1), dtype=np.float32)
@@ -58,20 +53,3 @@ def vae_latents(artifacts: Path, config: VaeConfig, tokens: NDArray[Any]) -> NDA
     b, h, w, c = tokens.shape
     z = (tokens * std + mean).reshape(b, h, w, c // 4, 2, 2)
     return np.ascontiguousarray(z.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w))
-
-
-def images_from_uint8(array: NDArray[np.uint8]) -> list[Image.Image]:
-    """Makes PIL images of the decoder's output; they share no memory with it.
-
-    Args:
-        array: uint8 [B, H, W, 3], RGB.
-
-    Raises:
-        RequestError: another dtype or shape.
-    """
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise RequestError(
-            f"images have dtype {array.dtype} and shape {list(array.shape)}, "
-            "expected uint8 [B, H, W, 3]"
-        )
-    return [Image.fromarray(np.array(pixels)) for pixels in array]

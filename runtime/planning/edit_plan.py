@@ -5,31 +5,36 @@ Only headers and manifests are read, and no GPU is asked: its memory is what the
 
 import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST
-from klein_kv.artifacts.engines.engine_set import EngineFolder, EngineSet, open_engines
+from klein_kv.artifacts.engines.engine_set import EngineSet, open_engines
 from klein_kv.artifacts.engines.targets import find_target
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.errors import ArtifactError, BuildError, RequestError
+from klein_kv.runtime.backends.trt.memory import STAGING_BYTES
 from klein_kv.runtime.planning.footprint import (
     Footprint,
     base_footprint,
-    component_bytes,
     component_of,
+    file_weights,
 )
-from klein_kv.runtime.planning.host_needs import HostNeed, host_needs
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import RESERVED, MemoryPlan, make_plan
 from klein_kv.runtime.planning.plan_choices import Choice, what_fits
 from klein_kv.runtime.planning.request import Request, edit_stages, flagship_request
 
 __all__ = ["EditPlan", "PlanOptions", "Plans", "plan_artifacts"]
+
+_HOST_MEMORY = {
+    "export": 630_000_000,  # measured at 9B, most of it libraries (docs/checkpoints.md)
+    "build, shared weights": 1_700_000_000,  # measured at 9B, recipe `default` (docs/engines.md)
+    "run: pinned buffers for uploads": STAGING_BYTES,
+}
+"""Bytes at the peak; none of it grows with the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,13 @@ class PlanOptions:
             raise RequestError(f"kv_dtype is {self.kv_dtype!r}, expected 'bf16' or 'fp8'")
         if self.attention not in (None, "fp8"):
             raise RequestError(f"attention is {self.attention!r}, expected 'fp8' or None")
-        if min(self.references, default=0) < 0:
-            raise RequestError(f"references is {min(self.references)}, expected 0 or more")
-        for name in ("memory", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}, expected 1 or more")
+        for name, value, least in (
+            ("references", min(self.references, default=0), 0),
+            ("memory", self.memory, 1),
+            ("batch", self.batch, 1),
+        ):
+            if value is not None and value < least:
+                raise RequestError(f"{name} is {value}, expected {least} or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +107,10 @@ class EditPlan:
             "size": [request.width, request.height],
             "references": len(request.references),
             "batch": request.batch,
-            "precision": footprint.precision,
-            "text_precision": footprint.text_precision,
-            "kv_dtype": footprint.kv_dtype,
-            "attention": footprint.attention or footprint.dtype,
+            "precision": footprint.precisions["transformer"],
+            "text_precision": footprint.precisions["text_encoder"],
+            "kv_dtype": footprint.graphs.kv_numbers,
+            "attention": footprint.graphs.attention or footprint.graphs.dtype,
             "weights": dict(footprint.weights),
             "kv_bytes": self.first.kv_bytes,
             "peak": self.first.peak,
@@ -112,25 +118,21 @@ class EditPlan:
             "kept_sets": self.kept_sets,
             "first_edit": self.first.to_dict(),
             "repeated_edit": None if self.again is None else self.again.to_dict(),
-            "what_fits": [choice.to_dict() for choice in self.choices],
+            "what_fits": [{"change": x.text, "peak": x.plan.peak} for x in self.choices],
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """All that `klein-kv plan` tells.
+    """All that `klein-kv plan` tells: edits by precision, then number of references.
 
-    Attributes:
-        gpu: its name, for people.
-        capacity: bytes of its memory.
-        edits: by precision, then number of references.
-        host: what the host needs.
+    `capacity` is the GPU's memory, `host` the host's at the peak, by what takes it; in bytes.
     """
 
     gpu: str
     capacity: int
     edits: tuple[EditPlan, ...]
-    host: tuple[HostNeed, ...]
+    host: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -139,16 +141,12 @@ class Plans:
             "capacity": self.capacity,
             "reserved": RESERVED,
             "plans": [edit.to_dict() for edit in self.edits],
-            "host": [need._asdict() for need in self.host],
+            "host": self.host,
         }
 
 
 def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
     """Plans edits with an artifact folder.
-
-    Args:
-        artifacts: what `klein-kv export` wrote; only headers and manifests are read.
-        options: what to plan.
 
     Raises:
         BuildError: an unknown GPU.
@@ -162,7 +160,8 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
             f"the figures of {target.name} are not known; name another GPU, e.g. rtx5090"
         )
     base = base_footprint(artifacts, manifest)
-    usual = ("fp8", "nvfp4") if options.attention else (base.precision, "fp8", "nvfp4")
+    own = base.precisions["transformer"]
+    usual = ("fp8", "nvfp4") if options.attention else (own, "fp8", "nvfp4")
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
     planner = _Planner(artifacts, manifest, capacity, target.sm, options.engines)
     edits = []
@@ -176,7 +175,8 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
             choices = () if first.fits else tuple(what_fits(first, planner))
             edits.append(EditPlan(first, again, choices, planner.kept_sets(footprint)))
     plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
-    host = host_needs(artifacts, manifest, plans)
+    again_loaded = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
+    host = _HOST_MEMORY | ({"run: file cache for weights": again_loaded} if again_loaded else {})
     return Plans(target.gpu.name, capacity, tuple(edits), host)
 
 
@@ -184,38 +184,33 @@ def _footprint(
     artifacts: Path, manifest: Manifest, base: Footprint, precision: str, options: PlanOptions
 ) -> Footprint:
     """The model in another precision: from its files where they are there, else from shapes."""
-    quantized = precision in PRECISION_FORMATS
+    own = base.precisions["transformer"]
     text = options.text_precision
     if text is None:
         # The recipes of `klein-kv quantize` make the text encoder smaller too.
-        usual = {"nvfp4": "fp8"}.get(precision, precision)
-        networks = manifest.precisions.get(precision, {"text_encoder": usual} if quantized else {})
-        text = networks.get("text_encoder", base.precision)
+        recipe = {"text_encoder": {"nvfp4": "fp8"}.get(precision, precision)}
+        text = manifest.precisions.get(precision, recipe).get("text_encoder", own)
     for name in (precision, text):
-        if name != base.precision and name not in PRECISION_FORMATS:
+        if name != own and name not in PRECISION_FORMATS:
             raise RequestError(
-                f"precision is {name!r}, expected one of {base.precision}, "
-                f"{', '.join(PRECISION_FORMATS)} for {artifacts}"
+                f"precision is {name!r}, expected one of {own}, {', '.join(PRECISION_FORMATS)} "
+                f"for {artifacts}"
             )
-    if options.attention is not None and not quantized:
+    if options.attention is not None and precision == own:
         raise RequestError(
             f"attention is {options.attention!r} and precision {precision!r}: its scales belong to "
             "a quantized precision; name fp8 or nvfp4"
         )
-    packed = options.kv_dtype == "fp8" or options.attention is not None
-    footprint = base.quantized(precision, text)
-    weights = dict(footprint.weights)
-    for component, name in (("transformer", precision), ("text_encoder", text)):
-        files = GraphSet(manifest.variant, manifest.dtype, quantized=((component, name),)).files
-        own = {graph: file for graph, file in files.items() if component_of(graph) == component}
-        if name in PRECISION_FORMATS and all(file in manifest.files for file in own.values()):
-            weights[component] = component_bytes(artifacts, manifest, component, own, base.dtype)
-    return replace(
-        footprint,
-        weights=weights,
-        kv_dtype=KVFormat.FP8_PER_HEAD if packed else base.kv_dtype,
+    footprint = base.changed(
+        float8_kv=options.kv_dtype == "fp8" or options.attention is not None,
         attention=options.attention,
+        transformer=precision,
+        text_encoder=text,
     )
+    # Every form of keys and values reads the same weights.
+    plain = replace(footprint.graphs, kv_dtype=None, attention=None)
+    weights = {**footprint.weights, **file_weights(artifacts, manifest, plain)}
+    return replace(footprint, weights=weights)
 
 
 def _request(manifest: Manifest, options: PlanOptions, count: int, *, known: bool) -> Request:
@@ -253,75 +248,34 @@ class _Planner:
         scratch: dict[str, tuple[int, str]] = {}
         copies = 0
         for graph in request.stages:
-            shapes = self._shapes(graph, footprint, request)
-            folder = _choose(engines, graph, shapes)
-            if folder is not None:
+            runs = request.shapes(graph, footprint.config, footprint.graphs)
+            shapes = max(runs, key=lambda shapes: sum(map(math.prod, shapes.values())))
+            with contextlib.suppress(ArtifactError, RequestError):  # no such engine: an estimate
+                folder = engines.choose(graph, shapes)
                 scratch[graph] = folder.manifest.record(graph).scratch_for(shapes), folder.path.name
-                if folder.manifest.weights == "embedded" and component_of(graph) == "transformer":
-                    copies += 1
+                embedded = folder.manifest.weights == "embedded"
+                copies += embedded and component_of(graph) == "transformer"
         if copies > 1:
-            embedded = footprint.weights["transformer"] * copies
-            footprint = replace(footprint, weights={**footprint.weights, "transformer": embedded})
+            whole = footprint.weights["transformer"] * copies
+            footprint = replace(footprint, weights={**footprint.weights, "transformer": whole})
         left = 0 if after is None else max(stage.parts["scratch"] for stage in after.stages)
-        return make_plan(
-            footprint,
-            request,
-            self.capacity,
-            scratch=scratch,
-            fixed_buffers=True,
-            held_scratch=left,
-        )
+        return make_plan(footprint, request, self.capacity, scratch=scratch, held_scratch=left)
 
     def kept_sets(self, footprint: Footprint) -> int:
         """How many sets of four 1024x1024 references stay by default beside everything else."""
-        request = flagship_request(self.manifest.variant, footprint.config)
-        plan = self(footprint, request)
+        plan = self(footprint, flagship_request(self.manifest.variant, footprint.config))
         if not plan.kv_bytes:
             return 0
         besides = RESERVED + max(stage.passing for stage in plan.stages)
         budget = reference_budget(self.capacity, plan.footprint.weights, besides, plan.kv_bytes)
         return budget // plan.kv_bytes
 
-    def _engines(self, footprint: Footprint) -> EngineSet | None:
-        graphs = _graphs(self.manifest, footprint)
+    def _engines(self, footprint: Footprint) -> EngineSet:
+        """Those for this device; without any, every choice is an `ArtifactError`."""
+        graphs = footprint.graphs
         try:
             return open_engines(self.artifacts, self.manifest, graphs, self.folder).for_sm(self.sm)
         except (ArtifactError, BuildError, KeyError):
             if self.folder is not None and not (self.folder / ENGINE_MANIFEST).exists():
                 raise
-            return None
-
-    def _shapes(
-        self, graph: str, footprint: Footprint, request: Request
-    ) -> dict[str, tuple[int, ...]]:
-        """Inputs of the largest run."""
-        inputs = _graphs(self.manifest, footprint).signature(graph, footprint.config).inputs
-        runs = [
-            {spec.name: spec.concrete(sizes) for spec in inputs}
-            for sizes in request.runs(graph, footprint.config)
-        ]
-        return max(runs, key=lambda shapes: sum(map(math.prod, shapes.values())))
-
-
-def _choose(
-    engines: EngineSet | None, graph: str, shapes: Mapping[str, tuple[int, ...]]
-) -> EngineFolder | None:
-    """The engine that would run a graph, where there is one."""
-    if engines is not None:
-        with contextlib.suppress(ArtifactError, RequestError):
-            return engines.choose(graph, shapes)
-    return None
-
-
-def _graphs(manifest: Manifest, footprint: Footprint) -> GraphSet:
-    """The graphs that compute in the precisions of a footprint."""
-    networks = {"text_encoder": footprint.text_precision, "transformer": footprint.precision}
-    quantized = tuple((part, name) for part, name in networks.items() if name in PRECISION_FORMATS)
-    kv = None
-    if footprint.kv_dtype == KVFormat.FP8_PER_HEAD:
-        kv = (
-            KVFormat.FP8_CONSTANT
-            if footprint.precision in PRECISION_FORMATS
-            else KVFormat.FP8_PER_HEAD
-        )
-    return GraphSet(manifest.variant, manifest.dtype, kv, quantized, footprint.attention)
+            return EngineSet(())

@@ -4,28 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from klein_kv.artifacts.config import (
-    ITEM_SIZE,
-    ModelConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    dtype_name,
-)
+from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, dtype_name
 from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.artifacts.weights import WeightRef, graph_weights
-from klein_kv.errors import RequestError
 from klein_kv.runtime.planning.request import Request
-from klein_kv.runtime.planning.scratch import load_vae_shapes
 
 __all__ = [
     "COMPONENTS",
     "PRECISIONS",
     "Footprint",
     "base_footprint",
-    "block_weights",
-    "component_bytes",
     "component_of",
-    "text_block_weights",
+    "file_weights",
+    "linear_weights",
+    "load_vae_shapes",
 ]
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -41,6 +34,8 @@ PRECISIONS = {
 }
 """Bytes per weight of a block's linear layer; nvfp4 has one fp8 scale for 16 weights."""
 
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+
 
 def component_of(graph: str) -> str:
     """The component whose weights a graph needs."""
@@ -55,101 +50,116 @@ class Footprint:
 
     Attributes:
         config: the checkpoint's configuration.
-        dtype: type of activations.
+        graphs: which graphs run: their types and precisions.
         weights: bytes by component.
         vae_shapes: weights of "vae_encoder" and "vae_decoder", for estimates.
-        precision: of the transformer's block linears, a key of `PRECISIONS`.
-        text_precision: of the text encoder's.
-        kv_dtype: type that keys and values are handed on in.
-        attention: "fp8" where the transformer's attention is computed in float8.
     """
 
     config: ModelConfig
-    dtype: str
+    graphs: GraphSet
     weights: Mapping[str, int]
-    vae_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    precision: str = "bf16"
-    text_precision: str = "bf16"
-    kv_dtype: str = "bfloat16"
-    attention: str | None = None
+    vae_shapes: Shapes
 
-    def quantized(self, precision: str, text_precision: str) -> "Footprint":
-        """The same model with its block linears in other precisions; the rest keeps its type."""
-        for name in (precision, text_precision):
-            if name not in PRECISIONS:
-                raise RequestError(
-                    f"precision is {name!r}, expected one of {', '.join(PRECISIONS)}"
-                )
-        saved = PRECISIONS[self.precision] - PRECISIONS[precision]
-        text_saved = PRECISIONS[self.text_precision] - PRECISIONS[text_precision]
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Of the block linears of transformer and text encoder, keys of `PRECISIONS`."""
+        own = dtype_name(self.graphs.dtype)
+        return {"transformer": own, "text_encoder": own} | dict(self.graphs.quantized)
+
+    @property
+    def float8_kv(self) -> bool:
+        """Whether keys and values are handed on in eight bits."""
+        return self.graphs.kv_dtype in tuple(KVFormat)
+
+    def changed(
+        self, *, float8_kv: bool | None = None, attention: str | None = None, **precisions: str
+    ) -> "Footprint":
+        """The same model with its block linears in other precisions; the rest keeps its type.
+
+        Args:
+            float8_kv: keys and values in eight bits; None leaves them.
+            attention: "fp8" for attention in float8, whose keys and values are float8 too.
+            precisions: keys of `PRECISIONS` by component.
+        """
+        own, now = dtype_name(self.graphs.dtype), self.precisions
+        after, linears = now | precisions, linear_weights(self.config)
         weights = dict(self.weights)
-        weights["transformer"] -= int(block_weights(self.config.transformer) * saved)
-        weights["text_encoder"] -= int(text_block_weights(self.config.text_encoder) * text_saved)
-        weights = {component: max(0, nbytes) for component, nbytes in weights.items()}
-        return replace(self, weights=weights, precision=precision, text_precision=text_precision)
+        for part, name in after.items():
+            saved = int(linears[part] * (PRECISIONS[now[part]] - PRECISIONS[name]))
+            weights[part] = max(0, weights[part] - saved)
+        packed = self.float8_kv if float8_kv is None else float8_kv
+        kv_dtype = self.graphs.kv_dtype if not packed else KVFormat.FP8_PER_HEAD
+        if packed and after["transformer"] != own:
+            kv_dtype = KVFormat.FP8_CONSTANT
+        graphs = replace(
+            self.graphs,
+            kv_dtype=kv_dtype,
+            quantized=tuple(sorted(item for item in after.items() if item[1] != own)),
+            attention=attention or self.graphs.attention,
+        )
+        return replace(self, graphs=graphs, weights=weights)
 
     def kv_bytes(self, request: Request) -> int:
-        """Bytes of keys and values; in eight bits with a float32 scale per head and tensor."""
-        net, ref_tokens = self.config.transformer, request.ref_tokens(self.config)
-        scales = 2 * net.num_blocks * net.num_attention_heads * 4
-        eight = ref_tokens > 0 and self.kv_dtype.startswith("float8")
-        return net.kv_bytes(ref_tokens, self.kv_dtype) + (scales if eight else 0)
+        """Bytes of the references' keys and values, and of their scales."""
+        tokens = request.ref_tokens(self.config)
+        if not tokens or self.graphs.variant == "plain":
+            return 0
+        specs = self.graphs.kv_tensors(self.config.transformer, tokens)
+        return sum(spec.nbytes({}) for spec in specs)
 
 
-def block_weights(net: TransformerConfig) -> int:
-    """Weights of the linear layers of all blocks; a double block has one set for each stream."""
+def linear_weights(config: ModelConfig) -> dict[str, int]:
+    """Weights of the blocks' linear layers, by component; those of text blocks that are exported.
+
+    A double block has one set for each stream.
+    """
+    net, text = config.transformer, config.text_encoder
     dim = net.inner_dim
-    return (2 * net.num_layers + net.num_single_layers) * dim * (4 * dim + 3 * net.mlp_hidden_dim)
-
-
-def text_block_weights(config: TextEncoderConfig) -> int:
-    """Weights of the linear layers of the text encoder's exported blocks."""
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    width = heads * config.head_dim + 3 * config.intermediate_size
-    return config.num_exported_layers * config.hidden_size * width
+    row = 4 * dim + 3 * net.mlp_hidden_dim
+    heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
+    text_row = heads * text.head_dim + 3 * text.intermediate_size
+    return {
+        "transformer": (2 * net.num_layers + net.num_single_layers) * dim * row,
+        "text_encoder": text.num_exported_layers * text.hidden_size * text_row,
+    }
 
 
 def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
-    """The exported model in 16 bits, as GPUs run it.
-
-    Args:
-        artifacts: the folder; float32 is planned as if it had been exported in bfloat16.
-        manifest: its manifest.
-    """
+    """The exported model in 16 bits, as GPUs run it: float32 is planned as bfloat16."""
     dtype = "bfloat16" if manifest.dtype == "float32" else manifest.dtype
-    precision = dtype_name(dtype)
-    files = manifest.graphs.files
-    return Footprint(
-        config=manifest.config,
-        dtype=dtype,
-        weights={
-            component: component_bytes(artifacts, manifest, component, files, dtype)
-            for component in COMPONENTS
-        },
-        vae_shapes=load_vae_shapes(artifacts, files),
-        precision=precision,
-        text_precision=precision,
-        kv_dtype=dtype,
-    )
+    graphs = GraphSet(manifest.variant, dtype)
+    weights = file_weights(artifacts, manifest, graphs)
+    return Footprint(manifest.config, graphs, weights, load_vae_shapes(artifacts, graphs))
 
 
-def component_bytes(
-    artifacts: Path, manifest: Manifest, component: str, files: Mapping[str, str], dtype: str
-) -> int:
-    """Bytes of the tensors that a component's graphs read, each once.
+def file_weights(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> dict[str, int]:
+    """Bytes of the tensors that graphs read, each once, of every component whose files are there.
 
-    Args:
-        artifacts: the folder.
-        manifest: its manifest.
-        component: one of `COMPONENTS`.
-        files: ONNX files by graph; those of other components are left out.
-        dtype: type that tensors of the folder's floating point type are counted in.
+    Tensors of the folder's floating point type are counted in that of `graphs`.
     """
-    tensors: dict[WeightRef, int] = {}
-    for graph, file in files.items():
-        if component_of(graph) == component:
+    weights: dict[str, int] = {}
+    for component in COMPONENTS:
+        files = [f for graph, f in graphs.files.items() if component_of(graph) == component]
+        if not all(file in manifest.files for file in files):
+            continue
+        tensors: dict[WeightRef, int] = {}
+        for file in files:
             for ref in graph_weights(artifacts, file).values():
                 tensors[ref] = ref.nbytes
                 if ref.dtype == manifest.dtype:
-                    tensors[ref] = ref.nbytes * ITEM_SIZE[dtype] // ITEM_SIZE[ref.dtype]
-    return sum(tensors.values())
+                    tensors[ref] = ref.nbytes * ITEM_SIZE[graphs.dtype] // ITEM_SIZE[ref.dtype]
+        weights[component] = sum(tensors.values())
+    return weights
+
+
+def load_vae_shapes(artifacts: Path, graphs: GraphSet) -> Shapes:
+    """Shapes of the weights of "vae_encoder" and "vae_decoder".
+
+    Raises:
+        ArtifactError: a table of weights is missing or damaged.
+    """
+    return {
+        graph: {name: ref.shape for name, ref in graph_weights(artifacts, file).items()}
+        for graph, file in graphs.files.items()
+        if graph.startswith("vae_")
+    }

@@ -32,14 +32,9 @@ def reference_budget(
 ) -> int:
     """Default budget of the reference store: on a device, all that nothing else needs.
 
-    Where four 1024x1024 references do not fit beside all weights, the text encoder and the others
-    take turns: weights come back from files sooner than keys and values are computed again.
-
-    Args:
-        available: bytes that the backend can take when it is opened, before anything is loaded.
-        weights: bytes of each component's weights in that memory; mapped files take none.
-        besides: bytes of scratch, inputs and outputs of the largest request.
-        flagship: bytes of keys and values of four 1024x1024 references.
+    Where keys and values of four 1024x1024 references (`flagship`) do not fit beside all weights,
+    the text encoder and the others take turns: weights come back from files sooner than keys and
+    values are computed again. `besides` is what else the largest request takes.
     """
     together, text = sum(weights.values()), weights.get("text_encoder", 0)
     if not together:  # a host, where mapped weights and other programs want memory too

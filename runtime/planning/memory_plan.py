@@ -6,14 +6,15 @@ are exact; scratch is what the engines report, else an estimate.
 
 Weights of a component (text encoder, transformer, VAE) stay on the device after its work as long as
 they fit beside what comes next. Where they do not, the text encoder goes first and the transformer
-last: a new prompt loads the text encoder, every step needs the transformer.
+last: a new prompt loads the text encoder, every step needs the transformer. Inputs and outputs of a
+component's graphs have memory of their own, as engines have them, and go with it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from klein_kv.artifacts.signature import TensorSpec, is_kv, make_signature
+from klein_kv.artifacts.signature import TensorSpec, is_kv
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.planning.scratch import estimate_scratch
@@ -23,8 +24,7 @@ __all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 RESERVED = 600_000_000
 """Bytes that the CUDA context and the library's code take; an estimate, not measured."""
 
-_PASSING = ("scratch", "activations", "images")
-_IMAGES = ("image", "sample")
+_WITH_KV = ("first_step", "cached_step", "encode_references")
 
 
 def size_text(nbytes: int) -> str:
@@ -40,7 +40,8 @@ class Stage:
 
     Attributes:
         name: of the graph.
-        parts: bytes by part; weights under their component's name.
+        parts: bytes by part; weights under their component's name, inputs and outputs as
+            "activations".
         loads: bytes of weights that are loaded for it.
         scratch_source: name of the engines that reported it, or "estimated".
     """
@@ -58,7 +59,7 @@ class Stage:
     @property
     def passing(self) -> int:
         """Bytes that are neither weights nor keys and values nor reserved."""
-        return sum(self.parts.get(part, 0) for part in _PASSING)
+        return self.parts["scratch"] + self.parts["activations"]
 
     @property
     def resident(self) -> frozenset[str]:
@@ -70,12 +71,7 @@ class Stage:
 class MemoryPlan:
     """How a request runs on a device of `capacity` bytes.
 
-    Attributes:
-        request: what is made.
-        footprint: of the model.
-        capacity: bytes.
-        stages: in order.
-        together: bytes at the peak if all that takes part stays through all stages.
+    `together` is the peak if all that takes part stays through all stages.
     """
 
     request: Request
@@ -102,8 +98,7 @@ class MemoryPlan:
     @property
     def kv_bytes(self) -> int:
         """Reference keys and values."""
-        plain = "plain_step" in self.request.stages
-        return 0 if plain else self.footprint.kv_bytes(self.request)
+        return self.footprint.kv_bytes(self.request)
 
     @property
     def loads(self) -> dict[str, int]:
@@ -116,21 +111,17 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "peak": self.peak,
-            "fits": self.fits,
-            "loads": self.loads,
-            "stages": [
-                {
-                    "graph": stage.name,
-                    **stage.parts,
-                    "total": stage.total,
-                    "loads": stage.loads,
-                    "scratch_source": stage.scratch_source,
-                }
-                for stage in self.stages
-            ],
-        }
+        stages = [
+            {
+                "graph": stage.name,
+                **stage.parts,
+                "total": stage.total,
+                "loads": stage.loads,
+                "scratch_source": stage.scratch_source,
+            }
+            for stage in self.stages
+        ]
+        return {"peak": self.peak, "fits": self.fits, "loads": self.loads, "stages": stages}
 
 
 def make_plan(
@@ -141,56 +132,51 @@ def make_plan(
     scratch: Mapping[str, tuple[int, str]] | None = None,
     loaded: Collection[str] | None = None,
     reserved: int = RESERVED,
-    fixed_buffers: bool = False,
     kv_copies: int = 0,
     held_scratch: int = 0,
 ) -> MemoryPlan:
-    """Adds everything up and decides which weights stay.
+    """Adds everything up, for a device of `capacity` bytes, and decides which weights stay.
 
     Args:
         footprint: the model.
         request: what is to be made.
-        capacity: bytes of the device.
+        capacity: bytes.
         scratch: bytes and their source by graph, where known; the rest is estimated.
         loaded: components on the device now; None plans a request that follows one like it.
         reserved: bytes that are not to be had.
-        fixed_buffers: see `GraphMemory`.
         kv_copies: see `GraphMemory`.
         held_scratch: bytes of shared scratch that an earlier request left.
     """
-    needs = {
-        name: (scratch or {}).get(name) or (_estimate(name, footprint, request), "estimated")
-        for name in request.stages
-    }
-    fixed = _fixed_buffers(footprint, request) if fixed_buffers else {}
-    held = {
-        name: footprint.weights[name] + sum(fixed.get(name, {}).values()) for name in COMPONENTS
-    }
-    # What each graph needs beside weights.
+    needs = dict(scratch or {})
+    for name in request.stages:
+        if name not in needs:
+            sizes = request.sizes(name, footprint.config)
+            needs[name] = estimate_scratch(name, footprint, sizes), "estimated"
+    buffers = _buffers(footprint, request)
+    component_bytes = {name: footprint.weights[name] + buffers[name] for name in COMPONENTS}
+
+    # 1. What each graph needs beside its component.
+    kv, sources = footprint.kv_bytes(request), _sources(footprint, request)
+    copies = kv_copies if "cached_step" in request.stages else 0  # they stay where they are
     rows: dict[str, dict[str, int]] = {}
-    for name, (nbytes, _) in needs.items():
-        parts = {"reserved": reserved} if reserved else {}
-        kv = _kv_bytes(name, footprint, request)
-        if "cached_step" in request.stages:  # the copies stay where they are
-            kv += kv_copies * footprint.kv_bytes(request)
-        if kv:
-            parts["kv"] = kv
-        parts["scratch"] = nbytes
-        parts |= _sources(footprint, request) if fixed else _buffers(name, footprint, request)
+    for name in request.stages:
+        parts = {"kv": kv * ((request.kv_held or name in _WITH_KV) + copies)}
+        parts |= {"scratch": needs[name][0], "activations": sources, "reserved": reserved}
         if name == "vae_decoder" and request.kv_kept and not request.kv_held:
-            stays = footprint.kv_bytes(request)
-            if sum(parts.values()) + held["vae"] + stays <= capacity:
-                parts["kv"] = parts.get("kv", 0) + stays
+            fits = sum(parts.values()) + component_bytes["vae"] + kv <= capacity
+            parts["kv"] += kv if fits else 0
         rows[name] = parts
-    together = sum(held[name] for name in {component_of(name) for name in request.stages})
-    if fixed:
-        largest = max(held_scratch, *(nbytes for nbytes, _ in needs.values()))
-        together += max(sum(parts.values()) - parts["scratch"] for parts in rows.values()) + largest
-        if together <= capacity:  # else what one graph leaves is given back for the next
-            rows = {name: parts | {"scratch": largest} for name, parts in rows.items()}
-    else:
-        together += max(sum(parts.values()) for parts in rows.values())
-    # Which weights stay. A request that follows one like it begins with what that one left.
+
+    # 2. All together, with the scratch that they share; else what one leaves is given back.
+    largest = max(held_scratch, *(parts["scratch"] for parts in rows.values()))
+    together = (
+        sum(component_bytes[name] for name in {component_of(name) for name in rows}) + largest
+    )
+    together += max(sum(parts.values()) - parts["scratch"] for parts in rows.values())
+    if together <= capacity:
+        rows = {name: parts | {"scratch": largest} for name, parts in rows.items()}
+
+    # 3. Which weights stay. A request that follows one like it begins with what that one left.
     resident = set(loaded or ())
     stages: list[Stage] = []
     for _ in range(1 if loaded is not None else 2):
@@ -198,70 +184,42 @@ def make_plan(
         for name, parts in rows.items():
             own = component_of(name)
             loads = 0 if own in resident else footprint.weights[own]
-            room = capacity - sum(parts.values()) - held[own]
+            room = capacity - sum(parts.values()) - component_bytes[own]
             staying = [own]
             for other in COMPONENTS:
-                if other in resident and other != own and held[other] <= room:
-                    room -= held[other]
+                if other in resident and other != own and component_bytes[other] <= room:
+                    room -= component_bytes[other]
                     staying.append(other)
             resident = set(staying)
-            whole = {other: footprint.weights[other] for other in (own, *sorted(staying[1:]))}
-            buffers = dict(parts)
-            for component in staying:
-                for part, size in fixed.get(component, {}).items():
-                    buffers[part] += size
-            stages.append(Stage(name, whole | buffers, loads, needs[name][1]))
+            weights = {component: footprint.weights[component] for component in staying}
+            activations = parts["activations"] + sum(buffers[component] for component in staying)
+            whole = weights | parts | {"activations": activations}
+            whole = {part: n for part, n in whole.items() if n or part not in ("kv", "reserved")}
+            stages.append(Stage(name, whole, loads, needs[name][1]))
     return MemoryPlan(request, footprint, capacity, tuple(stages), together)
 
 
-def _kv_bytes(graph: str, footprint: Footprint, request: Request) -> int:
-    if request.kv_held or graph in ("first_step", "cached_step", "encode_references"):
-        return footprint.kv_bytes(request)
-    return 0
-
-
-def _buffers(graph: str, footprint: Footprint, request: Request) -> dict[str, int]:
-    """Inputs and outputs but for keys and values, those of the loop over all stages.
-
-    Text embeddings, latents and positions are on the device from the first step until the image is
-    there, and are put there while the text encoder still is.
-    """
-    parts = {"activations": 0, "images": 0}
-    steps = [stage for stage in request.stages if stage.endswith("_step")]
-    for name in {graph} if graph in steps else {graph, *steps[-1:]}:
-        signature = make_signature(name, footprint.config, footprint.dtype)
-        specs = (*signature.inputs, *(signature.outputs if name == graph else ()))
-        _add(parts, specs, request.sizes(name, footprint.config))
-    return parts
-
-
-def _fixed_buffers(footprint: Footprint, request: Request) -> dict[str, dict[str, int]]:
+def _buffers(footprint: Footprint, request: Request) -> dict[str, int]:
     """By component, inputs and outputs of its graphs, but for keys and values."""
-    parts = {component: {"activations": 0, "images": 0} for component in COMPONENTS}
+    nbytes = dict.fromkeys(COMPONENTS, 0)
     for name in request.stages:
-        signature = make_signature(name, footprint.config, footprint.dtype)
+        signature = footprint.graphs.signature(name, footprint.config)
         for sizes in request.runs(name, footprint.config):
-            _add(parts[component_of(name)], (*signature.inputs, *signature.outputs), sizes)
-    return parts
+            nbytes[component_of(name)] += _nbytes((*signature.inputs, *signature.outputs), sizes)
+    return nbytes
 
 
-def _sources(footprint: Footprint, request: Request) -> dict[str, int]:
+def _sources(footprint: Footprint, request: Request) -> int:
     """What is copied to the graphs' inputs and exists besides: uploads, text, reference tokens."""
-    parts = {"activations": 0, "images": 0}
     steps = [name for name in request.stages if name.endswith("_step")]
-    for name in {*steps[:1], *({"text_encoder", "vae_encoder"} & set(request.stages))}:
-        signature = make_signature(name, footprint.config, footprint.dtype)
-        _add(parts, signature.inputs, request.sizes(name, footprint.config))
-    return parts
+    return sum(
+        _nbytes(
+            footprint.graphs.signature(name, footprint.config).inputs,
+            request.sizes(name, footprint.config),
+        )
+        for name in {*steps[:1], *({"text_encoder", "vae_encoder"} & set(request.stages))}
+    )
 
 
-def _add(parts: dict[str, int], specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> None:
-    """Adds tensors to "images" and "activations", but for keys and values."""
-    for spec in specs:
-        if not is_kv(spec.name):
-            parts["images" if spec.name in _IMAGES else "activations"] += spec.nbytes(sizes)
-
-
-def _estimate(graph: str, footprint: Footprint, request: Request) -> int:
-    sizes = request.sizes(graph, footprint.config)
-    return estimate_scratch(graph, footprint.config, footprint.dtype, sizes, footprint.vae_shapes)
+def _nbytes(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> int:
+    return sum(spec.nbytes(sizes) for spec in specs if not is_kv(spec.name))

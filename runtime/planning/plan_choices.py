@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
-from klein_kv.artifacts.signature import KVFormat
 from klein_kv.runtime.planning.footprint import PRECISIONS, Footprint
 from klein_kv.runtime.planning.memory_plan import MemoryPlan
 from klein_kv.runtime.planning.request import Request, edit_stages
@@ -16,54 +15,37 @@ _SMALLEST_SIDE = 128
 _SMALLEST_REFERENCE = 64
 _PRECISIONS = ("fp8", "nvfp4")
 
-_Planner = Callable[[Footprint, Request], MemoryPlan]
 _Changes = Iterator[tuple[str, Footprint, Request]]
 """Changed requests, the least change first, each with its text for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A change that makes a request fit.
-
-    Attributes:
-        text: the change, for people: "2 references".
-        plan: of the changed request.
-    """
+class Choice(NamedTuple):
+    """A change that makes a request fit, for people ("2 references"), and the plan then."""
 
     text: str
     plan: MemoryPlan
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"change": self.text, "peak": self.plan.peak}
 
-
-def what_fits(plan: MemoryPlan, make: _Planner, *, device: bool = True) -> list[Choice]:
+def what_fits(
+    plan: MemoryPlan, make: Callable[[Footprint, Request], MemoryPlan], *, device: bool = True
+) -> list[Choice]:
     """Changes that make a request fit, each by itself; if none does, several together.
 
-    Args:
-        plan: of the request, which does not fit.
-        make: plans another one for the same device.
-        device: whether smaller weights and K/V in eight bits help: not on a host, where weights
-            are mapped files and keys and values are computed with as they are.
-
-    Returns:
-        The least change of each kind; empty where nothing helps.
+    The least change of each kind. Off a `device` smaller weights and K/V in eight bits do not help:
+    on a host weights are mapped files, and keys and values are computed with as they are.
     """
-    in_fewer_bits = (_eight_bits, _quantized) if device else ()
+
+    def least(changes: _Changes) -> list[Choice]:
+        for text, footprint, request in changes:
+            changed = make(footprint, request)
+            if changed.fits:
+                return [Choice(text, changed)]
+        return []
+
+    in_fewer_bits = (_float8_kv, _fewer_bits) if device else ()
     kinds = (_fewer_references, *in_fewer_bits, _smaller_references, _smaller_output, _fewer_images)
-    choices = [_first(kind(plan.footprint, plan.request), make) for kind in kinds]
-    if device and not any(choices):
-        choices = [_first(_together(plan.footprint, plan.request), make)]
-    return [choice for choice in choices if choice is not None]
-
-
-def _first(changes: _Changes, make: _Planner) -> Choice | None:
-    for text, footprint, request in changes:
-        plan = make(footprint, request)
-        if plan.fits:
-            return Choice(text, plan)
-    return None
+    choices = [choice for kind in kinds for choice in least(kind(plan.footprint, plan.request))]
+    return choices or (least(_together(plan.footprint, plan.request)) if device else [])
 
 
 def _fewer_references(footprint: Footprint, request: Request) -> _Changes:
@@ -72,25 +54,25 @@ def _fewer_references(footprint: Footprint, request: Request) -> _Changes:
     for count in reversed(range(1, len(request.references))):
         text = f"{count} reference{'s' * (count > 1)}"
         yield text, footprint, replace(request, references=request.references[:count])
-    none = edit_stages("plain" if "plain_step" in request.stages else "kv", 0)
+    none = edit_stages(footprint.graphs.variant, 0)
     # An edit, not the encoding of references alone.
     if request.references and not set(none).isdisjoint(request.stages):
         stages = tuple(stage for stage in none if stage in (*request.stages, "cached_step"))
         yield "no references", footprint, replace(request, references=(), stages=stages)
 
 
-def _eight_bits(footprint: Footprint, request: Request) -> _Changes:
-    if footprint.kv_bytes(request) and not footprint.kv_dtype.startswith("float8"):
-        yield "fp8 K/V", replace(footprint, kv_dtype=KVFormat.FP8_PER_HEAD), request
+def _float8_kv(footprint: Footprint, request: Request) -> _Changes:
+    if footprint.kv_bytes(request) and not footprint.float8_kv:
+        yield "fp8 K/V", footprint.changed(float8_kv=True), request
 
 
-def _quantized(footprint: Footprint, request: Request) -> _Changes:
-    own, text = footprint.precision, footprint.text_precision
+def _fewer_bits(footprint: Footprint, request: Request) -> _Changes:
+    own = {name: PRECISIONS[precision] for name, precision in footprint.precisions.items()}
     for precision in _PRECISIONS:
-        if PRECISIONS[precision] < PRECISIONS[own]:
-            yield f"{precision} transformer", footprint.quantized(precision, text), request
-    if PRECISIONS["fp8"] < PRECISIONS[text]:
-        yield "fp8 text encoder", footprint.quantized(own, "fp8"), request
+        if PRECISIONS[precision] < own["transformer"]:
+            yield f"{precision} transformer", footprint.changed(transformer=precision), request
+    if PRECISIONS["fp8"] < own["text_encoder"]:
+        yield "fp8 text encoder", footprint.changed(text_encoder="fp8"), request
 
 
 def _smaller_references(footprint: Footprint, request: Request) -> _Changes:
@@ -128,7 +110,6 @@ def _fewer_images(footprint: Footprint, request: Request) -> _Changes:
 
 def _together(footprint: Footprint, request: Request) -> _Changes:
     """Smaller weights, keys and values in eight bits; one image at a time; fewer references."""
-    packed = replace(footprint, kv_dtype=KVFormat.FP8_PER_HEAD)
     single = replace(request, batch=1)
     requests = [("", request)]
     if request.batch > 1:
@@ -136,6 +117,8 @@ def _together(footprint: Footprint, request: Request) -> _Changes:
     requests += [(f"{text} with ", less) for text, _, less in _fewer_references(footprint, single)]
     for text, less in requests:
         for precision in _PRECISIONS:
-            if PRECISIONS[precision] <= PRECISIONS[footprint.precision]:
-                change = f"{text}{precision} transformer, fp8 text encoder and fp8 K/V"
-                yield change, packed.quantized(precision, "fp8"), less
+            if PRECISIONS[precision] <= PRECISIONS[footprint.precisions["transformer"]]:
+                smaller = footprint.changed(
+                    float8_kv=True, transformer=precision, text_encoder="fp8"
+                )
+                yield f"{text}{precision} transformer, fp8 text encoder and fp8 K/V", smaller, less

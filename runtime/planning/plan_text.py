@@ -10,12 +10,12 @@ __all__ = ["text_from_plans"]
 
 _NAMES = {"text_encoder": "text encoder", "transformer": "transformer", "vae": "VAE"}
 _COLUMNS = {
-    "text": ("text_encoder",),
-    "transf.": ("transformer",),
-    "VAE": ("vae",),
-    "K/V": ("kv",),
-    "scratch": ("scratch",),
-    "in/out": ("activations", "images"),
+    "text": "text_encoder",
+    "transf.": "transformer",
+    "VAE": "vae",
+    "K/V": "kv",
+    "scratch": "scratch",
+    "in/out": "activations",
 }
 
 
@@ -23,9 +23,9 @@ def text_from_plans(plans: Plans) -> str:
     """A line per precision and number of references, the stages of one of them, and the host."""
     first = plans.edits[0].first
     request, footprint = first.request, first.footprint
-    kv = "fp8" if footprint.kv_dtype.startswith("float8") else "16 bits"
-    if footprint.attention is not None:
-        kv += f", attention {footprint.attention}"
+    kv = "fp8" if footprint.float8_kv else "16 bits"
+    if footprint.graphs.attention is not None:
+        kv += f", attention {footprint.graphs.attention}"
     lines = [
         f"{plans.gpu}, {plans.capacity / 1e9:g} GB, of which {RESERVED / 1e9:.1f} are left "
         f"to CUDA (an estimate)",
@@ -38,7 +38,7 @@ def text_from_plans(plans: Plans) -> str:
         "kept: sets of four 1024x1024 references whose K/V stay by default",
     ]
     # The most references of the first precision.
-    same = [x for x in plans.edits if x.first.footprint.precision == footprint.precision]
+    same = [edit for edit in plans.edits if _precision(edit) == _precision(plans.edits[0])]
     shown = max(same, key=lambda edit: len(edit.first.request.references))
     lines += ["", f"{_title(shown)}, GB by stage, with what is left to CUDA:"]
     lines += _stages("first edit", shown.first)
@@ -50,15 +50,13 @@ def text_from_plans(plans: Plans) -> str:
     for edit in refused:
         choices = "; ".join(f"{x.text} ({_gb(x.plan.peak)})" for x in edit.choices)
         lines += _wrapped(f"{_title(edit)}: {choices or 'nothing that was tried'}")
-    lines += ["", f"{'host':34} {'memory':>8} {'disk':>8}  GB"]
-    for need in plans.host:
-        memory, disk = _gb(need.memory), _gb(need.disk, 3)
-        lines += [f"{need.what:34} {memory:>8} {disk:>8}  {need.source}"]
+    lines += ["", f"{'host':34} {'memory':>8}  GB"]
+    lines += [f"{what:34} {_gb(nbytes):>8}" for what, nbytes in plans.host.items()]
     return "\n".join(lines)
 
 
 def _precision(edit: EditPlan) -> str:
-    return f"{edit.first.footprint.precision}/{edit.first.footprint.text_precision}"
+    return "{transformer}/{text_encoder}".format(**edit.first.footprint.precisions)
 
 
 def _title(edit: EditPlan) -> str:
@@ -88,10 +86,7 @@ def _stages(what: str, plan: MemoryPlan) -> Iterator[str]:
     heads = " ".join(f"{head:>7}" for head in _COLUMNS)
     yield f"{what:13} {heads} {'total':>6} {'loads':>6}"
     for stage in plan.stages:
-        cells = " ".join(
-            f"{_gb(sum(stage.parts.get(part, 0) for part in parts)):>7}"
-            for parts in _COLUMNS.values()
-        )
+        cells = " ".join(f"{_gb(stage.parts.get(part, 0)):>7}" for part in _COLUMNS.values())
         yield f"{stage.name:13} {cells} {_gb(stage.total):>6} {_gb(stage.loads or None):>6}"
     sources = sorted({stage.scratch_source for stage in plan.stages})
     yield from _wrapped(f"scratch: {', '.join(sources)}")
@@ -103,5 +98,5 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def _gb(value: int | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value / 1e9:.{digits}f}"
+def _gb(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.2f}"

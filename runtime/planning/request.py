@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from klein_kv.artifacts.config import ModelConfig
-from klein_kv.errors import RequestError
+from klein_kv.artifacts.signature import GraphSet
 
 __all__ = ["Request", "edit_stages", "flagship_request"]
 
@@ -39,21 +39,13 @@ class Request:
     kv_held: bool = False
     kv_kept: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "batch", "prompts", "text_tokens"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected 1 or more")
-
     def ref_tokens(self, config: ModelConfig) -> int:
         """R, tokens of all references."""
         unit = config.vae.multiple_of
         return sum((height // unit) * (width // unit) for height, width in self.references)
 
     def sizes(self, graph: str, config: ModelConfig) -> dict[str, int]:
-        """Sizes of the symbols of one graph's signature.
-
-        The VAE encoder sees one reference at a time: the largest counts.
-        """
+        """Sizes of the symbols of one graph's signature; for the VAE encoder the largest image."""
         unit = config.vae.multiple_of
         height, width = self.height, self.width
         if graph == "vae_encoder":
@@ -74,17 +66,24 @@ class Request:
         """Sizes of each different run of one graph: the VAE encoder has one per reference size."""
         if graph != "vae_encoder":
             return [self.sizes(graph, config)]
-        sizes = dict.fromkeys(self.references)
-        return [replace(self, references=(size,)).sizes(graph, config) for size in sizes]
+        different = dict.fromkeys(self.references)
+        return [replace(self, references=(size,)).sizes(graph, config) for size in different]
+
+    def shapes(
+        self, graph: str, config: ModelConfig, graphs: GraphSet
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes of a graph's inputs, for each different run."""
+        inputs = graphs.signature(graph, config).inputs
+        return [
+            {spec.name: spec.concrete(sizes) for spec in inputs}
+            for sizes in self.runs(graph, config)
+        ]
 
 
 def edit_stages(variant: str, references: int, *, known: bool = False) -> tuple[str, ...]:
     """The graphs that a request runs, in order, each once.
 
-    Args:
-        variant: "kv" or "plain".
-        references: number of reference images.
-        known: their keys and values (for plain weights, their tokens) are at hand.
+    Of `known` references the keys and values (for plain weights, the tokens) are at hand.
     """
     encode = ("vae_encoder",) if references and not known else ()
     if variant == "plain":

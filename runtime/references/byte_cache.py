@@ -7,13 +7,11 @@ second time. One thread at a time changes it: the pipeline's lock sees to that.
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from klein_kv.errors import RequestError
 
-__all__ = ["ByteCache", "CacheStats"]
+__all__ = ["ByteCache"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,62 +27,38 @@ class HasBytes(Protocol):
 V = TypeVar("V", bound=HasBytes)
 
 
-@dataclass(slots=True)
-class CacheStats:
-    """What a cache did and holds.
-
-    Attributes:
-        hits: values found.
-        misses: values that were made and offered.
-        evictions: values given up for others.
-        entries: values held.
-        bytes: bytes held; never above the budget.
-        budget: the limit.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    entries: int = 0
-    bytes: int = 0
-    budget: int = 0
-
-
 class ByteCache(Generic[V]):
     """Values by key, at most `budget` bytes of them.
 
     Args:
         budget: bytes; 0 keeps nothing.
         what: a value, for the log: "a reference set".
-        given_up: called with each value that makes room for others, or finds none itself.
+
+    Attributes:
+        hits: values found.
+        misses: values that were made and offered.
+        evictions: values given up for others.
 
     Raises:
         RequestError: a budget below 0.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        what: str = "a value",
-        given_up: Callable[[str, V], None] = lambda _key, _value: None,
-    ) -> None:
+    def __init__(self, budget: int, what: str) -> None:
         if not isinstance(budget, int | float) or not budget >= 0:
             raise RequestError(f"the budget of {what} is {budget!r} bytes, expected 0 or more")
         self.budget = budget
-        self.what = what
-        self._given_up = given_up
+        self.hits = self.misses = self.evictions = 0
+        self._what = what
         self._entries: OrderedDict[str, V] = OrderedDict()  # oldest use first
         self._alive: weakref.WeakValueDictionary[str, V] = weakref.WeakValueDictionary()
-        self._counts = CacheStats()
 
     @property
-    def stats(self) -> CacheStats:
-        """Counts since the cache was made, and what it holds now."""
-        counts = self._counts
-        held = sum(value.nbytes for value in list(self._entries.values()))
-        return CacheStats(
-            counts.hits, counts.misses, counts.evictions, len(self._entries), held, self.budget
-        )
+    def nbytes(self) -> int:
+        """Bytes of all values; never above the budget."""
+        return sum(value.nbytes for value in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def __contains__(self, key: object) -> bool:
         """Whether the value is at hand; counts as no use."""
@@ -95,26 +69,21 @@ class ByteCache(Generic[V]):
         if key not in self:
             return None
         value = self._entries[key] if key in self._entries else self._alive[key]
-        self._counts.hits += 1
+        self.hits += 1
         self._admit(key, value)
         return value
 
     def put(self, key: str, value: V) -> None:
         """Keeps a value that was made, if the budget holds it."""
-        self._counts.misses += 1
+        self.misses += 1
         if self.budget:
             self._admit(key, value)
 
     def free(self, nbytes: int, keep: str | None = None) -> int:
-        """Gives up values until that many bytes are gone, or all are; returns how many went.
-
-        Args:
-            nbytes: bytes wanted.
-            keep: a key that must stay.
-        """
-        before = self.stats.bytes
+        """Gives up values but `keep` until so many bytes, or all, are gone; returns how many."""
+        before = self.nbytes
         self._shrink(before - nbytes, keep)
-        return before - self.stats.bytes
+        return before - self.nbytes
 
     def clear(self) -> None:
         """Drops everything, without giving it to anybody."""
@@ -124,22 +93,24 @@ class ByteCache(Generic[V]):
         self._alive[key] = value
         if key in self._entries:
             self._entries.move_to_end(key)
-            return
-        if value.nbytes > self.budget:
+        elif value.nbytes > self.budget:
             _log.info(
                 "%s of %.2f GB is not kept: the budget is %.2f GB",
-                self.what,
+                self._what,
                 value.nbytes / 1e9,
                 self.budget / 1e9,
             )
-            self._given_up(key, value)
-            return
-        self._shrink(self.budget - value.nbytes)
-        self._entries[key] = value
+            self._give_up(key, value)
+        else:
+            self._shrink(self.budget - value.nbytes)
+            self._entries[key] = value
 
     def _shrink(self, limit: int, keep: str | None = None) -> None:
         for key in [key for key in self._entries if key != keep]:
-            if self.stats.bytes <= limit:
+            if self.nbytes <= limit:
                 return
-            self._counts.evictions += 1
-            self._given_up(key, self._entries.pop(key))
+            self.evictions += 1
+            self._give_up(key, self._entries.pop(key))
+
+    def _give_up(self, key: str, value: V) -> None:
+        """Called with each value that makes room for others, or finds none itself."""

@@ -11,21 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import CapacityError
 from klein_kv.runtime.backends.backend import Backend, Buffer
 from klein_kv.runtime.references.reference_set import ReferenceSet
 
-__all__ = ["DeviceBackend", "HostCopy", "HostLevel", "HostStore", "open_host_level"]
+__all__ = ["DeviceBackend", "HostLevel"]
 
 _log = logging.getLogger(__name__)
-
-
-class HostCopy(Protocol):
-    """Tensors that a device handed over, in host memory."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory that it takes."""
 
 
 class HostStore(Protocol):
@@ -34,8 +26,8 @@ class HostStore(Protocol):
     def size(self, nbytes: int) -> int:
         """Bytes that a copy of so many bytes takes."""
 
-    def keep(self, buffers: Mapping[str, Buffer]) -> HostCopy:
-        """Copies buffers to the host; done with them on return.
+    def keep(self, buffers: Mapping[str, Buffer]) -> Any:
+        """Copies buffers to the host, done with them on return; the copy has `nbytes`.
 
         Raises:
             CapacityError: no room.
@@ -58,24 +50,17 @@ class HostLevel:
 
     A set that went back to the device keeps its copy as long as nothing else needs the room, so
     giving it up another time copies nothing.
-
-    Args:
-        budget: bytes of host memory.
-        backend: whose device the sets come from and go to.
     """
 
     def __init__(self, budget: int, backend: DeviceBackend) -> None:
         self.budget = budget
         self._memory = backend.host_store(budget)
-        self._copies: OrderedDict[str, tuple[HostCopy, ReferenceSet]] = OrderedDict()
+        self._copies: OrderedDict[str, tuple[Any, ReferenceSet]] = OrderedDict()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of all copies; never above the budget."""
         return sum(copy.nbytes for copy, _ in self._copies.values())
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._copies
 
     def __len__(self) -> int:
         return len(self._copies)
@@ -96,7 +81,7 @@ class HostLevel:
         size = self._memory.size(references.nbytes)
         if size > self.budget:
             return
-        while self.bytes + size > self.budget:
+        while self.nbytes + size > self.budget:
             self._copies.popitem(last=False)
         try:
             copy = self._memory.keep(references.kv)
@@ -104,26 +89,3 @@ class HostLevel:
             _log.warning("a reference set is not kept in host memory: %s", error)
             return
         self._copies[key] = copy, replace(references, kv={})
-
-
-def open_host_level(budget: int, backend: Backend) -> HostLevel | None:
-    """The level in host memory, if one is wanted.
-
-    Args:
-        budget: bytes; 0 for none.
-        backend: of the store above.
-
-    Raises:
-        RequestError: a budget below 0, or the backend has nothing to do with host memory.
-    """
-    if budget < 0:
-        raise RequestError(f"host_cache_bytes is {budget}, expected 0 or more")
-    if budget == 0:
-        return None
-    if not isinstance(backend, DeviceBackend):
-        raise RequestError(
-            f"host_cache_bytes is {budget}, which backend {backend.name} cannot use: its keys and "
-            "values are in host memory already, or it has no second stream to copy them on; give "
-            "the bytes to reference_cache_bytes"
-        )
-    return HostLevel(budget, backend)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.pixels import prepare_reference
 from klein_kv.artifacts.positions import reference_ids
 from klein_kv.artifacts.signature import GraphSet
@@ -32,95 +32,86 @@ class PreparedReferences:
 
     Attributes:
         pixels: uint8 [1, H, W, 3] each.
-        num_tokens: R, tokens of all images together.
-        first_size: (height, width) of the first image.
         images: their `images_digest`.
         digest: digest of the keys and values that they get here.
     """
 
     pixels: tuple[NDArray[np.uint8], ...]
-    num_tokens: int
-    first_size: tuple[int, int]
     images: str
     digest: str
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each."""
+        return tuple((x.shape[1], x.shape[2]) for x in self.pixels)
+
+    @property
+    def first_size(self) -> tuple[int, int]:
+        """(height, width) of the first image."""
+        return self.sizes[0]
+
 
 class ReferenceEncoder:
-    """Makes and finds the reference sets of one pipeline.
-
-    Args:
-        session: what runs the graphs, under a plan.
-        manifest: the artifacts' manifest.
-        origin: what the keys and values depend on besides the images.
-        store: where they are kept.
-    """
+    """Makes and finds the reference sets of one pipeline."""
 
     def __init__(
         self,
         session: Session,
-        manifest: Manifest,
+        config: ModelConfig,
+        graphs: GraphSet,
         origin: KVOrigin,
         store: ReferenceStore,
     ) -> None:
         self.origin = origin
-        self.store = store
         self._session = session
-        self._manifest = manifest
-        self._graphs = GraphSet(manifest.variant, origin.dtype, origin.kv_dtype)
+        self._config = config
+        self._graphs = graphs
+        self._store = store
 
     def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
         """Checks and crops one image or more; computes nothing yet.
 
         Raises:
-            RequestError: see `images.prepare_reference`.
+            RequestError: see `pixels.prepare_reference`.
         """
-        unit = self._manifest.config.vae.multiple_of
+        unit = self._config.vae.multiple_of
         pixels = tuple(prepare_reference(image, unit) for image in images)
         digest = images_digest(pixels)
-        return PreparedReferences(
-            pixels=pixels,
-            num_tokens=sum((x.shape[1] // unit) * (x.shape[2] // unit) for x in pixels),
-            first_size=(pixels[0].shape[1], pixels[0].shape[2]),
-            images=digest,
-            digest=self.origin.digest(digest),
-        )
+        return PreparedReferences(pixels, digest, self.origin.digest(digest))
 
     def tokens(self, prepared: PreparedReferences | None) -> dict[str, Buffer]:
         """Inputs `ref_hidden_states` and `ref_ids` of the graphs that take references."""
-        session, manifest = self._session, self._manifest
-        channels, unit = manifest.config.transformer.in_channels, manifest.config.vae.multiple_of
+        session, channels = self._session, self._config.transformer.in_channels
         if prepared is None:
-            none = np.zeros((1, 0, channels), NUMPY_DTYPES[manifest.dtype])
+            none = np.zeros((1, 0, channels), NUMPY_DTYPES[self._graphs.dtype])
             return {
                 "ref_hidden_states": session.upload(none),
                 "ref_ids": session.upload(np.zeros((0, 4), np.int64)),
             }
-        grids = [(x.shape[1] // unit, x.shape[2] // unit) for x in prepared.pixels]
+        unit = self._config.vae.multiple_of
+        ids = reference_ids([(height // unit, width // unit) for height, width in prepared.sizes])
         tokens = session.assemble(
-            (1, prepared.num_tokens, channels),
+            (1, len(ids), channels),
             (
                 session.run("vae_encoder", {"image": session.upload(image)})["ref_hidden_states"]
                 for image in prepared.pixels
             ),
         )
-        return {"ref_hidden_states": tokens, "ref_ids": session.upload(reference_ids(grids))}
+        return {"ref_hidden_states": tokens, "ref_ids": session.upload(ids)}
 
-    def keep(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
+    def set_of(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
-        net = self._manifest.config.transformer
+        unit = self._config.vae.multiple_of
+        count = sum((height // unit) * (width // unit) for height, width in prepared.sizes)
         return ReferenceSet(
             kv=dict(kv),
-            tensors=self._graphs.kv_tensors(net, prepared.num_tokens),
-            num_tokens=prepared.num_tokens,
+            tensors=self._graphs.kv_tensors(self._config.transformer, count),
+            num_tokens=count,
             first_size=prepared.first_size,
             images=prepared.images,
             origin=self.origin,
             session=self._session,
         )
-
-    def compute(self, prepared: PreparedReferences) -> ReferenceSet:
-        """Encodes, without looking anything up."""
-        return self.keep(prepared, self._session.run("encode_references", self.tokens(prepared)))
 
     def encode(self, prepared: PreparedReferences) -> ReferenceSet:
         """The set from the store, or computed and kept there.
@@ -128,12 +119,15 @@ class ReferenceEncoder:
         Raises:
             CapacityError: the keys and values do not fit into memory.
         """
-        references = self.store.get(prepared.digest)
+        references = self._store.get(prepared.digest)
         if references is None:
-            self.check_memory(prepared)
+            stages = ("vae_encoder", "encode_references")
+            request = Request(*prepared.first_size, prepared.sizes, stages)
+            self._session.admit(request, self._store.free)
             self._session.prepare()
-            references = self.compute(prepared)
-            self.store.put(references)
+            kv = self._session.run("encode_references", self.tokens(prepared))
+            references = self.set_of(prepared, kv)
+            self._store.put(references.digest, references)
         return references
 
     def load(self, path: Path) -> ReferenceSet:
@@ -143,11 +137,11 @@ class ReferenceEncoder:
             ArtifactError: the file is missing, damaged, or no saved reference set.
             RequestError: a set of other weights, types, backend or layout.
         """
-        references = self.store.get(read_reference_digest(path))
+        references = self._store.get(read_reference_digest(path))
         if references is None:
-            net = self._manifest.config.transformer
+            net = self._config.transformer
             references = load_references(path, self._session, self.origin, net)
-            self.store.put(references)
+            self._store.put(references.digest, references)
         return references
 
     def check(self, references: ReferenceSet) -> None:
@@ -161,49 +155,25 @@ class ReferenceEncoder:
                 f"references is a {type(references).__name__}, expected a set that "
                 "encode_references or load_references gave; pass images as image="
             )
-        reason = self.origin.difference(references.origin)
-        if reason is not None:
-            raise RequestError(
-                f"the references cannot be used here: they {reason}; encode them again"
-            )
+        self.origin.check(references.origin, "the references")
 
     def with_references(
         self, request: Request, references: ReferenceSet | PreparedReferences, *, known: bool
     ) -> Request:
-        """A request without references, and what these add to it.
-
-        Args:
-            request: with the stages of text-to-image.
-            references: what it refers to.
-            known: their keys and values are in memory.
-        """
-        unit = self._manifest.config.vae.multiple_of
-        sizes: tuple[tuple[int, int], ...] = ((unit, unit * references.num_tokens),)
+        """A request for text-to-image with what references add; `known` ones are in memory."""
         if isinstance(references, PreparedReferences):
-            sizes = tuple((x.shape[1], x.shape[2]) for x in references.pixels)
+            sizes = references.sizes
+        else:
+            unit = self._config.vae.multiple_of
+            sizes = ((unit, unit * references.num_tokens),)
         if known:
             return replace(request, references=sizes, kv_held=True)
-        new = ["vae_encoder"]
-        if self._manifest.variant == "kv":
-            new.append("first_step")
+        kv = self._graphs.variant == "kv"
+        new = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
         at = "text_encoder" in request.stages
         stages = (*request.stages[:at], *new, *request.stages[at:])
-        kept = self._manifest.variant == "kv" and self.store.budget > 0
-        return replace(request, references=sizes, stages=stages, kv_kept=kept)
-
-    def check_memory(self, prepared: PreparedReferences) -> None:
-        """Refuses to encode what memory does not hold.
-
-        Raises:
-            CapacityError: with the numbers.
-        """
-        request = Request(
-            height=prepared.first_size[0],
-            width=prepared.first_size[1],
-            references=tuple((x.shape[1], x.shape[2]) for x in prepared.pixels),
-            stages=("vae_encoder", "encode_references"),
-        )
-        self._session.admit(request, self.store.free)
+        stays = kv and self._store.budget > 0
+        return replace(request, references=sizes, stages=stages, kv_kept=stays)
 
 
 def blank_references(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:

@@ -5,14 +5,10 @@ Format 1 had float8 values in another layout; its other files are read. A CRC-32
 in the order of the file, tells a damaged file; it is no protection against one that was forged.
 """
 
-import contextlib
-import errno
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -25,62 +21,35 @@ from klein_kv.artifacts.weights import (
     read_metadata,
     safetensors_header,
 )
-from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
+from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.runtime.outputs.whole_file import whole_file
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
 from klein_kv.runtime.session import Session
 
-__all__ = ["load_references", "read_reference_digest", "reference_file_bytes", "save_references"]
+__all__ = ["load_references", "read_reference_digest", "save_references"]
 
 _FORMAT = "klein-kv reference set 2"
 _OLDER_FORMAT = "klein-kv reference set 1"
 _NO_CHECKSUM = "00000000"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def reference_file_bytes(references: ReferenceSet) -> int:
-    """Bytes of the file that `save_references` writes."""
-    return len(_header(references, _NO_CHECKSUM)) + references.nbytes
 
 
 def save_references(references: ReferenceSet, path: Path) -> None:
-    """Writes a set tensor by tensor, aside first: `path` holds a whole set or what it held before.
+    """Writes a set tensor by tensor, whole or not at all (`whole_file`).
 
     Raises:
         CapacityError: the disk is full.
         RequestError: the file cannot be written there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{id(references):x}.part")
-    try:
-        with partial.open("wb") as file:
-            _write(references, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise CapacityError(
-                f"{path} cannot be written: {error.strerror}; the references take "
-                f"{reference_file_bytes(references) / 1e6:.1f} MB, make room or save elsewhere"
-            ) from error
-        raise RequestError(
-            f"{path} cannot be written: {error.strerror}; expected a file name in a folder that "
-            "exists and may be written"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone if all went well
-            partial.unlink()
-
-
-def _write(references: ReferenceSet, file: BinaryIO) -> None:
-    file.write(_header(references, _NO_CHECKSUM))
-    checksum = 0
-    for spec in references.tensors:
-        array = references.array(spec.name)
-        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        checksum = zlib.crc32(content, checksum)
-        file.write(content)
-    file.seek(0)
-    file.write(_header(references, f"{checksum:08x}"))
+    with whole_file(path, references.nbytes) as file:
+        file.write(_header(references, _NO_CHECKSUM))
+        checksum = 0
+        for spec in references.tensors:
+            array = references.array(spec.name)
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            checksum = zlib.crc32(content, checksum)
+            file.write(content)
+        file.seek(0)
+        file.write(_header(references, f"{checksum:08x}"))
 
 
 def _header(references: ReferenceSet, checksum: str) -> bytes:
@@ -111,22 +80,12 @@ def load_references(
 ) -> ReferenceSet:
     """Maps a file, checks all of it, and uploads its keys and values.
 
-    Args:
-        path: what `save_references` wrote.
-        session: where to.
-        origin: what they must have been made with.
-        net: the network, whose blocks and heads they must fit.
-
     Raises:
         ArtifactError: the file is missing, damaged, or no saved reference set.
         RequestError: a set of other weights, LoRA set, types, backend or layout.
     """
-    found, images, first_size, checksum = _read_description(path)
-    reason = origin.difference(found)
-    if reason is not None:
-        raise RequestError(
-            f"the references in {path} cannot be used here: they {reason}; encode them again"
-        )
+    made_with, images, first_size, checksum = _read_description(path)
+    origin.check(made_with, f"the references in {path}")
     try:
         refs = read_header(path, quantized=True)
     except CheckpointError as error:
@@ -135,15 +94,15 @@ def load_references(
     count = refs["k_ref.0"].shape[1] if "k_ref.0" in refs and refs["k_ref.0"].shape[1:] else 0
     tensors = graphs.kv_tensors(net, count)
     _check_layout(path, refs, tensors)
-    arrays, seen = {}, 0
+    arrays, actual = {}, 0
     for name, ref in sorted(refs.items(), key=lambda item: item[1].offset):
         try:
             arrays[name] = map_weight(ref)
         except (OSError, ValueError) as error:
             raise _damaged(path, error) from error
-        seen = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, seen)
-    if f"{seen:08x}" != checksum:
-        raise _damaged(path, f"its checksum is {seen:08x}, expected {checksum}")
+        actual = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, actual)
+    if f"{actual:08x}" != checksum:
+        raise _damaged(path, f"its checksum is {actual:08x}, expected {checksum}")
     return ReferenceSet(
         kv=session.upload_kv({spec.name: arrays[spec.name] for spec in tensors}),
         tensors=tensors,

@@ -2,25 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import DTYPES, dtype_name
-from klein_kv.artifacts.signature import KVFormat, TensorSpec
+from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session
 
-__all__ = [
-    "KVOrigin",
-    "ReferenceSet",
-    "check_kv_dtype",
-    "images_digest",
-]
+__all__ = ["KVOrigin", "ReferenceSet", "images_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +22,9 @@ class KVOrigin:
     """Everything but the images that keys and values depend on.
 
     Attributes:
-        model_digest: graphs and weights (`Manifest.model_digest`).
+        model_digest: graphs and weights (`Manifest.graphs_digest`).
         dtype: type that the graphs compute in.
-        kv_dtype: type that graphs hand keys and values on in: `dtype`, or `KVFormat.FP8_PER_HEAD`.
+        kv_dtype: type that graphs hand keys and values on in, `dtype` or a `KVFormat`.
         backend: what computes them; another one rounds differently.
     """
 
@@ -44,14 +38,19 @@ class KVOrigin:
         lines = "".join(f"{name} {value}\n" for name, value in asdict(self).items())
         return hashlib.sha256(f"{lines}images {images}\n".encode()).hexdigest()
 
-    def difference(self, other: "KVOrigin") -> str | None:
-        """What keeps sets of the other origin from being used here, in words; None if nothing."""
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+    def check(self, other: "KVOrigin", what: str) -> None:
+        """Refuses sets of another origin.
+
+        Raises:
+            RequestError: with what keeps them (`what`) from being used here.
+        """
+        for name, reason in _DIFFERENCES.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                values = f"(got {theirs[:16] or 'none'}, expected {mine[:16] or 'none'})"
-                return f"{_DIFFERENCES[item.name]} {values}"
-        return None
+                raise RequestError(
+                    f"{what} cannot be used here: they {reason} (got {theirs[:16] or 'none'}, "
+                    f"expected {mine[:16] or 'none'}); encode them again"
+                )
 
 
 _DIFFERENCES = {
@@ -71,37 +70,15 @@ def images_digest(pixels: Sequence[NDArray[np.uint8]]) -> str:
     return state.hexdigest()
 
 
-def check_kv_dtype(name: str | None, dtype: str) -> str:
-    """The type that graphs are to hand keys and values on in.
-
-    Args:
-        name: "fp32", "fp16" or "bf16", which must be the graphs' own; "fp8"; None for the graphs'.
-        dtype: type that the graphs compute in.
-
-    Raises:
-        RequestError: another type.
-    """
-    if name == "fp8":
-        return KVFormat.FP8_PER_HEAD
-    if name is not None and DTYPES.get(name) != dtype:
-        own = dtype_name(dtype)
-        raise RequestError(
-            f"kv_dtype is {name!r}, the graphs compute in {dtype}; expected {own!r} or 'fp8'"
-        )
-    return dtype
-
-
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class ReferenceSet:
     """Keys and values of an ordered set of reference images.
 
-    They depend on the images, their order, and `origin`; not on prompt, seed or output size. Made
-    by `KleinKVPipeline.encode_references` or `load_references`, and used by any number of requests
-    at once.
+    Made by `KleinKVPipeline.encode_references` or `load_references`, for any number of requests.
 
     Attributes:
         kv: `signature.kv_names` of every block on the backend's device: `k_ref.{i}` and `v_ref.{i}`
-            [1, R, H, D], and beside float8 ones their scales.
+            [1, R, H, D], and float8 ones' scales.
         tensors: name, type and concrete shape of each of `kv`.
         num_tokens: R, tokens of all images together.
         first_size: (height, width) of the first image after cropping: the default output size.
@@ -132,15 +109,8 @@ class ReferenceSet:
         """One of `kv` on the host."""
         return self.session.download(self.kv[name])
 
-    @property
-    def model_digest(self) -> str:
-        """The weights they belong to."""
-        return self.origin.model_digest
-
     def save(self, path: str | Path) -> None:
         """Writes the set as one safetensors file; `KleinKVPipeline.load_references` reads it.
-
-        An interrupted save leaves a file that was there before as it was.
 
         Raises:
             CapacityError: the disk is full.

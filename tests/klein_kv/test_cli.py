@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from klein_kv.cli import main
-from klein_kv.runtime.outputs.metadata import read_metadata
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -39,8 +38,7 @@ def test_generate_writes_an_image_with_its_parameters(capsys, tiny_artifacts, tm
     with Image.open(out) as image:
         assert image.size == (128, 160)  # the first reference's, cropped to multiples of 16
         assert image.text["parameters"].startswith("a kite, 凧\nSteps: 2, Sampler: Euler, Seed: 5")
-    facts = read_metadata(out)
-    assert facts is not None
+        facts = json.loads(image.text["klein_kv"])
     assert (facts["seed"], facts["steps"], facts["references"]) == (5, 2, 2)
 
 
@@ -65,7 +63,9 @@ def test_several_images_are_numbered_and_metadata_can_be_left_out(capsys, tiny_a
     assert code == 0
     paths = [tmp_path / "k-1.png", tmp_path / "k-2.png"]
     assert text.split() == [str(path) for path in paths]
-    assert [read_metadata(path) for path in paths] == [None, None]
+    for path in paths:
+        with Image.open(path) as image:
+            assert "klein_kv" not in image.text
 
 
 def test_inspect_lists_every_graph(capsys, tiny_artifacts):

@@ -4,20 +4,17 @@ Both do the same arithmetic around the rounding, so everything here is equal bit
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.runtime.backends.ort.backend import OrtBackend
+from tests.runtime.graph_inputs import Arrays, cast, reference_inputs, step_inputs
 
-Array = NDArray[Any]
 BLOCKS = 3
 
 
@@ -33,12 +30,12 @@ class Subject:
         }
         self.ops = TorchOps({"unused": torch.zeros(1)}, getattr(torch, self.dtype))
 
-    def run(self, graph: str, inputs: dict[str, Array], packed: bool) -> dict[str, Array]:
+    def run(self, graph: str, inputs: Arrays, packed: bool) -> Arrays:
         backend = self.backends[KVFormat.FP8_PER_HEAD if packed else self.dtype]
         buffers = {name: backend.upload(array) for name, array in inputs.items()}
         return {name: backend.download(x) for name, x in backend.run(graph, buffers).items()}
 
-    def pack(self, kv: dict[str, Array]) -> dict[str, Array]:
+    def pack(self, kv: Arrays) -> Arrays:
         """Keys and values as the graphs are to hand them on."""
         packed = {}
         for name in kv_names(BLOCKS):
@@ -48,7 +45,7 @@ class Subject:
             packed[f"{part}_scale.{block}"] = scale.numpy()
         return packed
 
-    def unpack(self, packed: dict[str, Array]) -> dict[str, Array]:
+    def unpack(self, packed: Arrays) -> Arrays:
         kv = {}
         for name in kv_names(BLOCKS):
             part, _, block = name.partition(".")
@@ -64,27 +61,12 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.getfixturevalue(request.param))
 
 
-def normal(subject: Subject, seed: int, *shape: int) -> Array:
-    array = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return array.astype(subject.dtype)
+def references(subject: Subject, count: int) -> Arrays:
+    return cast(reference_inputs(subject.net, count * [(5, 4)], seed=count), subject.dtype)
 
 
-def references(subject: Subject, count: int) -> dict[str, Array]:
-    ids = reference_ids(count * [(5, 4)])
-    tokens = normal(subject, count, 1, len(ids), subject.net.in_channels)
-    return {"ref_hidden_states": tokens, "ref_ids": ids}
-
-
-def step(subject: Subject, batch: int = 2) -> dict[str, Array]:
-    net = subject.net
-    return {
-        "hidden_states": normal(subject, 7, batch, 24, net.in_channels),
-        "encoder_hidden_states": normal(subject, 8, batch, 9, net.joint_attention_dim),
-        "timestep": np.array([700], np.float32),
-        "sigma_step": np.array([-0.25], np.float32),
-        "img_ids": grid_ids(6, 4),
-        "txt_ids": text_ids(9),
-    }
+def step(subject: Subject) -> Arrays:
+    return cast(step_inputs(subject.net, text_tokens=9, grid=(6, 4)), subject.dtype)
 
 
 @pytest.mark.parametrize("count", [1, 3])

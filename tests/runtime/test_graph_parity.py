@@ -16,13 +16,10 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.signature import kv_names
-from klein_kv.artifacts.weights import NUMPY_DTYPES
 from tests.conftest import load_ours
+from tests.runtime.graph_inputs import Arrays, cast, normal, reference_inputs, step_inputs
 from tests.tolerances import assert_close
-
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +32,16 @@ class Subject:
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         """Runs a graph on arrays; float32 ones are cast to the graph's type."""
-        backend, dtype = self.ours.backend, NUMPY_DTYPES[self.precision]
-        steps = ("timestep", "sigma_step")
-        buffers = {
-            name: backend.upload(
-                x.astype(dtype) if x.dtype == np.float32 and name not in steps else x
-            )
-            for name, x in inputs.items()
-        }
+        backend = self.ours.backend
+        buffers = {name: backend.upload(x) for name, x in cast(inputs, self.precision).items()}
         outputs = backend.run(graph, buffers)
         return {name: np.array(backend.download(x)) for name, x in outputs.items()}
+
+    def step(self, **sizes: Any) -> Arrays:
+        return step_inputs(self.ours.config.transformer, **sizes)
+
+    def references(self) -> Arrays:
+        return reference_inputs(self.ours.config.transformer)
 
     def close(self, graph: str, ours: Any, theirs: Any, what: str = "") -> None:
         assert_close(graph, self.precision, ours, theirs, what)
@@ -72,35 +69,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
         artifacts = request.getfixturevalue(f"tiny_{short}artifacts")
         theirs = request.getfixturevalue("tiny_theirs")
     return Subject(load_ours(artifacts, backend), theirs, precision)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray[Any, Any]:
-    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    # What both 16-bit types hold: 8 bits of significand.
-    return values.astype(NUMPY_DTYPES["bfloat16"]).astype(np.float32)
-
-
-def step_inputs(
-    subject: Subject, seed: int = 0, batch: int = 2, text_tokens: int = 19, side: int = 5
-) -> Arrays:
-    net = subject.ours.config.transformer
-    return {
-        "hidden_states": normal(seed, batch, side * 4, net.in_channels),
-        "encoder_hidden_states": normal(seed + 1, batch, text_tokens, net.joint_attention_dim),
-        "timestep": np.array([700.0 + seed], np.float32),
-        "sigma_step": np.array([-0.25], np.float32),
-        "img_ids": grid_ids(side, 4),
-        "txt_ids": text_ids(text_tokens),
-    }
-
-
-def reference_inputs(subject: Subject) -> Arrays:
-    return {
-        "ref_hidden_states": normal(
-            7, 1, 3 * 4 + 5 * 2, subject.ours.config.transformer.in_channels
-        ),
-        "ref_ids": reference_ids([(3, 4), (5, 2)]),
-    }
 
 
 def their_step(
@@ -143,8 +111,8 @@ def their_kv(cache: Flux2KVCache) -> list[Any]:
 
 
 def test_encode_references(subject: Subject) -> None:
-    ours = subject.run("encode_references", reference_inputs(subject))
-    _, cache = their_step(subject, step_inputs(subject), reference_inputs(subject))
+    ours = subject.run("encode_references", subject.references())
+    _, cache = their_step(subject, subject.step(), subject.references())
     assert list(ours) == kv_names(subject.ours.config.transformer.num_blocks)
     for (name, mine), other in zip(ours.items(), their_kv(cache), strict=True):
         subject.close("encode_references", mine, other[:1], name)
@@ -152,7 +120,7 @@ def test_encode_references(subject: Subject) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_first_step(subject: Subject, batch: int) -> None:
-    inputs, references = step_inputs(subject, batch=batch), reference_inputs(subject)
+    inputs, references = subject.step(batch=batch), subject.references()
     ours = subject.run("first_step", inputs | references)
     noise_pred, cache = their_step(subject, inputs, references)
     subject.close("first_step", ours["noise_pred"], noise_pred, "noise_pred")
@@ -165,9 +133,9 @@ def test_first_step(subject: Subject, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_cached_step(subject: Subject, batch: int) -> None:
     """On keys and values from another step of another request: prompt, noise, size and time."""
-    references = reference_inputs(subject)
-    _, cache = their_step(subject, step_inputs(subject, seed=20, batch=batch), references)
-    inputs = step_inputs(subject, seed=40, batch=batch, text_tokens=11, side=6)
+    references = subject.references()
+    _, cache = their_step(subject, subject.step(seed=20, batch=batch), references)
+    inputs = subject.step(seed=40, batch=batch, text_tokens=11, grid=(6, 4))
     noise_pred, _ = their_step(subject, inputs, cache=cache)
     kv = subject.run("encode_references", references)
     ours = subject.run("cached_step", inputs | kv)
@@ -177,14 +145,14 @@ def test_cached_step(subject: Subject, batch: int) -> None:
 def test_cached_step_without_references(subject: Subject) -> None:
     net = subject.ours.config.transformer
     empty = np.zeros((1, 0, net.num_attention_heads, net.attention_head_dim), np.float32)
-    inputs = step_inputs(subject)
+    inputs = subject.step()
     ours = subject.run("cached_step", inputs | dict.fromkeys(kv_names(net.num_blocks), empty))
     noise_pred, _ = their_step(subject, inputs)
     subject.close("cached_step", ours["noise_pred"], noise_pred, "noise_pred, R = 0")
 
 
 def test_first_step_is_references_then_cached_step(subject: Subject) -> None:
-    inputs, references = step_inputs(subject), reference_inputs(subject)
+    inputs, references = subject.step(), subject.references()
     together = subject.run("first_step", inputs | references)
     kv = subject.run("encode_references", references)
     apart = subject.run("cached_step", inputs | kv) | kv
@@ -194,10 +162,10 @@ def test_first_step_is_references_then_cached_step(subject: Subject) -> None:
 
 
 def test_keys_and_values_do_not_depend_on_the_request(subject: Subject) -> None:
-    references = reference_inputs(subject)
-    one = subject.run("first_step", step_inputs(subject) | references)
+    references = subject.references()
+    one = subject.run("first_step", subject.step() | references)
     other = subject.run(
-        "first_step", step_inputs(subject, seed=60, batch=1, text_tokens=33, side=7) | references
+        "first_step", subject.step(seed=60, batch=1, text_tokens=33, grid=(7, 4)) | references
     )
     for name in kv_names(subject.ours.config.transformer.num_blocks):
         np.testing.assert_array_equal(one[name], other[name], name)

@@ -1,6 +1,6 @@
 """The denoising loop: which graphs run, on which buffers, and what stays where it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,32 +16,22 @@ from klein_kv.artifacts.signature import GraphSet, kv_names
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.loop import LoopInputs, denoise_loop
 from klein_kv.schedule import make_schedule
+from tests.runtime.conftest import Run, Watch
 
 GRAPHS = GraphSet("kv", "float32")
-Call = tuple[str, dict[str, Buffer], dict[str, Buffer]]
 
 
 @pytest.fixture
-def calls(tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """Graph, inputs and outputs of every backend call; the buffers are kept alive."""
-    seen: list[Call] = []
-    run = tiny_ours.backend.run
-
-    def spy(graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        outputs = run(graph, inputs)
-        seen.append((graph, dict(inputs), dict(outputs)))
-        return outputs
-
-    monkeypatch.setattr(tiny_ours.backend, "run", spy)
-    return seen
+def calls(tiny_ours: KleinKVPipeline, watch: Watch) -> list[Run]:
+    return watch(tiny_ours)
 
 
-def graphs(calls: list[Call]) -> list[str]:
-    return [graph for graph, _, _ in calls]
+def graphs(calls: list[Run]) -> list[str]:
+    return [run.graph for run in calls]
 
 
 def test_graphs_of_an_edit(
-    tiny_ours: KleinKVPipeline, calls: list[Call], picture: Callable[..., Image.Image]
+    tiny_ours: KleinKVPipeline, calls: list[Run], picture: Callable[..., Image.Image]
 ) -> None:
     tiny_ours("a red kite", image=[picture(128, 128), picture(128, 64)], seed=0)
     assert graphs(calls) == [
@@ -54,22 +44,22 @@ def test_graphs_of_an_edit(
     ]
 
 
-def test_graphs_without_references(tiny_ours: KleinKVPipeline, calls: list[Call]) -> None:
+def test_graphs_without_references(tiny_ours: KleinKVPipeline, calls: list[Run]) -> None:
     tiny_ours("a red kite", height=128, width=128, seed=0)
     assert graphs(calls) == ["text_encoder", *4 * ["cached_step"], "vae_decoder"]
     for name in kv_names(3):
-        assert calls[1][1][name].shape() == [1, 0, 2, 32]
+        assert calls[1].inputs[name].shape() == [1, 0, 2, 32]
 
 
 def test_graphs_with_references_at_hand(
-    tiny_ours: KleinKVPipeline, calls: list[Call], picture: Callable[..., Image.Image]
+    tiny_ours: KleinKVPipeline, calls: list[Run], picture: Callable[..., Image.Image]
 ) -> None:
     references = tiny_ours.encode_references(picture(128, 128))
     tiny_ours("a red kite", references=references, seed=0)
     expected = ["vae_encoder", "encode_references", "text_encoder", *4 * ["cached_step"]]
     assert graphs(calls) == [*expected, "vae_decoder"]
     for name, buffer in references.kv.items():
-        later = [inputs for graph, inputs, _ in calls if graph == "cached_step"]
+        later = [run.inputs for run in calls if run.graph == "cached_step"]
         assert {inputs[name].data_ptr() for inputs in later} == {buffer.data_ptr()}
 
 
@@ -100,7 +90,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 def test_keys_and_values_stay_where_they_are(
     per_prompt: int,
     tiny_ours: KleinKVPipeline,
-    calls: list[Call],
+    calls: list[Run],
     addresses: list[dict[str, int]],
     picture: Callable[..., Image.Image],
 ) -> None:
@@ -109,19 +99,19 @@ def test_keys_and_values_stay_where_they_are(
     tiny_ours("a red kite", image=image, num_images_per_prompt=per_prompt, seed=0)
     steps = [run for run in addresses if "out:noise_pred" in run]
     assert len(steps) == 4
-    (first,) = (outputs for graph, _, outputs in calls if graph == "first_step")
+    (first,) = (run.outputs for run in calls if run.graph == "first_step")
     for name in kv_names(3):
         assert first[name].shape() == [1, 64, 2, 32]
         assert {run[name] for run in steps[1:]} == {steps[0][f"out:{name}"]}
 
 
 def test_latents_go_from_step_to_step_without_a_copy(
-    tiny_ours: KleinKVPipeline, calls: list[Call]
+    tiny_ours: KleinKVPipeline, calls: list[Run]
 ) -> None:
     tiny_ours("a red kite", height=128, width=128, seed=0)
-    steps = [call for call in calls if call[0] == "cached_step"]
-    for (_, _, outputs), (_, inputs, _) in pairwise(steps):
-        assert inputs["hidden_states"] is outputs["latents"]
+    steps = [run for run in calls if run.graph == "cached_step"]
+    for one, following in pairwise(steps):
+        assert following.inputs["hidden_states"] is one.outputs["latents"]
 
 
 def loop_inputs(pipeline: KleinKVPipeline, ref_tokens: int) -> LoopInputs:
@@ -176,7 +166,7 @@ def test_early_end(tiny_ours: KleinKVPipeline) -> None:
     assert steps == [0, 1]
 
 
-def test_time_and_step_sizes(tiny_ours: KleinKVPipeline, calls: list[Any]) -> None:
+def test_time_and_step_sizes(tiny_ours: KleinKVPipeline, calls: list[Run]) -> None:
     schedule = make_schedule({"use_dynamic_shifting": True}, 3, 16)
     denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), GRAPHS)
     for i, (_, inputs, _) in enumerate(calls):

@@ -22,10 +22,10 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from tests.checkpoints import MODELS, load_diffusers
 from tests.conftest import Model, load_ours
+from tests.runtime.conftest import Picture
 from tests.tolerances import assert_close
 
 Models = Callable[[str], Model]
-Picture = Callable[..., Image.Image]
 
 PROMPT = "a red kite over the sea"
 # Width and height; none is a multiple of 16 on both sides.
@@ -324,8 +324,7 @@ def test_hidden_states_in_another_order(models: Models) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "steps"),
-    [([1.0, 0.7, 0.3], 4), ([0.9], 4), ([1.0, 0.8, 0.6, 0.4, 0.2], 3)],
+    ("sigmas", "steps"), [([1.0, 0.7, 0.3], 4), ([0.9], 4), ([1.0, 0.8, 0.6, 0.4, 0.2], 3)]
 )
 def test_sigmas_of_ones_own(
     sigmas: list[float], steps: int, models: Models, picture: Picture

@@ -1,6 +1,5 @@
 """Plain klein weights through the same pipeline: diffusers' `Flux2KleinPipeline` is the judge."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,10 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.cli import main
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.runtime.backends.backend import Buffer
-from klein_kv.runtime.planning import memory
 from tests.checkpoints import load_plain_diffusers
 from tests.conftest import load_ours
+from tests.runtime.conftest import Picture, SetFree, Watch
 from tests.tolerances import assert_close
-
-Picture = Callable[..., Image.Image]
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +67,14 @@ def test_equals_diffusers(
     assert len(my_images) == batch
 
 
-def test_graphs(ours: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs(ours: KleinKVPipeline, picture: Picture, watch: Watch) -> None:
     """Every step is the same graph, on the same tokens; nothing is kept."""
-    calls: list[tuple[str, dict[str, Buffer]]] = []
-    inner = ours.backend.run
-
-    def spy(graph: str, inputs: dict[str, Buffer]) -> dict[str, Buffer]:
-        calls.append((graph, dict(inputs)))
-        return inner(graph, inputs)
-
-    monkeypatch.setattr(ours.backend, "run", spy)
+    runs = watch(ours)
     ours("a kite", image=picture(128, 128), seed=0, num_inference_steps=3)
-    steps = [inputs for graph, inputs in calls if graph == "plain_step"]
-    assert [graph for graph, _ in calls] == [
-        "text_encoder",
-        "vae_encoder",
-        *3 * ["plain_step"],
-        "vae_decoder",
-    ]
-    assert len({inputs["ref_hidden_states"].data_ptr() for inputs in steps}) == 1
+    steps = 3 * ["plain_step"]
+    assert [run.graph for run in runs] == ["text_encoder", "vae_encoder", *steps, "vae_decoder"]
+    tokens = [run.inputs["ref_hidden_states"] for run in runs if run.graph == "plain_step"]
+    assert len({buffer.data_ptr() for buffer in tokens}) == 1
     assert ours.reference_store.stats.misses == 0
 
 
@@ -107,9 +92,9 @@ def test_sets_of_other_weights_are_refused(
 
 
 def test_memory_has_no_keys_and_values(
-    ours: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
+    ours: KleinKVPipeline, picture: Picture, set_free: SetFree
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    set_free(1000)
     images = 20 * [picture(256, 256)]
     with pytest.raises(CapacityError, match=r"in plain_step \(scratch"):
         ours("a kite", image=images, height=512, width=512, output_type="latent")

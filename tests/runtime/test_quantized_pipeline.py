@@ -32,10 +32,7 @@ def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("quantized") / "artifacts"
     shutil.copytree(tiny_artifacts, folder)
     quantize_artifacts(
-        folder,
-        QuantizationRecipe.load("fp8"),
-        make_samples(1, size=(128, 128)),
-        text_tokens=32,
+        folder, QuantizationRecipe.load("fp8"), make_samples(1, size=(128, 128)), text_tokens=32
     )
     return folder
 

@@ -51,21 +51,30 @@ class Machine:
         return np.asarray(self.pipe(**(REQUEST | {"image": image} | changes)).images)  # type: ignore[union-attr]
 
     @property
+    def plan(self) -> MemoryPlan:
+        """Of the last request."""
+        plan = self.pipe.session.plan
+        assert plan is not None
+        return plan
+
+    @property
     def components(self) -> set[str]:
         """Components with engines on the device."""
         return {component_of(graph) for graph in self.backend._loaded}
 
-    def weights(self, *graphs: str) -> int:
-        """Bytes of the weights of some graphs, each tensor once."""
-        held: dict[Any, int] = {}
-        for graph in graphs:
-            held |= self.backend.graph_memory(graph).weights
-        return sum(held.values())
+
+Open = Callable[..., Machine]
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"))
+def open_machine(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Machines of some capacity, on the same engines."""
+    engines = make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"))
+
+    def make(capacity: int = ROOMY, **options: Any) -> Machine:
+        return Machine(tiny_artifacts, engines, capacity, **options)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -77,21 +86,17 @@ def pictures() -> list[Image.Image]:
 
 def least_capacity(roomy: Machine) -> int:
     """The smallest device for what a roomy one did last: one component at a time."""
-    plan = roomy.pipe.session.plan
-    assert plan is not None
-    low, high = 0, ROOMY
+    request, (low, high) = roomy.plan.request, (0, ROOMY)
     while high - low > 1:
         middle = (low + high) // 2
-        fits = roomy.pipe.session._make(plan.request, middle).fits
+        fits = roomy.pipe.session._make(request, middle).fits
         low, high = (low, middle) if fits else (middle, high)
     return high + roomy.base
 
 
 def capacity_where(roomy: Machine, holds: Callable[[MemoryPlan], bool]) -> int:
     """The smallest device on which a plan of what a roomy one did last looks like that."""
-    plan = roomy.pipe.session.plan
-    assert plan is not None
-    request = plan.request
+    request = roomy.plan.request
     loaded, roomy.pipe.session._loaded = roomy.pipe.session._loaded, set()
     try:
         for capacity in range(1_000_000, 10_000_000, 20_000):
@@ -103,62 +108,47 @@ def capacity_where(roomy: Machine, holds: Callable[[MemoryPlan], bool]) -> int:
     raise AssertionError("on no device")
 
 
-def replace_request(machine: Machine, **changes: Any) -> MemoryPlan:
-    plan = machine.pipe.session.plan
-    assert plan is not None
-    return replace(plan, request=replace(plan.request, **changes))
-
-
 def residents(plan: MemoryPlan, graph: str) -> set[str]:
     stage = plan.stage(graph)
     assert stage is not None
     return set(stage.resident)
 
 
-def test_all_stays_where_it_fits(tiny_artifacts: Path, engines: Path, pictures: list[Any]) -> None:
-    machine = Machine(tiny_artifacts, engines, ROOMY)
+def test_all_stays_where_it_fits(open_machine: Open, pictures: list[Any]) -> None:
+    machine = open_machine()
     machine(pictures)
     machine(pictures, prompt="another")
     assert machine.components == {"text_encoder", "transformer", "vae"}
     assert sorted(machine.trt.loads) == sorted(set(machine.trt.loads)), "something came twice"
-
-
-def test_scratch_is_lent_and_not_held(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
-) -> None:
-    machine = Machine(tiny_artifacts, engines, ROOMY)
-    machine(pictures)
-    assert len(machine.backend._loaded) == 5
+    # Scratch is lent to all engines.
     assert machine.backend._scratch.nbytes == aligned(SCRATCH, machine.cuda.granularity)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_components_take_turns_on_the_smallest_device_that_is_accepted(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any], count: int
+    open_machine: Open, pictures: list[Any], count: int
 ) -> None:
     image = pictures[:count] or None
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = [roomy(image), roomy(image, prompt="b")]
     capacity = least_capacity(roomy)
-    machine = Machine(tiny_artifacts, engines, capacity)
+    machine = open_machine(capacity)
     steps = ["first_step", "cached_step"] if count else ["cached_step"]
     np.testing.assert_array_equal(machine(image), expected[0])
-    plan = machine.pipe.session.plan
-    assert plan is not None
-    assert not plan.all_fits
+    assert not machine.plan.all_fits
     np.testing.assert_array_equal(machine(image, prompt="b"), expected[1])
     order = [graph for graph in machine.trt.loads if not graph.startswith("vae_")]
     assert order == ["text_encoder", *steps] * 2
     with pytest.raises(CapacityError, match="can be had"):
-        Machine(tiny_artifacts, engines, capacity - 2)(image)
+        open_machine(capacity - 2)(image)
 
 
 def test_text_encoder_is_gone_before_the_transformer_comes(
-    tiny_artifacts: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+    open_machine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     roomy()
-    machine = Machine(tiny_artifacts, engines, least_capacity(roomy))
+    machine = open_machine(least_capacity(roomy))
     events: list[str] = []
     release, load = machine.backend.release, machine.backend._load
 
@@ -179,10 +169,10 @@ def test_text_encoder_is_gone_before_the_transformer_comes(
 
 
 def test_a_known_prompt_leaves_the_transformer_alone(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+    open_machine: Open, pictures: list[Any]
 ) -> None:
     """Regression: the plan made room for a text encoder that was not needed."""
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     roomy(pictures)
     capacity = capacity_where(
         roomy,
@@ -191,7 +181,7 @@ def test_a_known_prompt_leaves_the_transformer_alone(
             and "text_encoder" not in residents(plan, "cached_step")
         ),
     )
-    machine = Machine(tiny_artifacts, engines, capacity)
+    machine = open_machine(capacity)
     machine(pictures)
     assert machine.components == {"transformer", "vae"}
     before = len(machine.trt.loads)
@@ -202,24 +192,22 @@ def test_a_known_prompt_leaves_the_transformer_alone(
 
 
 def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+    open_machine: Open, pictures: list[Any]
 ) -> None:
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures[:1])
     roomy(pictures)
     capacity = least_capacity(roomy)
-    machine = Machine(tiny_artifacts, engines, capacity - 50_000)
+    machine = open_machine(capacity - 50_000)
     with pytest.raises(CapacityError) as caught:
         machine(pictures)
     assert not machine.runs
     assert not machine.trt.loads
     assert machine.cuda.used == machine.base
     message = str(caught.value)
-    plan = roomy.pipe.session.plan
-    assert plan is not None
     for part in (
         " in first_step (transformer 1.3",
-        f"reference K/V {size_text(plan.kv_bytes)}",
+        f"reference K/V {size_text(roomy.plan.kv_bytes)}",
         f"{size_text(capacity - 50_000 - machine.base)} of device memory can be had",
         "what would fit: 1 reference; fp8 K/V; fp8 transformer",
     ):
@@ -227,13 +215,11 @@ def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
     np.testing.assert_array_equal(machine(pictures[:1]), expected)  # what it said would fit
 
 
-def test_kept_references_give_way_on_a_device(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
-) -> None:
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+def test_kept_references_give_way_on_a_device(open_machine: Open, pictures: list[Any]) -> None:
+    roomy = open_machine()
     expected = roomy(pictures)
     capacity = least_capacity(roomy)
-    machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+    machine = open_machine(capacity, reference_cache_bytes=1 << 30)
     machine(pictures[0])
     assert machine.pipe.reference_store.stats.entries == 1
     np.testing.assert_array_equal(machine(pictures), expected)
@@ -241,11 +227,9 @@ def test_kept_references_give_way_on_a_device(
     assert (stats.misses, stats.evictions, stats.entries) == (2, 1, 1)
 
 
-def test_kept_references_outstay_the_transformer(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
-) -> None:
+def test_kept_references_outstay_the_transformer(open_machine: Open, pictures: list[Any]) -> None:
     """Weights come back from files sooner than keys and values are computed again."""
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures, prompt="b")
 
     def outstay(plan: MemoryPlan) -> bool:
@@ -253,9 +237,10 @@ def test_kept_references_outstay_the_transformer(
         assert decoding is not None
         return "kv" in decoding.parts and "transformer" not in decoding.resident
 
-    roomy.pipe.session.plan = replace_request(roomy, kv_kept=True)
+    kept = replace(roomy.plan.request, kv_kept=True)
+    roomy.pipe.session.plan = replace(roomy.plan, request=kept)
     capacity = capacity_where(roomy, outstay)
-    machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+    machine = open_machine(capacity, reference_cache_bytes=1 << 30)
     machine(pictures)
     assert machine.components == {"vae"}
     assert machine.pipe.reference_store.stats.entries == 1
@@ -265,10 +250,10 @@ def test_kept_references_outstay_the_transformer(
 
 
 def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
+    open_machine: Open, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: a closure held them until the request was done."""
-    machine = Machine(tiny_artifacts, engines, ROOMY)
+    machine = open_machine()
     held: list[tuple[str, int]] = []
     run = machine.backend.run
 
@@ -279,33 +264,27 @@ def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
     monkeypatch.setattr(machine.backend, "run", watch)
     machine(pictures)
     used = dict(held)  # the last run of each graph
-    plan = machine.pipe.session.plan
-    assert plan is not None
-    assert used["cached_step"] - used["vae_decoder"] > 0.9 * plan.kv_bytes
+    assert used["cached_step"] - used["vae_decoder"] > 0.9 * machine.plan.kv_bytes
 
 
-def test_known_references_count_once(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
-) -> None:
+def test_known_references_count_once(open_machine: Open, pictures: list[Any]) -> None:
     """What a set holds already is not asked for again, and it stays through all stages."""
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures)
     roomy(references=roomy.pipe.encode_references(pictures), prompt="b")
     capacity = least_capacity(roomy)
-    machine = Machine(tiny_artifacts, engines, capacity)
+    machine = open_machine(capacity)
     references = machine.pipe.encode_references(pictures)
     np.testing.assert_array_equal(machine(references=references), expected)
-    plan = machine.pipe.session.plan
-    assert plan is not None
-    assert all(stage.parts["kv"] == references.nbytes for stage in plan.stages)
+    assert all(stage.parts["kv"] == references.nbytes for stage in machine.plan.stages)
     assert "first_step" not in machine.runs
 
 
 @pytest.mark.parametrize("graph", ["text_encoder", "encode_references"])
 def test_prompts_and_references_alone_are_planned_too(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any], graph: str
+    open_machine: Open, pictures: list[Any], graph: str
 ) -> None:
-    machine = Machine(tiny_artifacts, engines, 100_000)
+    machine = open_machine(100_000)
     calls = {
         "text_encoder": lambda: machine.pipe.encode_prompt("a kite"),
         "encode_references": lambda: machine.pipe.encode_references(pictures),
@@ -315,8 +294,8 @@ def test_prompts_and_references_alone_are_planned_too(
     assert not machine.trt.loads
 
 
-def test_a_failed_load_leaves_no_weights(tiny_artifacts: Path, engines: Path) -> None:
-    machine = Machine(tiny_artifacts, engines, ROOMY)
+def test_a_failed_load_leaves_no_weights(open_machine: Open) -> None:
+    machine = open_machine()
 
     def fail(_blob: bytes) -> None:
         raise CapacityError("planted")
@@ -329,12 +308,12 @@ def test_a_failed_load_leaves_no_weights(tiny_artifacts: Path, engines: Path) ->
 
 @pytest.mark.parametrize("call", ["create_execution_context", "execute_async_v3"])
 def test_a_failed_request_leaves_room_for_the_next(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any], call: str
+    open_machine: Open, pictures: list[Any], call: str
 ) -> None:
     """Regression: weights of an engine that broke were never counted, and never went."""
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures)
-    machine = Machine(tiny_artifacts, engines, least_capacity(roomy))
+    machine = open_machine(least_capacity(roomy))
     machine.trt.refused[call] = ["planted"]
     with pytest.raises(BackendError, match="planted"):
         machine(pictures)
@@ -343,7 +322,7 @@ def test_a_failed_request_leaves_room_for_the_next(
 
 
 def test_a_callback_leaves_the_plan_to_the_request_under_way(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any]
+    open_machine: Open, pictures: list[Any]
 ) -> None:
     """Regression: after another prompt, the steps went on without making room."""
 
@@ -351,23 +330,23 @@ def test_a_callback_leaves_the_plan_to_the_request_under_way(
         pipe.encode_prompt("another")
         return {}
 
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures)
     roomy(pictures, callback_on_step_end=other)
-    machine = Machine(tiny_artifacts, engines, least_capacity(roomy) + 900_000)
+    machine = open_machine(least_capacity(roomy) + 900_000)
     np.testing.assert_array_equal(machine(pictures, callback_on_step_end=other), expected)
 
 
 @pytest.mark.parametrize("scratch", [20_000, 600_000])
 def test_no_capacity_makes_a_request_touch_memory_that_is_not_there(
-    tiny_artifacts: Path, engines: Path, pictures: list[Any], scratch: int
+    open_machine: Open, pictures: list[Any], scratch: int
 ) -> None:
     """Regression: taking memory for keys and values took the scratch away before the run."""
-    roomy = Machine(tiny_artifacts, engines, ROOMY)
+    roomy = open_machine()
     expected = roomy(pictures)
     least = least_capacity(roomy) + scratch
     for capacity in range(least - 200_000, least + 200_000, 50_000):
-        machine = Machine(tiny_artifacts, engines, capacity, reference_cache_bytes=1 << 30)
+        machine = open_machine(capacity, reference_cache_bytes=1 << 30)
         machine.trt.scratch = lambda _graph, _shapes: scratch
         for image in (pictures, pictures[::-1], pictures):
             try:

@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.runtime.timings import Span, Timings, timings_from_spans
 from tests.conftest import load_ours
+from tests.runtime.conftest import Picture
 
-Picture = Callable[..., Image.Image]
 SIZE = {"height": 128, "width": 128, "seed": 0}
 
 
@@ -86,41 +85,20 @@ class SlowBackend:
             "vae_decoder": 32.0,
         }
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
     def run(self, graph: str, inputs: Any) -> Any:
         self.now += self.seconds[graph]
         return self.inner.run(graph, inputs)
-
-    def prepare(self, graph: str, shapes: Any, kv: Any = None, *, eager: bool = False) -> None:
-        self.inner.prepare(graph, shapes, kv, eager=eager)
 
     def upload(self, array: Any) -> Any:
         self.now += 2**-10
         return self.inner.upload(array)
 
-    def upload_kv(self, arrays: Any) -> Any:
-        return self.inner.upload_kv(arrays)
-
-    def assemble(self, shape: Any, parts: Any) -> Any:
-        return self.inner.assemble(shape, parts)
-
-    def scratch_bytes(self, graph: str, shapes: Any) -> int | None:
-        return self.inner.scratch_bytes(graph, shapes)
-
     def download(self, buffer: Any) -> Any:
         self.now += 2**-10
         return self.inner.download(buffer)
-
-    def view(self, buffer: Any, shape: Any, start: int = 0) -> Any:
-        return self.inner.view(buffer, shape, start)
-
-    def release(self, graph: str) -> None:
-        self.inner.release(graph)
-
-    def available_memory(self) -> int:
-        return self.inner.available_memory()
-
-    def graph_memory(self, graph: str) -> Any:
-        return self.inner.graph_memory(graph)
 
     def mark(self) -> float:
         return self.now

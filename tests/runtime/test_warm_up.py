@@ -1,22 +1,17 @@
 """Warming up: loads what a call needs, and leaves no trace in caches, timings or results."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.backends.backend import Buffer
-from klein_kv.runtime.planning import memory
 from klein_kv.runtime.timings import Timings
-
-Picture = Callable[..., Image.Image]
-Shapes = dict[str, tuple[int, ...]]
+from tests.runtime.conftest import Picture, Run, SetFree, Watch
 
 
 def fresh(artifacts: Path) -> KleinKVPipeline:
@@ -30,17 +25,8 @@ def shape_of(buffer: Buffer) -> tuple[int, ...]:
     return tuple(buffer.shape() if callable(buffer.shape) else buffer.shape)
 
 
-def spy(pipe: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Shapes]]:
-    """Graphs and shapes of what runs from now on."""
-    seen: list[tuple[str, Shapes]] = []
-    run = pipe.backend.run
-
-    def watch(graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        seen.append((graph, {name: shape_of(x) for name, x in inputs.items()}))
-        return run(graph, inputs)
-
-    monkeypatch.setattr(pipe.backend, "run", watch)
-    return seen
+def shapes(runs: list[Run]) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
+    return [(x.graph, {name: shape_of(buffer) for name, buffer in x.inputs.items()}) for x in runs]
 
 
 @pytest.mark.parametrize("references", [[], [(128, 96)], [(64, 128), (96, 96)]])
@@ -49,44 +35,35 @@ def test_runs_the_very_shapes_of_a_call(
     references: list[tuple[int, int]],
     batch: int,
     tiny_artifacts: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    watch: Watch,
     picture: Picture,
 ) -> None:
     pipe = fresh(tiny_artifacts)
-    warmed = spy(pipe, monkeypatch)
+    runs = watch(pipe)
     timings = pipe.warm_up(
         128, 160, references, num_images_per_prompt=batch, max_sequence_length=32
     )
     assert len(timings.steps) == 4
     assert timings.text > 0
-    during = list(warmed)
-    warmed.clear()
+    during = shapes(runs)
+    runs.clear()
     images = [picture(width, height) for height, width in references]
     request = {"height": 128, "width": 160, "seed": 0, "max_sequence_length": 32}
     pipe("a kite", image=images or None, num_images_per_prompt=batch, **request)
     extra = [step for step in during if step[0] == "encode_references"]
-    assert [step for step in during if step not in extra] == warmed
+    assert [step for step in during if step not in extra] == shapes(runs)
     assert len(extra) == bool(references)
 
 
-def test_plain_weights(
-    plain_artifacts: Path, monkeypatch: pytest.MonkeyPatch, picture: Picture
-) -> None:
+def test_plain_weights(plain_artifacts: Path, watch: Watch, picture: Picture) -> None:
     pipe = fresh(plain_artifacts)
-    warmed = spy(pipe, monkeypatch)
-    pipe.warm_up(128, 128, [(64, 64)], num_inference_steps=2, max_sequence_length=16)
-    during = list(warmed)
-    warmed.clear()
-    pipe(
-        "a kite",
-        image=picture(64, 64),
-        height=128,
-        width=128,
-        num_inference_steps=2,
-        max_sequence_length=16,
-        seed=0,
-    )
-    assert during == warmed
+    runs = watch(pipe)
+    counts = {"num_inference_steps": 2, "max_sequence_length": 16}
+    pipe.warm_up(128, 128, [(64, 64)], **counts)
+    during = shapes(runs)
+    runs.clear()
+    pipe("a kite", image=picture(64, 64), height=128, width=128, seed=0, **counts)
+    assert during == shapes(runs)
 
 
 def test_leaves_no_trace(tiny_artifacts: Path, picture: Picture) -> None:
@@ -103,7 +80,7 @@ def test_leaves_no_trace(tiny_artifacts: Path, picture: Picture) -> None:
     pipe.warm_up(128, 128, [(96, 96)])
     assert pipe.timings == Timings()
     assert pipe.num_timesteps == 0
-    assert pipe.prompt_cache.stats.entries == pipe.prompt_cache.stats.misses == 0
+    assert len(pipe.prompt_cache) == pipe.prompt_cache.misses == 0
     assert pipe.reference_store.stats.entries == pipe.reference_store.stats.misses == 0
     sessions = dict(pipe.backend._sessions)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(pipe(**request).images, cold(**request).images)
@@ -114,14 +91,12 @@ def test_leaves_no_trace(tiny_artifacts: Path, picture: Picture) -> None:
     assert pipe.backend._sessions == sessions, "the call had nothing left to load"  # type: ignore[attr-defined]
 
 
-def test_size_defaults_to_the_first_reference(
-    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_defaults_to_the_first_reference(tiny_artifacts: Path, watch: Watch) -> None:
     pipe = fresh(tiny_artifacts)
-    seen = spy(pipe, monkeypatch)
+    runs = watch(pipe)
     pipe.warm_up(references=[(130, 170)], num_inference_steps=1, max_sequence_length=8)
-    (decoded,) = (shapes["latents"] for graph, shapes in seen if graph == "vae_decoder")
-    assert decoded[1:3] == (8, 10)
+    (decoded,) = (run.inputs["latents"] for run in runs if run.graph == "vae_decoder")
+    assert shape_of(decoded)[1:3] == (8, 10)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +119,12 @@ def test_bad_sizes(request_: dict[str, Any], message: str, tiny_ours: KleinKVPip
 
 
 def test_too_large_for_memory_gives_nothing_up(
-    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch, picture: Picture
+    tiny_artifacts: Path, set_free: SetFree, picture: Picture
 ) -> None:
     """A call would let kept references go for its sake; warming up is not worth them."""
     pipe = fresh(tiny_artifacts)
     pipe.encode_references(picture(128, 128))
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    set_free(1000)
     with pytest.raises(CapacityError):
         pipe.warm_up(128, 128)
     assert pipe.reference_store.stats.entries == 1

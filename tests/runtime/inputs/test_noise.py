@@ -53,11 +53,6 @@ def test_every_size_and_seed(rows: int, seed: int) -> None:
     assert_near(initial_noise(shape, seed=seed), drawn(shape, seed), "float32")
 
 
-def test_a_batch_is_one_draw() -> None:
-    noise = initial_noise((3, 16, 5, 7), seed=5)
-    assert_near(noise, drawn((3, 16, 5, 7), 5), "float32")
-
-
 def test_result_types() -> None:
     for dtype, expected in [
         ("float32", np.float32),
@@ -70,12 +65,6 @@ def test_result_types() -> None:
             assert noise.shape == SHAPE
             if dtype == "bfloat16":
                 assert not (noise.view(np.uint32) & 0xFFFF).any()
-
-
-def test_seed_noise_is_standard_normal() -> None:
-    noise = initial_noise((1, 128, 64, 64), seed=3).astype(np.float64)
-    assert abs(noise.mean()) < 0.005
-    assert abs(noise.std() - 1) < 0.005
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -131,7 +120,6 @@ def test_numpy_integers_are_seeds() -> None:
         ((3, 16), {"generator": [generator(0)] * 2}, "2 generators for a batch of 3"),
         ((1, 3, 5, 7), {"seed": 1}, "105 values, expected a multiple of 16"),
         ((0, 16), {"seed": 1}, "0 values, expected a multiple of 16"),
-        (SHAPE, {"seed": 1, "dtype": "float64"}, "float64"),
     ],
 )
 def test_bad_arguments(shape: tuple[int, ...], arguments: Any, message: str) -> None:

@@ -1,17 +1,15 @@
 """Host memory: what is free, and that requests are refused before any work is done."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import CapacityError
 from klein_kv.runtime.planning import memory
 from klein_kv.runtime.planning.memory import available_memory
+from tests.runtime.conftest import Picture, SetFree
 
 
 @pytest.fixture
@@ -26,21 +24,11 @@ def fresh(tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
     )
 
 
-@pytest.fixture
-def no_graph_runs(tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(graph: str, _inputs: Any) -> None:
-        pytest.fail(f"{graph} ran before the request was refused")
-
-    monkeypatch.setattr(tiny_ours.backend, "run", run)
-
-
 @pytest.mark.usefixtures("no_graph_runs")
 def test_request_is_refused_first(
-    fresh: KleinKVPipeline,
-    picture: Callable[..., Image.Image],
-    monkeypatch: pytest.MonkeyPatch,
+    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    set_free(1000)
     with pytest.raises(CapacityError, match=r"0\.001 MB of memory can be had; .* nothing that was"):
         fresh("a red kite", image=[picture(128, 128)] * 4)
     with pytest.raises(CapacityError, match="the request needs"):
@@ -48,12 +36,10 @@ def test_request_is_refused_first(
 
 
 def test_refusal_names_what_would_fit(
-    fresh: KleinKVPipeline,
-    picture: Callable[..., Image.Image],
-    monkeypatch: pytest.MonkeyPatch,
+    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
 ) -> None:
     images = [picture(256, 256)] * 20
-    monkeypatch.setattr(memory, "available_memory", lambda: 22_000_000)
+    set_free(22_000_000)
     request = {"height": 128, "width": 128, "output_type": "latent", "num_inference_steps": 1}
     with pytest.raises(CapacityError) as caught:
         fresh("a red kite", image=images, **request)
@@ -71,11 +57,9 @@ def test_refusal_names_what_would_fit(
 
 @pytest.mark.usefixtures("no_graph_runs")
 def test_references_alone_are_refused_first(
-    fresh: KleinKVPipeline,
-    picture: Callable[..., Image.Image],
-    monkeypatch: pytest.MonkeyPatch,
+    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 22_000_000)
+    set_free(22_000_000)
     with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
         fresh.encode_references([picture(256, 256)] * 20)
 
@@ -98,12 +82,12 @@ def test_control_group_limits_what_is_available(
 
 
 def test_a_request_like_an_earlier_one_is_not_refused(
-    fresh: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+    fresh: KleinKVPipeline, set_free: SetFree
 ) -> None:
     """Regression: what the backend kept of the first request counted as taken for the second."""
     request = {"height": 256, "width": 256, "seed": 0, "num_inference_steps": 1}
     fresh("a red kite", **request)
-    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    set_free(0)
     fresh("another kite", **request)
     with pytest.raises(CapacityError):
         fresh("a larger kite", **(request | {"height": 2048, "width": 2048}))

@@ -19,18 +19,18 @@ def choices(capacity: int, asked: Request, *, device: bool = True) -> list[Choic
 
     first = make(FOOTPRINT, asked)
     assert not first.fits
-    found = what_fits(first, make, device=device)
-    assert all(choice.plan.fits for choice in found)
-    return found
+    fitting = what_fits(first, make, device=device)
+    assert all(choice.plan.fits for choice in fitting)
+    return fitting
 
 
-def texts(found: list[Choice]) -> list[str]:
-    return [choice.text for choice in found]
+def texts(fitting: list[Choice]) -> list[str]:
+    return [choice.text for choice in fitting]
 
 
 def test_least_change_of_each_kind() -> None:
-    found = choices(26 * GB, request(4))
-    assert texts(found) == [
+    fitting = choices(26 * GB, request(4))
+    assert texts(fitting) == [
         "2 references",
         "fp8 K/V",
         "fp8 transformer",
@@ -44,18 +44,18 @@ def test_least_change_of_each_kind() -> None:
 
 def test_smaller_outputs_and_batches() -> None:
     asked = replace(request(0), height=1536, width=2048, batch=8)
-    found = choices(30 * GB, asked)
-    assert texts(found) == ["1936x1440", "batch 7"]  # the proportion stays, in whole tokens
-    changed = found[0].plan.request
-    assert (changed.width, changed.height, changed.batch) == (1936, 1440, 8)
-    larger = replace(asked, height=1456, width=1952)
+    fitting = choices(30 * GB, asked)
+    assert texts(fitting) == ["1904x1424", "batch 7"]  # the proportion stays, in whole tokens
+    changed = fitting[0].plan.request
+    assert (changed.width, changed.height, changed.batch) == (1904, 1424, 8)
+    larger = replace(asked, height=1440, width=1920)
     assert not make_plan(FOOTPRINT, larger, 30 * GB).fits
 
 
 def test_without_references_left_there_is_no_first_step() -> None:
-    found = choices(20 * GB, request(1))
-    assert found[0].text == "no references"
-    assert found[0].plan.request.stages == ("text_encoder", "cached_step", "vae_decoder")
+    fitting = choices(20 * GB, request(1))
+    assert fitting[0].text == "no references"
+    assert fitting[0].plan.request.stages == ("text_encoder", "cached_step", "vae_decoder")
 
 
 def test_several_together_where_none_is_enough() -> None:
@@ -72,10 +72,10 @@ def test_a_host_has_fewer_choices() -> None:
     light = replace(FOOTPRINT, weights=dict.fromkeys(FOOTPRINT.weights, 0))
 
     def make(footprint: Footprint, changed: Request) -> MemoryPlan:
-        return make_plan(footprint, changed, 6 * GB, reserved=0)
+        return make_plan(footprint, changed, 6_200_000_000, reserved=0)
 
-    found = what_fits(make(light, request(4)), make, device=False)
-    assert texts(found) == ["2 references", "references up to 768x768"]
+    fitting = what_fits(make(light, request(4)), make, device=False)
+    assert texts(fitting) == ["2 references", "references up to 768x768"]
 
 
 @pytest.mark.parametrize(

@@ -31,19 +31,18 @@ def held(cache: ByteCache[Value], keys: str = "abcd") -> str:
 
 
 def test_least_recently_used_goes_first() -> None:
-    cache: ByteCache[Value] = ByteCache(30)
+    cache: ByteCache[Value] = ByteCache(30, "a value")
     for key in "abcad":
         get(cache, key)
     assert held(cache) == "acd"
-    stats = cache.stats
-    assert (stats.hits, stats.misses, stats.evictions) == (1, 4, 1)
-    assert (stats.entries, stats.bytes, stats.budget) == (3, 30, 30)
+    assert (cache.hits, cache.misses, cache.evictions) == (1, 4, 1)
+    assert (len(cache), cache.nbytes) == (3, 30)
     get(cache, "b", 25)  # displaces several
     assert held(cache) == "b"
 
 
 def test_evicted_value_in_use_is_found_again() -> None:
-    cache: ByteCache[Value] = ByteCache(10)
+    cache: ByteCache[Value] = ByteCache(10, "a value")
     first = get(cache, "a")
     get(cache, "b")
     assert "a" in cache
@@ -55,7 +54,12 @@ def test_evicted_value_in_use_is_found_again() -> None:
 
 def test_what_is_given_up_is_handed_on() -> None:
     handed: list[str] = []
-    cache: ByteCache[Value] = ByteCache(20, "a value", lambda key, _value: handed.append(key))
+
+    class Watched(ByteCache[Value]):
+        def _give_up(self, key: str, value: Value) -> None:
+            handed.append(key)
+
+    cache = Watched(20, "a value")
     for key in "abc":
         get(cache, key)
     get(cache, "d", 21)  # larger than the budget: it displaces nothing
@@ -70,14 +74,14 @@ def test_what_is_given_up_is_handed_on() -> None:
 
 
 def test_budgets() -> None:
-    cache: ByteCache[Value] = ByteCache(0)
+    cache: ByteCache[Value] = ByteCache(0, "a value")
     value = get(cache, "a")
     assert "a" not in cache
     assert cache.get("a") is None
     assert value.nbytes == 10
     for budget in (-1, "1 GB"):
         with pytest.raises(RequestError, match=f"the budget of a value is {budget!r} bytes"):
-            ByteCache(budget)  # type: ignore[arg-type]
+            ByteCache(budget, "a value")  # type: ignore[arg-type]
 
 
 @given(
@@ -85,7 +89,7 @@ def test_budgets() -> None:
     calls=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 45)), max_size=30),
 )
 def test_budget_holds_whatever_is_asked(budget: int, calls: list[tuple[str, int]]) -> None:
-    cache: ByteCache[Value] = ByteCache(budget)
+    cache: ByteCache[Value] = ByteCache(budget, "a value")
     for key, nbytes in calls:
         assert get(cache, key, nbytes).name == key
-        assert cache.stats.bytes <= budget
+        assert cache.nbytes <= budget

@@ -5,7 +5,6 @@ the engines' work gives wrong images.
 """
 
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from klein_kv.runtime.backends.trt.pinned import PinnedStore
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.backends.fake_trt import FakeTrt
+from tests.runtime.conftest import Open, Picture, Pictures
 
 LAGS = [(), (0,), (1,), (0, 1)]
 PAGE = 4096
@@ -51,7 +51,7 @@ def engines(
 
 
 @pytest.fixture
-def machine(tiny_artifacts: Path, engines: Path) -> Callable[..., KleinKVPipeline]:
+def machine(tiny_artifacts: Path, engines: Path) -> Open:
     """Pipelines on a GPU of their own."""
     manifest = Manifest.load(tiny_artifacts)
     kv_dtype = _kv_dtype(engines)
@@ -80,7 +80,7 @@ def _kv_dtype(engines: Path) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def sets(picture: Callable[..., Image.Image]) -> list[list[Image.Image]]:
+def sets(picture: Picture) -> list[Pictures]:
     sizes = [[(64, 64)], [(80, 64), (64, 64)], [(64, 64)], [(96, 64)]]
     return [
         [picture(*size, seed=10 * i + j) for j, size in enumerate(row)]
@@ -93,17 +93,13 @@ def cuda_of(pipe: KleinKVPipeline) -> FakeCuda:
     return cuda
 
 
-def set_bytes(pipe: KleinKVPipeline, images: list[Image.Image]) -> int:
-    count = pipe._maker.encoder.prepare(images).num_tokens
-    tensors = pipe.graphs.kv_tensors(pipe.config.transformer, count)
-    return sum(spec.nbytes({}) for spec in tensors)
+def set_bytes(pipe: KleinKVPipeline, images: Pictures) -> int:
+    return pipe.encoder.set_of(pipe.encoder.prepare(images), {}).nbytes
 
 
 @pytest.mark.parametrize("lagging", LAGS)
 def test_images_do_not_depend_on_where_the_references_were(
-    lagging: tuple[int, ...],
-    machine: Callable[..., KleinKVPipeline],
-    sets: list[list[Image.Image]],
+    lagging: tuple[int, ...], machine: Open, sets: list[Pictures]
 ) -> None:
     plain = machine(reference_cache_bytes=0)
     expected = [plain(image=images, **REQUEST).images for images in sets]
@@ -127,9 +123,7 @@ def test_images_do_not_depend_on_where_the_references_were(
 
 
 def test_references_come_back_while_the_text_is_encoded(
-    machine: Callable[..., KleinKVPipeline],
-    sets: list[list[Image.Image]],
-    monkeypatch: pytest.MonkeyPatch,
+    machine: Open, sets: list[Pictures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = machine((0, 1), reference_cache_bytes=1, host_cache_bytes=1 << 20)
     pipe(image=sets[0], **REQUEST)  # too large for the store: handed down at once
@@ -143,9 +137,7 @@ def test_references_come_back_while_the_text_is_encoded(
     assert log == ["restore", "text_encoder", "cached_step", "cached_step"]
 
 
-def test_a_copy_that_is_there_is_not_made_again(
-    machine: Callable[..., KleinKVPipeline], sets: list[list[Image.Image]]
-) -> None:
+def test_a_copy_that_is_there_is_not_made_again(machine: Open, sets: list[Pictures]) -> None:
     pipe = machine(reference_cache_bytes=1, host_cache_bytes=1 << 20)
     cuda = cuda_of(pipe)
     pipe(image=sets[0], **REQUEST)
@@ -156,7 +148,7 @@ def test_a_copy_that_is_there_is_not_made_again(
     assert sum(kind == 2 for kind, _ in cuda.copies) == downloads + 3
 
 
-def test_budget_must_hold_a_page(machine: Callable[..., KleinKVPipeline]) -> None:
+def test_budget_must_hold_a_page(machine: Open) -> None:
     with pytest.raises(RequestError, match=f"expected {PAGE} or more"):
         machine(host_cache_bytes=PAGE - 1)
 
@@ -179,7 +171,7 @@ def test_engines_and_graphs_must_agree_on_keys_and_values(
 
 @pytest.mark.parametrize("lagging", LAGS)
 def test_memory_that_is_still_copied_is_not_written(
-    lagging: tuple[int, ...], machine: Callable[..., KleinKVPipeline], tmp_path: Path
+    lagging: tuple[int, ...], machine: Open, tmp_path: Path
 ) -> None:
     """Regression: a set from a file went over one that was on its way to the host."""
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.planning import memory
+from tests.runtime.conftest import Open, Picture, Pictures, SetFree
 from tests.runtime.stub_backend import TOKEN, DeviceStub, Stub
 
-Picture = Callable[..., Image.Image]
 Array = NDArray[Any]
 
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -41,7 +40,7 @@ def manifest(tiny_artifacts: Path) -> Manifest:
 
 
 @pytest.fixture
-def stub(tiny_artifacts: Path, manifest: Manifest) -> Callable[..., KleinKVPipeline]:
+def stub(tiny_artifacts: Path, manifest: Manifest) -> Open:
     """Pipelines on a stand-in; options as of `KleinKVPipeline`."""
 
     def make(kind: type[Stub] = Stub, **options: Any) -> KleinKVPipeline:
@@ -53,14 +52,14 @@ def stub(tiny_artifacts: Path, manifest: Manifest) -> Callable[..., KleinKVPipel
 
 
 @pytest.fixture(scope="session")
-def pictures(picture: Picture) -> list[Image.Image]:
+def pictures(picture: Picture) -> Pictures:
     return [picture(*size, seed=i) for i, size in enumerate(PICTURES)]
 
 
 EMBEDS = np.linspace(-1, 1, 2 * 96, dtype=np.float32).reshape(1, 2, 96)
 
 
-def edit(pipe: KleinKVPipeline, images: list[Image.Image], **request: Any) -> Array:
+def edit(pipe: KleinKVPipeline, images: Pictures, **request: Any) -> Array:
     request = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"} | request
     result: Array = pipe(
         prompt_embeds=EMBEDS, image=images, height=128, width=128, **request
@@ -88,8 +87,8 @@ def test_sequences_equal_those_without_a_store(
     budget: int,
     host_budget: int,
     calls: list[tuple[list[int], str]],
-    stub: Callable[..., KleinKVPipeline],
-    pictures: list[Image.Image],
+    stub: Open,
+    pictures: Pictures,
 ) -> None:
     """On a device, and with host memory below it."""
     host_budget = host_budget if budget else 0
@@ -121,32 +120,7 @@ def test_sequences_equal_those_without_a_store(
         assert stats.host_bytes == held <= host_budget
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=SHARED)
-@given(
-    budget=st.sampled_from([0, 30 * TOKEN, 60 * TOKEN, 1 << 30]),
-    calls=st.lists(SETS, min_size=2, max_size=5),
-)
-def test_sequences_on_the_real_graphs(
-    budget: int,
-    calls: list[list[int]],
-    tiny_ours: KleinKVPipeline,
-    tiny_artifacts: Path,
-    manifest: Manifest,
-    pictures: list[Image.Image],
-) -> None:
-    pipe = KleinKVPipeline(
-        tiny_artifacts, manifest, tiny_ours.backend, reference_cache_bytes=budget
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for chosen in calls:
-        images = [pictures[i] for i in chosen]
-        np.testing.assert_array_equal(edit(pipe, images), edit(tiny_ours, images))
-        assert pipe.reference_store.stats.bytes <= budget
-
-
-def test_many_requests_leave_nothing_behind(
-    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
-) -> None:
+def test_many_requests_leave_nothing_behind(stub: Open, pictures: Pictures) -> None:
     """Neither arrays nor entries; and nothing waits for the garbage collector."""
     pipe = stub(reference_cache_bytes=70 * TOKEN)
     rng = np.random.default_rng(0)
@@ -167,7 +141,9 @@ def test_many_requests_leave_nothing_behind(
             assert pipe.reference_store.stats.bytes <= 70 * TOKEN
         stats = pipe.reference_store.stats
         assert sum(array() is not None for array in arrays) == 6 * stats.entries
+        dead = weakref.ref(pipe.encode_references(sets[0]))
         pipe.reference_store.clear()
+        assert dead() is None
         assert all(array() is None for array in arrays)
     finally:
         gc.enable()
@@ -175,22 +151,8 @@ def test_many_requests_leave_nothing_behind(
     assert min(stats.hits, stats.misses, stats.evictions) > 20
 
 
-def test_dropped_sets_are_freed_at_once(
-    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
-) -> None:
-    pipe = stub()
-    gc.disable()
-    try:
-        edit(pipe, pictures[:1])
-        dead = weakref.ref(pipe.encode_references(pictures[:1]))
-        pipe.reference_store.clear()
-        assert dead() is None
-    finally:
-        gc.enable()
-
-
 def test_threads_that_ask_for_the_same_references_encode_once(
-    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
+    stub: Open, pictures: Pictures
 ) -> None:
     pipe = stub(reference_cache_bytes=1 << 20)
     expected = edit(stub(reference_cache_bytes=0), pictures[:2])
@@ -215,10 +177,8 @@ def test_threads_that_ask_for_the_same_references_encode_once(
 # --- budgets ---
 
 
-def test_default_budget_is_a_quarter_of_what_is_free(
-    stub: Callable[..., KleinKVPipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 4000)
+def test_default_budget_is_a_quarter_of_what_is_free(stub: Open, set_free: SetFree) -> None:
+    set_free(4000)
     pipe = stub()
     assert (pipe.reference_store.budget, pipe.prompt_cache.budget) == (1000, 250)
 
@@ -232,11 +192,7 @@ def test_default_budget_is_all_that_nothing_else_needs() -> None:
     assert memory.reference_budget(100, dict.fromkeys(weights, 0), besides=0, flagship=8) == 25
 
 
-def test_store_gives_way_to_a_request(
-    stub: Callable[..., KleinKVPipeline],
-    pictures: list[Image.Image],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_store_gives_way_to_a_request(stub: Open, pictures: Pictures, set_free: SetFree) -> None:
     pipe = stub(reference_cache_bytes=1 << 20)
     for image in pictures[:4]:
         pipe.encode_references(image)
@@ -244,11 +200,11 @@ def test_store_gives_way_to_a_request(
     assert held.entries == 4
     edit(pipe, pictures[:1])
     needed = pipe.session.plan.peak - pipe.session.plan.kv_bytes  # its own set is held
-    monkeypatch.setattr(memory, "available_memory", lambda: needed - held.bytes // 2)
+    set_free(needed - held.bytes // 2)
     edit(pipe, pictures[:1])
     assert 1 <= pipe.reference_store.stats.entries < 4
     assert pipe.reference_store.stats.misses == 4  # its own references stayed
-    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    set_free(0)
     with pytest.raises(CapacityError, match="the request needs"):
         edit(pipe, pictures[:1])
 
@@ -265,9 +221,7 @@ def test_store_gives_way_to_a_request(
         ({"reference_cache_dir": "sets"}, "there is no option 'reference_cache_dir'"),
     ],
 )
-def test_bad_budgets(
-    options: dict[str, Any], message: str, stub: Callable[..., KleinKVPipeline]
-) -> None:
+def test_bad_budgets(options: dict[str, Any], message: str, stub: Open) -> None:
     with pytest.raises(RequestError, match=message):
         stub(**options)
 
@@ -275,25 +229,8 @@ def test_bad_budgets(
 # --- host memory below a device ---
 
 
-def test_evicted_sets_come_back_from_host_memory(
-    stub: Callable[..., KleinKVPipeline], pictures: list[Image.Image]
-) -> None:
-    pipe = stub(DeviceStub, reference_cache_bytes=30 * TOKEN, host_cache_bytes=60 * TOKEN)
-    expected = [edit(pipe, [image]) for image in pictures[:3]]
-    assert pipe.reference_store.stats.host_entries == 2
-    for i in (0, 1, 2, 0, 1, 2):
-        np.testing.assert_array_equal(edit(pipe, [pictures[i]]), expected[i])
-    stats = pipe.reference_store.stats
-    assert (stats.misses, stats.restored, stats.hits) == (3, 6, 0)
-    # A set of 16 to 24 tokens: the host holds two, and gives up one now and then for good.
-    assert graphs_of(pipe).count("first_step") == 3
-    assert stats.host_entries == 2
-
-
 def test_host_memory_that_cannot_be_had_is_a_warning(
-    stub: Callable[..., KleinKVPipeline],
-    pictures: list[Image.Image],
-    caplog: pytest.LogCaptureFixture,
+    stub: Open, pictures: Pictures, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = stub(DeviceStub, reference_cache_bytes=30 * TOKEN, host_cache_bytes=1 << 20)
     assert isinstance(pipe.backend, DeviceStub)
@@ -307,7 +244,7 @@ def test_host_memory_that_cannot_be_had_is_a_warning(
 
 
 def test_sets_of_other_weights_have_another_digest(
-    stub: Callable[..., KleinKVPipeline], manifest: Manifest, pictures: list[Image.Image]
+    stub: Open, manifest: Manifest, pictures: Pictures
 ) -> None:
     here = stub().encode_references(pictures[0])
     name = next(name for name in manifest.files if name.endswith(".safetensors"))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,8 +20,7 @@ from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.runtime.references import reference_file
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
-
-Picture = Callable[..., Image.Image]
+from tests.runtime.conftest import Picture, Watch
 
 SIZES = [(100, 68), (75, 88), (65, 160), (64, 75)]
 REQUEST: dict[str, Any] = {
@@ -128,14 +126,13 @@ def test_batch_shares_one_set(pipe: KleinKVPipeline, picture: Picture) -> None:
 
 
 def test_encode_on_upload_leaves_cached_steps_alone(
-    pipe: KleinKVPipeline, picture: Picture, monkeypatch: pytest.MonkeyPatch
+    pipe: KleinKVPipeline, picture: Picture, watch: Watch
 ) -> None:
     image = picture(80, 80, seed=30)
     pipe.encode_references(image)
-    graphs, run = [], pipe.backend.run
-    monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
+    runs = watch(pipe)
     pipe(image=image, **REQUEST)
-    assert graphs == 4 * ["cached_step"]
+    assert [run.graph for run in runs] == 4 * ["cached_step"]
 
 
 def test_callback_may_ask_for_the_same_references(pipe: KleinKVPipeline, picture: Picture) -> None:
@@ -170,18 +167,17 @@ def test_failed_request_leaves_the_store_usable(
 
 
 def test_same_prompt_is_encoded_once(
-    pipe: KleinKVPipeline, any_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: KleinKVPipeline, any_ours: KleinKVPipeline, watch: Watch
 ) -> None:
     expected = any_ours.encode_prompt(["a kite", "snow"])
-    graphs, run = [], pipe.backend.run
-    monkeypatch.setattr(pipe.backend, "run", lambda g, x: graphs.append(g) or run(g, x))
+    runs = watch(pipe)
     for _ in range(2):
         embeds = pipe.encode_prompt(["a kite", "snow"])
         assert_same_bits(embeds, expected)
         embeds[:] = 0  # the caller's own array
     pipe.encode_prompt(["snow", "a kite"])
     pipe.encode_prompt(["a kite", "snow"], max_sequence_length=64)
-    assert graphs == 3 * ["text_encoder"]
+    assert [run.graph for run in runs] == 3 * ["text_encoder"]
 
 
 # --- what the digest covers ---
@@ -196,18 +192,19 @@ def test_digest_covers_what_keys_and_values_depend_on(
     cropped_away = one.copy()
     cropped_away.putpixel((0, 0), (1, 2, 3))  # outside the 64 pixels that are used
     sets = [[one], [two], [one, two], [two, one], [one, one], [changed]]
-    digests = [pipe._maker.encoder.prepare(images).digest for images in sets]
+    digests = [pipe.encoder.prepare(images).digest for images in sets]
     assert len(set(digests)) == len(sets)
-    assert pipe._maker.encoder.prepare([cropped_away]).digest == digests[0]
-    assert pipe._maker.encoder.prepare([one.convert("RGBA")]).digest == digests[0]
+    assert pipe.encoder.prepare([cropped_away]).digest == digests[0]
+    assert pipe.encoder.prepare([one.convert("RGBA")]).digest == digests[0]
 
-    origin = pipe._maker.encoder.origin
-    images = pipe._maker.encoder.prepare([one]).images
-    for name in ("model_digest", "dtype", "kv_dtype", "backend"):
+    origin = pipe.encoder.origin
+    images = pipe.encoder.prepare([one]).images
+    for name in KVOrigin.__annotations__:
         other = replace(origin, **{name: "other"})
         assert other.digest(images) != digests[0]
-        assert origin.difference(other) is not None
-    assert origin.difference(replace(origin)) is None
+        with pytest.raises(RequestError, match="this cannot be used here"):
+            origin.check(other, "this")
+    origin.check(replace(origin), "this")
 
 
 def test_images_digest_tells_shapes_apart() -> None:
@@ -450,7 +447,7 @@ def test_full_disk(
     if there_before:
         path.write_bytes(b"older")
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
-    with pytest.raises(CapacityError, match=r"No space left.*take 0\.0 MB"):
+    with pytest.raises(CapacityError, match=r"No space left.*about 0\.0 MB"):
         references.save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name] * there_before
 
