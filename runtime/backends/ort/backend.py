@@ -12,9 +12,8 @@ import math
 import os
 import threading
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from klein_kv.runtime.backends.ort.device import (
     free_memory,
     give_back_memory,
     open_device,
+    open_session,
 )
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned
 from klein_kv.runtime.planning import memory
@@ -40,7 +40,6 @@ __all__ = ["OrtBackend"]
 _log = logging.getLogger(__name__)
 _SESSION_OPTIONS = {
     "disable_prepacking": "1",
-    "use_env_allocators": "1",
     "intra_op.allow_spinning": "0",
     "record_ep_graph_assignment_info": "1",
 }
@@ -60,13 +59,12 @@ _BITS = {NUMPY_DTYPES["bfloat16"]: np.uint16, NUMPY_DTYPES["float8_e4m3fn"]: np.
 """What ONNX Runtime takes for types that numpy has not of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
+class _View(NamedTuple):
     """Part of a buffer, from element `start` on, under another shape."""
 
     buffer: Any
     shape: tuple[int, ...]
-    start: int = 0
+    start: int
 
 
 class OrtBackend:
@@ -76,8 +74,8 @@ class OrtBackend:
     the same device without a copy through DLPack.
 
     Args:
-        artifacts: the folder, its manifest checked.
-        manifest: the manifest.
+        artifacts: the folder.
+        manifest: its manifest, checked.
         threads: threads per operator; None lets ONNX Runtime choose (one per physical core).
         graphs: which graphs of the folder; None takes the manifest's.
         device: where to compute.
@@ -177,11 +175,11 @@ class OrtBackend:
         return {name: self.upload(array) for name, array in arrays.items()}
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        value, at = (buffer.buffer, buffer.start) if isinstance(buffer, _View) else (buffer, 0)
-        held = math.prod(buffer.shape if isinstance(buffer, _View) else value.shape())
+        whole = buffer if isinstance(buffer, _View) else _View(buffer, buffer.shape(), 0)
+        held = math.prod(whole.shape)
         if start < 0 or start + math.prod(shape) > held:
             raise BackendError(f"cannot view {held} elements from {start} as {shape}")
-        return _View(value, shape, at + start)
+        return _View(whole.buffer, shape, whole.start + start)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
         # ONNX Runtime copies whole tensors alone: on a GPU they pass through the host.
@@ -222,8 +220,7 @@ class OrtBackend:
             self.release(graph)
 
     def _session(self, graph: str) -> Any:
-        # Requests may come from several threads: a weight that the second of them placed anew
-        # would free the memory that the first one's session reads.
+        # A weight that a second thread placed anew would free what the first one's session reads.
         with self._loading:
             return self._sessions.get(graph) or self._load(graph)
 
@@ -232,7 +229,6 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         for key, value in _SESSION_OPTIONS.items():
             options.add_session_config_entry(f"session.{key}", value)
-        options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         refs = graph_weights(self._artifacts, file)
@@ -243,9 +239,7 @@ class OrtBackend:
             options.add_initializer(name, self._weights[ref])
         path = self._artifacts / file
         try:
-            session = self._ort.InferenceSession(
-                os.fspath(path), options, providers=device.providers, enable_fallback=0
-            )
+            session = open_session(self._ort, device, os.fspath(path), options)
         except Exception as error:
             raise ArtifactError(
                 f"{path} cannot be loaded by ONNX Runtime: {error}; export again"

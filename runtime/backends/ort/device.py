@@ -22,6 +22,7 @@ __all__ = [
     "free_memory",
     "give_back_memory",
     "open_device",
+    "open_session",
 ]
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _SHAPE_OPS = frozenset(
     )
 )
 """Integers about shapes: the CUDA provider leaves these few numbers to the CPU on purpose."""
-
 
 # The ONNX model y = x, float32 [1]: onnx is not among what the runtime needs.
 _IDENTITY = bytes.fromhex(
@@ -93,11 +93,6 @@ class OrtDevice:
             "cudnn_conv_algo_search": "HEURISTIC",
         }
 
-    @property
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
-        """As `InferenceSession` takes them; it adds the CPU provider for shapes by itself."""
-        return [(self.provider, self.options)]
-
 
 CPU = OrtDevice()
 
@@ -152,6 +147,14 @@ def _share_arena(onnxruntime: Any, device: OrtDevice) -> None:
     )
 
 
+def open_session(onnxruntime: Any, device: OrtDevice, model: str | bytes, options: Any) -> Any:
+    """A session on the device, in the shared arena; ONNX Runtime adds the CPU for shapes."""
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = 3
+    providers = [(device.provider, device.options)]
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
 def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     """Bytes that a GPU has free; ONNX Runtime tells neither that nor what its arena holds.
 
@@ -166,10 +169,9 @@ def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     before = cuda.call("cudaGetDevice")  # of this thread, whose it stays
     cuda.call("cudaSetDevice", device.index)
     try:
-        free, _total = cuda.call("cudaMemGetInfo")
+        return int(cuda.call("cudaMemGetInfo")[0])
     finally:
         cuda.call("cudaSetDevice", before)
-    return int(free)
 
 
 def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
@@ -190,12 +192,7 @@ def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
 
 @functools.cache
 def _empty_session(onnxruntime: Any, device: OrtDevice) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        _IDENTITY, options, providers=device.providers, enable_fallback=0
-    )
+    return open_session(onnxruntime, device, _IDENTITY, onnxruntime.SessionOptions())
 
 
 def check_assignment(session: Any, device: OrtDevice, file: str) -> None:

@@ -218,10 +218,6 @@ class FakeEngine:
     def num_optimization_profiles(self) -> int:
         return len(self.profiles)
 
-    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        largest = {name: high for name, (_, _, high) in self.profiles[index].items()}
-        return self.trt.scratch(self.graph, largest)
-
     def create_runtime_config(self) -> "FakeConfig":
         return FakeConfig(self.trt)
 

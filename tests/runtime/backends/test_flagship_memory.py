@@ -108,7 +108,7 @@ def card(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Machine]:
     """A pipeline in a precision on a card, with engines for the flagship edit."""
-    monkeypatch.setattr(staging._Files, "read", lambda *_: None)  # no weights are read
+    monkeypatch.setattr(staging, "_read", lambda *_: None)  # no weights are read
     monkeypatch.setattr(
         "klein_kv.artifacts.manifest.Manifest.load", _without_digests(Manifest.load)
     )

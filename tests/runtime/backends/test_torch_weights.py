@@ -50,18 +50,17 @@ def test_tensors_of_files(tmp_path: Path) -> None:
     values = np.arange(40, dtype=np.float32)
     path = tmp_path / "odd.bin"
     path.write_bytes(b"\0" * 8 + values.tobytes() + b"\0" + values.tobytes())
-    files: dict[Path, torch.Tensor] = {}
     for offset in (8, 169):
         ref = WeightRef(path, offset, 160, "float32", (4, 10))
-        tensor = torch_memory.map_tensor(ref, files)
+        tensor = torch_memory.map_tensor(ref)
         np.testing.assert_array_equal(tensor.numpy(), values.reshape(4, 10))
         tensor.mul_(3)
     assert path.read_bytes()[8:168] == values.tobytes()
     missing = replace(ref, path=tmp_path / "gone")
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
-        torch_memory.map_tensor(missing, files)
+        torch_memory.map_tensor(missing)
     with pytest.raises(ArtifactError, match="holds float4_e2m1fn, expected one of float32"):
-        torch_memory.map_tensor(replace(ref, dtype="float4_e2m1fn"), files)
+        torch_memory.map_tensor(replace(ref, dtype="float4_e2m1fn"))
 
 
 class LateStream:

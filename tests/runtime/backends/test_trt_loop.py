@@ -18,6 +18,7 @@ from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import RequestError
+from klein_kv.runtime.backends.trt import engine
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import make_engines
@@ -311,10 +312,10 @@ def test_kernels_that_cannot_be_saved_are_told_once(
 ) -> None:
     machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path))
 
-    def refuse(self: Path, data: bytes) -> int:
+    def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(engine, "write_atomic", refuse)
     machine()
     machine()
     assert caplog.text.count("cached_step.runtime.cache (Read-only file system)") == 1
