@@ -5,7 +5,6 @@ Needs cuda-python and an NVIDIA GPU of any kind, and nothing else.
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ def numbers(nbytes: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
 
-def test_there_and_back(memory: CudaMemory) -> None:
+def test_there_and_back(memory):
     for nbytes in (1, 255, 4096, 3 * MIB, 9 * MIB + 7):
         array = numbers(nbytes)
         buffer = memory.upload(array)
@@ -47,20 +46,20 @@ def test_there_and_back(memory: CudaMemory) -> None:
         np.testing.assert_array_equal(memory.download(buffer), array_before)
 
 
-def test_many_small_uploads_share_the_staging_memory(memory: CudaMemory) -> None:
+def test_many_small_uploads_share_the_staging_memory(memory):
     arrays = [numbers(700_000, seed) for seed in range(12)]
     buffers = [memory.upload(array) for array in arrays]
     for buffer, array in zip(buffers, arrays, strict=True):
         np.testing.assert_array_equal(memory.download(buffer), array)
 
 
-def test_parts_are_put_together(memory: CudaMemory) -> None:
+def test_parts_are_put_together(memory):
     parts = [numbers(MIB, seed) for seed in range(3)]
     whole = memory.assemble((3 * MIB,), [memory.upload(part) for part in parts])
     np.testing.assert_array_equal(memory.download(whole), np.concatenate(parts))
 
 
-def test_blocks_come_back_from_the_pool(memory: CudaMemory) -> None:
+def test_blocks_come_back_from_the_pool(memory):
     first = memory.allocate((MIB,), "uint8")
     pointer = first.pointer
     del first
@@ -69,7 +68,7 @@ def test_blocks_come_back_from_the_pool(memory: CudaMemory) -> None:
         memory.allocate((memory.call("cudaMemGetInfo")[1] + MIB,), "uint8")
 
 
-def test_events_take_the_time(memory: CudaMemory) -> None:
+def test_events_take_the_time(memory):
     source, target = (memory.allocate((64 * MIB,), "uint8") for _ in range(2))
     start = Event(memory.cuda, memory.stream, timed=True)
     for _ in range(20):
@@ -79,7 +78,7 @@ def test_events_take_the_time(memory: CudaMemory) -> None:
     assert 1e-2 < memory.call("cudaEventElapsedTime", start.handle, end.handle) < 1e3
 
 
-def test_weights_from_a_file(memory: CudaMemory, tmp_path: Path) -> None:
+def test_weights_from_a_file(memory, tmp_path):
     content = numbers(20 * MIB)
     path = tmp_path / "weights"
     path.write_bytes(content.tobytes())
@@ -94,7 +93,7 @@ def test_weights_from_a_file(memory: CudaMemory, tmp_path: Path) -> None:
         np.testing.assert_array_equal(memory.download(buffer), expected)
 
 
-def test_scratch_grows_and_sets_change_places(memory: CudaMemory) -> None:
+def test_scratch_grows_and_sets_change_places(memory):
     virtual = VirtualMemory(memory)
     scratch, kv = Scratch(memory, virtual), KvMemory(memory, virtual)
     scratch.require(MIB)
@@ -116,7 +115,7 @@ def test_scratch_grows_and_sets_change_places(memory: CudaMemory) -> None:
     scratch.close()
 
 
-def test_copies_on_a_stream_of_their_own(memory: CudaMemory) -> None:
+def test_copies_on_a_stream_of_their_own(memory):
     kv = KvMemory(memory, VirtualMemory(memory))
     store = PinnedStore(memory, kv, 64 * MIB)
     block = kv.take(20 * MIB)
@@ -132,7 +131,7 @@ def test_copies_on_a_stream_of_their_own(memory: CudaMemory) -> None:
     kv.close()
 
 
-def test_two_threads(memory: CudaMemory) -> None:
+def test_two_threads(memory):
     wrong: list[int] = []
 
     def work(i: int) -> None:

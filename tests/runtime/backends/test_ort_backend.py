@@ -40,12 +40,12 @@ def feeds(backend: OrtBackend) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, object])
-def test_other_types_are_refused(dtype: Any, backend: OrtBackend) -> None:
+def test_other_types_are_refused(dtype, backend):
     with pytest.raises(BackendError, match="cannot upload"):
         backend.upload(np.zeros(3, dtype))
 
 
-def test_a_buffer_is_a_copy_and_its_download_is_not(backend: OrtBackend) -> None:
+def test_a_buffer_is_a_copy_and_its_download_is_not(backend):
     array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
     expected = array.copy()
     buffer = backend.upload(array)
@@ -54,7 +54,7 @@ def test_a_buffer_is_a_copy_and_its_download_is_not(backend: OrtBackend) -> None
     assert backend.download(buffer).ctypes.data == buffer.data_ptr()
 
 
-def test_downloaded_memory_outlives_the_buffer(backend: OrtBackend) -> None:
+def test_downloaded_memory_outlives_the_buffer(backend):
     """Regression: a view of an uploaded buffer pointed at memory that had been given back."""
     views = [backend.download(backend.upload(np.full(1 << 16, i, np.float32))) for i in range(8)]
     gc.collect()
@@ -63,7 +63,7 @@ def test_downloaded_memory_outlives_the_buffer(backend: OrtBackend) -> None:
     del other
 
 
-def test_every_run_gives_new_buffers(backend: OrtBackend) -> None:
+def test_every_run_gives_new_buffers(backend):
     one = backend.run("encode_references", feeds(backend))
     pointers = {name: buffer.data_ptr() for name, buffer in one.items()}
     values = {name: buffer.numpy().copy() for name, buffer in one.items()}
@@ -78,7 +78,7 @@ def test_every_run_gives_new_buffers(backend: OrtBackend) -> None:
 
 
 @pytest.mark.parametrize("graph", GRAPH_FILES)
-def test_tensors_are_the_signatures(graph: str, backend: OrtBackend) -> None:
+def test_tensors_are_the_signatures(graph, backend):
     session = backend._load(graph)
     signature = make_signature(graph, Manifest.load(backend._artifacts).config, "float32")
     for values, specs in (
@@ -90,7 +90,7 @@ def test_tensors_are_the_signatures(graph: str, backend: OrtBackend) -> None:
         assert got == [(spec.name, types[spec.dtype], spec.shape) for spec in specs]
 
 
-def test_a_released_graph_is_loaded_again(tiny_artifacts: Path) -> None:
+def test_a_released_graph_is_loaded_again(tiny_artifacts):
     backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
     inputs = feeds(backend)
     first = backend.run("encode_references", inputs)
@@ -104,7 +104,7 @@ def test_a_released_graph_is_loaded_again(tiny_artifacts: Path) -> None:
     np.testing.assert_array_equal(first["k_ref.0"].numpy(), again["k_ref.0"].numpy())
 
 
-def test_threads_load_a_graph_once(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_load_a_graph_once(tiny_artifacts, monkeypatch):
     """Two at once placed the weights twice, and freed those that the first session read."""
     backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads=1)
     load, loaded = backend._load, []
@@ -122,7 +122,7 @@ def test_threads_load_a_graph_once(tiny_artifacts: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2])
-def test_threads(threads: int | None, tiny_artifacts: Path) -> None:
+def test_threads(threads, tiny_artifacts):
     backend = OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts), threads)
     gc.collect()  # sessions of other tests take their threads along
     before = psutil.Process().num_threads()
@@ -132,7 +132,7 @@ def test_threads(threads: int | None, tiny_artifacts: Path) -> None:
         assert psutil.Process().num_threads() - before == threads - 1
 
 
-def test_wrong_inputs(backend: OrtBackend) -> None:
+def test_wrong_inputs(backend):
     inputs = feeds(backend)
     with pytest.raises(BackendError, match="encode_references failed in ONNX Runtime"):
         backend.run("encode_references", {"ref_ids": inputs["ref_ids"]})
@@ -144,7 +144,7 @@ def test_wrong_inputs(backend: OrtBackend) -> None:
 # --- refused ---
 
 
-def test_missing_library(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library(tiny_artifacts, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install 'klein-kv\[cpu\]'"):
         OrtBackend(tiny_artifacts, Manifest.load(tiny_artifacts))
@@ -190,9 +190,7 @@ LOCATIONS: list[Callable[[Path], Callable[[str], str]]] = [
 
 @pytest.mark.parametrize("location", LOCATIONS)
 @pytest.mark.parametrize("table", ["kept", "emptied"])
-def test_external_data_outside_the_folder(
-    location: Callable[[Path], Callable[[str], str]], table: str, folder: Path
-) -> None:
+def test_external_data_outside_the_folder(location, table, folder):
     """Refused though the digests match, and with or without the weights given by address."""
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     shutil.copy(weights, folder.parent)
@@ -209,7 +207,7 @@ def test_external_data_outside_the_folder(
 
 
 @pytest.mark.parametrize("file", ["../outside", "/etc/hostname", "link", "missing.safetensors"])
-def test_weight_table_outside_the_folder(file: str, folder: Path) -> None:
+def test_weight_table_outside_the_folder(file, folder):
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     shutil.copy(weights, folder.parent / "outside")
     (folder / "transformer/link").symlink_to(folder.parent / "outside")
@@ -224,7 +222,7 @@ def test_weight_table_outside_the_folder(file: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0b"])
-def test_damaged_graph(content: bytes, folder: Path) -> None:
+def test_damaged_graph(content, folder):
     (folder / GRAPH_FILES["vae_encoder"]).write_bytes(content)
     seal(folder)
     backend = OrtBackend(folder, Manifest.load(folder), threads=1)
@@ -232,7 +230,7 @@ def test_damaged_graph(content: bytes, folder: Path) -> None:
         backend.run("vae_encoder", {})
 
 
-def test_graph_of_another_kind(folder: Path) -> None:
+def test_graph_of_another_kind(folder):
     for name in (GRAPH_FILES["cached_step"], weights_file(GRAPH_FILES["cached_step"])):
         shutil.copy(folder / name.replace("cached_step", "first_step"), folder / name)
     seal(folder)
@@ -241,7 +239,7 @@ def test_graph_of_another_kind(folder: Path) -> None:
         backend.run("cached_step", {})
 
 
-def test_weights_of_another_type(folder: Path) -> None:
+def test_weights_of_another_type(folder):
     """A table that calls half of a float32 tensor a float16 one."""
     path = folder / weights_file(GRAPH_FILES["encode_references"])
     table = json.loads(path.read_text())

@@ -44,9 +44,7 @@ def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
 
 @pytest.mark.parametrize("dtype", [*NUMPY_DTYPES])
 @pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
-def test_every_type_comes_back_as_it_went(
-    dtype: str, shape: tuple[int, ...], backend: OrtBackend
-) -> None:
+def test_every_type_comes_back_as_it_went(dtype, shape, backend):
     array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
     buffer = backend.upload(array)
     back = backend.download(buffer)
@@ -55,13 +53,13 @@ def test_every_type_comes_back_as_it_went(
     assert buffer.data_type() == f"tensor({dtype.replace('float32', 'float').replace('_', '')})"
 
 
-def test_bfloat16_keeps_every_bit(backend: OrtBackend) -> None:
+def test_bfloat16_keeps_every_bit(backend):
     bits = np.arange(1 << 16, dtype=np.uint16)  # infinities and NaNs too
     array = bits.view(NUMPY_DTYPES["bfloat16"])
     np.testing.assert_array_equal(backend.download(backend.upload(array)).view(np.uint16), bits)
 
 
-def test_torch_reads_a_buffer_where_it_lies(backend: OrtBackend) -> None:
+def test_torch_reads_a_buffer_where_it_lies(backend):
     torch = pytest.importorskip("torch")
     array = np.arange(6).astype(NUMPY_DTYPES["bfloat16"]).reshape(2, 3)
     buffer = backend.upload(array)
@@ -70,7 +68,7 @@ def test_torch_reads_a_buffer_where_it_lies(backend: OrtBackend) -> None:
     assert tensor.tolist() == array.astype(np.float32).tolist()
 
 
-def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) -> None:
+def test_a_view_is_the_same_memory(tiny_artifacts, backend):
     channels = Manifest.load(tiny_artifacts).config.transformer.in_channels
     tokens = np.random.default_rng(0).standard_normal((1, 6, channels), np.float32)
     grid = backend.upload(tokens.reshape(1, 2, 3, channels))
@@ -86,7 +84,7 @@ def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) ->
         backend.view(view, (7, channels))
 
 
-def test_parts_are_put_together(backend: OrtBackend) -> None:
+def test_parts_are_put_together(backend):
     whole = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
     parts = [backend.upload(whole[:, :2]), backend.view(backend.upload(whole), (4, 2), start=4)]
     joined = backend.assemble((1, 6, 2), parts)
@@ -96,7 +94,7 @@ def test_parts_are_put_together(backend: OrtBackend) -> None:
 # --- sessions ---
 
 
-def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
+def test_weights_are_uploaded_once_and_shared(tiny_artifacts):
     backend = open_cuda(tiny_artifacts)
     allocated = FakeValue.allocated
     for graph in ("first_step", "cached_step", "encode_references"):
@@ -112,9 +110,7 @@ def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA_1], ids=["cpu", "cuda"])
-def test_release_gives_back_weights_that_no_other_graph_uses(
-    device: OrtDevice, tiny_artifacts: Path
-) -> None:
+def test_release_gives_back_weights_that_no_other_graph_uses(device, tiny_artifacts):
     """On a GPU nobody else would: the text encoder must be gone when the transformer comes."""
     module = onnxruntime if device is CPU else FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
@@ -135,7 +131,7 @@ def test_release_gives_back_weights_that_no_other_graph_uses(
     assert backend._load("first_step") is not None
 
 
-def test_the_empty_model_is_onnx() -> None:
+def test_the_empty_model_is_onnx():
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     graph = onnx.helper.make_graph([node], "empty", [x], [y])
@@ -144,9 +140,7 @@ def test_the_empty_model_is_onnx() -> None:
     assert onnx.load_model_from_string(_IDENTITY) == model
 
 
-def test_the_same_images_as_on_a_cpu(
-    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
-) -> None:
+def test_the_same_images_as_on_a_cpu(tiny_artifacts, tiny_ours, picture):
     fake = FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
     pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts, fake))
@@ -158,7 +152,7 @@ def test_the_same_images_as_on_a_cpu(
     assert fake.arenas == [(CUDA, "Cuda", 1, CUDA_1.options)], "one arena for all sessions"
 
 
-def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts: Path) -> None:
+def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts):
     backend = open_cuda(tiny_artifacts)
     manifest = Manifest.load(tiny_artifacts)
     rng = np.random.default_rng(0)
@@ -179,9 +173,7 @@ def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts: Path) -> N
     )
 
 
-def test_reference_sets_of_the_two_devices_are_told_apart(
-    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
-) -> None:
+def test_reference_sets_of_the_two_devices_are_told_apart(tiny_artifacts, tiny_ours, picture):
     """They round differently: the same images must not hit each other's keys and values."""
     manifest = Manifest.load(tiny_artifacts)
     pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts))
@@ -192,7 +184,7 @@ def test_reference_sets_of_the_two_devices_are_told_apart(
         tiny_ours("a kite", references=ours)
 
 
-def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -> None:
+def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts):
     cuda, fake = FakeCuda(capacity=12_345, devices=2), FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
     backend = OrtBackend(
@@ -220,7 +212,7 @@ def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -
 # --- refused ---
 
 
-def test_the_cpu_package_says_what_to_install(tiny_artifacts: Path) -> None:
+def test_the_cpu_package_says_what_to_install(tiny_artifacts):
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     manifest = Manifest.load(tiny_artifacts)
@@ -228,16 +220,14 @@ def test_the_cpu_package_says_what_to_install(tiny_artifacts: Path) -> None:
         open_backend("onnxruntime", tiny_artifacts, manifest, "cuda:0", None)
 
 
-def test_a_provider_that_cannot_start(
-    tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_provider_that_cannot_start(tiny_artifacts, capsys):
     fake = FakeOnnxruntime(error="CUDA failure 35: driver version is insufficient")
     with pytest.raises(BackendError, match=r"cannot start on device 1: CUDA failure 35.*driver"):
         open_cuda(tiny_artifacts, fake)
     assert capsys.readouterr().out == "", "what onnxruntime prints is no result of ours"
 
 
-def test_no_silent_fallback_to_the_cpu(tiny_artifacts: Path) -> None:
+def test_no_silent_fallback_to_the_cpu(tiny_artifacts):
     """Regression: ONNX Runtime makes a CPU session of a CUDA one whose provider did not start."""
     backend = open_cuda(tiny_artifacts, FakeOnnxruntime(started=False))
     with pytest.raises(BackendError, match="did not start, only CPUExecutionProvider did"):
@@ -245,14 +235,14 @@ def test_no_silent_fallback_to_the_cpu(tiny_artifacts: Path) -> None:
     assert not backend._sessions
 
 
-def test_a_node_without_a_kernel_is_named(tiny_artifacts: Path) -> None:
+def test_a_node_without_a_kernel_is_named(tiny_artifacts):
     backend = open_cuda(tiny_artifacts, FakeOnnxruntime(strays={"Gemm", "RotaryEmbedding"}))
     with pytest.raises(ArtifactError, match=r"no kernel for Gemm, RotaryEmbedding in the graph's"):
         backend.run("encode_references", {})
     assert not backend._sessions
 
 
-def test_bfloat16_is_for_gpus(tiny_bf16_artifacts: Path) -> None:
+def test_bfloat16_is_for_gpus(tiny_bf16_artifacts):
     manifest = Manifest.load(tiny_bf16_artifacts)
     with pytest.raises(BackendError, match=r"does not compute on a CPU; export .* --dtype fp32"):
         OrtBackend(tiny_bf16_artifacts, manifest, 1)
@@ -276,9 +266,7 @@ BFLOAT16_KERNELS = {
 
 
 @pytest.mark.parametrize("graph", GRAPH_FILES)
-def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(
-    graph: str, tiny_bf16_artifacts: Path
-) -> None:
+def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(graph, tiny_bf16_artifacts):
     """Regression: ReduceMax and Resize in bfloat16 kept two graphs from loading."""
     path = tiny_bf16_artifacts / GRAPH_FILES[graph]
     model = onnx.load(path, load_external_data=False)  # noqa: TID251 - the graph alone

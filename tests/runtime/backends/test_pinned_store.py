@@ -83,7 +83,7 @@ def content(device: Device, copy: PinnedCopy) -> dict[str, NDArray[Any]]:
 
 
 @pytest.mark.parametrize("lagging", LAGS)
-def test_there_and_back(lagging: tuple[int, ...]) -> None:
+def test_there_and_back(lagging):
     device = Device(lagging)
     copy = device.store.keep(device.make(1.0))
     assert copy.nbytes == device.store.size(NBYTES) == 5 * PAGE
@@ -94,7 +94,7 @@ def test_there_and_back(lagging: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("lagging", LAGS)
-def test_memory_given_back_while_it_is_copied(lagging: tuple[int, ...]) -> None:
+def test_memory_given_back_while_it_is_copied(lagging):
     """Regression guard: its next user must wait for the copy, on whichever stream that is."""
     device = Device(lagging)
     buffers = device.make(1.0)
@@ -109,7 +109,7 @@ def test_memory_given_back_while_it_is_copied(lagging: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("lagging", LAGS)
-def test_memory_given_back_while_graphs_still_read_it(lagging: tuple[int, ...]) -> None:
+def test_memory_given_back_while_graphs_still_read_it(lagging):
     """A set on its way to the device takes memory that enqueued work has not read yet."""
     device = Device(lagging)
     copy = device.store.keep(device.make(1.0))
@@ -126,7 +126,7 @@ def test_memory_given_back_while_graphs_still_read_it(lagging: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("lagging", LAGS)
-def test_restored_memory_that_is_dropped_unused(lagging: tuple[int, ...]) -> None:
+def test_restored_memory_that_is_dropped_unused(lagging):
     """The copy must not arrive in what the memory is used for next."""
     device = Device(lagging)
     copy = device.store.keep(device.make(1.0))
@@ -143,7 +143,7 @@ def test_restored_memory_that_is_dropped_unused(lagging: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("lagging", LAGS)
-def test_pages_given_back_while_they_are_copied(lagging: tuple[int, ...]) -> None:
+def test_pages_given_back_while_they_are_copied(lagging):
     device = Device(lagging, pages=5)
     copy = device.store.keep(device.make(1.0))
     restored = device.store.restore(copy)
@@ -168,7 +168,7 @@ def test_pages_given_back_while_they_are_copied(lagging: tuple[int, ...]) -> Non
         max_size=25,
     ),
 )
-def test_any_order_of_copies(lagging: tuple[int, ...], calls: list[tuple[str, int]]) -> None:
+def test_any_order_of_copies(lagging, calls):
     device = Device(lagging)
     on_device: list[tuple[float, dict[str, DeviceBuffer]]] = []
     on_host: list[tuple[float, PinnedCopy]] = []
@@ -206,7 +206,7 @@ def test_any_order_of_copies(lagging: tuple[int, ...], calls: list[tuple[str, in
         assert_holds(arrays, value)
 
 
-def test_all_is_pinned_at_once_and_used_again() -> None:
+def test_all_is_pinned_at_once_and_used_again():
     """Regression: pinning happened page by page, inside the first request that gave a set up."""
     device = Device(())
     pinned = dict(device.cuda.pinned)
@@ -218,7 +218,7 @@ def test_all_is_pinned_at_once_and_used_again() -> None:
     del copies
 
 
-def test_pages_that_follow_each_other_are_one_copy() -> None:
+def test_pages_that_follow_each_other_are_one_copy():
     device = Device(())
     before = len(device.cuda.copies)
     copy = device.store.keep(device.make(1.0))
@@ -226,7 +226,7 @@ def test_pages_that_follow_each_other_are_one_copy() -> None:
     del copy
 
 
-def test_close_leaves_nothing_behind() -> None:
+def test_close_leaves_nothing_behind():
     device = Device((0, 1))
     buffers = device.store.restore(device.store.keep(device.make(1.0)))
     del buffers
@@ -239,7 +239,7 @@ def test_close_leaves_nothing_behind() -> None:
     assert (cuda.events, len(cuda.streams), len(cuda.pinned), len(cuda.reserved)) == (0, 0, 0, 0)
 
 
-def test_system_that_pins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_that_pins_no_more(monkeypatch):
     device = Device(())
     full = (Status.cudaErrorMemoryAllocation, 0)
     monkeypatch.setattr(device.cuda, "cudaHostAlloc", lambda *_: full)
@@ -247,7 +247,7 @@ def test_system_that_pins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
         PinnedStore(device.memory, device.kv, 8 * PAGE, PAGE)
 
 
-def test_budget_of_less_than_a_page() -> None:
+def test_budget_of_less_than_a_page():
     device = Device(())
     with pytest.raises(RequestError, match="255 bytes, expected 256 or more"):
         PinnedStore(device.memory, device.kv, 255, PAGE)

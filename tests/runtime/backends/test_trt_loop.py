@@ -162,12 +162,7 @@ def test_every_step_after_the_first_request_is_a_replay(
     assert set(machine.trt.captures.values()) == {1}
 
 
-def test_shapes_in_turn_do_not_disturb_each_other(
-    tiny_artifacts: Path,
-    engines: Path,
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+def test_shapes_in_turn_do_not_disturb_each_other(tiny_artifacts, engines, pictures, expected):
     """Engines for any shape: kernels are compiled at the first run and captured at the second.
 
     The larger shapes need more scratch, which must grow without moving.
@@ -199,9 +194,7 @@ def test_shapes_in_turn_do_not_disturb_each_other(
     assert max(machine.trt.captures.values()) == 1
 
 
-def test_warming_up_compiles_for_the_shape_at_once(
-    tiny_artifacts: Path, engines: Path, pictures: list[Image.Image]
-) -> None:
+def test_warming_up_compiles_for_the_shape_at_once(tiny_artifacts, engines, pictures):
     machine = Machine(tiny_artifacts, engines)
     machine.pipe.warm_up(128, 160, [(96, 128)] * 2)
     _, counts = machine.quiet(pictures[:2])
@@ -230,12 +223,7 @@ def test_batches_and_repeated_prompts_stay_on_the_device(
     np.testing.assert_allclose(made, expect, atol=1e-5)
 
 
-def test_a_callback_may_use_the_pipeline(
-    tiny_artifacts: Path,
-    engines: Path,
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+def test_a_callback_may_use_the_pipeline(tiny_artifacts, engines, pictures, expected):
     """Engines write to the same buffers at every run: what the outer call needs must be kept."""
     machine = Machine(tiny_artifacts, engines)
 
@@ -248,9 +236,7 @@ def test_a_callback_may_use_the_pipeline(
     np.testing.assert_allclose(made, expected(pictures[4:6]), atol=1e-5)
 
 
-def test_an_engine_that_cannot_be_captured_is_told(
-    tiny_artifacts: Path, engines: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_that_cannot_be_captured_is_told(tiny_artifacts, engines, caplog):
     machine = Machine(tiny_artifacts, engines)
     machine.trt.capturable = False
     machine()
@@ -277,9 +263,7 @@ print("compiled", machine.trt.compilations)
 
 
 @pytest.mark.parametrize("ending", ["close", "with", "end"])
-def test_a_second_process_finds_the_compiled_kernels(
-    ending: str, tiny_artifacts: Path, tmp_path: Path
-) -> None:
+def test_a_second_process_finds_the_compiled_kernels(ending, tiny_artifacts, tmp_path):
     """Regression: kernels were saved by `close`, which nothing called."""
     make_engines(tiny_artifacts, tmp_path)
 
@@ -294,7 +278,7 @@ def test_a_second_process_finds_the_compiled_kernels(
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
-def test_kernels_are_saved_after_the_first_run(tiny_artifacts: Path, tmp_path: Path) -> None:
+def test_kernels_are_saved_after_the_first_run(tiny_artifacts, tmp_path):
     """A process that is killed later loses nothing."""
     machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path))
     machine()
@@ -307,9 +291,7 @@ def test_kernels_are_saved_after_the_first_run(tiny_artifacts: Path, tmp_path: P
     assert {path: path.stat().st_mtime_ns for path in written} == written, "written again"
 
 
-def test_kernels_that_cannot_be_saved_are_told_once(
-    tiny_artifacts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
-) -> None:
+def test_kernels_that_cannot_be_saved_are_told_once(tiny_artifacts, tmp_path, caplog, monkeypatch):
     machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path))
 
     def refuse(*_: Any) -> None:
@@ -321,7 +303,7 @@ def test_kernels_that_cannot_be_saved_are_told_once(
     assert caplog.text.count("cached_step.runtime.cache (Read-only file system)") == 1
 
 
-def test_a_closed_pipeline_says_so(tiny_artifacts: Path, engines: Path) -> None:
+def test_a_closed_pipeline_says_so(tiny_artifacts, engines):
     with (machine := Machine(tiny_artifacts, engines)).pipe as pipe:
         machine()
     cuda = machine.cuda
@@ -344,11 +326,7 @@ def two_devices(tiny_artifacts: Path, engines: Path) -> Iterator[list[Machine]]:
     assert cuda.used == 0
 
 
-def test_two_pipelines_on_two_devices_keep_to_their_own_memory(
-    two_devices: list[Machine],
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+def test_two_pipelines_on_two_devices_keep_to_their_own_memory(two_devices, pictures, expected):
     """Regression: the device was set once, in the thread that opened the backend."""
     cuda = two_devices[0].cuda
     made: dict[int, list[np.ndarray]] = {0: [], 1: []}
@@ -373,12 +351,7 @@ def test_two_pipelines_on_two_devices_keep_to_their_own_memory(
             np.testing.assert_allclose(image, want, atol=1e-5)
 
 
-def test_threads_of_one_pipeline_wait_for_each_other(
-    tiny_artifacts: Path,
-    engines: Path,
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+def test_threads_of_one_pipeline_wait_for_each_other(tiny_artifacts, engines, pictures, expected):
     machine = Machine(tiny_artifacts, engines)
     made: dict[int, np.ndarray] = {}
 
