@@ -7,6 +7,7 @@ faster (measured with onnxruntime 1.31 at 1,536 rows: 1.08 s against 1.03 to 1.1
 are uploaded once.
 """
 
+import importlib
 import logging
 import math
 import os
@@ -68,15 +69,13 @@ class _View(NamedTuple):
 
 
 class OrtBackend:
-    """Runs an artifact folder with ONNX Runtime.
+    """Runs an artifact folder, whose manifest has been checked, with ONNX Runtime.
 
     Every run returns when its work is done. Buffers are `OrtValue`s, and go to other libraries of
     the same device without a copy through DLPack.
 
     Args:
-        artifacts: the folder.
-        manifest: its manifest, checked.
-        threads: threads per operator; None lets ONNX Runtime choose (one per physical core).
+        threads: per operator; None lets ONNX Runtime choose (one per physical core).
         graphs: which graphs of the folder; None takes the manifest's.
         device: where to compute.
         onnxruntime: the module; None imports it.
@@ -276,10 +275,9 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 
 def _import_onnxruntime(device: OrtDevice) -> Any:
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError(
             "backend onnxruntime is not installed; install it with pip install "
             f"'klein-kv[{device.kind}]'"
         ) from error
-    return onnxruntime

@@ -45,16 +45,10 @@ _IDENTITY = bytes.fromhex(
 
 @dataclass(frozen=True, slots=True)
 class OrtDevice:
-    """One device of ONNX Runtime.
+    """One device of ONNX Runtime; its kind is also the extra of this package for its provider."""
 
-    Attributes:
-        kind: ONNX Runtime's name for it, "cpu" or "cuda"; also the extra of this package that
-            brings its provider.
-        index: its number among those of its kind.
-    """
-
-    kind: str = "cpu"
-    index: int = 0
+    kind: str = "cpu"  # or "cuda"
+    index: int = 0  # among those of its kind
 
     @property
     def is_host(self) -> bool:
@@ -158,10 +152,6 @@ def open_session(onnxruntime: Any, device: OrtDevice, model: str | bytes, option
 def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     """Bytes that a GPU has free; ONNX Runtime tells neither that nor what its arena holds.
 
-    Args:
-        device: the GPU.
-        cuda: CUDA's bindings; None loads cuda-python.
-
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.
     """
@@ -199,12 +189,8 @@ def check_assignment(session: Any, device: OrtDevice, file: str) -> None:
     """Refuses a session that would compute elsewhere than on its device.
 
     `session.disable_cpu_ep_fallback` would refuse every graph with dynamic shapes, whose shape
-    arithmetic belongs on the CPU. And a provider that cannot start is only warned of.
-
-    Args:
-        session: made with `session.record_ep_graph_assignment_info`.
-        device: where it should compute.
-        file: the graph, for the message.
+    arithmetic belongs on the CPU. And a provider that cannot start is only warned of. The session
+    is made with `session.record_ep_graph_assignment_info`.
 
     Raises:
         BackendError: the provider did not start.

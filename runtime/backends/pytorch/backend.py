@@ -138,8 +138,7 @@ class TorchBackend:
         return {name: self.upload(array) for name, array in arrays.items()}
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        view: torch.Tensor = buffer.reshape(-1)[start : start + math.prod(shape)].view(shape)
-        return view
+        return buffer.reshape(-1)[start : start + math.prod(shape)].view(shape)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
         with self._torch("copy"):

@@ -33,11 +33,7 @@ def transformer_graph(
 ) -> Graph:
     """`first_step`, `cached_step`, `encode_references` or `plain_step`.
 
-    Args:
-        graph: which of them.
-        config: the checkpoint's configuration.
-        ops: the transformer's weights, and how to compute.
-        kv_dtype: type that keys and values are handed on in, `KVFormat.FP8_PER_HEAD` or None.
+    Keys and values are handed on in `kv_dtype`: `KVFormat.FP8_PER_HEAD`, or None for the graph's.
     """
     net = config.transformer
     names = kv_names(net.num_blocks, kv_dtype)

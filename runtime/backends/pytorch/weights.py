@@ -21,12 +21,6 @@ __all__ = ["FolderWeights", "GivenWeights", "whole_weights"]
 class FolderWeights:
     """Weights of an artifact folder whose manifest has been checked.
 
-    Args:
-        artifacts: the folder.
-        manifest: its manifest.
-        graphs: which graphs of the folder; None takes the manifest's.
-        device: "cpu", "cuda" or "cuda:N"; None for the first GPU, else the CPU.
-
     Raises:
         BackendError: no such device, or graphs of a precision that torch does not compute.
     """
@@ -125,11 +119,7 @@ class GivenWeights:
         }
 
     def load(self, component: str) -> Any:
-        """What was given, as `FolderWeights.load` returns it.
-
-        Raises:
-            BackendError: it was not given.
-        """
+        """What was given, as `FolderWeights.load` returns it; BackendError: it was not given."""
         if component not in self._components:
             raise BackendError(
                 f"this backend was made without the {component}'s weights; give them to "
@@ -173,12 +163,6 @@ def _checked(
 
 def whole_weights(table: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
     """Joins the row ranges that graphs name apart: `x[0:8]` and `x[8:24]` make `x`.
-
-    Args:
-        table: initializers of all graphs of one component, by name.
-
-    Returns:
-        Whole tensors by the checkpoint's names.
 
     Raises:
         ArtifactError: rows are missing, or are not neighbours in the file.

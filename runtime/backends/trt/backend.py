@@ -12,7 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,11 @@ _Loaded = dict[str, OrderedDict[Path, Engine]]
 
 
 class TrtBackend:
-    """Runs the engines of one artifact folder on one GPU.
+    """Runs the engines of one artifact folder, whose manifest has been checked, on one GPU.
 
     What is still open when the program ends is closed then, and its kernels are kept.
 
     Args:
-        artifacts: the artifact folder.
-        manifest: its manifest, checked.
         engines: folder of the engines; None takes those below `artifacts/engines` that were built
             from `graphs` for this GPU and this TensorRT.
         device: ordinal of the GPU.
@@ -107,7 +105,6 @@ class TrtBackend:
             graph: key_inputs(self._graphs.signature(graph, self._config))
             for graph in self._graphs.files
         }
-        self._host_stores: list[PinnedStore] = []
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory:
@@ -121,15 +118,9 @@ class TrtBackend:
             raise
         # Neither of these holds the backend itself, which is closed when it is collected.
         self._memory.reclaim.append(functools.partial(_drop_old_shapes, self._loaded, self._memory))
+        self._closers = [self._kv.close, self._scratch.close, self._memory.close]
         self._close = weakref.finalize(
-            self,
-            _close,
-            self._loaded,
-            self._chosen,
-            self._host_stores,
-            self._kv,
-            self._scratch,
-            self._memory,
+            self, _close, self._memory, self._loaded, self._chosen, self._closers
         )
 
     def _start(self) -> Any:
@@ -197,8 +188,7 @@ class TrtBackend:
             return self._memory.download(buffer)
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        view: Buffer = buffer.view(shape, start)
-        return view
+        return buffer.view(shape, start)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
         with self._memory:
@@ -220,7 +210,7 @@ class TrtBackend:
         """Pinned host memory for copies of keys and values, at most `budget` bytes."""
         with self._memory:
             store = PinnedStore(self._memory, self._kv, budget)
-        self._host_stores.append(store)
+        self._closers.insert(0, store.close)
         return store
 
     def available_memory(self) -> int:
@@ -343,22 +333,17 @@ def _drop_old_shapes(loaded: _Loaded, memory: CudaMemory) -> None:
 
 
 def _close(
+    memory: CudaMemory,
     loaded: _Loaded,
     chosen: dict[tuple[str, ShapeKey], Engine],
-    stores: list[PinnedStore],
-    kv: KvMemory,
-    scratch: Scratch,
-    memory: CudaMemory,
+    closers: list[Callable[[], None]],
 ) -> None:
     with memory:
         memory.synchronize()
-        for store in stores:
-            store.close()
         for engines in loaded.values():
             for engine in engines.values():
                 engine.kernels.save()
         loaded.clear()
         chosen.clear()
-        kv.close()
-        scratch.close()
-        memory.close()
+        for close in closers:
+            close()

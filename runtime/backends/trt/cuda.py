@@ -75,10 +75,7 @@ class Event:
 
 
 def load_cuda(extra: str = "rtx") -> Cuda:
-    """Imports the bindings.
-
-    Args:
-        extra: of this package, that brings them; for the message.
+    """Imports the bindings, which an extra of this package brings.
 
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.

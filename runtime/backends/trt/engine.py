@@ -81,54 +81,34 @@ def reason(errors: list[str]) -> str:
 
 @dataclass(slots=True)
 class _Execution:
-    """One shape of an engine.
-
-    Attributes:
-        context: its execution context, everything bound.
-        inputs: fixed buffers, without keys and values.
-        outputs: fixed buffers, without keys and values.
-        places: of the keys and values that come in or out.
-        kv_bytes: of these.
-        scratch_bytes: what the context needs for this shape.
-        sources: what was copied to each input last.
-        ran: it has run.
-    """
+    """One shape of an engine: a context with everything bound, and fixed buffers."""
 
     context: Any
-    inputs: dict[str, DeviceBuffer]
-    outputs: dict[str, DeviceBuffer]
-    places: dict[str, Place]
+    inputs: dict[str, DeviceBuffer]  # without keys and values
+    outputs: dict[str, DeviceBuffer]  # without keys and values
+    places: dict[str, Place]  # of the keys and values that come in or out
     kv_bytes: int
     scratch_bytes: int
-    sources: dict[str, "weakref.ref[DeviceBuffer]"] = field(default_factory=dict)
+    sources: dict[str, "weakref.ref[DeviceBuffer]"] = field(default_factory=dict)  # copied last
     ran: bool = False
 
 
 @dataclass(eq=False)
 class Engine:
-    """One deserialised engine; weights stay bound.
-
-    Attributes:
-        engine: what TensorRT deserialised.
-        unit: pixels of a token's side.
-        weights: its weight inputs.
-        cache_file: for compiled kernels.
-        errors: what TensorRT says.
-        running: it is in use, and so are the buffers of the last shape.
-    """
+    """One deserialised engine; weights stay bound."""
 
     trt: Any
-    engine: Any
+    engine: Any  # what TensorRT deserialised
     record: EngineRecord
     signature: Signature
-    unit: int
+    unit: int  # pixels of a token's side
     weights: Mapping[str, DeviceBuffer]
     memory: CudaMemory
     scratch: Scratch
     kv: KvMemory
-    cache_file: Path
-    errors: list[str]
-    running: bool = False
+    cache_file: Path  # for compiled kernels
+    errors: list[str]  # what TensorRT says
+    running: bool = False  # in use, and so are the buffers of the last shape
 
     def __post_init__(self) -> None:
         self._executions: OrderedDict[ShapeKey, _Execution] = OrderedDict()
@@ -158,27 +138,17 @@ class Engine:
             self._executions.popitem(last=False)
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]], *, eager: bool) -> None:
-        """Makes context and buffers, and takes the memory that a run at this shape needs.
-
-        Args:
-            shapes: of all inputs.
-            eager: have kernels for this very shape compiled at the first run, and not meanwhile.
-        """
+        """Takes what a run at these shapes of all inputs needs; see `Backend.prepare`."""
         execution = self._find(shapes, eager=eager)
         if self._makes_kv:
             self.kv.hold(self.kv.take(execution.kv_bytes))  # which the run finds idle, in place
         self.scratch.require(execution.scratch_bytes)
 
     def run(self, inputs: Mapping[str, DeviceBuffer], key: ShapeKey) -> dict[str, DeviceBuffer]:
-        """Enqueues one execution.
+        """Enqueues one execution; the key is the shapes of `key_inputs`.
 
-        Args:
-            inputs: all of them.
-            key: shapes of `key_inputs`.
-
-        Returns:
-            Outputs, valid in stream order until this engine runs again at this shape; keys and
-            values belong to the caller.
+        Outputs are valid in stream order until this engine runs again at this shape; keys and
+        values belong to the caller.
         """
         if key in self._executions:
             execution = self._executions[key]
@@ -315,10 +285,9 @@ class _Kernels:
                     _log.info("%s is of another driver; kernels are compiled anew", cache_file)
 
     def make_context(self, *, eager: bool) -> Any:
-        """A context that brings no scratch of its own; whole-graph capture, where there is such.
+        """A context without scratch of its own, with whole-graph capture where there is such.
 
-        Args:
-            eager: compile for a shape before it first runs; else fallback kernels run meanwhile.
+        Eager ones compile for a shape before it first runs; else fallback kernels run meanwhile.
         """
         lent = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._cache is None:

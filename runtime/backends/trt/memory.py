@@ -30,18 +30,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class DeviceBuffer:
-    """A tensor in device memory; its memory returns to the pool when the last view is gone.
-
-    Attributes:
-        block: the memory that it lies in, which it keeps.
-        volatile: what it holds changes when the engine that owns it runs again.
-    """
+    """A tensor in device memory; its memory returns to the pool when the last view is gone."""
 
     pointer: int
     shape: tuple[int, ...]
     dtype: str
-    block: object
-    volatile: bool = False
+    block: object  # the memory that it lies in, which it keeps
+    volatile: bool = False  # its content changes when the engine that owns it runs again
 
     @property
     def nbytes(self) -> int:
@@ -77,18 +72,10 @@ class CudaMemory:
     what uses it next comes later on the stream. Nothing here waits for the device but `download`,
     `synchronize`, freeing memory, and an upload that the staging memory has no room left for.
 
-    Args:
-        cuda: the bindings.
-        device: ordinal of the GPU.
-        staging_bytes: pinned host memory that uploads and downloads go through.
-
     Attributes:
         stream: the main stream.
-        staging: pinned host memory.
+        staging: pinned host memory that uploads and downloads go through.
         reclaim: called in turn where the device has no memory left: what frees some.
-
-    Raises:
-        BackendError: no such device.
     """
 
     def __init__(self, cuda: Cuda, device: int = 0, staging_bytes: int = STAGING_BYTES) -> None:

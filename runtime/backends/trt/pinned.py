@@ -10,7 +10,6 @@ behind each other on purpose.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.backends.trt.cuda import Event
@@ -39,15 +38,8 @@ class PinnedCopy:
 class PinnedStore:
     """Pages of pinned memory on the way to and from one device.
 
-    Args:
-        memory: the device's.
-        kv: its memory for sets.
-        budget: bytes; all whole pages of it are pinned at once.
-        page_bytes: bytes of a page.
-
-    Raises:
-        RequestError: less than a page.
-        CapacityError: the system pins no such amount.
+    All whole pages of the budget are pinned at once; it raises RequestError for less than a page,
+    and CapacityError if the system pins no such amount.
     """
 
     def __init__(
@@ -92,7 +84,7 @@ class PinnedStore:
             set_bytes = max(places[name].start + buffer.nbytes for name, buffer in buffers.items())
             copy = self._take(places, set_bytes)
             Event(self._memory.cuda, self._memory.stream).before(self._stream)
-            for page, offset, nbytes in self._runs(copy):
+            for page, offset, nbytes in self._parts(copy):
                 source = block.pointer + offset
                 self._memory.cuda.copy(page, source, nbytes, "DeviceToHost", self._stream)
             block.physical.busy = Event(self._memory.cuda, self._stream)
@@ -104,7 +96,7 @@ class PinnedStore:
             block = self._kv.take(copy.set_bytes)
             # What used the memory before may still be under way.
             Event(self._memory.cuda, self._memory.stream).before(self._stream)
-            for page, offset, nbytes in self._runs(copy):
+            for page, offset, nbytes in self._parts(copy):
                 target = block.pointer + offset
                 self._memory.cuda.copy(target, page, nbytes, "HostToDevice", self._stream)
             block.physical.busy = Event(self._memory.cuda, self._stream)
@@ -116,13 +108,11 @@ class PinnedStore:
         self._memory.call("cudaStreamDestroy", self._stream)
         self._memory.call("cudaFreeHost", self._pointer)
 
-    def _runs(self, copy: PinnedCopy) -> Iterator[tuple[int, int, int]]:
-        """Address, offset in the set, and bytes of each run of pages that follow each other."""
-        pages, size = copy.pages, self._page_bytes
-        ends = [i + 1 for i, (a, b) in enumerate(pairwise(pages)) if b != a + size]
-        for first, last in pairwise([0, *ends, len(pages)]):
-            offset = first * size
-            yield pages[first], offset, min(last * size, copy.set_bytes) - offset
+    def _parts(self, copy: PinnedCopy) -> Iterator[tuple[int, int, int]]:
+        """Address, offset in the set, and bytes of each page."""
+        for i, page in enumerate(copy.pages):
+            offset = i * self._page_bytes
+            yield page, offset, min(self._page_bytes, copy.set_bytes - offset)
 
     def _take(self, places: Mapping[str, Place], set_bytes: int) -> PinnedCopy:
         nbytes = self.size(set_bytes)
@@ -132,7 +122,5 @@ class PinnedStore:
                 f"{count} pages of pinned host memory are needed, {len(self._idle)} of "
                 f"{self._count} are free; give host_cache_bytes a larger budget"
             )
-        self._idle.sort(reverse=True)  # the lowest addresses first, for long runs
-        return PinnedCopy(
-            self._idle, [self._idle.pop() for _ in range(count)], nbytes, places, set_bytes
-        )
+        pages = [self._idle.pop() for _ in range(count)]
+        return PinnedCopy(self._idle, pages, nbytes, places, set_bytes)

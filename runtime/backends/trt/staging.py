@@ -27,17 +27,7 @@ _MOST_READERS = 8
 
 
 class Staging:
-    """Pinned host memory of one device.
-
-    Args:
-        cuda: the bindings.
-        device: ordinal of the GPU.
-        stream: that all copies are put on.
-        nbytes: how much is pinned, for good.
-
-    Raises:
-        CapacityError: the system pins no more.
-    """
+    """Pinned host memory of one device, on whose stream all copies are put."""
 
     def __init__(self, cuda: Cuda, device: int, stream: Any, nbytes: int) -> None:
         self._cuda, self._device, self._stream = cuda, device, stream
@@ -70,9 +60,6 @@ class Staging:
 
     def upload_weights(self, targets: Mapping[WeightRef, int]) -> None:
         """Copies weights from their files to device addresses; waits until they are there.
-
-        Args:
-            targets: byte ranges of files, and where each goes.
 
         Raises:
             ArtifactError: a file cannot be read, or is too short.

@@ -73,11 +73,7 @@ class VirtualMemory:
         return self.reserve(nbytes), nbytes
 
     def create(self, nbytes: int) -> Any:
-        """Physical memory.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Physical memory; CapacityError: the device has not so much."""
         return self._memory.call_for_memory("cuMemCreate", nbytes, self._properties, 0)
 
     def map(self, pointer: int, nbytes: int, handle: Any) -> None:
@@ -109,11 +105,7 @@ class Scratch:
         self._pieces: list[tuple[int, Any]] = []  # bytes and handle, in the order of addresses
 
     def require(self, nbytes: int) -> None:
-        """Has at least so many bytes there.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Has at least so many bytes there; CapacityError: the device has not so much."""
         wanted = self._virtual.rounded(nbytes)
         if self.nbytes >= wanted:
             return
@@ -218,11 +210,7 @@ class KvMemory:
         return sum(physical.nbytes for physical in self._idle)
 
     def take(self, nbytes: int) -> KvBlock:
-        """Memory for a set.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Memory for a set; CapacityError: the device has not so much."""
         nbytes = self._virtual.rounded(nbytes)
         fitting = [physical for physical in self._idle if physical.nbytes == nbytes]
         if fitting:
