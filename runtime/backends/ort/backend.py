@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,8 +112,8 @@ class OrtBackend:
         self._config = manifest.config
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        self._weights: dict[WeightRef, Any] = {}
-        self._bound: dict[str, frozenset[WeightRef]] = {}
+        self._weights: weakref.WeakValueDictionary[WeightRef, Any] = weakref.WeakValueDictionary()
+        self._bound: dict[str, list[Any]] = {}  # by graph, its weights
         self._loading = threading.Lock()
 
     def prepare(
@@ -186,12 +187,10 @@ class OrtBackend:
         return self.upload(flat.reshape(shape))
 
     def release(self, graph: str) -> None:
+        before = len(self._weights)
         self._sessions.pop(graph, None)
-        bound = self._bound.pop(graph, frozenset())
-        unused = bound.difference(*self._bound.values())
-        for ref in unused:
-            del self._weights[ref]
-        if unused and not self._device.is_host:
+        self._bound.pop(graph, None)
+        if len(self._weights) < before and not self._device.is_host:
             give_back_memory(self._ort, self._device)
 
     def available_memory(self) -> int:
@@ -231,11 +230,12 @@ class OrtBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         refs = graph_weights(self._artifacts, file)
-        self._bound[graph] = frozenset(refs.values())
+        bound = self._bound[graph] = []
         for name, ref in refs.items():
-            if ref not in self._weights:
-                self._weights[ref] = self._place(ref)
-            options.add_initializer(name, self._weights[ref])
+            weight = self._weights.get(ref) or self._place(ref)
+            self._weights[ref] = weight
+            bound.append(weight)
+            options.add_initializer(name, weight)
         path = self._artifacts / file
         try:
             session = open_session(self._ort, device, os.fspath(path), options)

@@ -4,8 +4,8 @@ Weights are uploaded once and bound to every engine by address; outputs of one e
 the next without leaving the device. Nothing waits for the device but a download, the loading of an
 engine, and a change of the reference set.
 
-Not run on a GPU by this project's tests: they drive it with stand-ins for CUDA and TensorRT, and
-check that every name used exists in the installed bindings.
+Nothing in this folder was run on a GPU by this project's tests: they drive it with stand-ins for
+CUDA and TensorRT, and check that every name used exists in the installed bindings.
 """
 
 import contextlib

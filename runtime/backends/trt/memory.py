@@ -1,7 +1,4 @@
-"""Device memory: a stream, buffers that go back to a free list, and copies that wait for nothing.
-
-Not run on a GPU by this project's tests, which drive it with a stand-in for CUDA.
-"""
+"""Device memory: a stream, buffers that go back to a free list, copies that wait for nothing."""
 
 import functools
 import math

@@ -3,9 +3,6 @@
 All of it is pinned when it is opened: pinning takes longer than copying. A copy is spread over as
 many pages as it needs. Copies run on one stream of their own, in order, so a page may be used again
 as soon as it is given back. The graphs' stream waits for a restored set when it first uses it.
-
-Not run on a GPU by this project's tests, which drive it with a stand-in for CUDA whose streams lag
-behind each other on purpose.
 """
 
 from collections.abc import Iterator, Mapping

@@ -6,9 +6,6 @@ mapped into it. Engines share one such range as scratch, which grows in place. K
 another, their place: each reference set has physical memory of its own, and the set that a request
 needs is mapped into the place. (vLLM's sleep mode and torch_memory_saver rely on the same: graphs
 that were captured replay after other memory was mapped at their addresses.)
-
-Not run on a GPU by this project's tests, which drive it with a stand-in for CUDA that maps pages of
-host memory the same way.
 """
 
 import contextlib
@@ -107,21 +104,17 @@ class Scratch:
     def require(self, nbytes: int) -> None:
         """Has at least so many bytes there; CapacityError: the device has not so much."""
         wanted = self._virtual.rounded(nbytes)
-        if self.nbytes >= wanted:
-            return
-        missing = wanted - self.nbytes
-        handle = self._virtual.create(missing)
-        if self.nbytes + missing < wanted:  # it was shrunk to find room for that
-            self._memory.call("cuMemRelease", handle)
-            missing = wanted
+        while self.nbytes < wanted:
+            missing = wanted - self.nbytes
             handle = self._virtual.create(missing)
-        try:
-            self._virtual.map(self.pointer + self.nbytes, missing, handle)
-        except BaseException:
-            self._memory.call("cuMemRelease", handle)
-            raise
-        self._pieces.append((missing, handle))
-        self.nbytes += missing
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._memory.call, "cuMemRelease", handle)
+                if self.nbytes + missing < wanted:  # it was shrunk to find room for that
+                    continue
+                self._virtual.map(self.pointer + self.nbytes, missing, handle)
+                undo.pop_all()
+            self._pieces.append((missing, handle))
+            self.nbytes += missing
 
     def shrink(self) -> None:
         """Frees all of it; waits for the stream."""

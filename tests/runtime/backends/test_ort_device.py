@@ -19,6 +19,7 @@ from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 from klein_kv.runtime.backends.ort.device import _IDENTITY, CPU, OrtDevice
 from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_engines import random_inputs
 from tests.runtime.backends.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
 
 Picture = Callable[..., Image.Image]
@@ -155,13 +156,8 @@ def test_the_same_images_as_on_a_cpu(tiny_artifacts, tiny_ours, picture):
 def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts):
     backend = open_cuda(tiny_artifacts)
     manifest = Manifest.load(tiny_artifacts)
-    rng = np.random.default_rng(0)
-    inputs = {}
-    sizes = {"batch": 1, "image_tokens": 20, "text_tokens": 8, "ref_tokens": 24}
-    for spec in manifest.graphs.signature("first_step", manifest.config).inputs:
-        shape = spec.concrete(sizes)
-        values = rng.integers(0, 9, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
-        inputs[spec.name] = backend.upload(values.astype(NUMPY_DTYPES[spec.dtype]))
+    arrays = random_inputs(manifest.graphs.signature("first_step", manifest.config))
+    inputs = {name: backend.upload(array) for name, array in arrays.items()}
     first = backend.run("first_step", inputs)
     feeds = {name: value for name, value in inputs.items() if not name.startswith("ref_")}
     feeds |= {name: first[name] for name in kv_names(manifest.config.transformer.num_blocks)}
@@ -190,16 +186,12 @@ def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts):
     backend = OrtBackend(
         tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda.cuda
     )
-    asked, get_info = [], cuda.cudaMemGetInfo
-
-    def watch() -> Any:
-        asked.append(cuda.device)
-        return get_info()
-
-    cuda.cudaMemGetInfo = watch  # type: ignore[method-assign]
+    cuda.cudaSetDevice(1)
+    cuda.cudaMalloc(345)
+    cuda.cudaSetDevice(0)
     given_back = FakeOnnxruntime.given_back
-    assert backend.available_memory() == 12_345
-    assert (asked, cuda.device) == ([1], 0), "the thread's device stays what it was"
+    assert backend.available_memory() == 12_000, "of its own device"
+    assert cuda.device == 0, "the thread's device stays what it was"
     assert FakeOnnxruntime.given_back == given_back + 1, "memory kept for reuse counts as free"
     held = backend.graph_memory("cached_step")
     assert held.weights == backend.graph_memory("first_step").weights, "they share one copy"

@@ -17,15 +17,14 @@ from torch._inductor import cpp_builder
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
-from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.signature import kv_names, make_signature
 from klein_kv.artifacts.weights import NUMPY_DTYPES
-from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.runtime.backends.pytorch import memory as torch_memory
 from klein_kv.runtime.backends.pytorch.backend import TorchBackend
 from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 from tests.conftest import load_ours
+from tests.runtime.backends.fake_engines import random_inputs
 
 Picture = Callable[..., Image.Image]
 Arrays = dict[str, Any]
@@ -49,24 +48,10 @@ def config(tiny_artifacts: Path) -> ModelConfig:
     return Manifest.load(tiny_artifacts).config
 
 
-def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1, side: int = 4) -> Arrays:
+def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1) -> Arrays:
     """Inputs of all transformer graphs, as float32 arrays."""
-    rng, net = np.random.default_rng(0), config.transformer
-
-    def normal(*shape: int) -> Any:
-        return rng.standard_normal(shape, np.float32)
-
-    grids = [(refs // 2, 2)]
-    return {
-        "hidden_states": normal(batch, side * side, net.in_channels),
-        "encoder_hidden_states": normal(batch, 9, net.joint_attention_dim),
-        "timestep": np.array([700.0], np.float32),
-        "sigma_step": np.array([-0.25], np.float32),
-        "img_ids": grid_ids(side, side),
-        "txt_ids": text_ids(9),
-        "ref_hidden_states": normal(1, refs, net.in_channels),
-        "ref_ids": reference_ids(grids),
-    }
+    signature = make_signature("first_step", config, "float32")
+    return random_inputs(signature, ref_tokens=refs, batch=batch)
 
 
 def upload_all(
@@ -263,18 +248,6 @@ def test_keys_and_values_keep_nothing_else_alive(backend, config):
     for name, value in kv.items():
         assert value.is_contiguous()
         assert value.untyped_storage().nbytes() == value.nbytes, name
-
-
-def test_command_line(tiny_bf16_artifacts, tmp_path, capsys):
-    """bfloat16 artifacts on a CPU, which no other backend runs: "auto" takes torch."""
-    out = tmp_path / "kite.png"
-    size = ["--height", "128", "--width", "144", "--steps", "2", "--seed", "1"]
-    options = ["--device", "cpu", "--threads", "1"]
-    argv = ["generate", str(tiny_bf16_artifacts), "-p", "a kite", "-o", str(out), *size, *options]
-    assert main([*argv, "-q"]) == 0
-    with Image.open(out) as image:
-        assert image.size == (144, 128)
-    assert capsys.readouterr().out.strip() == str(out)
 
 
 # --- compiled blocks ---

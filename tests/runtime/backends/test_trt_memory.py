@@ -127,7 +127,7 @@ def test_a_file_that_is_too_short_is_one_clear_error(tmp_path):
     path.unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         upload(device.memory, refs)
-    assert device.cuda.events == 0
+    assert not device.cuda.recorded
 
 
 # --- addresses that stay ---
@@ -207,10 +207,10 @@ def test_closing_frees_what_is_still_in_use(device):
     device.kv.close()
     device.scratch.close()
     device.memory.close()
-    cuda = device.cuda
-    assert (cuda.used, len(cuda.pinned), len(cuda.reserved), len(cuda.streams)) == (0, 0, 0, 0)
+    assert device.cuda.left[:4] == (0, 0, 0, 0)
     held.clear()
     gc.collect()
+    assert not any(device.cuda.left)
 
 
 def test_a_gpu_without_virtual_memory_is_refused(monkeypatch):
@@ -223,12 +223,8 @@ def test_a_gpu_without_virtual_memory_is_refused(monkeypatch):
 # --- the stand-in is as strict as CUDA ---
 
 
-@pytest.fixture
-def raw() -> FakeCuda:
-    return FakeCuda(devices=2)
-
-
-def test_the_stand_in_refuses_what_cuda_refuses(raw):
+def test_the_stand_in_refuses_what_cuda_refuses():
+    raw = FakeCuda(devices=2)
     _, stream = raw.cudaStreamCreateWithFlags(1)
     _, pointer = raw.cudaMalloc(1000)
     host = np.zeros(2000, np.uint8)
@@ -252,9 +248,6 @@ def test_the_stand_in_refuses_to_unmap_what_is_still_to_be_used():
     device.memory.copy(block.pointer, block.pointer, 10)
     with pytest.raises(AssertionError, match="has yet to use"):
         device.cuda.cuMemUnmap(block.pointer, PAGE)
-
-
-# --- what a first review of the executor found ---
 
 
 def test_scratch_that_cannot_be_had_is_refused_and_does_not_loop():
@@ -297,7 +290,5 @@ def test_a_failing_call_leaves_the_memory_to_other_threads(monkeypatch):
         with device.memory:
             entered.set()
 
-    thread = threading.Thread(target=enter, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert entered.is_set()
+    threading.Thread(target=enter, daemon=True).start()
+    assert entered.wait(10)
