@@ -262,11 +262,11 @@ class FakeEngine:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = 1
         options.enable_mem_reuse = False  # planning it is most of the time that loading takes
-        self._kept = {
+        self._values = {
             name: ort_value(array_at(addresses[name], ref.shape, ref.dtype))
             for name, ref in self.weights.items()
         }
-        for name, value in self._kept.items():
+        for name, value in self._values.items():
             options.add_initializer(name, value)
         return onnxruntime.InferenceSession(
             str(self.trt.artifacts / self.trt.graphs.files[self.graph]),

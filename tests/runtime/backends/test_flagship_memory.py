@@ -230,5 +230,5 @@ def test_the_plan_shows_how_many_sets_stay(artifacts, capsys):
     assert main(["plan", str(artifacts), "--refs", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if re.match(r"\w+/\w+ +4 ", line)]
-    kept = {row[0]: int(row[5]) for row in rows}
-    assert kept == {"bf16/bf16": 1, "fp8/fp8": 1, "nvfp4/fp8": 1}
+    sets = {row[0]: int(row[5]) for row in rows}
+    assert sets == {"bf16/bf16": 1, "fp8/fp8": 1, "nvfp4/fp8": 1}

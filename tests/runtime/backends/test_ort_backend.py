@@ -180,7 +180,7 @@ LOCATIONS = [
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
-@pytest.mark.parametrize("table", ["kept", "emptied"])
+@pytest.mark.parametrize("table", ["whole", "emptied"])
 def test_external_data_outside_the_folder(location, table, folder):
     """Refused whatever the digests say, with or without the weights given by address."""
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"

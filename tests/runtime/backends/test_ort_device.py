@@ -266,13 +266,13 @@ def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(graph, tiny_bf
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    found = {
+    op_types = {
         node.op_type
         for node in model.graph.node
         if any(types.get(name) == onnx.TensorProto.BFLOAT16 for name in node.input)
     }
-    assert len(found) > 5
-    assert found <= BFLOAT16_KERNELS
+    assert len(op_types) > 5
+    assert op_types <= BFLOAT16_KERNELS
 
 
 # --- on a GPU ---
