@@ -31,8 +31,8 @@ class GraphMemory:
     """What a graph takes on the device besides the buffers that go in and come out.
 
     Attributes:
-        weights: bytes by tensor while the graph is loaded; graphs that name the same tensor share
-            it. Empty where weights are mapped files, which the system drops by itself.
+        weights: bytes by tensor while the graph is loaded, which graphs that name the same tensor
+            share. Empty where weights are mapped files, which the system drops by itself.
         keeps_scratch: the backend keeps the memory of a run for its next run, and
             `available_memory` cannot tell it from memory in use.
         fixed_buffers: inputs and outputs of every graph have memory of their own while it is
@@ -65,15 +65,11 @@ class Backend(Protocol):
             graph: its name.
             shapes: of all its inputs.
             kv: the keys and values that the run will be given, where there are some already.
-            eager: compile whatever is to be compiled for these shapes at the first run.
+            eager: compile for these very shapes at the first run.
         """
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        """Runs a graph.
-
-        Args:
-            graph: a key of `GraphSet.files`; loaded when first used.
-            inputs: every input of the graph's signature. Buffers stay the caller's.
+        """Runs a graph, a key of `GraphSet.files`, on all its inputs; loads it when first used.
 
         Returns:
             All outputs by name, on the device. Keys and values belong to the caller; the others may
@@ -93,12 +89,7 @@ class Backend(Protocol):
         """The same memory from element `start` on, under another shape."""
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
-        """A new buffer that holds the elements of its parts, one after the other.
-
-        Args:
-            shape: of the new buffer.
-            parts: of one type; each is copied before the next one is asked for.
-        """
+        """A new buffer of the elements of its parts, each copied before the next is asked for."""
 
     def release(self, graph: str) -> None:
         """Frees what a loaded graph holds; the next run loads it again."""
@@ -126,7 +117,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class DeviceClock(Protocol):
-    """What a backend offers besides if its calls return before the device has done the work."""
+    """What a backend offers besides whose calls return before the device has done the work."""
 
     def mark(self) -> object:
         """A point in the device's work, taken without waiting for it."""
@@ -176,8 +167,7 @@ def open_backend(
         name = _choose_backend(artifacts, graphs, kind)
     options = dict(options or {})
     known = _TORCH_OPTIONS if name == "torch" else ()
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
+    if unknown := sorted(options.keys() - set(known)):
         expected = f"expected some of {', '.join(known)}" if known else "which has none"
         raise BackendError(f"backend_options {unknown} are none of the {name} backend, {expected}")
     if name == "tensorrt":

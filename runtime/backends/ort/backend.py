@@ -7,14 +7,15 @@ faster (measured with onnxruntime 1.31 at 1,536 rows: 1.08 s against 1.03 to 1.1
 are uploaded once.
 """
 
+import importlib
 import logging
 import math
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from klein_kv.runtime.backends.ort.device import (
     free_memory,
     give_back_memory,
     open_device,
+    open_session,
 )
 from klein_kv.runtime.backends.trt.cuda import Cuda, aligned
 from klein_kv.runtime.planning import memory
@@ -40,7 +42,6 @@ __all__ = ["OrtBackend"]
 _log = logging.getLogger(__name__)
 _SESSION_OPTIONS = {
     "disable_prepacking": "1",
-    "use_env_allocators": "1",
     "intra_op.allow_spinning": "0",
     "record_ep_graph_assignment_info": "1",
 }
@@ -60,25 +61,22 @@ _BITS = {NUMPY_DTYPES["bfloat16"]: np.uint16, NUMPY_DTYPES["float8_e4m3fn"]: np.
 """What ONNX Runtime takes for types that numpy has not of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
+class _View(NamedTuple):
     """Part of a buffer, from element `start` on, under another shape."""
 
     buffer: Any
     shape: tuple[int, ...]
-    start: int = 0
+    start: int
 
 
 class OrtBackend:
-    """Runs an artifact folder with ONNX Runtime.
+    """Runs an artifact folder, whose manifest has been checked, with ONNX Runtime.
 
     Every run returns when its work is done. Buffers are `OrtValue`s, and go to other libraries of
     the same device without a copy through DLPack.
 
     Args:
-        artifacts: the folder, its manifest checked.
-        manifest: the manifest.
-        threads: threads per operator; None lets ONNX Runtime choose (one per physical core).
+        threads: per operator; None lets ONNX Runtime choose (one per physical core).
         graphs: which graphs of the folder; None takes the manifest's.
         device: where to compute.
         onnxruntime: the module; None imports it.
@@ -114,8 +112,8 @@ class OrtBackend:
         self._config = manifest.config
         self._threads = threads
         self._sessions: dict[str, Any] = {}
-        self._weights: dict[WeightRef, Any] = {}
-        self._bound: dict[str, frozenset[WeightRef]] = {}
+        self._weights: weakref.WeakValueDictionary[WeightRef, Any] = weakref.WeakValueDictionary()
+        self._bound: dict[str, list[Any]] = {}  # by graph, its weights
         self._loading = threading.Lock()
 
     def prepare(
@@ -177,11 +175,11 @@ class OrtBackend:
         return {name: self.upload(array) for name, array in arrays.items()}
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        value, at = (buffer.buffer, buffer.start) if isinstance(buffer, _View) else (buffer, 0)
-        held = math.prod(buffer.shape if isinstance(buffer, _View) else value.shape())
+        whole = buffer if isinstance(buffer, _View) else _View(buffer, buffer.shape(), 0)
+        held = math.prod(whole.shape)
         if start < 0 or start + math.prod(shape) > held:
             raise BackendError(f"cannot view {held} elements from {start} as {shape}")
-        return _View(value, shape, at + start)
+        return _View(whole.buffer, shape, whole.start + start)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
         # ONNX Runtime copies whole tensors alone: on a GPU they pass through the host.
@@ -189,12 +187,10 @@ class OrtBackend:
         return self.upload(flat.reshape(shape))
 
     def release(self, graph: str) -> None:
+        before = len(self._weights)
         self._sessions.pop(graph, None)
-        bound = self._bound.pop(graph, frozenset())
-        unused = bound.difference(*self._bound.values())
-        for ref in unused:
-            del self._weights[ref]
-        if unused and not self._device.is_host:
+        self._bound.pop(graph, None)
+        if len(self._weights) < before and not self._device.is_host:
             give_back_memory(self._ort, self._device)
 
     def available_memory(self) -> int:
@@ -222,8 +218,7 @@ class OrtBackend:
             self.release(graph)
 
     def _session(self, graph: str) -> Any:
-        # Requests may come from several threads: a weight that the second of them placed anew
-        # would free the memory that the first one's session reads.
+        # A weight that a second thread placed anew would free what the first one's session reads.
         with self._loading:
             return self._sessions.get(graph) or self._load(graph)
 
@@ -232,20 +227,18 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         for key, value in _SESSION_OPTIONS.items():
             options.add_session_config_entry(f"session.{key}", value)
-        options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         refs = graph_weights(self._artifacts, file)
-        self._bound[graph] = frozenset(refs.values())
+        bound = self._bound[graph] = []
         for name, ref in refs.items():
-            if ref not in self._weights:
-                self._weights[ref] = self._place(ref)
-            options.add_initializer(name, self._weights[ref])
+            weight = self._weights.get(ref) or self._place(ref)
+            self._weights[ref] = weight
+            bound.append(weight)
+            options.add_initializer(name, weight)
         path = self._artifacts / file
         try:
-            session = self._ort.InferenceSession(
-                os.fspath(path), options, providers=device.providers, enable_fallback=0
-            )
+            session = open_session(self._ort, device, os.fspath(path), options)
         except Exception as error:
             raise ArtifactError(
                 f"{path} cannot be loaded by ONNX Runtime: {error}; export again"
@@ -282,10 +275,9 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
 
 def _import_onnxruntime(device: OrtDevice) -> Any:
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise BackendError(
             "backend onnxruntime is not installed; install it with pip install "
             f"'klein-kv[{device.kind}]'"
         ) from error
-    return onnxruntime

@@ -22,6 +22,7 @@ __all__ = [
     "free_memory",
     "give_back_memory",
     "open_device",
+    "open_session",
 ]
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ _SHAPE_OPS = frozenset(
 )
 """Integers about shapes: the CUDA provider leaves these few numbers to the CPU on purpose."""
 
-
 # The ONNX model y = x, float32 [1]: onnx is not among what the runtime needs.
 _IDENTITY = bytes.fromhex(
     "08083a3b0a100a017812017922084964656e746974791205656d7074795a0f0a0178120a0a08080112040a020801"
@@ -45,16 +45,10 @@ _IDENTITY = bytes.fromhex(
 
 @dataclass(frozen=True, slots=True)
 class OrtDevice:
-    """One device of ONNX Runtime.
+    """One device of ONNX Runtime; its kind is also the extra of this package for its provider."""
 
-    Attributes:
-        kind: ONNX Runtime's name for it, "cpu" or "cuda"; also the extra of this package that
-            brings its provider.
-        index: its number among those of its kind.
-    """
-
-    kind: str = "cpu"
-    index: int = 0
+    kind: str = "cpu"  # or "cuda"
+    index: int = 0  # among those of its kind
 
     @property
     def is_host(self) -> bool:
@@ -92,11 +86,6 @@ class OrtDevice:
             "use_tf32": "0",
             "cudnn_conv_algo_search": "HEURISTIC",
         }
-
-    @property
-    def providers(self) -> list[tuple[str, dict[str, str]]]:
-        """As `InferenceSession` takes them; it adds the CPU provider for shapes by itself."""
-        return [(self.provider, self.options)]
 
 
 CPU = OrtDevice()
@@ -152,12 +141,16 @@ def _share_arena(onnxruntime: Any, device: OrtDevice) -> None:
     )
 
 
+def open_session(onnxruntime: Any, device: OrtDevice, model: str | bytes, options: Any) -> Any:
+    """A session on the device, in the shared arena; ONNX Runtime adds the CPU for shapes."""
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = 3
+    providers = [(device.provider, device.options)]
+    return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
 def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     """Bytes that a GPU has free; ONNX Runtime tells neither that nor what its arena holds.
-
-    Args:
-        device: the GPU.
-        cuda: CUDA's bindings; None loads cuda-python.
 
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.
@@ -166,10 +159,9 @@ def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
     before = cuda.call("cudaGetDevice")  # of this thread, whose it stays
     cuda.call("cudaSetDevice", device.index)
     try:
-        free, _total = cuda.call("cudaMemGetInfo")
+        return int(cuda.call("cudaMemGetInfo")[0])
     finally:
         cuda.call("cudaSetDevice", before)
-    return int(free)
 
 
 def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
@@ -190,24 +182,15 @@ def give_back_memory(onnxruntime: Any, device: OrtDevice) -> None:
 
 @functools.cache
 def _empty_session(onnxruntime: Any, device: OrtDevice) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        _IDENTITY, options, providers=device.providers, enable_fallback=0
-    )
+    return open_session(onnxruntime, device, _IDENTITY, onnxruntime.SessionOptions())
 
 
 def check_assignment(session: Any, device: OrtDevice, file: str) -> None:
     """Refuses a session that would compute elsewhere than on its device.
 
     `session.disable_cpu_ep_fallback` would refuse every graph with dynamic shapes, whose shape
-    arithmetic belongs on the CPU. And a provider that cannot start is only warned of.
-
-    Args:
-        session: made with `session.record_ep_graph_assignment_info`.
-        device: where it should compute.
-        file: the graph, for the message.
+    arithmetic belongs on the CPU. And a provider that cannot start is only warned of. The session
+    is made with `session.record_ep_graph_assignment_info`.
 
     Raises:
         BackendError: the provider did not start.

@@ -98,13 +98,11 @@ class TorchBackend:
         Args:
             config: shapes of the networks.
             dtype: type of weights and activations, e.g. "bfloat16".
-            device: where the tensors lie: "cpu", "cuda" or "cuda:N"; None for the first GPU, else
-                the CPU.
+            device: where the tensors lie, "cpu", "cuda" or "cuda:N"; None: first GPU, else CPU.
             transformer: tensors by the names of diffusers' `Flux2Transformer2DModel.state_dict()`;
-                others are ignored. None: the transformer's graphs cannot be run.
-            text_encoder: tensors by the names of transformers' `Qwen3ForCausalLM.state_dict()`, or
-                None.
-            vae: diffusers' `AutoencoderKLFlux2`, or None.
+                others are ignored. What is None has graphs that cannot be run.
+            text_encoder: tensors by the names of transformers' `Qwen3ForCausalLM.state_dict()`.
+            vae: diffusers' `AutoencoderKLFlux2`.
             options: `compile_blocks` and `cuda_graphs`, as the class takes them.
 
         Raises:
@@ -122,13 +120,11 @@ class TorchBackend:
         eager: bool = False,
     ) -> None:
         with self._torch(graph):
-            if graph not in self._loaded:
-                self._load(graph)
+            self._graph(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         with self._torch(graph):
-            function = self._loaded.get(graph) or self._load(graph)
-            return function(inputs)
+            return self._graph(graph)(inputs)
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         with self._torch("upload"):
@@ -142,8 +138,7 @@ class TorchBackend:
         return {name: self.upload(array) for name, array in arrays.items()}
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        view: torch.Tensor = buffer.reshape(-1)[start : start + math.prod(shape)].view(shape)
-        return view
+        return buffer.reshape(-1)[start : start + math.prod(shape)].view(shape)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
         with self._torch("copy"):
@@ -197,15 +192,18 @@ class TorchBackend:
             raise ArtifactError(f"there is no graph {graph!r}, expected one of {', '.join(files)}")
         return files[graph].partition("/")[0]
 
-    def _load(self, graph: str) -> Graph:
+    def _graph(self, graph: str) -> Graph:
+        """A graph, loaded if need be."""
+        if graph in self._loaded:
+            return self._loaded[graph]
         start = time.perf_counter()
-        component, graphs = self._component(graph), self._weights.graphs
-        config = self._weights.config
+        component = self._component(graph)
+        graphs, config = self._weights.graphs, self._weights.config
         if component not in self._networks:
-            weights, dtype = self._weights.load(component), TORCH_DTYPES[graphs.dtype]
-            self._networks[component] = (
-                weights if component == "vae" else TorchOps(weights, dtype, self._compile_blocks)
-            )
+            network = self._weights.load(component)
+            if component != "vae":
+                network = TorchOps(network, TORCH_DTYPES[graphs.dtype], self._compile_blocks)
+            self._networks[component] = network
         network = self._networks[component]
         if component == "vae":
             function = vae_graph(graph, network)

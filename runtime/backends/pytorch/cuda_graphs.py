@@ -12,7 +12,6 @@ ones replay.
 """
 
 import logging
-import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -37,7 +36,6 @@ class CudaCapture:
     """Captures work on one GPU; all graphs share a pool of memory, since none run at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             # Of its own: torch's default for captures is on the first GPU that captured.
@@ -78,23 +76,33 @@ class StepGraphs:
         capture: Callable[[Callable[[], Tensors]], tuple[Replay, Tensors]],
     ) -> None:
         self._function = function
-        self._kv = _KvPlace(kv_names)
+        self._kv_names = frozenset(kv_names)
         self._capture = capture
         self._shapes: OrderedDict[Shapes, _Shape] = OrderedDict()
+        self._place: Tensors = {}  # of keys and values, flat, as large as the largest so far
+        self._held: dict[str, weakref.ref[torch.Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
         """Runs, captures or replays; outputs are the caller's own."""
-        if self._kv.hold(inputs):
-            self._shapes.clear()  # their graphs read the former place
+        kv = self._hold({name: x for name, x in inputs.items() if name in self._kv_names})
         key: Shapes = tuple(sorted((name, tuple(x.shape)) for name, x in inputs.items()))
         shape = self._shapes.get(key)
         if shape is None:
-            return self._first(key, inputs)
+            small = {
+                name: x.clone(memory_format=torch.contiguous_format)
+                for name, x in inputs.items()
+                if name not in kv
+            }
+            first = self._function(small | kv)
+            if len(self._shapes) == _MOST_SHAPES:
+                self._shapes.popitem(last=False)
+            self._shapes[key] = _Shape(small)
+            return first
         self._shapes.move_to_end(key)
         for name, buffer in shape.inputs.items():
             buffer.copy_(inputs[name], non_blocking=True)
         if shape.captured is None:
-            step_inputs = shape.inputs | self._kv.views(inputs)
+            step_inputs = shape.inputs | kv
             shape.captured = self._capture(lambda: self._function(step_inputs))
             _log.info("captured a step, the graph of %d shapes", len(self._shapes))
         replay, outputs = shape.captured
@@ -102,53 +110,22 @@ class StepGraphs:
         # The next replay writes to the same memory.
         return {name: output.clone() for name, output in outputs.items()}
 
-    def _first(self, key: Shapes, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        small = {
-            name: x.clone(memory_format=torch.contiguous_format)
-            for name, x in inputs.items()
-            if name not in self._kv.names
-        }
-        outputs = self._function(small | self._kv.views(inputs))
-        if len(self._shapes) == _MOST_SHAPES:
-            self._shapes.popitem(last=False)
-        self._shapes[key] = _Shape(small)
-        return outputs
-
-
-class _KvPlace:
-    """Memory for the keys and values of one request, as large as the largest so far."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = frozenset(names)
-        self._buffers: dict[str, torch.Tensor] = {}  # flat
-        self._held: dict[str, weakref.ref[torch.Tensor]] = {}
-
-    def hold(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Copies keys and values in, unless these very tensors were the last.
-
-        Returns:
-            Whether the place moved.
-        """
-        kv = {name: x for name, x in inputs.items() if name in self.names}
-        moved = any(
-            name not in self._buffers or self._buffers[name].numel() < x.numel()
-            for name, x in kv.items()
-        )
-        if moved:
+    def _hold(self, kv: Tensors) -> Tensors:
+        """Keys and values in their place; copied there unless these very tensors were the last."""
+        if any(x.numel() > self._room(name) for name, x in kv.items()):
             self._held.clear()
-            self._buffers.clear()  # before the new ones are made: both may not fit
+            self._shapes.clear()  # their graphs read the former place
+            self._place.clear()  # before the new one is made: both may not fit
             for name, x in kv.items():
-                self._buffers[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+                self._place[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        views = {name: self._place[name][: x.numel()].view(x.shape) for name, x in kv.items()}
         for name, x in kv.items():
             last = self._held.get(name)
             if last is None or last() is not x:
-                self._view(name, x).copy_(x, non_blocking=True)
+                views[name].copy_(x, non_blocking=True)
                 self._held[name] = weakref.ref(x)
-        return moved
+        return views
 
-    def views(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        """The place, in the shapes of these inputs."""
-        return {name: self._view(name, x) for name, x in inputs.items() if name in self.names}
-
-    def _view(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        return self._buffers[name][: math.prod(like.shape)].view(like.shape)
+    def _room(self, name: str) -> int:
+        """Elements that the place holds of one of them; -1 if there is none yet."""
+        return self._place[name].numel() if name in self._place else -1

@@ -4,6 +4,7 @@ The networks are `klein_kv.networks` computed by `TorchOps`, and diffusers' VAE.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 
 import torch
 
@@ -33,11 +34,7 @@ def transformer_graph(
 ) -> Graph:
     """`first_step`, `cached_step`, `encode_references` or `plain_step`.
 
-    Args:
-        graph: which of them.
-        config: the checkpoint's configuration.
-        ops: the transformer's weights, and how to compute.
-        kv_dtype: type that keys and values are handed on in, `KVFormat.FP8_PER_HEAD` or None.
+    Keys and values are handed on in `kv_dtype`: `KVFormat.FP8_PER_HEAD`, or None for the graph's.
     """
     net = config.transformer
     names = kv_names(net.num_blocks, kv_dtype)
@@ -50,14 +47,7 @@ def transformer_graph(
     def run(x: Inputs) -> Outputs:
         if graph == "encode_references":
             return dict(zip(names, encode(x), strict=True))
-        step = StepInputs(
-            x["hidden_states"],
-            x["encoder_hidden_states"],
-            x["timestep"],
-            x["sigma_step"],
-            x["img_ids"],
-            x["txt_ids"],
-        )
+        step = StepInputs(**{field.name: x[field.name] for field in fields(StepInputs)})
         if graph == "plain_step":
             noise_pred, latents = denoise_with_references(
                 ops, net, step, x["ref_hidden_states"], x["ref_ids"]

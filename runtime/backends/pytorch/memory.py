@@ -4,7 +4,6 @@ Weights are never whole in host memory. On a CPU they are pages of their file, w
 system may drop and read again; to a GPU they go through two pinned buffers in turn.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,27 +84,19 @@ def array_from_tensor(tensor: torch.Tensor) -> NDArray[Any]:
     return raw.view(_NUMPY_FROM_TORCH[host.dtype]).reshape(host.shape)
 
 
-def map_tensor(ref: WeightRef, files: dict[Path, torch.Tensor]) -> torch.Tensor:
-    """A tensor on pages of its file; nothing is read until it is used.
-
-    Args:
-        ref: where it lies.
-        files: the files mapped so far, by path; added to.
-    """
-    if ref.dtype not in TORCH_DTYPES:
+def map_tensor(ref: WeightRef) -> torch.Tensor:
+    """A tensor on pages of its file; nothing is read until it is used."""
+    dtype = TORCH_DTYPES.get(ref.dtype)
+    if dtype is None:
         raise ArtifactError(
             f"{ref.path} holds {ref.dtype}, expected one of {', '.join(TORCH_DTYPES)}; export again"
         )
-    if ref.path not in files:
-        try:
-            size = ref.path.stat().st_size
-            # Not shared: what is written to a tensor stays in memory.
-            files[ref.path] = torch.from_file(
-                str(ref.path), shared=False, size=size, dtype=torch.uint8
-            )
-        except (OSError, RuntimeError) as error:
-            raise ArtifactError(f"{ref.path} cannot be mapped: {error}; export again") from error
-    raw, dtype = files[ref.path][ref.offset : ref.offset + ref.nbytes], TORCH_DTYPES[ref.dtype]
+    try:
+        # Copy on write: what is written to a tensor stays in memory.
+        mapped = np.memmap(ref.path, np.uint8, "c", ref.offset, (ref.nbytes,))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{ref.path} cannot be mapped: {error}; export again") from error
+    raw = torch.from_numpy(mapped)
     if ref.offset % dtype.itemsize:  # after a header of odd length
         raw = raw.clone()
     return raw.view(dtype).view(ref.shape)

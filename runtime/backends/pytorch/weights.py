@@ -17,17 +17,9 @@ from klein_kv.runtime.backends.pytorch.memory import TORCH_DTYPES, Staging, find
 
 __all__ = ["FolderWeights", "GivenWeights", "whole_weights"]
 
-Tensors = Mapping[str, torch.Tensor]
-
 
 class FolderWeights:
-    """Weights of an artifact folder.
-
-    Args:
-        artifacts: the folder, its manifest checked.
-        manifest: the manifest.
-        graphs: which graphs of the folder; None takes the manifest's.
-        device: "cpu", "cuda" or "cuda:N"; None for the first GPU, else the CPU.
+    """Weights of an artifact folder whose manifest has been checked.
 
     Raises:
         BackendError: no such device, or graphs of a precision that torch does not compute.
@@ -56,33 +48,28 @@ class FolderWeights:
         Raises:
             ArtifactError: the folder does not hold them as the networks need them.
         """
-        if component == "vae":
-            return self._vae()
         tensors, dtype = self._tensors(component), TORCH_DTYPES[self.graphs.dtype]
+        if component == "vae":
+            return self._vae(tensors, dtype)
         try:
             return _checked(component, tensors, self.config, dtype, self.device)
         except BackendError as error:
             raise ArtifactError(f"{self._artifacts}: {error}; export again") from error
 
     def nbytes(self, component: str) -> int:
-        """Bytes that a component takes on the device; none on a CPU, which maps files.
-
-        Raises:
-            ArtifactError: the folder does not hold it.
-        """
+        """Bytes that a component takes on the device; none on a CPU, which maps files."""
         if self.device.type == "cpu":
             return 0
         return sum(ref.nbytes for ref in self._refs(component).values())
 
-    def _vae(self) -> torch.nn.Module:
+    def _vae(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
         from klein_kv.networks.vae import build_vae  # diffusers takes seconds to import
 
+        tensors["bn.num_batches_tracked"] = torch.tensor(0)  # which no graph reads
         try:
             config = read_json(self._artifacts / "vae/config.json", "vae config")
             with torch.device("meta"):
-                vae = build_vae(config, TORCH_DTYPES[self.graphs.dtype])
-            tensors = self._tensors("vae")
-            tensors["bn.num_batches_tracked"] = torch.tensor(0)  # which no graph reads
+                vae = build_vae(config, dtype)
             vae.load_state_dict(tensors, assign=True)
         except (CheckpointError, RuntimeError) as error:
             raise ArtifactError(
@@ -94,19 +81,16 @@ class FolderWeights:
         return module
 
     def _refs(self, component: str) -> dict[str, WeightRef]:
-        tables = [
-            graph_weights(self._artifacts, file)
-            for file in self.graphs.files.values()
-            if file.startswith(f"{component}/")
-        ]
-        return whole_weights({key: ref for table in tables for key, ref in table.items()})
+        table: dict[str, WeightRef] = {}
+        for file in self.graphs.files.values():
+            if file.startswith(f"{component}/"):
+                table |= graph_weights(self._artifacts, file)
+        return whole_weights(table)
 
     def _tensors(self, component: str) -> dict[str, torch.Tensor]:
-        files: dict[Path, torch.Tensor] = {}
-        refs = self._refs(component)
         # In the order of the files, which are read as they are copied.
-        names = sorted(refs, key=lambda name: (refs[name].path, refs[name].offset))
-        tensors = {name: map_tensor(refs[name], files) for name in names}
+        refs = sorted(self._refs(component).items(), key=lambda x: (x[1].path, x[1].offset))
+        tensors = {name: map_tensor(ref) for name, ref in refs}
         if self.device.type == "cpu":
             return tensors
         staging = Staging(self.device)
@@ -126,18 +110,16 @@ class GivenWeights:
         self.config = config
         self.graphs = GraphSet("kv", dtype)
         self.device = find_device(device)
-        self._components = {name: given for name, given in components.items() if given is not None}
-        for name in self._components.keys() - {"vae"}:
-            self._components[name] = _checked(
-                name, self._components[name], config, TORCH_DTYPES[dtype], self.device
-            )
+        self._components = {
+            name: given
+            if name == "vae"
+            else _checked(name, given, config, TORCH_DTYPES[dtype], self.device)
+            for name, given in components.items()
+            if given is not None
+        }
 
     def load(self, component: str) -> Any:
-        """What was given, as `FolderWeights.load` returns it.
-
-        Raises:
-            BackendError: it was not given.
-        """
+        """What was given, as `FolderWeights.load` returns it; BackendError: it was not given."""
         if component not in self._components:
             raise BackendError(
                 f"this backend was made without the {component}'s weights; give them to "
@@ -151,7 +133,11 @@ class GivenWeights:
 
 
 def _checked(
-    component: str, tensors: Tensors, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    component: str,
+    tensors: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """The tensors that a network reads.
 
@@ -177,12 +163,6 @@ def _checked(
 
 def whole_weights(table: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
     """Joins the row ranges that graphs name apart: `x[0:8]` and `x[8:24]` make `x`.
-
-    Args:
-        table: initializers of all graphs of one component, by name.
-
-    Returns:
-        Whole tensors by the checkpoint's names.
 
     Raises:
         ArtifactError: rows are missing, or are not neighbours in the file.

@@ -4,16 +4,15 @@ Weights are uploaded once and bound to every engine by address; outputs of one e
 the next without leaving the device. Nothing waits for the device but a download, the loading of an
 engine, and a change of the reference set.
 
-Not run on a GPU by this project's tests: they drive it with stand-ins for CUDA and TensorRT, and
-check that every name used exists in the installed bindings.
+Nothing in this folder was run on a GPU by this project's tests: they drive it with stand-ins for
+CUDA and TensorRT, and check that every name used exists in the installed bindings.
 """
 
-import atexit
 import contextlib
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,26 @@ from klein_kv.artifacts.engines.engine_set import EngineFolder, open_engines
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
-from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef, graph_weights
+from klein_kv.artifacts.weights import WeightRef, graph_weights
 from klein_kv.errors import BackendError, BuildError
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory
-from klein_kv.runtime.backends.trt.cuda import Cuda, aligned, load_cuda
+from klein_kv.runtime.backends.trt.cuda import Cuda, Event, aligned, load_cuda
 from klein_kv.runtime.backends.trt.engine import (
     Engine,
-    Errors,
     ShapeKey,
     key_inputs,
-    make_errors,
+    make_recorder,
+    reason,
+)
+from klein_kv.runtime.backends.trt.memory import DTYPE_NAMES, CudaMemory, DeviceBuffer
+from klein_kv.runtime.backends.trt.pinned import PinnedStore
+from klein_kv.runtime.backends.trt.virtual import (
+    KvBlock,
+    KvMemory,
+    Scratch,
+    VirtualMemory,
     place_kv,
 )
-from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer, Event
-from klein_kv.runtime.backends.trt.pinned import PinnedStore
-from klein_kv.runtime.backends.trt.virtual import KvBlock, KvMemory, Scratch, VirtualMemory
 
 __all__ = ["TrtBackend"]
 
@@ -47,16 +51,16 @@ _MOST_ENGINES = 4
 _LARGE = 1 << 30
 """Bytes of weights in an engine, from which on no two of a graph stay loaded."""
 
-_OPEN: "weakref.WeakSet[TrtBackend]" = weakref.WeakSet()
-_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+_Loaded = dict[str, OrderedDict[Path, Engine]]
+"""By graph and folder, least recently used first."""
 
 
 class TrtBackend:
-    """Runs the engines of one artifact folder on one GPU.
+    """Runs the engines of one artifact folder, whose manifest has been checked, on one GPU.
+
+    What is still open when the program ends is closed then, and its kernels are kept.
 
     Args:
-        artifacts: the artifact folder.
-        manifest: its manifest, checked.
         engines: folder of the engines; None takes those below `artifacts/engines` that were built
             from `graphs` for this GPU and this TensorRT.
         device: ordinal of the GPU.
@@ -84,28 +88,27 @@ class TrtBackend:
         trt: Any = None,
         graphs: GraphSet | None = None,
     ) -> None:
-        self._closed = True  # until it is open
         self._artifacts = artifacts
         self._config = manifest.config
         self._graphs = graphs or manifest.graphs
-        found = open_engines(artifacts, manifest, self._graphs, engines)
-        self._trt = trt or load_module(found.module)
+        built = open_engines(artifacts, manifest, self._graphs, engines)
+        self._trt = trt or load_module(built.module)
         name, version = self._trt.__name__, module_version(self._trt)
-        found.for_module(name, version)  # before a GPU is asked for
-        self._errors = Errors()
-        self._weights: dict[WeightRef, DeviceBuffer] = {}
-        self._loaded: dict[str, OrderedDict[Path, Engine]] = {}
+        built.for_module(name, version)  # before a GPU is asked for
+        self._errors: list[str] = []
+        self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
+        self._weights: weakref.WeakValueDictionary[WeightRef, DeviceBuffer] = (
+            weakref.WeakValueDictionary()  # of loaded ones, which hold them
+        )
         self._key_inputs = {
             graph: key_inputs(self._graphs.signature(graph, self._config))
             for graph in self._graphs.files
         }
-        self._host_stores: list[PinnedStore] = []
-        self._running: Engine | None = None
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
-            with self._memory.entered():
-                self._engines = found.for_device(name, version, self._memory.compute_capability)
+            with self._memory:
+                self._engines = built.for_device(name, version, self._memory.compute_capability)
                 virtual = VirtualMemory(self._memory)
                 self._kv = KvMemory(self._memory, virtual)
                 self._scratch = Scratch(self._memory, virtual)
@@ -113,10 +116,12 @@ class TrtBackend:
         except BaseException:
             self._memory.close()
             raise
-        self._memory.reclaim.append(self._drop_old_shapes)
-        self._closed = False
-        _OPEN.add(self)
-        _close_at_exit()
+        # Neither of these holds the backend itself, which is closed when it is collected.
+        self._memory.reclaim.append(functools.partial(_drop_old_shapes, self._loaded, self._memory))
+        self._closers = [self._kv.close, self._scratch.close, self._memory.close]
+        self._close = weakref.finalize(
+            self, _close, self._memory, self._loaded, self._chosen, self._closers
+        )
 
     def _start(self) -> Any:
         trt = self._trt
@@ -127,7 +132,7 @@ class TrtBackend:
             raise BackendError(
                 f"{trt.__name__} cannot start ({error}); its own words are on standard error"
             ) from error
-        runtime.error_recorder = make_errors(trt, self._errors)
+        runtime.error_recorder = make_recorder(trt, self._errors)
         return runtime
 
     def prepare(
@@ -138,52 +143,55 @@ class TrtBackend:
         *,
         eager: bool = False,
     ) -> None:
-        with self._memory.entered():
-            self._running = engine = self._find_engine(graph, shapes)
+        with self._memory:
+            engine = self._find_engine(graph, shapes)
+            engine.running = True
             try:
                 engine.prepare(shapes, eager=eager)
             finally:
-                self._running = None
+                engine.running = False
             if kv:
                 self._kv.hold(next(iter(kv.values())).block)
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
-        with self._memory.entered():
+        with self._memory:
             key = tuple([inputs[name].shape for name in self._key_inputs[graph]])
-            engine = self._chosen.get((graph, key))  # found without a search if it ran such before
+            engine = self._chosen.get((graph, key))  # without a search if it ran such before
             if engine is None:
                 engine = self._find_engine(graph, {name: x.shape for name, x in inputs.items()})
                 self._chosen[graph, key] = engine
-            self._running = engine
+            engine.running = True
             try:
                 return engine.run(inputs, key)
             finally:
-                self._running = None
+                engine.running = False
 
     def upload(self, array: NDArray[Any]) -> Buffer:
-        with self._memory.entered():
+        with self._memory:
             return self._memory.upload(array)
 
     def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
-        tensors = [TensorSpec(name, _NAMES[x.dtype], x.shape) for name, x in arrays.items()]
-        with self._memory.entered():
-            buffers = self._take_kv(tensors)
+        places, nbytes = place_kv(
+            TensorSpec(name, DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()
+        )
+        with self._memory:
+            block = self._kv.take(nbytes)
+            self._kv.settle(block)  # another stream may still copy what was there before
             for name, array in arrays.items():
-                self._memory.write(buffers[name], array)
-            return dict(buffers)
+                self._memory.staging.upload(block.pointer + places[name].start, array)
+            return dict(block.buffers(places))
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
-        with self._memory.entered():
+        with self._memory:
             if isinstance(buffer.block, KvBlock):
                 self._kv.settle(buffer.block)
             return self._memory.download(buffer)
 
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-        view: Buffer = buffer.view(shape, start)
-        return view
+        return buffer.view(shape, start)
 
     def assemble(self, shape: tuple[int, ...], parts: Iterable[Buffer]) -> Buffer:
-        with self._memory.entered():
+        with self._memory:
             return self._memory.assemble(shape, parts)
 
     def release(self, graph: str) -> None:
@@ -191,25 +199,28 @@ class TrtBackend:
         self._chosen.clear()
         if not engines:
             return
-        with self._memory.entered():
+        with self._memory:
             self._memory.synchronize()  # they may still be running
             while engines:
-                engines.popitem()[1].save_kernels()
-            self._drop_unbound()
+                engines.popitem()[1].kernels.save()
             self._scratch.shrink()
             self._memory.trim()
 
     def host_store(self, budget: int) -> PinnedStore:
         """Pinned host memory for copies of keys and values, at most `budget` bytes."""
-        with self._memory.entered():
+        with self._memory:
             store = PinnedStore(self._memory, self._kv, budget)
-        self._host_stores.append(store)
+        self._closers.insert(0, store.close)
         return store
 
     def available_memory(self) -> int:
-        with self._memory.entered():
+        with self._memory:
             memory = self._memory
-            buffers = sum(engine.buffer_bytes for engine in self._all_loaded())
+            buffers = sum(
+                engine.buffer_bytes
+                for engines in self._loaded.values()
+                for engine in engines.values()
+            )
             return memory.free + memory.idle + self._kv.idle + self._scratch.nbytes + buffers
 
     def graph_memory(self, graph: str) -> GraphMemory:
@@ -229,54 +240,17 @@ class TrtBackend:
         return folder.manifest.record(graph).scratch_for(shapes) if exact is None else exact
 
     def mark(self) -> Event:
-        with self._memory.entered():
-            return self._memory.mark()
+        with self._memory:
+            return Event(self._memory.cuda, self._memory.stream, timed=True)
 
     def elapsed(self, start: Event, end: Event) -> float:
-        return self._memory.elapsed(start, end)
+        end.synchronize()
+        milliseconds = self._memory.call("cudaEventElapsedTime", start.handle, end.handle)
+        return float(milliseconds) / 1e3
 
     def close(self) -> None:
         """Saves the kernels compiled so far and frees all device memory and pinned memory."""
-        if self._closed:
-            return
-        self._closed = True
-        _OPEN.discard(self)
-        with self._memory.entered():
-            self._memory.synchronize()
-            for store in self._host_stores:
-                store.close()
-            for graph in list(self._loaded):
-                self.release(graph)
-            self._kv.close()
-            self._scratch.close()
-            self._memory.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # nobody is there to be told
-            self.close()
-
-    def _all_loaded(self) -> Sequence[Engine]:
-        return [engine for engines in self._loaded.values() for engine in engines.values()]
-
-    def _drop_old_shapes(self) -> None:
-        """Frees all fixed buffers but those of the run that needs the memory."""
-        for engine in self._all_loaded():
-            engine.drop_shapes(keep=int(engine is self._running))
-        self._memory.trim()
-
-    def _take_kv(self, tensors: Sequence[TensorSpec]) -> dict[str, DeviceBuffer]:
-        places, nbytes = place_kv(tuple(tensors))
-        block = self._kv.take(nbytes)
-        self._kv.settle(block)  # another stream may still copy what was there before
-        return {
-            name: DeviceBuffer(block.pointer + place.start, place.shape, place.dtype, block)
-            for name, place in places.items()
-        }
-
-    def _drop_unbound(self) -> None:
-        """Gives up weights that no loaded engine binds."""
-        bound = frozenset[WeightRef]().union(*(engine.refs for engine in self._all_loaded()))
-        self._weights = {ref: buffer for ref, buffer in self._weights.items() if ref in bound}
+        self._close()
 
     def _find_engine(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> Engine:
         """The engine for a shape, loaded if need be."""
@@ -287,8 +261,8 @@ class TrtBackend:
             most = _MOST_ENGINES if self._embedded_bytes(graph, folder) < _LARGE else 1
             while len(loaded) >= most:
                 self._memory.synchronize()  # it may still be running
-                loaded.popitem(last=False)[1].save_kernels()
                 self._chosen.clear()
+                loaded.popitem(last=False)[1].kernels.save()
             engine = loaded[folder.path] = self._load(graph, folder)
         loaded.move_to_end(folder.path)
         return engine
@@ -296,42 +270,33 @@ class TrtBackend:
     def _load(self, graph: str, folder: EngineFolder) -> Engine:
         record = folder.manifest.record(graph)
         blob = folder.manifest.read_engine(folder.path, graph)
-        refs = record.weight_refs(self._artifacts)
-        self._upload_weights([ref for ref in refs.values() if ref not in self._weights])
-        try:
-            loaded = Engine(
-                self._trt,
-                self._deserialized(graph, folder, blob),
-                record,
-                self._graphs.signature(graph, self._config),
-                self._config.vae.multiple_of,
-                {name: self._weights[ref] for name, ref in refs.items()},
-                refs,
-                self._memory,
-                self._scratch,
-                self._kv,
-                folder.path / f"{graph}.runtime.cache",
-                self._errors,
-            )
-        except BaseException:
-            self._drop_unbound()
-            raise
-        with contextlib.suppress(OSError):  # the folder may be read-only
-            folder.mark_used()
-        return loaded
-
-    def _deserialized(self, graph: str, folder: EngineFolder, blob: bytes) -> Any:
+        weights = self._upload_weights(record.weight_refs(self._artifacts))
         # TensorRT takes memory of its own: it cannot use what is idle here.
         self._memory.make_free(len(blob) + self._embedded_bytes(graph, folder))
-        self._errors.begin()
+        self._errors.clear()
         engine = self._runtime.deserialize_cuda_engine(blob)
         if engine is None:
             raise BuildError(
-                f"{self._trt.__name__} refuses {graph} of {folder.path}: {self._errors.reason}; "
+                f"{self._trt.__name__} refuses {graph} of {folder.path}: {reason(self._errors)}; "
                 "unless it says that memory is short, build the engines again with "
                 "`klein-kv build`"
             )
-        return engine
+        loaded = Engine(
+            self._trt,
+            engine,
+            record,
+            self._graphs.signature(graph, self._config),
+            self._config.vae.multiple_of,
+            weights,
+            self._memory,
+            self._scratch,
+            self._kv,
+            folder.path / f"{graph}.runtime.cache",
+            self._errors,
+        )
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            folder.mark_used()
+        return loaded
 
     def _embedded_bytes(self, graph: str, folder: EngineFolder) -> int:
         """Bytes of the weights that lie in an engine itself."""
@@ -340,26 +305,45 @@ class TrtBackend:
         held = graph_weights(self._artifacts, self._graphs.files[graph])
         return sum(ref.nbytes for ref in held.values())
 
-    def _upload_weights(self, refs: Sequence[WeightRef]) -> None:
-        """Uploads weights into one piece of memory."""
-        if not refs:
-            return
-        slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in set(refs)),), "uint8")
-        placed, start = {}, 0
-        for ref in sorted(set(refs), key=lambda ref: (ref.path, ref.offset)):
-            placed[ref] = DeviceBuffer(slab.pointer + start, ref.shape, ref.dtype, slab.block)
-            start += aligned(ref.nbytes)
-        self._memory.staging.upload_weights({ref: x.pointer for ref, x in placed.items()})
-        self._weights |= placed
+    def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
+        """Weights on the device; those that are not there yet go into one piece of memory."""
+        placed = {ref: self._weights.get(ref) for ref in refs.values()}
+        missing = sorted(
+            (ref for ref, buffer in placed.items() if buffer is None),
+            key=lambda ref: (ref.path, ref.offset),
+        )
+        fresh, start = {}, 0
+        if missing:
+            slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in missing),), "uint8")
+            for ref in missing:
+                pointer = slab.pointer + start
+                fresh[ref] = DeviceBuffer(pointer, ref.shape, ref.dtype, slab.block)
+                start += aligned(ref.nbytes)
+            self._memory.staging.upload_weights({ref: x.pointer for ref, x in fresh.items()})
+            self._weights.update(fresh)
+        return {name: fresh.get(ref) or self._weights[ref] for name, ref in refs.items()}
 
 
-@functools.cache
-def _close_at_exit() -> None:
-    """Has what is still open when the program ends closed, and its kernels kept."""
-    atexit.register(_close_all)
+def _drop_old_shapes(loaded: _Loaded, memory: CudaMemory) -> None:
+    """Frees all fixed buffers but those of the run that needs the memory."""
+    for engines in loaded.values():
+        for engine in engines.values():
+            engine.drop_shapes(keep=int(engine.running))
+    memory.trim()
 
 
-def _close_all() -> None:
-    for backend in list(_OPEN):
-        with contextlib.suppress(Exception):  # the others are closed all the same
-            backend.close()
+def _close(
+    memory: CudaMemory,
+    loaded: _Loaded,
+    chosen: dict[tuple[str, ShapeKey], Engine],
+    closers: list[Callable[[], None]],
+) -> None:
+    with memory:
+        memory.synchronize()
+        for engines in loaded.values():
+            for engine in engines.values():
+                engine.kernels.save()
+        loaded.clear()
+        chosen.clear()
+        for close in closers:
+            close()

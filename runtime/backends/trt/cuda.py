@@ -1,16 +1,18 @@
 """CUDA's bindings, and calls that raise what went wrong."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from klein_kv.errors import BackendError, CapacityError
 
-__all__ = ["ALIGNMENT", "Cuda", "aligned", "load_cuda"]
+__all__ = ["ALIGNMENT", "Cuda", "Event", "aligned", "load_cuda"]
 
 ALIGNMENT = 256
 """Bytes: TensorRT takes no address that is not a multiple of it."""
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and CUDA_ERROR_OUT_OF_MEMORY
+_TIMING, _NO_TIMING = 0, 2  # cudaEventDefault, cudaEventDisableTiming
 
 
 def aligned(nbytes: int, to: int = ALIGNMENT) -> int:
@@ -20,18 +22,13 @@ def aligned(nbytes: int, to: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cuda:
-    """The two interfaces of CUDA that are used.
-
-    Attributes:
-        runtime: `cuda.bindings.runtime`.
-        driver: `cuda.bindings.driver`, for what the runtime lacks: virtual memory.
-    """
+    """`cuda.bindings.runtime`, and `driver` for what it lacks: virtual memory."""
 
     runtime: Any
     driver: Any
 
     def call(self, name: str, *args: Any) -> Any:
-        """Calls a function of either interface, by its name, and unpacks its result.
+        """Calls a function of either, by its name, and unpacks its result.
 
         Raises:
             CapacityError: out of device memory.
@@ -48,12 +45,37 @@ class Cuda:
             raise BackendError(f"{name} failed: {status.name}")
         return values[0] if len(values) == 1 else values or None
 
+    def copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
+        """Enqueues a copy; the kind is "HostToDevice", "DeviceToHost" or "DeviceToDevice"."""
+        direction = getattr(self.runtime.cudaMemcpyKind, f"cudaMemcpy{kind}")
+        self.call("cudaMemcpyAsync", target, source, nbytes, direction, stream)
+
+
+class Event:
+    """A point on a stream, recorded now, that another stream or the host can wait for."""
+
+    __slots__ = ("_cuda", "handle")
+
+    def __init__(self, cuda: Cuda, stream: Any, *, timed: bool = False) -> None:
+        self._cuda = cuda
+        self.handle = cuda.call("cudaEventCreateWithFlags", _TIMING if timed else _NO_TIMING)
+        cuda.call("cudaEventRecord", self.handle, stream)
+
+    def before(self, stream: Any) -> None:
+        """Puts what a stream is given from now on behind it."""
+        self._cuda.call("cudaStreamWaitEvent", stream, self.handle, 0)
+
+    def synchronize(self) -> None:
+        """Lets the host wait."""
+        self._cuda.call("cudaEventSynchronize", self.handle)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # it was not created, or CUDA has ended
+            self._cuda.call("cudaEventDestroy", self.handle)
+
 
 def load_cuda(extra: str = "rtx") -> Cuda:
-    """Imports the bindings.
-
-    Args:
-        extra: of this package, that brings them; for the message.
+    """Imports the bindings, which an extra of this package brings.
 
     Raises:
         BackendError: cuda-python is not installed, or there is no usable GPU.

@@ -6,26 +6,23 @@ mapped into it. Engines share one such range as scratch, which grows in place. K
 another, their place: each reference set has physical memory of its own, and the set that a request
 needs is mapped into the place. (vLLM's sleep mode and torch_memory_saver rely on the same: graphs
 that were captured replay after other memory was mapped at their addresses.)
-
-Not run on a GPU by this project's tests, which drive it with a stand-in for CUDA that maps pages of
-host memory the same way.
 """
 
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.errors import BackendError
-from klein_kv.runtime.backends.trt.cuda import aligned
-from klein_kv.runtime.backends.trt.memory import CudaMemory, Event
+from klein_kv.runtime.backends.trt.cuda import Event, aligned
+from klein_kv.runtime.backends.trt.memory import CudaMemory, DeviceBuffer
 
-__all__ = ["KvBlock", "KvMemory", "Scratch", "VirtualMemory"]
+__all__ = ["KvBlock", "KvMemory", "Place", "Scratch", "VirtualMemory", "place_kv"]
 
 
 class VirtualMemory:
     """Address ranges of one device, and physical memory.
-
-    Args:
-        memory: of the device, which is the current one.
 
     Raises:
         BackendError: the driver offers no virtual memory for this GPU.
@@ -54,59 +51,43 @@ class VirtualMemory:
         self._access = driver.CUmemAccessDesc()
         self._access.location = location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        flags = driver.CUmemAllocationGranularity_flags
-        self.granularity = int(
-            memory.call(
-                "cuMemGetAllocationGranularity",
-                self._properties,
-                flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
-            )
+        recommended = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+        self._granularity = int(
+            memory.call("cuMemGetAllocationGranularity", self._properties, recommended)
         )
 
     def rounded(self, nbytes: int) -> int:
         """Bytes of physical memory that so many take."""
-        return aligned(nbytes, self.granularity)
+        return aligned(nbytes, self._granularity)
 
     def reserve(self, nbytes: int) -> int:
         """An address range with nothing behind it, a multiple of the granularity long."""
         return int(self._memory.call("cuMemAddressReserve", nbytes, 0, 0, 0))
 
-    def give_up(self, pointer: int, nbytes: int) -> None:
-        """Ends a reservation in which nothing is mapped."""
-        self._memory.call("cuMemAddressFree", pointer, nbytes)
+    def reserve_most(self) -> tuple[int, int]:
+        """Addresses for all memory of the device, and how many."""
+        nbytes = self.rounded(int(self._memory.call("cudaMemGetInfo")[1]))
+        return self.reserve(nbytes), nbytes
 
     def create(self, nbytes: int) -> Any:
-        """Physical memory.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Physical memory; CapacityError: the device has not so much."""
         return self._memory.call_for_memory("cuMemCreate", nbytes, self._properties, 0)
 
-    def release(self, handle: Any) -> None:
-        """Frees physical memory, once it is mapped nowhere."""
-        self._memory.call("cuMemRelease", handle)
-
     def map(self, pointer: int, nbytes: int, handle: Any) -> None:
-        """Puts physical memory behind addresses; it may be mapped elsewhere too."""
+        """Puts physical memory behind addresses; it may be mapped elsewhere too.
+
+        "cuMemUnmap" takes it away again, once no work that uses it is under way.
+        """
         self._memory.call("cuMemMap", pointer, nbytes, 0, handle, 0)
         try:
             self._memory.call("cuMemSetAccess", pointer, nbytes, [self._access], 1)
         except BaseException:
-            self.unmap(pointer, nbytes)
+            self._memory.call("cuMemUnmap", pointer, nbytes)
             raise
-
-    def unmap(self, pointer: int, nbytes: int) -> None:
-        """Takes what lies behind addresses away; no work that uses them may be under way."""
-        self._memory.call("cuMemUnmap", pointer, nbytes)
 
 
 class Scratch:
     """Memory that engines use while they run, one after the other; it grows where it is.
-
-    Args:
-        memory: of the device.
-        virtual: its address ranges.
 
     Attributes:
         pointer: address, for good.
@@ -115,50 +96,40 @@ class Scratch:
 
     def __init__(self, memory: CudaMemory, virtual: VirtualMemory) -> None:
         self._memory, self._virtual = memory, virtual
-        self._reserved = virtual.rounded(memory.total)
-        self.pointer = virtual.reserve(self._reserved)
+        self.pointer, self._reserved = virtual.reserve_most()
         self.nbytes = 0
         memory.reclaim.append(self.shrink)
         self._pieces: list[tuple[int, Any]] = []  # bytes and handle, in the order of addresses
 
     def require(self, nbytes: int) -> None:
-        """Has at least so many bytes there.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Has at least so many bytes there; CapacityError: the device has not so much."""
         wanted = self._virtual.rounded(nbytes)
-        if self.nbytes >= wanted:
-            return
-        missing = wanted - self.nbytes
-        handle = self._virtual.create(missing)
-        if self.nbytes + missing < wanted:  # it was shrunk to find room for that
-            self._virtual.release(handle)
-            missing = wanted
+        while self.nbytes < wanted:
+            missing = wanted - self.nbytes
             handle = self._virtual.create(missing)
-        try:
-            self._virtual.map(self.pointer + self.nbytes, missing, handle)
-        except BaseException:
-            self._virtual.release(handle)
-            raise
-        self._pieces.append((missing, handle))
-        self.nbytes += missing
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._memory.call, "cuMemRelease", handle)
+                if self.nbytes + missing < wanted:  # it was shrunk to find room for that
+                    continue
+                self._virtual.map(self.pointer + self.nbytes, missing, handle)
+                undo.pop_all()
+            self._pieces.append((missing, handle))
+            self.nbytes += missing
 
     def shrink(self) -> None:
         """Frees all of it; waits for the stream."""
-        if not self._pieces:
-            return
-        self._memory.synchronize()
+        if self._pieces:
+            self._memory.synchronize()
         while self._pieces:
             nbytes, handle = self._pieces.pop()
             self.nbytes -= nbytes
-            self._virtual.unmap(self.pointer + self.nbytes, nbytes)
-            self._virtual.release(handle)
+            self._memory.call("cuMemUnmap", self.pointer + self.nbytes, nbytes)
+            self._memory.call("cuMemRelease", handle)
 
     def close(self) -> None:
         """Frees it and its addresses."""
         self.shrink()
-        self._virtual.give_up(self.pointer, self._reserved)
+        self._memory.call("cuMemAddressFree", self.pointer, self._reserved)
 
 
 @dataclass(eq=False, slots=True)
@@ -168,42 +139,51 @@ class _Physical:
     handle: Any
     nbytes: int
     pointer: int
-    busy: Event | None = None
+    busy: Event | None = None  # what another stream still does with it
 
 
+@dataclass(eq=False, slots=True)
 class KvBlock:
-    """Keys and values of one set; given back when the last buffer in it is gone."""
+    """Keys and values of one set; idle again when the last buffer in it is gone."""
 
-    __slots__ = ("_owner", "physical")
-
-    def __init__(self, owner: "KvMemory", physical: _Physical) -> None:
-        self._owner = owner
-        self.physical = physical
+    idle: list[_Physical]
+    physical: _Physical
 
     @property
     def pointer(self) -> int:
         """Address of its own: what copies to and from the host use."""
         return self.physical.pointer
 
-    @property
-    def busy(self) -> Event | None:
-        """What another stream still does with it; the main one must wait for that."""
-        return self.physical.busy
-
-    @busy.setter
-    def busy(self, event: Event) -> None:
-        self.physical.busy = event
+    def buffers(self, places: Mapping[str, "Place"]) -> dict[str, DeviceBuffer]:
+        """Tensors that lie in it."""
+        return {
+            name: DeviceBuffer(self.pointer + place.start, place.shape, place.dtype, self)
+            for name, place in places.items()
+        }
 
     def __del__(self) -> None:
-        self._owner.take_back(self.physical)
+        self.idle.append(self.physical)
+
+
+class Place(NamedTuple):
+    """Where in a block one of a set's tensors lies."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def place_kv(tensors: Iterable[TensorSpec]) -> tuple[dict[str, Place], int]:
+    """The layout of a set's keys and values, of concrete shapes, and its size in bytes."""
+    places, end = {}, 0
+    for spec in tensors:
+        places[spec.name] = Place(end, spec.concrete({}), spec.dtype)
+        end += aligned(spec.nbytes({}))
+    return places, end
 
 
 class KvMemory:
     """Physical memory of reference sets, and the place where engines find one of them.
-
-    Args:
-        memory: of the device.
-        virtual: its address ranges.
 
     Attributes:
         place: address, for good.
@@ -211,12 +191,10 @@ class KvMemory:
 
     def __init__(self, memory: CudaMemory, virtual: VirtualMemory) -> None:
         self._memory, self._virtual = memory, virtual
-        self._reserved = virtual.rounded(memory.total)
-        self.place = virtual.reserve(self._reserved)
+        self.place, self._reserved = virtual.reserve_most()
         self._held: _Physical | None = None
         self._idle: list[_Physical] = []
         self._all: list[_Physical] = []
-        self._closed = False
         memory.reclaim.append(self.trim)
 
     @property
@@ -225,32 +203,23 @@ class KvMemory:
         return sum(physical.nbytes for physical in self._idle)
 
     def take(self, nbytes: int) -> KvBlock:
-        """Memory for a set.
-
-        Raises:
-            CapacityError: the device has not so much.
-        """
+        """Memory for a set; CapacityError: the device has not so much."""
         nbytes = self._virtual.rounded(nbytes)
         fitting = [physical for physical in self._idle if physical.nbytes == nbytes]
         if fitting:
-            chosen = self._held if self._held in fitting else fitting[0]
-            assert chosen is not None  # noqa: S101 - one of those that fit
+            chosen = min(fitting, key=lambda physical: physical is not self._held)
             self._idle.remove(chosen)
-            return KvBlock(self, chosen)
-        handle = self._virtual.create(nbytes)
-        try:
+            return KvBlock(self._idle, chosen)
+        with contextlib.ExitStack() as undo:
+            handle = self._virtual.create(nbytes)
+            undo.callback(self._memory.call, "cuMemRelease", handle)
             pointer = self._virtual.reserve(nbytes)
-            try:
-                self._virtual.map(pointer, nbytes, handle)
-            except BaseException:
-                self._virtual.give_up(pointer, nbytes)
-                raise
-        except BaseException:
-            self._virtual.release(handle)
-            raise
+            undo.callback(self._memory.call, "cuMemAddressFree", pointer, nbytes)
+            self._virtual.map(pointer, nbytes, handle)
+            undo.pop_all()
         physical = _Physical(handle, nbytes, pointer)
         self._all.append(physical)
-        return KvBlock(self, physical)
+        return KvBlock(self._idle, physical)
 
     def hold(self, block: KvBlock) -> None:
         """Has a set in the place; waits for the stream if another one is there.
@@ -266,14 +235,9 @@ class KvMemory:
 
     def settle(self, block: KvBlock) -> None:
         """Puts the main stream behind what another one does with a set."""
-        if block.busy is not None:
-            block.busy.before(self._memory.stream)
+        if block.physical.busy is not None:
+            block.physical.busy.before(self._memory.stream)
             block.physical.busy = None
-
-    def take_back(self, physical: _Physical) -> None:
-        """Keeps memory for another set; may be called from any thread."""
-        if not self._closed:
-            self._idle.append(physical)
 
     def trim(self) -> None:
         """Frees memory that no set uses."""
@@ -282,27 +246,26 @@ class KvMemory:
         while self._idle:
             self._free(self._idle.pop())
 
+    def close(self) -> None:
+        """Frees everything; sets must not be used afterwards."""
+        self._leave()
+        for physical in list(self._all):
+            self._free(physical)
+        self._idle.clear()
+        self._memory.call("cuMemAddressFree", self.place, self._reserved)
+
     def _free(self, physical: _Physical) -> None:
         self._all.remove(physical)
         if physical.busy is not None:
             physical.busy.synchronize()
         if physical is self._held:
             self._leave()
-        self._virtual.unmap(physical.pointer, physical.nbytes)
-        self._virtual.give_up(physical.pointer, physical.nbytes)
-        self._virtual.release(physical.handle)
-
-    def close(self) -> None:
-        """Frees everything; sets must not be used afterwards."""
-        self._closed = True
-        self._leave()
-        for physical in list(self._all):
-            self._free(physical)
-        self._idle.clear()
-        self._virtual.give_up(self.place, self._reserved)
+        self._memory.call("cuMemUnmap", physical.pointer, physical.nbytes)
+        self._memory.call("cuMemAddressFree", physical.pointer, physical.nbytes)
+        self._memory.call("cuMemRelease", physical.handle)
 
     def _leave(self) -> None:
         if self._held is not None:
             self._memory.synchronize()
-            self._virtual.unmap(self.place, self._held.nbytes)
+            self._memory.call("cuMemUnmap", self.place, self._held.nbytes)
             self._held = None

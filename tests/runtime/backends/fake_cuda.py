@@ -11,6 +11,7 @@ one, memory that is unmapped while work on it is under way.
 
 import ctypes
 import enum
+import itertools
 import mmap
 import os
 import threading
@@ -92,11 +93,6 @@ class FakeCuda:
         granularity: of physical memory; 2 MiB on a GPU.
         backed: False has no memory behind addresses, and copies nothing: for sizes of a real model.
 
-    Attributes:
-        blocks: live allocations of `cudaMalloc`, by address.
-        calls: how often each function was called.
-        copies: (kind, bytes) of every copy.
-        touched: devices whose memory each thread's copies and engines used.
     """
 
     cudaError_t = Status
@@ -135,18 +131,18 @@ class FakeCuda:
         self.streams: dict[int, _Stream] = {}
         self.recorded: dict[int, tuple[int, int]] = {}
         self.times: dict[int, float] = {}
-        self.blocks: dict[int, _Range] = {}
+        self.blocks: dict[int, _Range] = {}  # of `cudaMalloc`
         self.reserved: dict[int, _Range] = {}
         self.mapped: dict[int, tuple[_Range, _Physical]] = {}
         self.physical: list[_Physical] = []
         self.pinned: dict[int, Any] = {}
         self.calls: Counter[str] = Counter()
-        self.copies: list[tuple[int, int]] = []
-        self.touched: dict[int, set[int]] = {}
+        self.copies: list[tuple[int, int]] = []  # kind and bytes
+        self.touched: dict[int, set[int]] = {}  # devices that each thread's copies used
         self.own_seconds = 0.0  # spent in engines and copies
         self._here = threading.local()
         self._lock = threading.RLock()
-        self._last = 0
+        self._stream_handles, self._events = itertools.count(_FIRST_STREAM), itertools.count(1)
         self._next_address = 1 << 44
 
     @property
@@ -160,10 +156,6 @@ class FakeCuda:
         return sum(self.used_of(device) for device in range(self.devices))
 
     @property
-    def events(self) -> int:
-        return len(self.recorded)
-
-    @property
     def waits(self) -> int:
         """How often the host waited for a stream or an event, or did what makes it wait."""
         return sum(self.calls[name] for name in WAITS)
@@ -171,6 +163,12 @@ class FakeCuda:
     @property
     def allocations(self) -> int:
         return sum(self.calls[name] for name in ALLOCATIONS)
+
+    @property
+    def left(self) -> tuple[int, int, int, int, int]:
+        """Bytes of devices, and pinned blocks, address ranges, streams and events."""
+        ends = (self.pinned, self.reserved, self.streams, self.recorded)
+        return (self.used, *map(len, ends))  # type: ignore[return-value]
 
     def used_of(self, device: int) -> int:
         blocks = sum(x.nbytes for x in self.blocks.values() if x.device == device)
@@ -241,14 +239,9 @@ class FakeCuda:
             self.catch_up(stream)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Status, int]:
-        handle = _FIRST_STREAM + self._count("stream")
+        handle = next(self._stream_handles)
         self.streams[handle] = _Stream(self.device)
         return OK, handle
-
-    def _count(self, what: str) -> int:
-        number: int = getattr(self, f"_{what}s_made", 0)
-        setattr(self, f"_{what}s_made", number + 1)
-        return number
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Status]:
         self.catch_up(stream)
@@ -265,10 +258,9 @@ class FakeCuda:
         return (OK,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Status, int]:
-        with self._lock:
-            self._last += 1
-            self.recorded[self._last] = (next(iter(self.streams)), 0)
-            return OK, self._last
+        event = next(self._events)
+        self.recorded[event] = (next(iter(self.streams)), 0)
+        return OK, event
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[Status]:
         self.enqueue(stream, lambda: self.times.update({event: time.perf_counter()}))

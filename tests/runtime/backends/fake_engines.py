@@ -1,19 +1,23 @@
-"""A folder of "engines" for the stand-ins of `fake_trt`."""
+"""A folder of "engines" for the stand-ins of `fake_trt`, and inputs for their graphs."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import DTYPES
 from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import GraphSet, TensorSpec
-from klein_kv.artifacts.weights import graph_weights
+from klein_kv.artifacts.signature import GraphSet, Signature, TensorSpec
+from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights
 from tests.runtime.backends.fake_trt import SCRATCH, engine_blob
 
-__all__ = ["make_engines"]
+__all__ = ["make_engines", "random_inputs"]
 
 LOW, HIGH = 0, 1 << 20
 
@@ -55,6 +59,17 @@ def make_engines(
         attention=graphs.attention,
     ).save(folder)
     return folder
+
+
+def random_inputs(signature: Signature, **sizes: int) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph of the transformer, of the types that its signature names."""
+    sizes = {"batch": 1, "image_tokens": 20, "text_tokens": 8, "ref_tokens": 24} | sizes
+    rng, inputs = np.random.default_rng(1), {}
+    for spec in signature.inputs:
+        shape = spec.concrete(sizes)
+        values = rng.integers(0, 9, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
+        inputs[spec.name] = values.astype(NUMPY_DTYPES[spec.dtype])
+    return inputs
 
 
 def _write(

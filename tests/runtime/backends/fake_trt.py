@@ -218,10 +218,6 @@ class FakeEngine:
     def num_optimization_profiles(self) -> int:
         return len(self.profiles)
 
-    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
-        largest = {name: high for name, (_, _, high) in self.profiles[index].items()}
-        return self.trt.scratch(self.graph, largest)
-
     def create_runtime_config(self) -> "FakeConfig":
         return FakeConfig(self.trt)
 
@@ -266,11 +262,11 @@ class FakeEngine:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = 1
         options.enable_mem_reuse = False  # planning it is most of the time that loading takes
-        self._kept = {
+        self._values = {
             name: ort_value(array_at(addresses[name], ref.shape, ref.dtype))
             for name, ref in self.weights.items()
         }
-        for name, value in self._kept.items():
+        for name, value in self._values.items():
             options.add_initializer(name, value)
         return onnxruntime.InferenceSession(
             str(self.trt.artifacts / self.trt.graphs.files[self.graph]),
@@ -316,12 +312,7 @@ class FakeConfig:
         return True
 
 
-class _Severity(enum.IntEnum):
-    INTERNAL_ERROR = 0
-    ERROR = 1
-    WARNING = 2
-    INFO = 3
-    VERBOSE = 4
+_Severity = enum.IntEnum("_Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
 
 
 class FakeTrt:
@@ -334,36 +325,15 @@ class FakeTrt:
         graphs: which graphs of the folder.
         scratch: bytes that a graph needs at shapes of its inputs.
         tamper: called after every execution with graph, addresses and shapes, to plant faults.
-
-    Attributes:
-        engines: those that somebody still holds, by graph.
-        loads: graphs in the order they were deserialised in.
-        runs: graphs in the order they were run in.
-        captures: CUDA graphs captured, by (graph, shapes of its inputs).
-        replays: runs that were replays, likewise.
-        compilations: kernels compiled; none for what a runtime cache held.
-        capturable: what `is_stream_capturable` says.
-        refused: calls that TensorRT refuses, and what it says then.
     """
 
     __name__ = "fake_trt"
     __version__ = "0.0.1"
 
-    class ExecutionContextAllocationStrategy(enum.IntEnum):
-        STATIC = 0
-        USER_MANAGED = 2
-
-    class CudaGraphStrategy(enum.IntEnum):
-        DISABLED = 0
-        WHOLE_GRAPH_CAPTURE = 1
-
-    class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
-        LAZY = 0
-        EAGER = 1
-        NONE = 2
-
-    class ErrorCodeTRT(enum.IntEnum):
-        UNSPECIFIED_ERROR = 1
+    ExecutionContextAllocationStrategy = enum.Enum("Allocation", "STATIC USER_MANAGED")
+    CudaGraphStrategy = enum.Enum("Graphs", "DISABLED WHOLE_GRAPH_CAPTURE")
+    DynamicShapesKernelSpecializationStrategy = enum.Enum("Specialization", "LAZY EAGER NONE")
+    ErrorCodeTRT = enum.Enum("ErrorCode", "UNSPECIFIED_ERROR")
 
     class IErrorRecorder:
         def __init__(self) -> None:
@@ -381,7 +351,7 @@ class FakeTrt:
         cuda: FakeCuda,
         shared: Mapping[str, bool] | None = None,
         graphs: GraphSet | None = None,
-        scratch: Callable[[str, Mapping[str, Shape]], int] = lambda _graph, _shapes: SCRATCH,
+        scratch: Callable[[str, Mapping[str, Shape]], int] | None = None,
         tamper: Callable[..., None] = lambda *_: None,
     ) -> None:
         self.artifacts = artifacts
@@ -389,16 +359,16 @@ class FakeTrt:
         self.shared = shared or {}
         self.manifest = Manifest.load(artifacts, check_files=False)
         self.graphs = graphs or self.manifest.graphs
-        self.scratch = scratch
+        self.scratch = scratch or (lambda _graph, _shapes: SCRATCH)
         self.tamper = tamper
-        self.engines: weakref.WeakValueDictionary[str, FakeEngine] = weakref.WeakValueDictionary()
-        self.loads: list[str] = []
-        self.runs: list[str] = []
-        self.captures: Counter[Any] = Counter()
+        self.engines: Any = weakref.WeakValueDictionary()  # by graph
+        self.loads: list[str] = []  # graphs in the order they were deserialised in
+        self.runs: list[str] = []  # and run in
+        self.captures: Counter[Any] = Counter()  # CUDA graphs, by (graph, shapes of its inputs)
         self.replays: Counter[Any] = Counter()
-        self.compilations = 0
+        self.compilations = 0  # of kernels; none for what a runtime cache held
         self.capturable = True
-        self.refused: dict[str, list[str]] = {}
+        self.refused: dict[str, list[str]] = {}  # calls, and what TensorRT says then
         self.recorder: Any = None
 
     def Runtime(self, logger: Any) -> "FakeRuntime":  # noqa: N802 - TensorRT's name
@@ -416,16 +386,13 @@ class FakeTrt:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
-        """What happens in the block: captures, replays, waits and allocations of CUDA."""
-        cuda = self.cuda
+        """What happens in the block."""
 
         def now() -> dict[str, int]:
             return {
                 "captures": self.captures.total(),
                 "replays": self.replays.total(),
                 "compilations": self.compilations,
-                "waits": cuda.waits,
-                "allocations": cuda.allocations,
                 "loads": len(self.loads),
             }
 

@@ -108,10 +108,9 @@ def card(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Machine]:
     """A pipeline in a precision on a card, with engines for the flagship edit."""
-    monkeypatch.setattr(staging._Files, "read", lambda *_: None)  # no weights are read
-    monkeypatch.setattr(
-        "klein_kv.artifacts.manifest.Manifest.load", _without_digests(Manifest.load)
-    )
+    monkeypatch.setattr(staging, "_read", lambda *_: None)  # no weights are read
+    load = Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda folder, **_: load(folder, check_files=False))
 
     def open_card(precision: str | None, **options: Any) -> Machine:
         manifest = Manifest.load(artifacts)
@@ -133,10 +132,6 @@ def card(
         )
 
     return open_card
-
-
-def _without_digests(load: Any) -> Any:
-    return lambda folder, **_: load(folder, check_files=False)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +164,7 @@ def used_by_stage(machine: Machine, *args: Any, **kwargs: Any) -> dict[str, int]
 
 
 @pytest.mark.parametrize("precision", [None, "fp8", "nvfp4"])
-def test_four_references_are_kept_by_default(
-    precision: str | None, card: Callable[..., Machine], pictures: list[Image.Image]
-) -> None:
+def test_four_references_are_kept_by_default(precision, card, pictures):
     """Regression: a quarter of what weights left free held none, and nothing said so."""
     machine = card(precision)
     assert machine.pipe.reference_store.budget >= SET
@@ -187,13 +180,7 @@ def test_four_references_are_kept_by_default(
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
-def test_the_plan_says_what_is_allocated(
-    precision: str,
-    artifacts: Path,
-    card: Callable[..., Machine],
-    pictures: list[Image.Image],
-    tmp_path: Path,
-) -> None:
+def test_the_plan_says_what_is_allocated(precision, artifacts, card, pictures, tmp_path):
     machine = card(precision)
     machine(pictures[:4], **REQUEST)
     options = PlanOptions(
@@ -216,9 +203,7 @@ def test_the_plan_says_what_is_allocated(
         assert max(used.values()) == pytest.approx(planned.peak - RESERVED, rel=0.02)
 
 
-def test_bf16_takes_turns(
-    artifacts: Path, card: Callable[..., Machine], pictures: list[Image.Image], tmp_path: Path
-) -> None:
+def test_bf16_takes_turns(artifacts, card, pictures, tmp_path):
     """Text encoder and transformer do not fit beside the references: each makes room."""
     machine = card(None)
     options = PlanOptions(
@@ -234,18 +219,16 @@ def test_bf16_takes_turns(
         assert used[stage.name] == pytest.approx(stage.total - RESERVED, rel=0.02), stage.name
 
 
-def test_a_set_that_is_not_kept_is_told(
-    card: Callable[..., Machine], pictures: list[Image.Image], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_set_that_is_not_kept_is_told(card, pictures, caplog):
     machine = card("fp8", reference_cache_bytes=8 * 10**9)
     with caplog.at_level("INFO"):
         machine(pictures[:4], **REQUEST)
     assert "a reference set of 8.59 GB is not kept: the budget is 8.00 GB" in caplog.text
 
 
-def test_the_plan_shows_how_many_sets_stay(artifacts: Path, capsys: Any) -> None:
+def test_the_plan_shows_how_many_sets_stay(artifacts, capsys):
     assert main(["plan", str(artifacts), "--refs", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if re.match(r"\w+/\w+ +4 ", line)]
-    kept = {row[0]: int(row[5]) for row in rows}
-    assert kept == {"bf16/bf16": 1, "fp8/fp8": 1, "nvfp4/fp8": 1}
+    sets = {row[0]: int(row[5]) for row in rows}
+    assert sets == {"bf16/bf16": 1, "fp8/fp8": 1, "nvfp4/fp8": 1}

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from klein_kv.runtime.backends.backend import open_backend
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
-def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
+def test_bad_threads(threads, tiny_artifacts):
     manifest = Manifest.load(tiny_artifacts)
     with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
         open_backend("auto", tiny_artifacts, manifest, "cpu", threads)
@@ -34,14 +33,7 @@ def test_bad_threads(threads: Any, tiny_artifacts: Path) -> None:
         (False, "float32", None, "onnxruntime"),
     ],
 )
-def test_auto(
-    gpu: bool,
-    dtype: str,
-    device: str | None,
-    chosen: str,
-    tiny_artifacts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto(gpu, dtype, device, chosen, tiny_artifacts, monkeypatch):
     """Without engines bfloat16 goes through torch, for ONNX Runtime has none of it on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
@@ -50,7 +42,7 @@ def test_auto(
 
 
 @pytest.mark.parametrize("missing", ["torch", "diffusers"])
-def test_without_torch(missing: str, tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch(missing, tiny_artifacts, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
     with pytest.raises(BackendError, match=rf"needs {missing}, .* pip install 'klein-kv\[torch\]'"):
@@ -59,7 +51,7 @@ def test_without_torch(missing: str, tiny_artifacts: Path, monkeypatch: pytest.M
         open_backend("auto", tiny_artifacts, manifest, "cpu", None)
 
 
-def test_quantized_graphs_are_not_for_torch(tiny_artifacts: Path) -> None:
+def test_quantized_graphs_are_not_for_torch(tiny_artifacts):
     """`auto` leaves them to ONNX Runtime, which says what it lacks for them here."""
     manifest = replace(Manifest.load(tiny_artifacts), dtype="bfloat16")
     graphs = replace(manifest.graphs, quantized=(("transformer", "fp8"),))
@@ -69,7 +61,7 @@ def test_quantized_graphs_are_not_for_torch(tiny_artifacts: Path) -> None:
         open_backend("auto", tiny_artifacts, manifest, "cpu", None, graphs)
 
 
-def test_options_by_name(tiny_artifacts: Path) -> None:
+def test_options_by_name(tiny_artifacts):
     def load(backend: str, **options: Any) -> Any:
         return KleinKVPipeline.from_pretrained(
             tiny_artifacts, backend=backend, device="cpu", backend_options=options

@@ -19,6 +19,7 @@ from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 from klein_kv.runtime.backends.ort.device import _IDENTITY, CPU, OrtDevice
 from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_engines import random_inputs
 from tests.runtime.backends.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
 
 Picture = Callable[..., Image.Image]
@@ -44,9 +45,7 @@ def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
 
 @pytest.mark.parametrize("dtype", [*NUMPY_DTYPES])
 @pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
-def test_every_type_comes_back_as_it_went(
-    dtype: str, shape: tuple[int, ...], backend: OrtBackend
-) -> None:
+def test_every_type_comes_back_as_it_went(dtype, shape, backend):
     array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
     buffer = backend.upload(array)
     back = backend.download(buffer)
@@ -55,13 +54,13 @@ def test_every_type_comes_back_as_it_went(
     assert buffer.data_type() == f"tensor({dtype.replace('float32', 'float').replace('_', '')})"
 
 
-def test_bfloat16_keeps_every_bit(backend: OrtBackend) -> None:
+def test_bfloat16_keeps_every_bit(backend):
     bits = np.arange(1 << 16, dtype=np.uint16)  # infinities and NaNs too
     array = bits.view(NUMPY_DTYPES["bfloat16"])
     np.testing.assert_array_equal(backend.download(backend.upload(array)).view(np.uint16), bits)
 
 
-def test_torch_reads_a_buffer_where_it_lies(backend: OrtBackend) -> None:
+def test_torch_reads_a_buffer_where_it_lies(backend):
     torch = pytest.importorskip("torch")
     array = np.arange(6).astype(NUMPY_DTYPES["bfloat16"]).reshape(2, 3)
     buffer = backend.upload(array)
@@ -70,7 +69,7 @@ def test_torch_reads_a_buffer_where_it_lies(backend: OrtBackend) -> None:
     assert tensor.tolist() == array.astype(np.float32).tolist()
 
 
-def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) -> None:
+def test_a_view_is_the_same_memory(tiny_artifacts, backend):
     channels = Manifest.load(tiny_artifacts).config.transformer.in_channels
     tokens = np.random.default_rng(0).standard_normal((1, 6, channels), np.float32)
     grid = backend.upload(tokens.reshape(1, 2, 3, channels))
@@ -86,7 +85,7 @@ def test_a_view_is_the_same_memory(tiny_artifacts: Path, backend: OrtBackend) ->
         backend.view(view, (7, channels))
 
 
-def test_parts_are_put_together(backend: OrtBackend) -> None:
+def test_parts_are_put_together(backend):
     whole = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
     parts = [backend.upload(whole[:, :2]), backend.view(backend.upload(whole), (4, 2), start=4)]
     joined = backend.assemble((1, 6, 2), parts)
@@ -96,7 +95,7 @@ def test_parts_are_put_together(backend: OrtBackend) -> None:
 # --- sessions ---
 
 
-def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
+def test_weights_are_uploaded_once_and_shared(tiny_artifacts):
     backend = open_cuda(tiny_artifacts)
     allocated = FakeValue.allocated
     for graph in ("first_step", "cached_step", "encode_references"):
@@ -112,9 +111,7 @@ def test_weights_are_uploaded_once_and_shared(tiny_artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA_1], ids=["cpu", "cuda"])
-def test_release_gives_back_weights_that_no_other_graph_uses(
-    device: OrtDevice, tiny_artifacts: Path
-) -> None:
+def test_release_gives_back_weights_that_no_other_graph_uses(device, tiny_artifacts):
     """On a GPU nobody else would: the text encoder must be gone when the transformer comes."""
     module = onnxruntime if device is CPU else FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
@@ -135,7 +132,7 @@ def test_release_gives_back_weights_that_no_other_graph_uses(
     assert backend._load("first_step") is not None
 
 
-def test_the_empty_model_is_onnx() -> None:
+def test_the_empty_model_is_onnx():
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     graph = onnx.helper.make_graph([node], "empty", [x], [y])
@@ -144,9 +141,7 @@ def test_the_empty_model_is_onnx() -> None:
     assert onnx.load_model_from_string(_IDENTITY) == model
 
 
-def test_the_same_images_as_on_a_cpu(
-    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
-) -> None:
+def test_the_same_images_as_on_a_cpu(tiny_artifacts, tiny_ours, picture):
     fake = FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
     pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts, fake))
@@ -158,16 +153,11 @@ def test_the_same_images_as_on_a_cpu(
     assert fake.arenas == [(CUDA, "Cuda", 1, CUDA_1.options)], "one arena for all sessions"
 
 
-def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts: Path) -> None:
+def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts):
     backend = open_cuda(tiny_artifacts)
     manifest = Manifest.load(tiny_artifacts)
-    rng = np.random.default_rng(0)
-    inputs = {}
-    sizes = {"batch": 1, "image_tokens": 20, "text_tokens": 8, "ref_tokens": 24}
-    for spec in manifest.graphs.signature("first_step", manifest.config).inputs:
-        shape = spec.concrete(sizes)
-        values = rng.integers(0, 9, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
-        inputs[spec.name] = backend.upload(values.astype(NUMPY_DTYPES[spec.dtype]))
+    arrays = random_inputs(manifest.graphs.signature("first_step", manifest.config))
+    inputs = {name: backend.upload(array) for name, array in arrays.items()}
     first = backend.run("first_step", inputs)
     feeds = {name: value for name, value in inputs.items() if not name.startswith("ref_")}
     feeds |= {name: first[name] for name in kv_names(manifest.config.transformer.num_blocks)}
@@ -179,9 +169,7 @@ def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts: Path) -> N
     )
 
 
-def test_reference_sets_of_the_two_devices_are_told_apart(
-    tiny_artifacts: Path, tiny_ours: KleinKVPipeline, picture: Picture
-) -> None:
+def test_reference_sets_of_the_two_devices_are_told_apart(tiny_artifacts, tiny_ours, picture):
     """They round differently: the same images must not hit each other's keys and values."""
     manifest = Manifest.load(tiny_artifacts)
     pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts))
@@ -192,22 +180,18 @@ def test_reference_sets_of_the_two_devices_are_told_apart(
         tiny_ours("a kite", references=ours)
 
 
-def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -> None:
+def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts):
     cuda, fake = FakeCuda(capacity=12_345, devices=2), FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
     backend = OrtBackend(
         tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda.cuda
     )
-    asked, get_info = [], cuda.cudaMemGetInfo
-
-    def watch() -> Any:
-        asked.append(cuda.device)
-        return get_info()
-
-    cuda.cudaMemGetInfo = watch  # type: ignore[method-assign]
+    cuda.cudaSetDevice(1)
+    cuda.cudaMalloc(345)
+    cuda.cudaSetDevice(0)
     given_back = FakeOnnxruntime.given_back
-    assert backend.available_memory() == 12_345
-    assert (asked, cuda.device) == ([1], 0), "the thread's device stays what it was"
+    assert backend.available_memory() == 12_000, "of its own device"
+    assert cuda.device == 0, "the thread's device stays what it was"
     assert FakeOnnxruntime.given_back == given_back + 1, "memory kept for reuse counts as free"
     held = backend.graph_memory("cached_step")
     assert held.weights == backend.graph_memory("first_step").weights, "they share one copy"
@@ -220,7 +204,7 @@ def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts: Path) -
 # --- refused ---
 
 
-def test_the_cpu_package_says_what_to_install(tiny_artifacts: Path) -> None:
+def test_the_cpu_package_says_what_to_install(tiny_artifacts):
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     manifest = Manifest.load(tiny_artifacts)
@@ -228,16 +212,14 @@ def test_the_cpu_package_says_what_to_install(tiny_artifacts: Path) -> None:
         open_backend("onnxruntime", tiny_artifacts, manifest, "cuda:0", None)
 
 
-def test_a_provider_that_cannot_start(
-    tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_provider_that_cannot_start(tiny_artifacts, capsys):
     fake = FakeOnnxruntime(error="CUDA failure 35: driver version is insufficient")
     with pytest.raises(BackendError, match=r"cannot start on device 1: CUDA failure 35.*driver"):
         open_cuda(tiny_artifacts, fake)
     assert capsys.readouterr().out == "", "what onnxruntime prints is no result of ours"
 
 
-def test_no_silent_fallback_to_the_cpu(tiny_artifacts: Path) -> None:
+def test_no_silent_fallback_to_the_cpu(tiny_artifacts):
     """Regression: ONNX Runtime makes a CPU session of a CUDA one whose provider did not start."""
     backend = open_cuda(tiny_artifacts, FakeOnnxruntime(started=False))
     with pytest.raises(BackendError, match="did not start, only CPUExecutionProvider did"):
@@ -245,14 +227,14 @@ def test_no_silent_fallback_to_the_cpu(tiny_artifacts: Path) -> None:
     assert not backend._sessions
 
 
-def test_a_node_without_a_kernel_is_named(tiny_artifacts: Path) -> None:
+def test_a_node_without_a_kernel_is_named(tiny_artifacts):
     backend = open_cuda(tiny_artifacts, FakeOnnxruntime(strays={"Gemm", "RotaryEmbedding"}))
     with pytest.raises(ArtifactError, match=r"no kernel for Gemm, RotaryEmbedding in the graph's"):
         backend.run("encode_references", {})
     assert not backend._sessions
 
 
-def test_bfloat16_is_for_gpus(tiny_bf16_artifacts: Path) -> None:
+def test_bfloat16_is_for_gpus(tiny_bf16_artifacts):
     manifest = Manifest.load(tiny_bf16_artifacts)
     with pytest.raises(BackendError, match=r"does not compute on a CPU; export .* --dtype fp32"):
         OrtBackend(tiny_bf16_artifacts, manifest, 1)
@@ -276,9 +258,7 @@ BFLOAT16_KERNELS = {
 
 
 @pytest.mark.parametrize("graph", GRAPH_FILES)
-def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(
-    graph: str, tiny_bf16_artifacts: Path
-) -> None:
+def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(graph, tiny_bf16_artifacts):
     """Regression: ReduceMax and Resize in bfloat16 kept two graphs from loading."""
     path = tiny_bf16_artifacts / GRAPH_FILES[graph]
     model = onnx.load(path, load_external_data=False)  # noqa: TID251 - the graph alone
@@ -286,13 +266,13 @@ def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    found = {
+    op_types = {
         node.op_type
         for node in model.graph.node
         if any(types.get(name) == onnx.TensorProto.BFLOAT16 for name in node.input)
     }
-    assert len(found) > 5
-    assert found <= BFLOAT16_KERNELS
+    assert len(op_types) > 5
+    assert op_types <= BFLOAT16_KERNELS
 
 
 # --- on a GPU ---

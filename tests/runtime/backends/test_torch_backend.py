@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinKVPipeline
 from PIL import Image
 from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
@@ -18,15 +17,14 @@ from torch._inductor import cpp_builder
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
-from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.signature import kv_names, make_signature
 from klein_kv.artifacts.weights import NUMPY_DTYPES
-from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.runtime.backends.pytorch import memory as torch_memory
 from klein_kv.runtime.backends.pytorch.backend import TorchBackend
 from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 from tests.conftest import load_ours
+from tests.runtime.backends.fake_engines import random_inputs
 
 Picture = Callable[..., Image.Image]
 Arrays = dict[str, Any]
@@ -50,24 +48,10 @@ def config(tiny_artifacts: Path) -> ModelConfig:
     return Manifest.load(tiny_artifacts).config
 
 
-def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1, side: int = 4) -> Arrays:
+def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1) -> Arrays:
     """Inputs of all transformer graphs, as float32 arrays."""
-    rng, net = np.random.default_rng(0), config.transformer
-
-    def normal(*shape: int) -> Any:
-        return rng.standard_normal(shape, np.float32)
-
-    grids = [(refs // 2, 2)]
-    return {
-        "hidden_states": normal(batch, side * side, net.in_channels),
-        "encoder_hidden_states": normal(batch, 9, net.joint_attention_dim),
-        "timestep": np.array([700.0], np.float32),
-        "sigma_step": np.array([-0.25], np.float32),
-        "img_ids": grid_ids(side, side),
-        "txt_ids": text_ids(9),
-        "ref_hidden_states": normal(1, refs, net.in_channels),
-        "ref_ids": reference_ids(grids),
-    }
+    signature = make_signature("first_step", config, "float32")
+    return random_inputs(signature, ref_tokens=refs, batch=batch)
 
 
 def upload_all(
@@ -110,7 +94,7 @@ def assert_near(ours: Arrays, theirs: Arrays, bound: float) -> None:
 @pytest.mark.parametrize(
     "dtype", ["float32", "float16", "bfloat16", "int64", "uint8", "float8_e4m3fn"]
 )
-def test_upload_copies_and_download_gives_it_back(dtype: str, backend: TorchBackend) -> None:
+def test_upload_copies_and_download_gives_it_back(dtype, backend):
     array = np.arange(24).reshape(2, 3, 4).astype(NUMPY_DTYPES[dtype])
     for given in (array, array.transpose(2, 0, 1), array[:, ::2], array[:0], array[0, 0, 0:1]):
         expected = given.copy()
@@ -125,7 +109,7 @@ def test_upload_copies_and_download_gives_it_back(dtype: str, backend: TorchBack
         np.testing.assert_array_equal(result, expected)
 
 
-def test_download_on_a_cpu_is_the_memory_itself(backend: TorchBackend) -> None:
+def test_download_on_a_cpu_is_the_memory_itself(backend):
     """Callbacks of the pipeline may change latents in place, as diffusers' may."""
     for dtype in (np.float32, ml_dtypes.bfloat16):
         buffer = backend.upload(np.ones((2, 3), dtype))
@@ -133,7 +117,7 @@ def test_download_on_a_cpu_is_the_memory_itself(backend: TorchBackend) -> None:
         assert buffer[0].tolist() == [5, 5, 5]
 
 
-def test_views_parts_and_types_that_no_graph_takes(backend: TorchBackend) -> None:
+def test_views_parts_and_types_that_no_graph_takes(backend):
     array = np.arange(12.0, dtype=np.float32).reshape(1, 6, 2)
     buffer = backend.upload(array)
     view = backend.view(buffer, (2, 2), start=4)
@@ -148,9 +132,7 @@ def test_views_parts_and_types_that_no_graph_takes(backend: TorchBackend) -> Non
 # --- weights and memory ---
 
 
-def test_graphs_share_weights_and_release_frees_them(
-    backend: TorchBackend, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_share_weights_and_release_frees_them(backend, config, monkeypatch):
     loaded: list[Any] = []
     load = FolderWeights.load
 
@@ -173,7 +155,7 @@ def test_graphs_share_weights_and_release_frees_them(
     assert len(loaded) == 2
 
 
-def test_memory_of_a_graph(backend: TorchBackend) -> None:
+def test_memory_of_a_graph(backend):
     """On a CPU mapped files; on a GPU the bytes of the component, which its graphs share."""
     assert backend.graph_memory("cached_step").weights == {}
     backend._weights.device = torch.device("cuda")  # nothing is loaded for the answer
@@ -187,9 +169,7 @@ def test_memory_of_a_graph(backend: TorchBackend) -> None:
             call("plain_step")
 
 
-def test_from_tensors_shares_memory(
-    backend: TorchBackend, config: ModelConfig, tiny_theirs: Flux2KleinKVPipeline
-) -> None:
+def test_from_tensors_shares_memory(backend, config, tiny_theirs):
     """diffusers' own modules, no artifact folder."""
     given = TorchBackend.from_tensors(
         config,
@@ -219,7 +199,7 @@ def test_from_tensors_shares_memory(
 # --- devices and options ---
 
 
-def test_devices_that_are_not_there(tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_there(tiny_artifacts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:1"):
         with pytest.raises(BackendError, match=rf"device is '{device}', torch .* sees 0 CUDA GPUs"):
@@ -228,7 +208,7 @@ def test_devices_that_are_not_there(tiny_artifacts: Path, monkeypatch: pytest.Mo
     assert pipeline.backend.device == CPU
 
 
-def test_cuda_graphs_are_for_gpus(tiny_artifacts: Path) -> None:
+def test_cuda_graphs_are_for_gpus(tiny_artifacts):
     with pytest.raises(BackendError, match="cuda_graphs is set, but the device is cpu"):
         open_torch(tiny_artifacts, cuda_graphs=True)
     backend = open_torch(tiny_artifacts)
@@ -238,7 +218,7 @@ def test_cuda_graphs_are_for_gpus(tiny_artifacts: Path) -> None:
     assert backend.graph_memory("first_step").kv_copies == 0
 
 
-def test_errors_of_torch_become_the_projects(backend: TorchBackend, config: ModelConfig) -> None:
+def test_errors_of_torch_become_the_projects(backend, config):
     inputs = {name: backend.upload(x) for name, x in step_inputs(config).items()}
     with pytest.raises(BackendError, match="encode_references failed in torch: "):
         backend.run("encode_references", inputs | {"ref_ids": inputs["ref_ids"][:3]})
@@ -254,15 +234,13 @@ def test_errors_of_torch_become_the_projects(backend: TorchBackend, config: Mode
         backend.run("cached_step", {})
 
 
-def test_clock_of_a_cpu(backend: TorchBackend) -> None:
+def test_clock_of_a_cpu(backend):
     marks = [backend.mark() for _ in range(3)]
     assert 0 <= backend.elapsed(marks[0], marks[1]) <= backend.elapsed(marks[0], marks[2]) < 1
     assert backend.available_memory() > 1 << 20
 
 
-def test_keys_and_values_keep_nothing_else_alive(
-    backend: TorchBackend, config: ModelConfig
-) -> None:
+def test_keys_and_values_keep_nothing_else_alive(backend, config):
     """A single block's values are a part of one large product; what is kept is a copy."""
     inputs = {name: backend.upload(x) for name, x in step_inputs(config).items()}
     kv = backend.run("encode_references", inputs)
@@ -270,18 +248,6 @@ def test_keys_and_values_keep_nothing_else_alive(
     for name, value in kv.items():
         assert value.is_contiguous()
         assert value.untyped_storage().nbytes() == value.nbytes, name
-
-
-def test_command_line(tiny_bf16_artifacts: Path, tmp_path: Path, capsys: Any) -> None:
-    """bfloat16 artifacts on a CPU, which no other backend runs: "auto" takes torch."""
-    out = tmp_path / "kite.png"
-    size = ["--height", "128", "--width", "144", "--steps", "2", "--seed", "1"]
-    options = ["--device", "cpu", "--threads", "1"]
-    argv = ["generate", str(tiny_bf16_artifacts), "-p", "a kite", "-o", str(out), *size, *options]
-    assert main([*argv, "-q"]) == 0
-    with Image.open(out) as image:
-        assert image.size == (144, 128)
-    assert capsys.readouterr().out.strip() == str(out)
 
 
 # --- compiled blocks ---
@@ -303,7 +269,7 @@ def compiler() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch 2.13 of its own modules
 @pytest.mark.usefixtures("compiler")
-def test_compiled_blocks(tiny_artifacts: Path, backend: TorchBackend, config: ModelConfig) -> None:
+def test_compiled_blocks(tiny_artifacts, backend, config):
     """As eager to rounding; every kind of block is compiled once, however many there are."""
     compiled = open_torch(tiny_artifacts, compile_blocks=True)
     inputs = step_inputs(config)
@@ -329,14 +295,7 @@ def gpu() -> str:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_equals_cpu(
-    graphs: bool,
-    compiled: bool,
-    gpu: str,
-    tiny_artifacts: Path,
-    backend: TorchBackend,
-    config: ModelConfig,
-) -> None:
+def test_gpu_equals_cpu(graphs, compiled, gpu, tiny_artifacts, backend, config):
     torch.compiler.reset()
     theirs = open_torch(tiny_artifacts, gpu, compile_blocks=compiled, cuda_graphs=graphs)
     for refs, batch in ((22, 1), (40, 2), (10, 1), (40, 2)):
@@ -345,7 +304,7 @@ def test_gpu_equals_cpu(
 
 
 @pytest.mark.gpu
-def test_gpu_pipeline_in_bfloat16(gpu: str, tiny_bf16_artifacts: Path, picture: Picture) -> None:
+def test_gpu_pipeline_in_bfloat16(gpu, tiny_bf16_artifacts, picture):
     """An edit, and the same with known references, against the CPU's."""
     request = {
         "image": [picture(128, 160), picture(96, 96)],
@@ -370,9 +329,7 @@ def test_gpu_pipeline_in_bfloat16(gpu: str, tiny_bf16_artifacts: Path, picture: 
 
 
 @pytest.mark.gpu
-def test_gpu_memory(
-    gpu: str, tiny_artifacts: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_memory(gpu, tiny_artifacts, config, monkeypatch):
     """Uploads in pieces give the same bytes; release gives the memory back."""
     monkeypatch.setattr(torch_memory, "_STAGING_BYTES", 1000)
     backend, on_cpu = open_torch(tiny_artifacts, gpu), open_torch(tiny_artifacts)
@@ -394,7 +351,7 @@ def test_gpu_memory(
 
 
 @pytest.mark.gpu
-def test_gpu_loop_does_not_wait(gpu: str, tiny_bf16_artifacts: Path, config: ModelConfig) -> None:
+def test_gpu_loop_does_not_wait(gpu, tiny_bf16_artifacts, config):
     """torch reports every call that would wait for the device."""
     backend = open_torch(tiny_bf16_artifacts, gpu)
     inputs = step_inputs(config)

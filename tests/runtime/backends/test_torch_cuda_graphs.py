@@ -68,7 +68,10 @@ def inputs(kv: Tensors, i: int = 0, tokens: int = 4) -> Tensors:
 
 
 def check(graphs: StepGraphs, x: Tensors) -> Tensors:
+    """Right outputs, and inputs that stay the caller's."""
+    before = {name: value.clone() for name, value in x.items()}
     outputs = graphs(x)
+    assert all(torch.equal(x[name], before[name]) for name in x)
     expected = Recorder().step(x)
     assert outputs.keys() == expected.keys()
     for name, value in expected.items():
@@ -76,9 +79,7 @@ def check(graphs: StepGraphs, x: Tensors) -> Tensors:
     return outputs
 
 
-def test_first_run_is_eager_then_one_capture_and_replays(
-    graphs: StepGraphs, recorder: Recorder
-) -> None:
+def test_first_run_is_eager_then_one_capture_and_replays(graphs, recorder):
     kv = references(6)
     outputs = [check(graphs, inputs(kv, i)) for i in range(4)]
     assert (recorder.captures, recorder.replays) == (1, 3)
@@ -87,18 +88,7 @@ def test_first_run_is_eager_then_one_capture_and_replays(
     assert len(set(pointers)) == len(pointers), "outputs are the caller's own"
 
 
-def test_inputs_stay_the_callers(graphs: StepGraphs) -> None:
-    kv = references(6)
-    for i in range(3):
-        x = inputs(kv, i)
-        before = {name: value.clone() for name, value in x.items()}
-        graphs(x)
-        assert all(torch.equal(x[name], before[name]) for name in x)
-
-
-def test_keys_and_values_are_copied_once_per_request(
-    graphs: StepGraphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_and_values_are_copied_once_per_request(graphs, monkeypatch):
     """Steps of a request, and a later request on the same set, copy none of it."""
     copied: list[int] = []
     copy = torch.Tensor.copy_
@@ -120,16 +110,14 @@ def test_keys_and_values_are_copied_once_per_request(
             torch.testing.assert_close(result["latents"], wanted)
 
 
-def test_a_set_at_a_former_ones_address_is_copied(graphs: StepGraphs) -> None:
+def test_a_set_at_a_former_ones_address_is_copied(graphs):
     """Freed keys and values are forgotten: the allocator gives their memory to the next set."""
     for seed in range(5):
         for i in range(2):
             check(graphs, inputs(references(50, seed), i))
 
 
-def test_larger_sets_move_the_place_and_smaller_ones_share_it(
-    graphs: StepGraphs, recorder: Recorder
-) -> None:
+def test_larger_sets_move_the_place_and_smaller_ones_share_it(graphs, recorder):
     for tokens, captures in ((4, 1), (9, 2), (4, 3), (9, 3), (0, 4), (9, 4)):
         kv = references(tokens)
         for i in range(2):
@@ -140,9 +128,7 @@ def test_larger_sets_move_the_place_and_smaller_ones_share_it(
     assert places[0] != places[3]
 
 
-def test_shapes_are_captured_apart_and_the_longest_unused_goes(
-    graphs: StepGraphs, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shapes_are_captured_apart_and_the_longest_unused_goes(graphs, recorder, monkeypatch):
     monkeypatch.setattr(torch_cuda_graphs, "_MOST_SHAPES", 2)
     kv = references(3)
     for tokens in (4, 5, 4, 6, 4):  # 6 takes the place of 5
@@ -154,7 +140,7 @@ def test_shapes_are_captured_apart_and_the_longest_unused_goes(
     assert recorder.captures == 4
 
 
-def test_without_keys_and_values(recorder: Recorder) -> None:
+def test_without_keys_and_values(recorder):
     """`plain_step` has none."""
     graphs = StepGraphs(recorder.step, [], recorder.capture)
     for i in range(3):
@@ -162,7 +148,7 @@ def test_without_keys_and_values(recorder: Recorder) -> None:
     assert recorder.captures == 1
 
 
-def test_inputs_that_are_not_contiguous(graphs: StepGraphs, recorder: Recorder) -> None:
+def test_inputs_that_are_not_contiguous(graphs, recorder):
     kv = references(6)
     for i in range(3):
         x = inputs(kv, i)
@@ -171,7 +157,7 @@ def test_inputs_that_are_not_contiguous(graphs: StepGraphs, recorder: Recorder) 
     assert recorder.contiguous
 
 
-def test_failed_capture_is_tried_again(graphs: StepGraphs, recorder: Recorder) -> None:
+def test_failed_capture_is_tried_again(graphs, recorder):
     kv, capture = references(6), graphs._capture
 
     def fail(_work: Callable[[], Tensors]) -> Any:

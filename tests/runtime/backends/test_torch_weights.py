@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinKVPipeline
 
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.weights import WeightRef
@@ -21,9 +20,7 @@ from klein_kv.runtime.backends.pytorch.weights import FolderWeights, whole_weigh
 CPU = torch.device("cpu")
 
 
-def test_weights_are_mapped_and_those_of_the_checkpoint(
-    tiny_artifacts: Path, tiny_theirs: Flux2KleinKVPipeline
-) -> None:
+def test_weights_are_mapped_and_those_of_the_checkpoint(tiny_artifacts, tiny_theirs):
     weights = FolderWeights(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu")
     for component in ("transformer", "text_encoder"):
         state = getattr(tiny_theirs, component).state_dict()
@@ -45,23 +42,22 @@ def test_weights_are_mapped_and_those_of_the_checkpoint(
         pytest.fail("the weights lie in no mapping")
 
 
-def test_tensors_of_files(tmp_path: Path) -> None:
+def test_tensors_of_files(tmp_path):
     """At any offset, as other libraries' headers have any length; and never written back."""
     values = np.arange(40, dtype=np.float32)
     path = tmp_path / "odd.bin"
     path.write_bytes(b"\0" * 8 + values.tobytes() + b"\0" + values.tobytes())
-    files: dict[Path, torch.Tensor] = {}
     for offset in (8, 169):
         ref = WeightRef(path, offset, 160, "float32", (4, 10))
-        tensor = torch_memory.map_tensor(ref, files)
+        tensor = torch_memory.map_tensor(ref)
         np.testing.assert_array_equal(tensor.numpy(), values.reshape(4, 10))
         tensor.mul_(3)
     assert path.read_bytes()[8:168] == values.tobytes()
     missing = replace(ref, path=tmp_path / "gone")
     with pytest.raises(ArtifactError, match=r"gone cannot be mapped: .*export again"):
-        torch_memory.map_tensor(missing, files)
+        torch_memory.map_tensor(missing)
     with pytest.raises(ArtifactError, match="holds float4_e2m1fn, expected one of float32"):
-        torch_memory.map_tensor(replace(ref, dtype="float4_e2m1fn"), files)
+        torch_memory.map_tensor(replace(ref, dtype="float4_e2m1fn"))
 
 
 class LateStream:
@@ -77,7 +73,7 @@ class LateStream:
 
 
 @pytest.mark.parametrize("nbytes", [0, 8, 1000, 1008, 5000])
-def test_pieces_of_an_upload(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_an_upload(nbytes, monkeypatch):
     """The way to a GPU, onto the CPU: no buffer is filled again before its copy is done."""
     stream, empty, copy = LateStream(), torch.empty, torch.Tensor.copy_
 
@@ -101,7 +97,7 @@ def test_pieces_of_an_upload(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(x, y) for x, y in zip(copies, values, strict=True))
 
 
-def test_row_ranges_are_joined() -> None:
+def test_row_ranges_are_joined():
     ref = WeightRef(Path("w"), 100, 240, "float32", (10, 6))
     table = {"x[4:10]": ref.rows(4, 10), "x[0:4]": ref.rows(0, 4), "y": ref}
     assert whole_weights(table) == {"x": ref, "y": ref}
@@ -122,9 +118,7 @@ def test_row_ranges_are_joined() -> None:
         ([64, 64], r"x_embedder.weight is torch.float32 \(64, 64\) on cpu, expected"),
     ],
 )
-def test_folders_whose_weights_are_others(
-    shape: list[int] | None, message: str, tiny_artifacts: Path, tmp_path: Path
-) -> None:
+def test_folders_whose_weights_are_others(shape, message, tiny_artifacts, tmp_path):
     folder = Path(shutil.copytree(tiny_artifacts, tmp_path / "a", copy_function=shutil.copy))
     for path in (folder / "transformer").glob("*.weights.json"):
         table = json.loads(path.read_text())
@@ -146,9 +140,7 @@ def test_folders_whose_weights_are_others(
         (None, "missing"),
     ],
 )
-def test_vae_configuration_of_another_vae(
-    change: dict[str, Any] | None, message: str, tiny_artifacts: Path, tmp_path: Path
-) -> None:
+def test_vae_configuration_of_another_vae(change, message, tiny_artifacts, tmp_path):
     shutil.copytree(tiny_artifacts, tmp_path / "a", copy_function=shutil.copy)
     path = tmp_path / "a/vae/config.json"
     config = json.loads(path.read_text())
@@ -160,7 +152,7 @@ def test_vae_configuration_of_another_vae(
         weights.load("vae")
 
 
-def test_from_tensors_checks(tiny_artifacts: Path, tiny_theirs: Flux2KleinKVPipeline) -> None:
+def test_from_tensors_checks(tiny_artifacts, tiny_theirs):
     config = Manifest.load(tiny_artifacts).config
     state = tiny_theirs.transformer.state_dict()
 
