@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from klein_kv.artifacts.engines.engine_manifest import write_atomic
+from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.signature import Signature, TensorSpec, is_kv
 from klein_kv.errors import BackendError
