@@ -28,6 +28,7 @@ __all__ = [
     "draw_scene",
     "load_subjects",
     "psnr",
+    "sample_subjects",
 ]
 
 Size = tuple[int, int]  # width, height
@@ -73,6 +74,21 @@ def load_subjects(font: Path = _DEBIAN) -> Subjects:
             continue
         (held_out if code % 8 == 3 else training).append(picture.crop(box))
     return Subjects(tuple(training), tuple(held_out))
+
+
+_SAMPLE = Path(__file__).with_name("subjects.png")  # a grid of held-out subjects
+_CELL = 136
+
+
+def sample_subjects() -> tuple[Image.Image, ...]:
+    """Forty held-out subjects that lie beside this file: no font is needed for them."""
+    grid = Image.open(_SAMPLE).convert("RGBA")
+    cells = [
+        grid.crop((x, y, x + _CELL, y + _CELL))
+        for y in range(0, grid.height, _CELL)
+        for x in range(0, grid.width, _CELL)
+    ]
+    return tuple(cell.crop(cell.getbbox()) for cell in cells)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Random klein checkpoints in the layout that diffusers loads.
+"""Klein checkpoints to test and to try with, in the layout that diffusers loads.
 
 Every test, benchmark and demo needs a checkpoint, and the real one is gated and 35 GB. The ones
-made here hold random weights in the same files, under the same tensor names, with the same
-configuration keys; only the sizes differ. `diffusers.Flux2KleinKVPipeline.from_pretrained` loads
+made here hold random or (pocket) trained weights in the same files, under the same tensor names,
+with the same configuration keys; only the sizes differ. `diffusers.Flux2KleinKVPipeline.from_pretrained` loads
 them, which makes them a judge of this project's own graphs.
 
+    pocket       32 MB; trained by us, edits pictures: see `klein_kv.export.checkpoints.pocket`
     tiny         4 MB; made, loaded and run in well under a second each
     small        0.3 GB; an edit of 512x512 with four references takes about 20 s on two CPU cores
     9b-shapes    the shapes of the real 9B model in sparse files: 35 GB to read, 1 MB on the disk
@@ -31,6 +32,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from klein_kv.artifacts.config import DTYPES, tensor_bytes
 from klein_kv.artifacts.weights import safetensors_header
 from klein_kv.errors import RequestError
+from klein_kv.export.checkpoints.pocket import write_pocket
 from klein_kv.export.checkpoints.random_model import (
     SIZES,
     FixtureSize,
@@ -47,30 +49,33 @@ _log = logging.getLogger(__name__)
 
 
 def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None = None) -> None:
-    """Writes a random checkpoint that `Flux2KleinKVPipeline.from_pretrained(out)` loads.
+    """Writes a checkpoint that `Flux2KleinKVPipeline.from_pretrained(out)` loads.
 
     The same arguments give the same bytes.
 
     Args:
         out: folder to make; it may exist if it is empty.
-        size: a key of `SIZES`.
-        seed: of the weights, 0 to 2**63 - 1; sparse sizes have none, and ignore it.
+        size: "pocket" or a key of `SIZES`.
+        seed: of random weights, 0 to 2**63 - 1; the other sizes ignore it.
         dtype: "float32", "float16" or "bfloat16"; None takes the size's own.
 
     Raises:
         RequestError: an unknown size or dtype, a seed out of range, or `out` holds something.
         CapacityError: it cannot be written.
     """
-    if size not in SIZES:
-        raise RequestError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
-    shapes = SIZES[size]
-    dtype = shapes.dtype if dtype is None else dtype
+    if size not in ("pocket", *SIZES):
+        raise RequestError(f"size is {size!r}; expected one of pocket, {', '.join(SIZES)}")
+    if dtype is None:
+        dtype = SIZES[size].dtype if size in SIZES else "float32"
     if dtype not in DTYPES.values():
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES.values())}")
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; expected a number from 0 to 2**63 - 1")
     with new_folder(out) as folder:
-        _write_checkpoint(folder, shapes, seed, getattr(torch, dtype))
+        if size == "pocket":
+            write_pocket(folder, getattr(torch, dtype))
+        else:
+            _write_checkpoint(folder, SIZES[size], seed, getattr(torch, dtype))
     _log.info("wrote %s (size %s, seed %d, %s)", out, size, seed, dtype)
 
 

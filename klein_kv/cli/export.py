@@ -11,9 +11,9 @@ __all__ = ["add_export", "add_fixture"]
 
 def add_fixture(add: AddVerb) -> None:
     """Adds `klein-kv fixture`."""
-    sub = add("fixture", _fixture, "Make a random checkpoint in diffusers layout.")
+    sub = add("fixture", _fixture, "Make a small checkpoint in diffusers layout, trained or random.")
     sub.add_argument("out", type=Path, metavar="OUT")
-    sub.add_argument("--size", default="tiny", help="tiny, small or 9b-shapes (sparse files)")
+    sub.add_argument("--size", default="tiny", help="pocket (trained), tiny, small or 9b-shapes (sparse files)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dtype", choices=DTYPES, help="default fp32; 9b-shapes bf16")
 
@@ -24,7 +24,7 @@ def _fixture(args: argparse.Namespace) -> Result:
     dtype = DTYPES[args.dtype] if args.dtype else None
     make_fixture(args.out, args.size, args.seed, dtype)
     value = {"checkpoint": str(args.out), "size": args.size, "seed": args.seed}
-    return value, f"random checkpoint ({args.size}, seed {args.seed}): {args.out}", 0
+    return value, f"checkpoint ({args.size}, seed {args.seed}): {args.out}", 0
 
 
 def add_export(add: AddVerb) -> None:
