@@ -1,6 +1,6 @@
 """What is lost: held-out edits of the pocket checkpoint, scored against their right answers.
 
-    python benchmarks/quality.py ARTIFACTS_FP32 ARTIFACTS_BF16 [--count 8] [--only bf16 nvfp4]
+    python -m benchmarks.quality ARTIFACTS_FP32 ARTIFACTS_BF16 [--count 8] [--only bf16 nvfp4]
 
 ARTIFACTS_BF16 has been quantized to fp8 and nvfp4. Each task's edits are the same for every
 variant, and so is their noise. Quantized layers are simulated in torch (docs/quantization.md), so
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pocket.instructions import TASKS
-from pocket.scenes import Edit, draw_edit, psnr, sample_subjects
 
+from benchmarks.pocket.instructions import TASKS
+from benchmarks.pocket.scenes import Edit, draw_edit, psnr, sample_subjects
 from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized

@@ -9,6 +9,7 @@ no training ever sees them.
     edit = draw_edit("night", subjects.held_out, np.random.default_rng(0), (192, 192))
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "load_subjects",
     "psnr",
     "sample_subjects",
+    "write_samples",
 ]
 
 Size = tuple[int, int]  # width, height
@@ -286,3 +288,20 @@ def psnr(picture: Image.Image, answer: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB over all pixels and channels of 8 bits."""
     difference = np.asarray(picture, np.float64) - np.asarray(answer, np.float64)
     return float(10 * np.log10(255**2 / max((difference**2).mean(), 1e-10)))
+
+
+def write_samples(folder: Path, count: int = 8) -> None:
+    """References and prompts to calibrate with: FOLDER/references/*.png and FOLDER/prompts.txt."""
+    random = np.random.default_rng(21)
+    subjects, tasks = sample_subjects(), [task for task, images in TASKS.items() if images]
+    (folder / "references").mkdir(parents=True, exist_ok=True)
+    prompts = []
+    for number in range(count):
+        edit = draw_edit(tasks[number % len(tasks)], subjects, random)
+        edit.references[0].save(folder / "references" / f"{number}.png")
+        prompts.append(edit.instruction)
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_samples(Path(sys.argv[1]))
