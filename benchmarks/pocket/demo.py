@@ -4,8 +4,8 @@
 
 DEMO holds `fp32` (artifacts) and `bf16` (quantized to fp8 and nvfp4); `make demo` makes them.
 Writes DEMO/sheet.png, DEMO/index.html and the pictures that the page shows. Subjects are held
-out of training. Times are this machine's, from call to picture; nvfp4 has no kernels on a CPU, so that it
-is simulated in torch and its time says nothing.
+out of training. Times are this machine's, from call to picture; nvfp4 has no kernels on a CPU, so
+that it is simulated in torch, and no time is given.
 """
 
 import argparse
