@@ -31,29 +31,25 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/edit.py
 
-# Random weights end to end: checkpoint, graphs, engines, three images, proof against diffusers.
+# The trained pocket checkpoint end to end: graphs, engines, quantized weights, a sheet of edits beside
+# their right answers, proof against diffusers.
+SAMPLES := --images $(DEMO)/samples/references --prompts $(DEMO)/samples/prompts.txt --size 192x192
 demo: .venv/.installed
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
-	$(BIN)/python benchmarks/photos.py $(DEMO)/photos
-	$(KLEIN_KV) fixture $(DEMO)/checkpoint --size tiny --seed 0
+	$(BIN)/python -m benchmarks.pocket.scenes $(DEMO)/samples
+	$(KLEIN_KV) fixture $(DEMO)/checkpoint --size pocket
 	$(KLEIN_KV) export $(DEMO)/checkpoint $(DEMO)/fp32 --dtype fp32 --variant kv
 	$(KLEIN_KV) export $(DEMO)/checkpoint $(DEMO)/bf16 --dtype bf16 --variant kv
+	$(KLEIN_KV) quantize $(DEMO)/bf16 --recipe fp8 $(SAMPLES)
+	$(KLEIN_KV) quantize $(DEMO)/bf16 --recipe nvfp4 $(SAMPLES)
 	$(KLEIN_KV) build $(DEMO)/bf16 --target rtx5090
-	$(KLEIN_KV) generate $(DEMO)/fp32 -p "a red kite over the sea" \
-		-o $(DEMO)/text.png --height 256 --width 256 --steps 4 --seed 0
-	$(KLEIN_KV) generate $(DEMO)/fp32 -p "the same portrait at night" \
-		-r $(DEMO)/photos/astronaut.png \
-		-o $(DEMO)/one-reference.png --height 256 --width 256 --steps 4 --seed 0
-	$(KLEIN_KV) generate $(DEMO)/fp32 -p "she holds the cup of coffee" \
-		-r $(DEMO)/photos/astronaut.png -r $(DEMO)/photos/coffee.png \
-		-o $(DEMO)/two-references.png --height 320 --width 256 --steps 4 --seed 0
 	$(KLEIN_KV) verify $(DEMO)/fp32 $(DEMO)/checkpoint
+	$(BIN)/python -m benchmarks.pocket.demo $(DEMO)
 	@echo
-	@echo "images of random weights:  $(DEMO)/text.png $(DEMO)/one-reference.png" \
-		"$(DEMO)/two-references.png"
-	@echo "ONNX graphs:               $(DEMO)/fp32 (for CPUs), $(DEMO)/bf16 (for GPUs)"
-	@echo "RTX 5090 engines:          $(DEMO)/bf16/engines/rtx5090-bf16"
+	@echo "edits beside their right answers:  $(DEMO)/sheet.png, $(DEMO)/index.html"
+	@echo "ONNX graphs:                       $(DEMO)/fp32 (for CPUs), $(DEMO)/bf16 (for GPUs)"
+	@echo "RTX 5090 engines:                  $(DEMO)/bf16/engines/rtx5090-bf16"
 
 clean:
 	rm -rf build dist $(DEMO) .mypy_cache .pytest_cache .ruff_cache

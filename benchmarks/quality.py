@@ -29,6 +29,7 @@ from klein_kv.export.checks.artifact_weights import MappedWeights, component_wei
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
 from klein_kv.export.checks.torch_loop import (
+    LoopRequest,
     encode_prompt,
     prepare_request,
     reference_kv,
@@ -100,16 +101,28 @@ class Editor:
         fp8 = scales if self.variant.attention and part == "transformer" else None
         return QuantizedOps(weights, self.variant.dtype, quantized.linears, fp8)
 
-    @torch.inference_mode()
     def __call__(self, edit: Edit, seed: int) -> Image.Image:
-        width, height = edit.answer.size
-        sample = Sample(edit.instruction, edit.references, width, height, seed)
-        request = prepare_request(sample, self.manifest, self.vae, self.variant.steps)
-        text = encode_prompt(self.text, self.artifacts, self.manifest, sample.prompt)
+        request = self.request(edit, seed)
+        return self.picture(edit.instruction, request, self.keys(request))
+
+    def request(self, edit: Edit, seed: int) -> LoopRequest:
+        sample = Sample(edit.instruction, edit.references, *edit.answer.size, seed)
+        return prepare_request(sample, self.manifest, self.vae, self.variant.steps)
+
+    @torch.inference_mode()
+    def keys(self, request: LoopRequest) -> list[torch.Tensor]:
+        """Keys and values of the references."""
         keys = reference_kv(self.transformer, self.manifest, request)
         if self.kv_scales:
             pairs = zip(keys, self.kv_scales, strict=True)
             keys = [round_to_fp8(x, scale).to(x.dtype) for x, scale in pairs]
+        return keys
+
+    @torch.inference_mode()
+    def picture(
+        self, instruction: str, request: LoopRequest, keys: Sequence[torch.Tensor]
+    ) -> Image.Image:
+        text = encode_prompt(self.text, self.artifacts, self.manifest, instruction)
         *_, latents = run_loop(self.transformer, self.manifest, request, text, keys)
         pixels = self.vae.decode(latents.float().reshape(1, *request.grid, -1).numpy())
         return Image.fromarray(pixels[0])

@@ -77,7 +77,7 @@ def make_rows(demo: Path) -> list[Row]:
             start = time.perf_counter()
             out = pipe(meaning.plain, image=pictures or None, height=192, width=192, seed=seed)
             took = time.perf_counter() - start
-            note = f"{len(own)} references" if own else "no reference"
+            note = ("no reference", "one reference", f"{len(own)} references")[min(len(own), 2)]
             right = answer(meaning, own, SIZE)
             rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
         own = [scenes[name] for name in "ecab"]
@@ -88,54 +88,50 @@ def make_rows(demo: Path) -> list[Row]:
             out = pipe(meaning.plain, references=known, height=192, width=192, seed=3)
             took = time.perf_counter() - start
             right = answer(meaning, own, SIZE)
-            note = "references encoded before the prompt: cached steps alone"
+            note = "references known before"
             rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
     meaning, own = Meaning("background", "purple"), [scenes["d"]]
     edit = Edit(meaning, meaning.plain, (own[0].picture(SIZE),), answer(meaning, own, SIZE))
     for name in ("fp32", "fp8", "nvfp4"):
         editor = Editor(demo / ("fp32" if name == "fp32" else "bf16"), VARIANTS[name])
-        note = f"{name}, simulated in torch"
+        note = f"{name}, in torch"
         rows.append(Row(meaning.plain, note, edit.references, editor(edit, 9), edit.answer, None))
     return rows
 
 
-def draw_sheet(rows: Sequence[Row], cell: int = 96) -> Image.Image:
-    """References, instruction, result and right answer, two rows side by side."""
-    font, small = (ImageFont.load_default(size) for size in (15, 13))
-    gap, text_width = 8, 190
-    width = 2 * cell + text_width + 2 * cell + 5 * gap
-    height = cell + 2 * gap
+def draw_sheet(rows: Sequence[Row], cell: int = 92) -> Image.Image:
+    """References, instruction, result and right answer; two rows side by side, 890 pixels wide."""
+    font, small = (ImageFont.load_default(size) for size in (13, 11))
+    gap, text_width, top_margin = 7, 140, 24
+    result_at = cell + text_width + 3 * gap
+    width, height = result_at + 2 * (cell + gap), cell + gap
     lines = (len(rows) + 1) // 2
-    sheet = Image.new("RGB", (2 * width + gap, lines * height + 28), "white")
+    sheet = Image.new("RGB", (2 * width, lines * height + top_margin), "white")
     drawing = ImageDraw.Draw(sheet)
+    heads = {
+        "references": gap,
+        "instruction": cell + 2 * gap,
+        "result": result_at,
+        "right answer": result_at + cell + gap,
+    }
     for column in (0, 1):
-        left = column * (width + gap)
-        heads = ((gap, "references"), (2 * cell + 3 * gap, "instruction"))
-        heads += (
-            (2 * cell + 3 * gap + text_width, "result"),
-            (3 * cell + 4 * gap + text_width, "right answer"),
-        )
-        for x, head in heads:
-            drawing.text((left + x, 6), head, "gray", small)
+        for head, x in heads.items():
+            drawing.text((column * width + x, 6), head, "gray", small)
     for index, row in enumerate(rows):
-        left, top = (index // lines) * (width + gap), 28 + (index % lines) * height
-        side = cell if len(row.references) == 1 else cell // 2
+        left, top = (index // lines) * width, top_margin + (index % lines) * height
+        side = cell if len(row.references) == 1 else cell // 2 - 1
         for number, reference in enumerate(row.references):
-            x = left + gap + (number % 4) * (side + 2) if side == cell else left + gap
-            if side != cell:
-                x += (number % 2) * (side + 2)
-            sheet.paste(reference.resize((side, side)), (x, top + (number // 2) * (side + 2)))
-        x = left + 2 * cell + 3 * gap
-        y = top
-        for line in textwrap.wrap(row.instruction, 24):
-            drawing.text((x, y), line, "black", font)
-            y += 18
-        for line in (*textwrap.wrap(row.note, 28), row.caption):
-            drawing.text((x, y), line, "gray", small)
-            y += 15
-        x += text_width
-        sheet.paste(row.result.resize((cell, cell)), (x, top))
-        sheet.paste(row.answer.resize((cell, cell)), (x + cell + gap, top))
+            x, y = number % 2 * (side + 2), number // 2 * (side + 2)
+            sheet.paste(reference.resize((side, side)), (left + gap + x, top + y))
+        y = top - 2
+        for line in textwrap.wrap(row.instruction, 21):
+            drawing.text((left + cell + 2 * gap, y), line, "black", font)
+            y += 14
+        for line in (*textwrap.wrap(row.note, 25), row.caption):
+            drawing.text((left + cell + 2 * gap, y), line, "gray", small)
+            y += 12
+        sheet.paste(row.result.resize((cell, cell)), (left + result_at, top))
+        sheet.paste(row.answer.resize((cell, cell)), (left + result_at + cell + gap, top))
     return sheet
 
 

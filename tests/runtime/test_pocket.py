@@ -1,0 +1,163 @@
+"""Pictures that mean something: edits of the trained checkpoint against their right answers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinKVPipeline
+from numpy.typing import NDArray
+
+from benchmarks.pocket.instructions import Meaning
+from benchmarks.pocket.scenes import Edit, Scene, answer, draw_scene, psnr, sample_subjects
+from benchmarks.quality import VARIANTS, Editor
+from klein_kv import KleinKVPipeline
+from klein_kv.export.checkpoints.fixture import make_fixture
+from klein_kv.export.checks.torch_loop import LoopRequest, reference_kv
+from klein_kv.export.exporter import export_checkpoint
+from klein_kv.networks.torch_ops import TorchOps
+
+SIZE = (192, 192)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pocket") / "checkpoint"
+    make_fixture(folder, "pocket")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifacts(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "fp32"
+    export_checkpoint(checkpoint, folder, variant="kv", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(artifacts: Path) -> KleinKVPipeline:
+    with KleinKVPipeline.from_pretrained(artifacts, backend="onnxruntime") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    random, subjects = np.random.default_rng(8), sample_subjects()
+    return [draw_scene([subjects[index]], random) for index in (7, 29, 16, 23)]
+
+
+def edit_of(meaning: Meaning, scenes: list[Scene]) -> Edit:
+    references = tuple(scene.picture(SIZE) for scene in scenes)
+    return Edit(meaning, meaning.plain, references, answer(meaning, scenes, SIZE))
+
+
+def test_edits_follow_their_instructions(pipe: KleinKVPipeline, scenes: list[Scene]) -> None:
+    night, green = Meaning("night"), Meaning("background", "green")
+    picture = scenes[0].picture(SIZE)
+    known = pipe.encode_references([picture])
+    answers = {meaning: answer(meaning, scenes[:1], SIZE) for meaning in (night, green)}
+    for meaning, right in answers.items():
+        first = pipe(meaning.plain, image=[picture], seed=0).images[0]
+        again = pipe(meaning.plain, references=known, height=192, width=192, seed=0).images[0]
+        assert np.array_equal(np.asarray(first), np.asarray(again))
+        assert psnr(first, right) > 20
+        others = [other for other in answers.values() if other is not right]
+        assert psnr(first, right) > max(psnr(first, other) for other in (*others, picture)) + 5
+
+
+def test_swapped_references_swap_the_result(pipe: KleinKVPipeline, scenes: list[Scene]) -> None:
+    swap, pair = Meaning("swap"), scenes[:2]
+    pictures = [scene.picture(SIZE) for scene in pair]
+    right, swapped = answer(swap, pair, SIZE), answer(swap, pair[::-1], SIZE)
+    result = pipe(swap.plain, image=pictures, seed=0).images[0]
+    other = pipe(swap.plain, image=pictures[::-1], seed=0).images[0]
+    assert psnr(result, right) > psnr(result, swapped) + 5
+    assert psnr(other, swapped) > psnr(other, right) + 5
+
+
+def test_one_changed_reference_is_seen(pipe: KleinKVPipeline, scenes: list[Scene]) -> None:
+    swap = Meaning("swap")
+    right = answer(swap, scenes[:2], SIZE)
+    pictures = [scene.picture(SIZE) for scene in scenes]
+    for changed in ([pictures[2], pictures[1]], [pictures[0], pictures[3]]):
+        stale = pipe.encode_references(changed)
+        wrong = pipe(swap.plain, references=stale, height=192, width=192, seed=0).images[0]
+        result = pipe(swap.plain, image=pictures[:2], seed=0).images[0]
+        assert psnr(result, right) > psnr(wrong, right) + 3
+
+
+def test_diffusers_makes_the_same_picture(
+    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+) -> None:
+    judge = Flux2KleinKVPipeline.from_pretrained(checkpoint)
+    judge.set_progress_bar_config(disable=True)
+    edit = edit_of(Meaning("swap"), scenes[:2])
+    noise = np.random.default_rng(1).standard_normal((1, 128, 12, 12)).astype(np.float32)
+    images = list(edit.references)
+    theirs = judge(images, edit.instruction, latents=torch.from_numpy(noise)).images[0]
+    ours = pipe(edit.instruction, image=images, latents=noise).images[0]
+    assert psnr(ours, theirs) > 60
+
+
+# Faults that random weights could not show: each makes request and keys, wrongly.
+Faulty = tuple[LoopRequest, list[torch.Tensor]]
+
+
+def references_at_another_time(editor: Editor, request: LoopRequest) -> Faulty:
+    class Late(TorchOps):
+        def constant(self, value: NDArray[Any]) -> torch.Tensor:
+            return super().constant(value + 0.8 if value.shape == (1,) else value)
+
+    ops = editor.transformer
+    with torch.inference_mode():
+        return request, reference_kv(Late(ops.weights, ops.dtype), editor.manifest, request)
+
+
+def keys_of_another_block(editor: Editor, request: LoopRequest) -> Faulty:
+    keys = editor.keys(request)
+    return request, [*keys[2:], *keys[:2]]
+
+
+def references_in_another_order(editor: Editor, request: LoopRequest) -> Faulty:
+    tokens = torch.cat(request.references.chunk(2, dim=1)[::-1], dim=1)
+    return request, editor.keys(replace(request, references=tokens))
+
+
+def another_t_of_the_references(editor: Editor, request: LoopRequest) -> Faulty:
+    ids = request.reference_ids.clone()
+    ids[:, 0] += 5
+    return request, editor.keys(replace(request, reference_ids=ids))
+
+
+def other_batch_norm_statistics(editor: Editor, request: LoopRequest) -> Faulty:
+    return request, editor.keys(replace(request, references=request.references * 0.6 + 0.3))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        references_at_another_time,
+        keys_of_another_block,
+        references_in_another_order,
+        another_t_of_the_references,
+        other_batch_norm_statistics,
+    ],
+)
+def test_a_planted_fault_drops_the_score(
+    fault: Callable[[Editor, LoopRequest], Faulty], artifacts: Path, scenes: list[Scene]
+) -> None:
+    editor = Editor(artifacts, VARIANTS["fp32"])
+    edits = [
+        edit_of(Meaning("swap"), scenes[:2]),
+        edit_of(Meaning("swap"), scenes[2:]),
+    ]
+    losses = []
+    for edit in edits:
+        request = editor.request(edit, seed=0)
+        right = editor.picture(edit.instruction, request, editor.keys(request))
+        wrong = editor.picture(edit.instruction, *fault(editor, request))
+        losses.append(psnr(right, edit.answer) - psnr(wrong, edit.answer))
+    assert sum(losses) / len(losses) > 1
