@@ -2,8 +2,9 @@
 
 Every test, benchmark and demo needs a checkpoint, and the real one is gated and 35 GB. The ones
 made here hold random or (pocket) trained weights in the same files, under the same tensor names,
-with the same configuration keys; only the sizes differ. `diffusers.Flux2KleinKVPipeline.from_pretrained` loads
-them, which makes them a judge of this project's own graphs.
+with the same configuration keys; only the sizes differ.
+`diffusers.Flux2KleinKVPipeline.from_pretrained` loads them, which makes them a judge of this
+project's own graphs.
 
     pocket       32 MB; trained by us, edits pictures: see `klein_kv.export.checkpoints.pocket`
     tiny         4 MB; made, loaded and run in well under a second each

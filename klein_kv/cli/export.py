@@ -11,9 +11,9 @@ __all__ = ["add_export", "add_fixture"]
 
 def add_fixture(add: AddVerb) -> None:
     """Adds `klein-kv fixture`."""
-    sub = add("fixture", _fixture, "Make a small checkpoint in diffusers layout, trained or random.")
+    sub = add("fixture", _fixture, "Make a small checkpoint, trained or random.")
     sub.add_argument("out", type=Path, metavar="OUT")
-    sub.add_argument("--size", default="tiny", help="pocket (trained), tiny, small or 9b-shapes (sparse files)")
+    sub.add_argument("--size", default="tiny", help="pocket (trained), tiny, small or 9b-shapes")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dtype", choices=DTYPES, help="default fp32; 9b-shapes bf16")
 
