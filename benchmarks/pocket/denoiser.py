@@ -12,7 +12,9 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Positions", "forward", "image_positions", "make_transformer"]
+from klein_kv.artifacts.positions import grid_ids, reference_ids
+
+__all__ = ["Positions", "forward", "make_transformer"]
 
 HEAD_DIM = 32
 AXES = (4, 12, 12, 4)  # of a head: T, H, W, L
@@ -33,13 +35,6 @@ def make_transformer(text_width: int) -> Flux2Transformer2DModel:
     )
 
 
-def image_positions(height: int, width: int, image: int) -> Tensor:
-    """[height x width, 4]: T, H, W, L of an image's tokens; image 0 is the output."""
-    return torch.cartesian_prod(
-        torch.tensor([10 * image]), torch.arange(height), torch.arange(width), torch.tensor([0])
-    )
-
-
 @dataclass(frozen=True)
 class Positions:
     """Cosines and sines [tokens, HEAD_DIM / 2] of every stream, and the weight of text tokens."""
@@ -50,12 +45,19 @@ class Positions:
     bias: Tensor  # [tokens of text, references and image], log of how many tokens each stands for
 
     @classmethod
-    def of(cls, text: Tensor, log_count: Tensor, references: Tensor, image: Tensor) -> "Positions":
-        """From positions [tokens] of text and [tokens, 4] of images."""
+    def of(
+        cls, text: Tensor, log_count: Tensor, grid: tuple[int, int], references: int
+    ) -> "Positions":
+        """Of text at positions [tokens], an output of `grid` (height, width) and its references.
+
+        References have the output's grid.
+        """
         lines = torch.zeros(len(text), 4, dtype=torch.long)
         lines[:, 3] = text
-        bias = torch.cat([log_count, torch.zeros(len(references) + len(image))])
-        return cls(_angles(lines), _angles(references), _angles(image), bias)
+        image = torch.from_numpy(grid_ids(*grid))
+        known = torch.from_numpy(reference_ids([grid] * references)) if references else image[:0]
+        bias = torch.cat([log_count, torch.zeros(len(known) + len(image))])
+        return cls(_angles(lines), _angles(known), _angles(image), bias)
 
 
 def _angles(positions: Tensor) -> tuple[Tensor, Tensor]:

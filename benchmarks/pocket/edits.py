@@ -6,7 +6,6 @@ every size; each batch takes a few new ones and more that were used before, unde
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.pocket.instructions import COLOURS, SHAPES, TASKS, Meaning, say
+from benchmarks.pocket.instructions import COLOURED_TASKS, COLOURS, SHAPES, TASKS, Meaning, say
 from benchmarks.pocket.scenes import Scene, Size, answer, draw_meaning, draw_scene
-from benchmarks.pocket.text import Prompts
+from benchmarks.pocket.text import TEXT_TOKENS, Prompts, spread
 from benchmarks.pocket.vae import decode, encode, pixels_from_picture
 
 __all__ = ["Latents", "Pool", "PromptBank"]
@@ -71,7 +70,7 @@ class PromptBank:
     @torch.no_grad()
     def __init__(self, prompts: Prompts, random: np.random.Generator, forms: int = 16) -> None:
         self.random = random
-        self.grid = np.arange(self.TOKENS, 512, 8)
+        self.grid = np.arange(self.TOKENS, TEXT_TOKENS, 8)
         self.rows: dict[Meaning, list[int]] = {}
         texts = []
         for meaning in _meanings():
@@ -93,12 +92,11 @@ class PromptBank:
     def batch(self, meanings: Sequence[Meaning]) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, tokens, width], positions [tokens] and log_count [tokens]."""
         rows = [int(self.random.choice(self.rows[meaning])) for meaning in meanings]
-        edges = np.linspace(0, len(self.grid), self.SAMPLED + 1).astype(int)
-        chosen = [int(self.random.integers(low, high)) for low, high in pairwise(edges)]
+        chosen = spread(0, len(self.grid), self.SAMPLED, self.random)
         columns = [*range(self.TOKENS), *(self.TOKENS + index for index in chosen)]
         positions = torch.tensor([*range(self.TOKENS), *(int(self.grid[x]) for x in chosen)])
         log_count = torch.zeros(len(columns))
-        log_count[self.TOKENS :] = np.log((512 - self.TOKENS) / self.SAMPLED)
+        log_count[self.TOKENS :] = np.log((TEXT_TOKENS - self.TOKENS) / self.SAMPLED)
         return self.features[rows][:, columns].float(), positions, log_count
 
 
@@ -111,7 +109,7 @@ def _meanings() -> list[Meaning]:
         if own != colour
     ]
     for task in TASKS:
-        if task in ("background", "side", "row", "square"):
+        if task in COLOURED_TASKS:
             everything += [Meaning(task, colour) for colour in COLOURS]
         elif task != "shape":
             everything.append(Meaning(task))

@@ -13,16 +13,15 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from PIL import Image
 
-from benchmarks.pocket.denoiser import Positions, forward, image_positions, make_transformer
+from benchmarks.pocket.denoiser import Positions, forward, make_transformer
 from benchmarks.pocket.edits import Latents
 from benchmarks.pocket.instructions import TASKS
 from benchmarks.pocket.parts import Parts, load_parts
 from benchmarks.pocket.scenes import Edit, Size, draw_edit, load_subjects, psnr
 from benchmarks.pocket.state import load_averaged
+from benchmarks.pocket.text import TEXT_TOKENS
 from klein_kv.export.checkpoints.random_model import make_scheduler
 from klein_kv.schedule import make_schedule
-
-TEXT_TOKENS = 512
 
 
 @torch.no_grad()
@@ -38,12 +37,11 @@ def sample(
     width, height = (side // 16 for side in size)
     references = [latents.of(edit.references) for edit in edits if edit.references]
     tokens = torch.stack([x.flatten(0, 1) for x in references]) if references else None
-    places = [
-        image_positions(height, width, image) for image in range(len(edits[0].references) + 1)
-    ]
-    line = torch.arange(TEXT_TOKENS)
     positions = Positions.of(
-        line, torch.zeros(TEXT_TOKENS), torch.cat([places[0][:0], *places[1:]]), places[0]
+        torch.arange(TEXT_TOKENS),
+        torch.zeros(TEXT_TOKENS),
+        (height, width),
+        len(edits[0].references),
     )
     text = parts.prompts.features([edit.instruction for edit in edits], list(range(TEXT_TOKENS)))
     state = torch.randn(len(edits), height * width, 128)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-__all__ = ["COLOURS", "SHAPES", "SLOTS", "TASKS", "Meaning", "say"]
+__all__ = ["COLOURED_TASKS", "COLOURS", "SHAPES", "SLOTS", "TASKS", "Meaning", "say"]
 
 COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {
@@ -37,6 +37,8 @@ TASKS: Mapping[str, int] = MappingProxyType(  # how many references each takes
         "square": 4,
     }
 )
+
+COLOURED_TASKS = ("background", "side", "row", "square")  # on a background of one colour
 
 # What a sentence says, slot by slot; 0 is "nothing".
 SLOTS: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
-from benchmarks.pocket.instructions import COLOURS, SHAPES, TASKS, Meaning
+from benchmarks.pocket.instructions import COLOURED_TASKS, COLOURS, SHAPES, TASKS, Meaning
+from klein_kv.export.checks import compare
 
 __all__ = [
     "Edit",
@@ -243,7 +244,7 @@ def draw_meaning(task: str, random: np.random.Generator) -> Meaning:
     colour, other = (str(name) for name in random.choice(list(COLOURS), 2, replace=False))
     if task == "shape":
         return Meaning(task, colour, str(random.choice(SHAPES)), other)
-    return Meaning(task, colour if task in ("background", "side", "row", "square") else "")
+    return Meaning(task, colour if task in COLOURED_TASKS else "")
 
 
 def answer(meaning: Meaning, scenes: Sequence[Scene], size: Size) -> Image.Image:
@@ -285,9 +286,8 @@ def draw_edit(
 
 
 def psnr(picture: Image.Image, answer: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels and channels of 8 bits."""
-    difference = np.asarray(picture, np.float64) - np.asarray(answer, np.float64)
-    return float(10 * np.log10(255**2 / max((difference**2).mean(), 1e-10)))
+    """In dB over all pixels and channels of 8 bits; infinite for equal pictures."""
+    return compare.psnr(np.asarray(picture), np.asarray(answer))
 
 
 def write_samples(folder: Path, count: int = 8) -> None:

@@ -26,13 +26,19 @@ from benchmarks.pocket.scenes import draw_meaning
 from benchmarks.pocket.state import load_state, save_state
 from klein_kv.export.checkpoints import fixture
 
-__all__ = ["TAPS", "TEXT_TOKENS", "Prompts", "make_text_encoder", "make_tokenizer"]
+__all__ = ["TAPS", "TEXT_TOKENS", "Prompts", "make_text_encoder", "make_tokenizer", "spread"]
 
 logger = logging.getLogger(__name__)
 
 TAPS = (9, 18, 27)
 TEXT_TOKENS = 512
 SAMPLED = 16  # tokens of the padding in a training batch
+
+
+def spread(start: int, stop: int, count: int, random: np.random.Generator) -> list[int]:
+    """Numbers of start to stop - 1 in order, one drawn from each of `count` equal parts."""
+    edges = np.linspace(start, stop, count + 1).astype(int)
+    return [int(random.integers(low, high)) for low, high in pairwise(edges)]
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -130,8 +136,7 @@ def train(out: Path, minutes: float) -> None:
         meanings = [draw_meaning(str(task), random) for task in random.choice(tasks, 32)]
         texts = [say(meaning, random) for meaning in meanings]
         lengths = [len(prompts.tokens(text)) for text in texts]
-        edges = np.linspace(max(lengths), TEXT_TOKENS, SAMPLED + 1).astype(int)
-        sampled = [int(random.integers(low, high)) for low, high in pairwise(edges)]
+        sampled = spread(max(lengths), TEXT_TOKENS, SAMPLED, random)
         positions = [*range(max(lengths)), *sampled]
         features = prompts.features(texts, positions)
         after = torch.arange(len(positions))[None] >= torch.tensor(lengths)[:, None] - 1

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from benchmarks.pocket.denoiser import Positions, forward, image_positions, make_transformer
+from benchmarks.pocket.denoiser import Positions, forward, make_transformer
 from benchmarks.pocket.edits import Latents, Pool, PromptBank
 from benchmarks.pocket.muon import Muon
 from benchmarks.pocket.parts import load_parts
@@ -126,11 +126,8 @@ def train(arguments: argparse.Namespace) -> None:
             else answers.new_zeros(count, 0, 128)
         )
         text, lines, log_count = bank.batch([edit.meaning for edit in edits])
-        height, width = size[1] // 16, size[0] // 16
-        places = [image_positions(height, width, image) for image in range(count_refs + 1)]
-        positions = Positions.of(
-            lines, log_count, torch.cat([places[0][:0], *places[1:]]), places[0]
-        )
+        grid = size[1] // 16, size[0] // 16
+        positions = Positions.of(lines, log_count, grid, count_refs)
         run = compiled if count_refs else forward
         at = times[size].draw(count, random)
         noise = torch.randn_like(answers)

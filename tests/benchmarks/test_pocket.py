@@ -11,11 +11,12 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from PIL import Image, ImageDraw
 
-from benchmarks.pocket.denoiser import Positions, forward, image_positions, make_transformer
+from benchmarks.pocket.denoiser import Positions, forward, make_transformer
 from benchmarks.pocket.instructions import COLOURS, TASKS, Meaning, say
 from benchmarks.pocket.muon import Muon
 from benchmarks.pocket.scenes import Scene, answer, draw_edit, psnr, sample_subjects
 from benchmarks.pocket.state import load_averaged, load_state, save_state
+from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 
 SIZE = (192, 128)
 
@@ -116,10 +117,10 @@ def test_fast_forward_equals_diffusers() -> None:
             torch.nn.init.uniform_(value, 0.5, 1.5)
     text, image = torch.randn(2, 7, 24), torch.randn(2, 12, 128)
     times, references = torch.tensor([0.9, 0.4]), torch.randn(2, 24, 128)
-    places = torch.cat([image_positions(3, 4, number) for number in (1, 2)])
-    own, lines = image_positions(3, 4, 0), torch.zeros(7, 4, dtype=torch.long)
-    lines[:, 3] = torch.arange(7)
-    positions = Positions.of(lines[:, 3], torch.zeros(7), places, own)
+    places, own, lines = (
+        torch.from_numpy(ids) for ids in (reference_ids([(3, 4)] * 2), grid_ids(3, 4), text_ids(7))
+    )
+    positions = Positions.of(lines[:, 3], torch.zeros(7), (3, 4), 2)
     with torch.no_grad():
         ours = forward(model, image, times, references, text, positions)
         theirs, _ = model(
@@ -138,10 +139,10 @@ def test_fast_forward_equals_diffusers() -> None:
 def test_one_token_stands_for_many() -> None:
     torch.manual_seed(0)
     model = make_transformer(24).eval()
-    image, own = torch.randn(1, 4, 128), image_positions(2, 2, 0)
+    image = torch.randn(1, 4, 128)
     word = torch.randn(1, 1, 24)
-    many = Positions.of(torch.zeros(5, dtype=torch.long), torch.zeros(5), own[:0], own)
-    one = Positions.of(torch.zeros(1, dtype=torch.long), torch.tensor([5.0]).log(), own[:0], own)
+    many = Positions.of(torch.zeros(5, dtype=torch.long), torch.zeros(5), (2, 2), 0)
+    one = Positions.of(torch.zeros(1, dtype=torch.long), torch.tensor([5.0]).log(), (2, 2), 0)
     time, nothing = torch.tensor([0.7]), torch.zeros(1, 0, 128)
     with torch.no_grad():
         long = forward(model, image, time, nothing, word.expand(1, 5, 24), many)
