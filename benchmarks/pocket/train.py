@@ -33,7 +33,7 @@ from klein_kv.schedule import make_schedule
 
 logger = logging.getLogger(__name__)
 
-REFERENCES = {0: 0.07, 1: 0.43, 2: 0.24, 3: 0.13, 4: 0.13}  # share of batches
+REFERENCES = {0: 0.10, 1: 0.29, 2: 0.26, 3: 0.15, 4: 0.20}  # share of batches
 STEPS = {4: 0.6, 8: 0.15, 3: 0.08, 2: 0.08, 1: 0.09}
 TOKENS = 4200  # of one process's batch
 
