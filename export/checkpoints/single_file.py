@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
 from klein_kv.networks.transformer import transformer_parameters
 
@@ -92,7 +93,7 @@ class JoinedRows:
         return np.concatenate(pieces)
 
 
-StoredWeight = WeightRef | PublishedWeight | JoinedRows
+StoredWeight = WeightRef | PublishedWeight | JoinedRows | MergedWeight
 """A tensor as files hold it."""
 
 
