@@ -130,7 +130,8 @@ def export_checkpoint(
         adapters: LoRA files and their weights, merged into the transformer for good, in order.
 
     Raises:
-        RequestError: an unknown variant or dtype, an adapter of another model, or `artifacts` already holds something.
+        RequestError: an unknown variant or dtype, an adapter of another model, or `artifacts`
+            already holds something.
         CheckpointError: the checkpoint is not whole or is not klein.
         CapacityError: not enough disk.
     """

@@ -46,6 +46,7 @@ __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True)
 class KleinKVOutput:
     """Result of a call.

@@ -394,6 +394,7 @@ def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
     return refs_from_places(path.parent, places, path)
 
+
 def split_part(name: str) -> tuple[str, slice]:
     """Tensor and rows that a name in a weight table stands for: `x[0:8]`; `x` is all rows."""
     head, _, rest = name.partition("[")

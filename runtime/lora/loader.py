@@ -139,7 +139,7 @@ class LoraLoader:
         self,
         components: Sequence[str] = ("transformer",),
         lora_scale: float = 1.0,
-        safe_fusing: bool = False,
+        safe_fusing: bool = False,  # noqa: ARG002 - diffusers' signature
         adapter_names: Sequence[str] | None = None,
     ) -> None:
         """Makes adapters, default the active ones, a part of the weights until `unfuse_lora`.

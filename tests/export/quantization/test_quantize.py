@@ -129,12 +129,13 @@ def test_numbers_are_those_of_the_formats(
     own = map_weight(weights[name]).astype(np.float32)
     amax = float(np.abs(own).max())
     fp8 = load_quantized(folder, "transformer", "fp8").linears[name]
-    assert fp8.weight_scale == np.float32(amax) / np.float32(448)
+    # A weight may become twice as large as it is, by an adapter.
+    assert fp8.weight_scale == np.float32(2 * amax) / np.float32(448)
     np.testing.assert_array_equal(
         map_weight(fp8.weight).view(np.uint8), quantize_fp8(own, fp8.weight_scale).view(np.uint8)
     )
     nvfp4 = load_quantized(folder, "transformer", "nvfp4").linears[name]
-    assert nvfp4.weight_scale == nvfp4_scale(amax)
+    assert nvfp4.weight_scale == nvfp4_scale(2 * amax)
     packed, scales = quantize_nvfp4(own, nvfp4.weight_scale)
     np.testing.assert_array_equal(map_weight(nvfp4.weight), packed)
     assert nvfp4.block_scales is not None
