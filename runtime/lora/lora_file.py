@@ -6,6 +6,7 @@ Labs, OneTrainer, LyCORIS or ComfyUI: LoRA, LoKr, LoHa, each with DoRA; differen
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +29,7 @@ from klein_kv.runtime.lora.lora_keys import (
 from klein_kv.runtime.lora.lora_source import LoraSource, open_lora
 from klein_kv.runtime.lora.module_names import Piece, module_table
 
-__all__ = ["Adapter", "read_adapter"]
+__all__ = ["Adapter", "describe_lora", "read_adapter"]
 
 _log = logging.getLogger(__name__)
 _MAX_RANK = 4096
@@ -85,6 +86,29 @@ def read_adapter(
     fixed = {tensor: tuple(its) for tensor, its in changes.items()}
     used = [key for key in file.tensors if key not in set(ignored)]
     return Adapter(fixed, _digest(fixed), file_format(used), tuple(ignored))
+
+
+def describe_lora(path: Path) -> dict[str, Any]:
+    """What a file's keys and shapes tell without a model; errors as of `read_adapter`."""
+    file = open_lora(path)
+    modules, _ = group_keys(file.tensors, file.name)
+    kinds: Counter[str] = Counter()
+    ranks, alphas = set(), set() if file.peft.alpha is None else {file.peft.alpha}
+    for module, slots in modules.items():
+        if slots.keys() <= {"alpha", "magnitude"}:
+            continue
+        kind, matrices = matrix_slots(slots, f"{file.name}: {module}")
+        kinds[kind] += 1
+        if pairs := [pair for pair in matrices if len(pair) == 2]:
+            ranks.update(file.array(slots[pairs[-1][0]]).shape[1:2])
+            alphas |= {file.number(slots["alpha"])} if "alpha" in slots else set()
+    return {
+        "format": file_format(list(file.tensors)),
+        "keys": len(file.tensors),
+        "kinds": dict(kinds),
+        "ranks": sorted(ranks),
+        "alphas": sorted(alphas),
+    }
 
 
 def _changes(
