@@ -57,12 +57,10 @@ def _generate(args: argparse.Namespace) -> Result:
         precision=args.precision,
         attention=args.attention,
     )
-    names = []
     for path, _ in args.lora:
         pipe.load_lora_weights(path)
-        names += pipe.get_active_adapters()
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in args.lora])
+    pipe.set_adapters(pipe.get_list_adapters().get("transformer", []), [x for _, x in args.lora])
+    loras = [f"{path.name}:{weight:g}" for path, weight in args.lora]
     result = pipe(
         prompt=args.prompt,
         image=images or None,
@@ -86,7 +84,7 @@ def _generate(args: argparse.Namespace) -> Result:
             width=image.width,
             height=image.height,
             references=len(images),
-            model=pipe.manifest.model_id,
+            model=" + ".join([pipe.manifest.model_id, *loras]),
             model_digest=pipe.manifest.graphs_digest(pipe.graphs),
         )
         save_png(image, path, None if args.no_metadata else parameters)

@@ -4,7 +4,6 @@ Nothing is merged when a method returns: the next call that needs the weights br
 wanted then, and moves the tensors that change alone.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from klein_kv.runtime.references.reference_encoder import ReferenceEncoder
 from klein_kv.runtime.session import Session
 
 __all__ = ["LoraLoader"]
-
-_log = logging.getLogger(__name__)
 
 
 class LoraLoader:
@@ -77,13 +74,6 @@ class LoraLoader:
             source = _find_file(source, weight_name)
         shapes = transformer_parameters(self.manifest.config.transformer)
         adapter = read_adapter(source, shapes, strict=strict)
-        if adapter.ignored:
-            _log.warning(
-                "%d keys of adapter %r match nothing: %s",
-                len(adapter.ignored),
-                name,
-                ", ".join(adapter.ignored[:3]),
-            )
         self._adapters.add(name, adapter)
 
     @one_at_a_time
