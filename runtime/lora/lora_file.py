@@ -93,7 +93,8 @@ def describe_lora(path: Path) -> dict[str, Any]:
     file = open_lora(path)
     modules, _ = group_keys(file.tensors, file.name)
     kinds: Counter[str] = Counter()
-    ranks, alphas = set(), set() if file.peft.alpha is None else {file.peft.alpha}
+    ranks: set[int] = set()
+    alphas = set() if file.peft.alpha is None else {file.peft.alpha}
     for module, slots in modules.items():
         if slots.keys() <= {"alpha", "magnitude"}:
             continue

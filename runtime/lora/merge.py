@@ -7,6 +7,7 @@ small change back.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,13 +66,14 @@ class WeightMerger:
         for adapter, strength in adapters:
             for tensor, own in adapter.changes.items():
                 changes.setdefault(tensor, []).extend((change, strength) for change in own)
-        last: dict[str, dict[str, NDArray[Any]]] = {}  # parts of one tensor are asked for in turn
+        memory = threading.local()  # a thread asks for the parts of one tensor in turn
 
         def content(tensor: str, name: str) -> NDArray[Any]:
-            if tensor not in last:
-                last.clear()
-                last[tensor] = self._merged(tensor, changes[tensor])
-            return last[tensor][name]
+            if getattr(memory, "tensor", None) != tensor:
+                memory.parts = self._merged(tensor, changes[tensor])
+                memory.tensor = tensor
+            part: NDArray[Any] = memory.parts[name]
+            return part
 
         return {
             name: partial(content, tensor, name)
@@ -107,7 +109,8 @@ class WeightMerger:
         layer = self._quantized.get(tensor)
         with np.errstate(over="ignore"):
             stored = weight if layer is not None else weight.astype(self._dtype)
-        if not np.isfinite(stored).all():
+        largest = np.maximum(weight.max(initial=0), -weight.min(initial=0))
+        if not np.isfinite(largest.astype(stored.dtype)):
             raise RequestError(
                 f"the adapters make {tensor} larger than {self._dtype.name} can hold; use "
                 "smaller weights"
