@@ -109,8 +109,9 @@ class WeightMerger:
         layer = self._quantized.get(tensor)
         with np.errstate(over="ignore"):
             stored = weight if layer is not None else weight.astype(self._dtype)
-        largest = np.maximum(weight.max(initial=0), -weight.min(initial=0))
-        if not np.isfinite(largest.astype(stored.dtype)):
+            largest = np.maximum(weight.max(initial=0), -weight.min(initial=0))
+            finite = np.isfinite(largest.astype(stored.dtype))
+        if not finite:
             raise RequestError(
                 f"the adapters make {tensor} larger than {self._dtype.name} can hold; use "
                 "smaller weights"
