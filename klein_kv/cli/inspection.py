@@ -40,6 +40,8 @@ def add_doctor(add: AddVerb) -> None:
 def _inspect(args: argparse.Namespace) -> Result:
     if args.folder.is_file():
         return _inspect_lora(args.folder, args.artifacts)
+    if args.artifacts:
+        raise RequestError(f"{args.folder} is no file; expected a LoRA to match with --artifacts")
     if (args.folder / "engine.json").exists():
         return _inspect_engines(args.folder, args.gpu)
     if args.gpu:

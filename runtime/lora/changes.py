@@ -44,7 +44,7 @@ class TensorChange:
     def rank(self) -> int | None:
         """The inner dimension of the factors; None if there is none."""
         ranks = [matrix[0].shape[1] for matrix in self.matrices if len(matrix) == 2]
-        return ranks[0] if ranks else None
+        return ranks[-1] if ranks else None
 
     def apply(self, weight: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
         """The weight [out, in] (or [n]) with the change at a strength; a new array, float32.

@@ -84,7 +84,7 @@ def read_adapter(
     _check_ignored(file, ignored, bool(changes), strict)
     _check_overlap(file.name, changes)
     fixed = {tensor: tuple(its) for tensor, its in changes.items()}
-    used = [key for key in file.tensors if key not in set(ignored)]
+    used = sorted(file.tensors.keys() - set(ignored))
     return Adapter(fixed, _digest(fixed), file_format(used), tuple(ignored))
 
 
@@ -102,7 +102,8 @@ def describe_lora(path: Path) -> dict[str, Any]:
         kinds[kind] += 1
         if pairs := [pair for pair in matrices if len(pair) == 2]:
             ranks.update(file.array(slots[pairs[-1][0]]).shape[1:2])
-            alphas |= {file.number(slots["alpha"])} if "alpha" in slots else set()
+            if "alpha" in slots:
+                alphas.add(file.number(slots["alpha"]))
     return {
         "format": file_format(list(file.tensors)),
         "keys": len(file.tensors),
@@ -128,11 +129,11 @@ def _changes(
     got = _combined_shape(where, kind, matrices)
     if got != expected:
         hidden = shapes["norm_out.linear.weight"][1]
-        width = next((g for g, e in zip(got, expected, strict=False) if e == hidden), None)
+        width = next((g for g, e in zip(got, expected, strict=False) if e == hidden), hidden)
+        model = likely_model(file.tensors, width if width != hidden else None)
         raise RequestError(
             f"{where} is for a shape of {got}, expected {expected} as of "
-            f"{some([piece.tensor for piece in pieces])}{likely_model(file.tensors, width)}; "
-            "take a LoRA of this model's size"
+            f"{some([piece.tensor for piece in pieces])}{model}; take a LoRA of this model's size"
         )
     scale = 1.0  # that of a LoKr of two whole matrices too, whatever its alpha says (LyCORIS)
     if ranks := [matrix[0].shape[1] for matrix in matrices if len(matrix) == 2]:
@@ -220,5 +221,5 @@ def _digest(changes: Mapping[str, Sequence[TensorChange]]) -> str:
             shapes = [array.shape for array in arrays]
             digest.update(f"{tensor} {facts} {shapes}\n".encode())
             for array in arrays:
-                digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+                digest.update(np.ascontiguousarray(array, np.float32).data)
     return digest.hexdigest()

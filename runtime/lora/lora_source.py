@@ -140,7 +140,7 @@ def open_lora(source: Path | Mapping[str, Any]) -> LoraSource:
     except CheckpointError as error:
         with path.open("rb") as file:
             start = file.read(4)
-        if path.suffix in _PICKLED or start.startswith(_PICKLE_STARTS):
+        if path.suffix.lower() in _PICKLED or start.startswith(_PICKLE_STARTS):
             raise RequestError(
                 f"{path} is a pickle, which may run any code; expected a .safetensors file"
             ) from error
