@@ -100,9 +100,13 @@ class WeightMerger:
         scaled = layer is not None and layer.block_scales is not None
         return [tensor, tensor + BLOCK_SCALES] if scaled else [tensor]
 
+    def _base(self, tensor: str) -> NDArray[Any]:
+        """What adapters are merged into."""
+        return map_weight(self._own[tensor])
+
     def _merged(self, tensor: str, changes: _Changes) -> dict[str, NDArray[Any]]:
         """A tensor, and its block scales if it has some, by their names in weight tables."""
-        own = map_weight(self._own[tensor])
+        own = self._base(tensor)
         weight: NDArray[np.float32] = own.astype(np.float32)
         for change, strength in changes:
             weight = change.apply(weight, strength)
