@@ -19,18 +19,19 @@ from klein_kv.artifacts.config import (
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
+    check_text_width,
     read_json,
 )
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
-from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
 from klein_kv.export.checkpoints.single_file import StoredWeight, read_single_file
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
@@ -181,6 +182,7 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
         for part in ("transformer", "text_encoder", "vae")
     }
     transformer = TransformerConfig.from_dict(configs["transformer"])
+    check_text_width(transformer, configs["text_encoder"])
     text = TextEncoderConfig.from_dict(configs["text_encoder"], text_layers)
     config = ModelConfig(transformer, text, VaeConfig.from_dict(configs["vae"]))
     scheduler = read_json(folder / "scheduler/scheduler_config.json", "scheduler config")

@@ -23,6 +23,7 @@ from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
+from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 
 __all__ = ["JoinedRows", "StoredWeight", "read_rows", "read_single_file"]
@@ -60,6 +61,9 @@ _QKV = (
     ("img_attn", ("to_q", "to_k", "to_v")),
     ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
 )
+
+_MODELS = {3072: "klein 4B", 4096: "klein 9B"}
+"""Released models by the width of their transformer."""
 
 Rows = tuple[str, int, int]
 """Name of a tensor and a range of its rows."""
@@ -170,20 +174,25 @@ def _check_tensors(
     stored: Mapping[str, WeightRef | PublishedWeight],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    missing = [name for name in expected if name not in stored]
-    extra = [name for name in stored if name not in expected]
-    if missing or extra:
-        counts = []
-        for names, what in ((missing, "missing"), (extra, "unexpected")):
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            counts.append(f"{len(names)} {what}" + (f" ({some})" if names else ""))
-        raise CheckpointError(
-            f"{path}: its tensors are not those of a FLUX.2 [klein] transformer of the base "
-            f"checkpoint's size: {', '.join(counts)}"
-        )
+    for name in ("img_in.weight", "x_embedder.weight"):
+        if name in stored and name in expected and stored[name].shape[:1] != expected[name][:1]:
+            raise CheckpointError(_shape_text(path, name, stored[name].shape, expected[name]))
+    check_names(
+        stored,
+        expected,
+        f"{path}: its tensors are not those of a FLUX.2 [klein] transformer of the base "
+        "checkpoint's size",
+    )
     for name, shape in expected.items():
         if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {stored[name].shape}, expected {shape} from the base "
-                "checkpoint's transformer/config.json; take the base of the same model size"
-            )
+            raise CheckpointError(_shape_text(path, name, stored[name].shape, shape))
+
+
+def _shape_text(path: Path, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    models = (
+        f"{x} ({_MODELS[x[0]]})" if x and x[0] in _MODELS else f"{x}" for x in (got, expected)
+    )
+    return (
+        f"{path}: {name} has shape {next(models)}, expected {next(models)} from the base "
+        "checkpoint's transformer/config.json; take the base of the same model size"
+    )

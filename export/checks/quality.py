@@ -23,7 +23,8 @@ from tqdm import tqdm
 from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
-from klein_kv.artifacts.weights import WeightIndex, WeightRef
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,

@@ -21,8 +21,8 @@ from PIL import Image
 
 from klein_kv.artifacts.config import ITEM_SIZE
 from klein_kv.artifacts.signature import is_kv
-from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import CapacityError, CheckpointError
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,

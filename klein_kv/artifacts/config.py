@@ -21,6 +21,7 @@ __all__ = [
     "TextEncoderConfig",
     "TransformerConfig",
     "VaeConfig",
+    "check_text_width",
     "dtype_name",
     "read_json",
     "tensor_bytes",
@@ -313,6 +314,29 @@ class VaeConfig:
             raise CheckpointError(f"vae config: patch_size is {sides['patch_size']}, expected 2x2")
         own = {"num_levels": len(sides["block_out_channels"])}
         return _read(cls, "vae", {**config, **own}, latent_channels=32, batch_norm_eps=1e-4)
+
+
+_SIZES = {2560: "4B, which reads Qwen3-4B", 4096: "9B, which reads Qwen3-8B"}
+"""Released models by the width of their text encoder."""
+
+
+def check_text_width(transformer: TransformerConfig, text_encoder: Mapping[str, Any]) -> None:
+    """Refuses a text encoder of another model, before anything is said of its hidden states.
+
+    A `CheckpointError` names both models; every klein reads three hidden states, so that no choice
+    of others mends it.
+    """
+    states, width = len(DEFAULT_TEXT_LAYERS), text_encoder.get("hidden_size")
+    wanted, rest = divmod(transformer.joint_attention_dim, states)
+    if rest or type(width) is not int or width == wanted:
+        return
+    models = (f" (klein {_SIZES[x]})" if x in _SIZES else "" for x in (wanted, width))
+    raise CheckpointError(
+        f"text encoder and transformer are of different models and do not fit: the transformer "
+        f"reads {states} hidden states of width {wanted}{next(models)}, the text encoder has width "
+        f"{width}{next(models)}; take transformer/ and text_encoder/ of the same model, or for a "
+        "single file a base of its size"
+    )
 
 
 @dataclass(frozen=True, slots=True)

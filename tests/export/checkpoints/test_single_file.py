@@ -124,6 +124,10 @@ def test_q_k_and_v_apart(tmp_path, state, config):
         ({QKV: torch.ones(64, 64)}, r"qkv.weight has shape \(64, 64\), expected \(192, 64\)"),
         ({"img_in.weight": torch.ones(64, 4)}, r"img_in.weight has shape \(64, 4\), expected"),
         ({"img_in.weight": torch.ones(())}, "img_in.weight has shape"),
+        (  # its many blocks are not what is wrong with it
+            {"img_in.weight": torch.ones(4096, 4), "single_blocks.9.linear1.weight": torch.ones(1)},
+            r"img_in.weight has shape \(4096, 4\) \(klein 9B\), expected \(64, 128\) from the base",
+        ),
         ({"img_in.weight": None}, r"not those of a FLUX.2 \[klein\] transformer"),
         ({"single_blocks.2.linear1.weight": torch.ones(1, 1)}, r"1 unexpected \(single_blocks.2"),
     ],
