@@ -32,6 +32,7 @@ from klein_kv.export.checkpoints.sources import Source, copy_licences, find_sour
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
@@ -101,6 +102,7 @@ def export_checkpoint(
     variant: str | None = None,
     dtype: str | None = None,
     text_layers: tuple[int, ...] = DEFAULT_TEXT_LAYERS,
+    allow_zeros: bool = False,
 ) -> ExportResult:
     """Exports a checkpoint.
 
@@ -118,6 +120,7 @@ def export_checkpoint(
             are dequantized to it.
         text_layers: hidden states of the text encoder to read (diffusers:
             `text_encoder_out_layers`).
+        allow_zeros: take matrices that are zero, which a download that did not end leaves.
 
     Raises:
         RequestError: an unknown variant or dtype, or `artifacts` already holds something.
@@ -148,6 +151,8 @@ def export_checkpoint(
     with new_folder(artifacts) as folder:
         # First: what it finds wrong costs no conversion.
         prompt = save_tokenizer(whole.folder, folder)
+        for part, names in whole.parameters.items():
+            check_values(whole.weights[part], names, allow_zeros)
         placed = {}
         for part, names in whole.parameters.items():
             (folder / part).mkdir()

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from klein_kv.artifacts.digest import stand_in
 from klein_kv.errors import CheckpointError
 
 __all__ = [
@@ -62,13 +63,14 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads one JSON object; a `CheckpointError` names `what` is missing or no such thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{what} is missing: {path} does not exist; expected a checkpoint in diffusers layout"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} cannot be read: {path}: {error}") from error
+        reason = stand_in(path) if path.is_file() else ""
+        raise CheckpointError(f"{what} cannot be read: {path}: {reason or error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
     return value

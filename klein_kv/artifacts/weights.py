@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import tensor_bytes
-from klein_kv.artifacts.digest import inside
+from klein_kv.artifacts.digest import inside, stand_in
 from klein_kv.errors import ArtifactError, CheckpointError
 
 __all__ = [
@@ -124,6 +124,8 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > size and (other := stand_in(path)):
+                raise CheckpointError(f"{path} {other}")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file: its header claims {length} bytes, "

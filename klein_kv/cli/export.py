@@ -39,6 +39,9 @@ def add_export(add: AddVerb) -> None:
         metavar="I,J,...",
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
+    sub.add_argument(
+        "--allow-zeros", action="store_true", help="take weights that hold nothing but zeros"
+    )
 
 
 def _export(args: argparse.Namespace) -> Result:
@@ -53,6 +56,7 @@ def _export(args: argparse.Namespace) -> Result:
         variant=args.variant,
         dtype=DTYPES[args.dtype] if args.dtype else None,
         text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
+        allow_zeros=args.allow_zeros,
     )
     value = {
         "artifacts": str(done.artifacts),

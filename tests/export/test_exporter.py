@@ -249,9 +249,7 @@ def test_only_what_has_another_type_is_converted(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(-65520.0, "float16"), (3.4e38, "bfloat16"), (float("nan"), "bfloat16")]
-)
+@pytest.mark.parametrize(("value", "dtype"), [(-65520.0, "float16"), (3.4e38, "bfloat16")])
 def test_values_that_a_type_cannot_hold(value: float, dtype: str, checkpoint: Path) -> None:
     def plant(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.conv_in.weight"].view(-1)[5] = value
