@@ -45,6 +45,7 @@ __all__ = ["ExportResult", "export_checkpoint"]
 
 _log = logging.getLogger(__name__)
 _FLOATS = tuple(DTYPES.values())
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # vectors of files that were cast
 # Tensors that checkpoints hold and the graphs do not read.
 _UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
 
@@ -85,9 +86,10 @@ class _Checkpoint:
             RequestError: they are quantized.
         """
         for name, weight in self.weights["transformer"].items():
-            if isinstance(weight, PublishedWeight):
+            kind = weight.format if isinstance(weight, PublishedWeight) else weight.dtype
+            if kind not in _FLOATS:
                 raise RequestError(
-                    f"the checkpoint is quantized ({name} is {weight.format}): add --dtype bf16 "
+                    f"the checkpoint is quantized ({name} is {kind}): add --dtype bf16 "
                     "(for GPUs) or --dtype fp32 (for CPUs) to export what its numbers stand for"
                 )
         return self.weights["transformer"]["proj_out.weight"].dtype
@@ -214,7 +216,7 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
             weights[part] = index
         for name in shapes:
             dtype = weights[part][name].dtype
-            if dtype not in _FLOATS:
+            if dtype not in (*_FLOATS, *_FLOAT8):
                 raise CheckpointError(
                     f"{part}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}"
                 )

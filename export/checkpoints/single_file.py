@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
-from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
+from klein_kv.export.checkpoints.quantized_files import FileWeight, read_weights
 from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 
@@ -73,7 +73,7 @@ Rows = tuple[str, int, int]
 class JoinedRows:
     """A tensor made of ranges of rows that do not follow each other in the file."""
 
-    parts: tuple[WeightRef | PublishedWeight, ...]
+    parts: tuple[FileWeight, ...]
 
     @property
     def dtype(self) -> str:
@@ -96,7 +96,7 @@ class JoinedRows:
         return np.concatenate(pieces)
 
 
-StoredWeight = WeightRef | PublishedWeight | JoinedRows
+StoredWeight = FileWeight | JoinedRows
 """A tensor as files hold it."""
 
 
@@ -143,10 +143,7 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
     Raises:
         CheckpointError: not a whole safetensors file; missing, unexpected or misshapen tensors.
     """
-    stored = read_weights(path)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in stored):
-            stored = {name.removeprefix(prefix): weight for name, weight in stored.items()}
+    stored = read_weights(path, _PREFIXES)
     shapes = transformer_parameters(config)
     table: dict[str, tuple[Rows, ...]] = {name: ((name, 0, shapes[name][0]),) for name in shapes}
     if "x_embedder.weight" not in stored:
@@ -171,7 +168,7 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
 
 def _check_tensors(
     path: Path,
-    stored: Mapping[str, WeightRef | PublishedWeight],
+    stored: Mapping[str, FileWeight],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     for name in ("img_in.weight", "x_embedder.weight"):

@@ -5,8 +5,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from klein_kv.artifacts.config import read_json
-from klein_kv.artifacts.weights import WeightRef, read_header
+from klein_kv.artifacts.weights import WeightRef, read_header, read_metadata
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.quantized_files import (
+    FileWeight,
+    read_weights,
+    weights_from_refs,
+)
 
 __all__ = ["WeightIndex", "check_names"]
 
@@ -15,14 +20,14 @@ _FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and transformers save a component as."""
 
 
-class WeightIndex(Mapping[str, WeightRef]):
+class WeightIndex(Mapping[str, FileWeight]):
     """All tensors of one component folder, over one file or over shards with an index."""
 
-    def __init__(self, refs: Mapping[str, WeightRef], component: str) -> None:
+    def __init__(self, refs: Mapping[str, FileWeight], component: str) -> None:
         self._refs = dict(refs)
         self.component = component
 
-    def __getitem__(self, name: str) -> WeightRef:
+    def __getitem__(self, name: str) -> FileWeight:
         try:
             return self._refs[name]
         except KeyError:
@@ -55,7 +60,7 @@ class WeightIndex(Mapping[str, WeightRef]):
             if (index := folder / f"{name}.index.json").exists():
                 return cls(_refs_from_index(index, component), component)
             if (file := folder / name).exists():
-                return cls(read_header(file), component)
+                return cls(read_weights(file), component)
         indices = sorted(folder.glob("*.safetensors.index*.json"))
         if len(indices) == 1:
             return cls(_refs_from_index(indices[0], component), component)
@@ -66,7 +71,7 @@ class WeightIndex(Mapping[str, WeightRef]):
                 f"{component}: expected one .safetensors file or an index of shards in {folder}, "
                 f"found {names} (pickle formats such as .bin and .pt are not read)"
             )
-        return cls(read_header(files[0]), component)
+        return cls(read_weights(files[0]), component)
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], ignore: tuple[str, ...] = ()) -> None:
         """Checks names and shapes strictly, but for names with a prefix of `ignore`.
@@ -127,18 +132,20 @@ def _lora_advice(names: Collection[str]) -> str:
     return ""
 
 
-def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
+def _refs_from_index(index: Path, component: str) -> dict[str, FileWeight]:
     weight_map = read_json(index, f"{component} shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{component}: {index} has no weight_map")
     shards: dict[str, dict[str, WeightRef]] = {}
+    metadata: dict[str, str] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
                 f"{component}: {index.name} names {shard!r}, expected a file in the same folder"
             )
         if shard not in shards:
-            shards[shard] = read_header(index.parent / shard)
+            shards[shard] = read_header(index.parent / shard, quantized=True)
+            metadata |= read_metadata(index.parent / shard)
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{component}: {index.name} says {name} is in {shard}, but that file lacks it"
@@ -149,4 +156,5 @@ def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
             raise CheckpointError(
                 f"{component}: {shard} holds {stray[0]}, which {index.name} does not place there"
             )
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    refs = {name: shards[shard][name] for name, shard in weight_map.items()}
+    return weights_from_refs(index, refs, metadata)

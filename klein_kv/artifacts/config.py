@@ -40,6 +40,7 @@ ITEM_SIZE = {
     "float16": 2,
     "bfloat16": 2,
     "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
     "int64": 8,
     "uint8": 1,
 }

@@ -43,7 +43,11 @@ _DTYPES = {
     "I64": "int64",
     "U8": "uint8",
 }
-_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn", "F4": "float4_e2m1fn"}
+_QUANTIZED_DTYPES = _DTYPES | {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F4": "float4_e2m1fn",
+}
 _CODES = {name: code for code, name in _QUANTIZED_DTYPES.items()}
 _MAX_HEADER = 100_000_000
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,6 +55,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "int64": np.dtype(np.int64),
     "uint8": np.dtype(np.uint8),
 }

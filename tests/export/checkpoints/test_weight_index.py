@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import CheckpointError
+from klein_kv.export import exporter
 from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.exporter import export_checkpoint
 
@@ -181,3 +182,35 @@ def test_a_lora_in_place_of_a_checkpoint(name: str, tiny_checkpoint: Path, tmp_p
     save_file({name: torch.ones(4, 4)}, path)
     with pytest.raises(CheckpointError, match=r"it is a LoRA \(.*give the LoRA to load_lora_weig"):
         export_checkpoint(path, tmp_path / "artifacts", base=tiny_checkpoint, variant="kv")
+
+
+# --- fp8 ---
+
+
+def test_fp8_text_encoder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """ComfyUI's fp8 text encoders under transformers' names were refused by their type."""
+    monkeypatch.setattr(exporter, "_write_graphs", lambda *_: {})
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    path = checkpoint / "text_encoder/model.safetensors"
+    state, expected = {}, {}
+    for name, tensor in load_file(path).items():
+        expected[name] = tensor
+        state[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().max() / 448
+            state[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            state[name.replace(".weight", ".scale_weight")] = scale
+            expected[name] = state[name].float() * scale
+    names = sorted(state)
+    path.unlink()
+    index = {}
+    for shard, part in (("a.safetensors", names[::2]), ("b.safetensors", names[1::2])):
+        save_file({name: state[name] for name in part}, path.with_name(shard))
+        index |= dict.fromkeys(part, shard)
+    write_index(path.parent, index)  # scales and weights in different shards
+    artifacts = export_checkpoint(checkpoint, tmp_path / "artifacts").artifacts
+    placed = load_file(artifacts / "text_encoder/text_encoder.float32.safetensors")
+    quantized = [name for name in placed if name.endswith("_proj.weight")]
+    assert len(quantized) == 7 * 27
+    for name, tensor in placed.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
