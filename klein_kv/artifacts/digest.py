@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from klein_kv.errors import ArtifactError
+from klein_kv.unfinished import held, partial_path, remove_leftovers
 
 __all__ = [
     "WHOLE_FILE_LIMIT",
@@ -86,9 +87,10 @@ def stand_in(path: Path) -> str:
 
 def write_atomic(path: Path, data: Any) -> None:
     """Writes bytes, or anything with a buffer, aside and renames the file into place."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove_leftovers(path.parent)
+    partial = partial_path(path.parent, path.name)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file, held(partial):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
