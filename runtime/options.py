@@ -53,6 +53,7 @@ class RuntimeOptions:
             memory that is free now.
         host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
         prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
+        check_finite: refuse results that hold NaN or infinity.
         nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
     """
 
@@ -66,6 +67,7 @@ class RuntimeOptions:
     reference_cache_bytes: int | None = None
     host_cache_bytes: int = 0
     prompt_cache_bytes: int | None = None
+    check_finite: bool = True
     nvtx: bool = False
 
     @classmethod

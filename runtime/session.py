@@ -68,6 +68,7 @@ class Session:
     Attributes:
         backend: what runs them.
         plan: of the request under way or the last one.
+        watch: called with every graph that ran and its outputs.
 
     Raises:
         BackendError: nvtx is not installed.
@@ -84,6 +85,7 @@ class Session:
     ) -> None:
         self.backend = backend
         self.plan: MemoryPlan | None = None
+        self.watch: Callable[[str, Mapping[str, Buffer]], None] | None = None
         self._config = manifest.config
         self._graphs = graphs
         self._vae_shapes = load_vae_shapes(artifacts, graphs)
@@ -120,6 +122,8 @@ class Session:
             self._kept_scratch = max(self._kept_scratch, stage.passing)
         if self.plan is not None and memory.kv_copies:
             self._kept_kv = max(self._kept_kv, memory.kv_copies * self.plan.kv_bytes)
+        if self.watch is not None:
+            self.watch(graph, outputs)
         return outputs
 
     def upload(self, array: NDArray[Any]) -> Buffer:

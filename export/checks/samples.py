@@ -92,7 +92,7 @@ def make_samples(
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"prompts {path} cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -391,6 +391,10 @@ def test_refuses_a_file_of_other_weights(
     save_file({name: x.to(torch.bfloat16) for name, x in bfl_state(state).items()}, path)
     with pytest.raises(RequestError, match="holds no fp8 or nvfp4 weight"):
         quantized(folder, "fp8", source=path)
+    cast = {n: x.to(torch.float8_e5m2) if "linear" in n else x for n, x in bfl_state(state).items()}
+    save_file({n: x.bfloat16() if "linear" not in n else x for n, x in cast.items()}, path)
+    with pytest.raises(RequestError, match="is fp8 of e5m2, expected float8_e4m3fn with one scale"):
+        quantized(folder, "fp8", source=path)
 
 
 # --- what goes wrong shows ---
