@@ -4,10 +4,11 @@ The folder is written aside and renamed when it is whole; an interrupted export 
 could be taken for a result.
 """
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,14 @@ from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import StoredWeight, read_single_file
+from klein_kv.export.checkpoints.single_file import (
+    JoinedRows,
+    StoredWeight,
+    read_rows,
+    read_single_file,
+)
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
@@ -37,6 +44,8 @@ from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
 from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.runtime.lora.changes import TensorChange
+from klein_kv.runtime.lora.lora_file import read_adapter
 from klein_kv.schedule import make_schedule
 
 __all__ = ["ExportResult", "export_checkpoint"]
@@ -73,7 +82,7 @@ class _Checkpoint:
     config: ModelConfig
     vae_config: dict[str, Any]
     scheduler: dict[str, Any]
-    weights: Mapping[str, Mapping[str, StoredWeight]]
+    weights: dict[str, Mapping[str, StoredWeight]]
     parameters: dict[str, dict[str, tuple[int, ...]]]
 
     def transformer_dtype(self) -> str:
@@ -100,6 +109,7 @@ def export_checkpoint(
     variant: str | None = None,
     dtype: str | None = None,
     text_layers: tuple[int, ...] = DEFAULT_TEXT_LAYERS,
+    adapters: Sequence[tuple[Path, float]] = (),
 ) -> ExportResult:
     """Exports a checkpoint.
 
@@ -117,9 +127,10 @@ def export_checkpoint(
             are dequantized to it.
         text_layers: hidden states of the text encoder to read (diffusers:
             `text_encoder_out_layers`).
+        adapters: LoRA files and their weights, merged into the transformer for good, in order.
 
     Raises:
-        RequestError: an unknown variant or dtype, or `artifacts` already holds something.
+        RequestError: an unknown variant or dtype, an adapter of another model, or `artifacts` already holds something.
         CheckpointError: the checkpoint is not whole or is not klein.
         CapacityError: not enough disk.
     """
@@ -141,6 +152,8 @@ def export_checkpoint(
             source.name,
         )
     whole = _read_checkpoint(source, text_layers)
+    if adapters:
+        whole.weights["transformer"] = _with_adapters(whole, adapters)
     dtype = dtype or whole.transformer_dtype()
     if dtype == "float16":
         _log.warning("float16 overflows on real klein weights; prefer bf16, or fp32 on a CPU")
@@ -158,7 +171,7 @@ def export_checkpoint(
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
         Manifest(
-            model_id=source.name,
+            model_id=" + ".join([source.name, *(f"{x.name}:{weight:g}" for x, weight in adapters)]),
             variant=variant,
             dtype=dtype,
             config=whole.config,
@@ -212,6 +225,24 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
                     f"{part}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}"
                 )
     return _Checkpoint(folder, config, configs["vae"], scheduler, weights, parameters)
+
+
+def _with_adapters(
+    checkpoint: _Checkpoint, adapters: Sequence[tuple[Path, float]]
+) -> dict[str, StoredWeight]:
+    """The transformer's tensors, those that adapters change as `MergedWeight`."""
+    shapes = checkpoint.parameters["transformer"]
+    weights = dict(checkpoint.weights["transformer"])
+    changes: dict[str, list[tuple[TensorChange, float]]] = {}
+    for path, strength in adapters:
+        for name, own in read_adapter(path, shapes).changes.items():
+            changes.setdefault(name, []).extend((change, strength) for change in own)
+    for name, merged in changes.items():
+        weight = weights[name]
+        parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
+        read = functools.partial(read_rows, weight, 0, shapes[name][0])
+        weights[name] = MergedWeight(weight.dtype, shapes[name], parts, read, tuple(merged))
+    return weights
 
 
 def _file_records(folder: Path, placed: Mapping[str, Placement]) -> dict[str, FileRecord]:

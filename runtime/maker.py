@@ -190,8 +190,10 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
     buffers = {"latents": state.latents, "prompt_embeds": state.text}
     names = ask.callback_on_step_end_tensor_inputs or ()
     tensors: dict[str, NDArray[Any]] = {name: session.download(buffers[name]) for name in names}
+    adapters = pipe._merged
     with session.interrupted():
         answer = callback(pipe, i, pipe.current_timestep or 0.0, tensors) or {}
+    pipe._bring_weights_to(adapters or ())
     if not isinstance(answer, Mapping):
         raise RequestError(
             f"the callback returned a {type(answer).__name__}, expected a dict or None"

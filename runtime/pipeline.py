@@ -5,13 +5,12 @@ The call is diffusers' `Flux2KleinKVPipeline.__call__` (same arguments, meaning 
 `output_type="pt"`.
 """
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,7 +23,9 @@ from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.inputs.prompt_encoder import PromptEncoder
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
 from klein_kv.runtime.loop import no_references
+from klein_kv.runtime.lora.loader import LoraLoader
 from klein_kv.runtime.maker import make_images
+from klein_kv.runtime.one_at_a_time import one_at_a_time
 from klein_kv.runtime.options import (
     CallArguments,
     RuntimeOptions,
@@ -45,24 +46,6 @@ __all__ = ["KleinKVOutput", "KleinKVPipeline"]
 
 _log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def one_at_a_time(call: Callable[P, R]) -> Callable[P, R]:
-    """Has threads of one pipeline wait for each other; refuses a pipeline that is closed."""
-
-    @functools.wraps(call)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        pipe: Any = args[0]
-        with pipe._lock:
-            if pipe._closed:
-                raise RequestError("this pipeline is closed; open the artifacts again")
-            return call(*args, **kwargs)
-
-    return alone
-
-
 @dataclass(frozen=True, slots=True)
 class KleinKVOutput:
     """Result of a call.
@@ -75,7 +58,7 @@ class KleinKVOutput:
     images: Any
 
 
-class KleinKVPipeline:
+class KleinKVPipeline(LoraLoader):
     """A loaded artifact folder, ready to make images. Use `from_pretrained`, best in a `with`.
 
     Folders of plain klein weights run too, without any reuse of references: their pipeline is
@@ -141,7 +124,10 @@ class KleinKVPipeline:
         if manifest.variant == "kv":
             self.no_references = no_references(self.session, self.config.transformer, self.graphs)
 
-        # 4. The call under way, or the last one.
+        # 4. Adapters, none yet.
+        self._start_without_adapters()
+
+        # 5. The call under way, or the last one.
         self.timings = Timings()
         self.num_timesteps = 0
         self.current_timestep: float | None = None
@@ -252,6 +238,7 @@ class KleinKVPipeline:
         images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
+        self._merge_adapters()
         return self.encoder.encode(self.encoder.prepare(images))
 
     @one_at_a_time
@@ -262,6 +249,7 @@ class KleinKVPipeline:
             ArtifactError: the file is missing, damaged, or no saved reference set.
             RequestError: a set of other weights, types, backend or layout.
         """
+        self._merge_adapters()
         return self.encoder.load(Path(path))
 
     @one_at_a_time
@@ -301,6 +289,7 @@ class KleinKVPipeline:
             seed=0,
         )
         with self.session.record() as timings:
+            self._merge_adapters()
             make_images(self, arguments, warming_up=True)
             if self.session.captures:
                 make_images(self, arguments, warming_up=True)
@@ -349,7 +338,8 @@ class KleinKVPipeline:
             prompt_embeds: text embeddings [B, T, D] in place of `prompt`, numpy or torch.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple of the images alone.
-            attention_kwargs: accepted for compatibility; no key has an effect.
+            attention_kwargs: {"scale": x} multiplies the weights of the active adapters in this
+                call; other keys have no effect.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step;
                 may return a dict with new "latents" [B, S, C] or "prompt_embeds". Tensors are
                 numpy arrays.
@@ -383,11 +373,13 @@ class KleinKVPipeline:
             references=references,
             seed=seed,
         )
-        if attention_kwargs:
-            _log.warning("attention_kwargs %s have no effect", sorted(attention_kwargs))
+        if unknown := sorted((attention_kwargs or {}).keys() - {"scale"}):
+            _log.warning("attention_kwargs %s have no effect", unknown)
         with self.session.record() as timings:
+            self._merge_adapters(attention_kwargs)
             images = make_images(self, arguments)
             self.timings = timings()
+        self._warn_of_adapters()
         return KleinKVOutput(images) if return_dict else (images,)
 
 

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, CapacityError, KleinKVError, RequestError
-from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceClock, GraphMemory
+from klein_kv.runtime.backends.backend import (
+    Backend,
+    Buffer,
+    DeviceClock,
+    GraphMemory,
+    WeightChanges,
+)
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, load_vae_shapes
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
@@ -146,6 +152,11 @@ class Session:
         if self.graph_memory(graph).kv_copies:
             self._kept_kv = 0
         self.backend.release(graph)
+
+    def replace_weights(self, changes: WeightChanges) -> None:
+        """See `Backend.replace_weights`."""
+        with self._span(LOADING):
+            self.backend.replace_weights(changes)
 
     def graph_memory(self, graph: str) -> GraphMemory:
         """See `Backend.graph_memory`."""

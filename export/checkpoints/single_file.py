@@ -1,17 +1,11 @@
 """The transformer out of one safetensors file, under diffusers' names, without copying it.
 
-Files of Black Forest Labs hold the same numbers as a diffusers folder under other names (source of
-the names: black-forest-labs/flux2, `src/flux2/model.py`). Two things are laid out differently:
-
-- q, k and v of a double block are one tensor, so that each is a range of its rows;
-- the last modulation holds shift before scale, diffusers' `norm_out` scale before shift: its two
-  halves change places (diffusers: `scripts/convert_flux2_to_diffusers.py`). This is the one tensor
-  that has to be written anew.
-
+Files of Black Forest Labs name and lay out some of them differently (`networks.transformer_names`).
+The last modulation, whose halves change places, is the one tensor that has to be written anew.
 Files with diffusers' own names, or with q, k and v apart, are read too.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,47 +16,14 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.networks.transformer_names import Rows, bfl_rows
 
 __all__ = ["JoinedRows", "StoredWeight", "read_rows", "read_single_file"]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-_WHOLE = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "proj_out": "final_layer.linear",
-}
-_DOUBLE = {
-    "attn.to_out.0.weight": "img_attn.proj.weight",
-    "attn.to_add_out.weight": "txt_attn.proj.weight",
-    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
-    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
-    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
-    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
-    "ff.linear_in.weight": "img_mlp.0.weight",
-    "ff.linear_out.weight": "img_mlp.2.weight",
-    "ff_context.linear_in.weight": "txt_mlp.0.weight",
-    "ff_context.linear_out.weight": "txt_mlp.2.weight",
-}
-_SINGLE = {
-    "attn.to_qkv_mlp_proj.weight": "linear1.weight",
-    "attn.to_out.weight": "linear2.weight",
-    "attn.norm_q.weight": "norm.query_norm.scale",
-    "attn.norm_k.weight": "norm.key_norm.scale",
-}
-_QKV = (
-    ("img_attn", ("to_q", "to_k", "to_v")),
-    ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-)
-
-Rows = tuple[str, int, int]
-"""Name of a tensor and a range of its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +53,7 @@ class JoinedRows:
         return np.concatenate(pieces)
 
 
-StoredWeight = WeightRef | PublishedWeight | JoinedRows
+StoredWeight = WeightRef | PublishedWeight | JoinedRows | MergedWeight
 """A tensor as files hold it."""
 
 
@@ -101,29 +62,6 @@ def read_rows(weight: StoredWeight, start: int, stop: int) -> NDArray[Any]:
     if isinstance(weight, WeightRef):
         return np.atleast_1d(map_weight(weight))[start:stop]
     return weight.read(start, stop)
-
-
-def _bfl_rows(config: TransformerConfig, stored: Collection[str]) -> dict[str, tuple[Rows, ...]]:
-    """For each diffusers name, the rows of the Black Forest Labs tensors that it is made of."""
-    dim = config.inner_dim
-    table: dict[str, tuple[Rows, ...]] = {}
-    whole: dict[str, str] = {f"{ours}.weight": f"{bfl}.weight" for ours, bfl in _WHOLE.items()}
-    for i in range(config.num_layers):
-        ours, bfl = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        whole |= {f"{ours}.{name}": f"{bfl}.{source}" for name, source in _DOUBLE.items()}
-        for stream, names in _QKV:
-            for part, (name, short) in enumerate(zip(names, ("to_q", "to_k", "to_v"), strict=True)):
-                rows = (f"{bfl}.{stream}.qkv.weight", part * dim, (part + 1) * dim)
-                own = f"{bfl}.{stream}.{short}.weight"
-                table[f"{ours}.attn.{name}.weight"] = ((own, 0, dim) if own in stored else rows,)
-    for i in range(config.num_single_layers):
-        ours, bfl = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        whole |= {f"{ours}.{name}": f"{bfl}.{source}" for name, source in _SINGLE.items()}
-    shapes = transformer_parameters(config)
-    table |= {ours: ((bfl, 0, shapes[ours][0]),) for ours, bfl in whole.items()}
-    last = "final_layer.adaLN_modulation.1.weight"
-    table["norm_out.linear.weight"] = ((last, dim, 2 * dim), (last, 0, dim))
-    return table
 
 
 def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight]:
@@ -146,7 +84,7 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
     shapes = transformer_parameters(config)
     table: dict[str, tuple[Rows, ...]] = {name: ((name, 0, shapes[name][0]),) for name in shapes}
     if "x_embedder.weight" not in stored:
-        table = _bfl_rows(config, stored)
+        table = bfl_rows(shapes, stored)
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         for source, _, stop in table[name]:

@@ -13,11 +13,10 @@ import torch
 
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.weights import WeightRef, graph_weights
+from klein_kv.artifacts.weights import WeightRef, graph_weights, whole_weights
 from klein_kv.errors import ArtifactError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.backends.pytorch.weights import whole_weights
 
 __all__ = ["MappedWeights", "component_parameters", "component_weights"]
 

@@ -31,6 +31,9 @@ from klein_kv.export.checkpoints.weight_files import require_space
 __all__ = ["LayerSource", "write_layers"]
 
 _CHUNK = 16 << 20  # numbers at a time
+_ROOM = 2.0
+"""How much larger than its largest number a weight may become under its scale, by an adapter merged
+into it later. A power of two: numbers of floating point lose nothing but the smallest of them."""
 
 LayerSource = tuple[str, WeightRef | PublishedWeight]
 """A format, and a float tensor to round to it or a weight of that very format to take over."""
@@ -101,7 +104,7 @@ def _scale(kind: str, weight: WeightRef) -> float:
                 f"{weight.path}: a weight of shape {weight.shape} holds {largest}; expected finite "
                 "numbers, download the checkpoint again"
             )
-    return fp8_scale(largest) if kind == "fp8" else nvfp4_scale(largest)
+    return fp8_scale(_ROOM * largest) if kind == "fp8" else nvfp4_scale(_ROOM * largest)
 
 
 def _pieces(weight: WeightRef) -> Iterator[NDArray[np.float32]]:

@@ -34,7 +34,9 @@ __all__ = [
     "refs_from_places",
     "safetensors_header",
     "save_graph_weights",
+    "split_part",
     "weights_file",
+    "whole_weights",
 ]
 
 _DTYPES = {
@@ -391,3 +393,37 @@ def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
         kind = type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
     return refs_from_places(path.parent, places, path)
+
+def split_part(name: str) -> tuple[str, slice]:
+    """Tensor and rows that a name in a weight table stands for: `x[0:8]`; `x` is all rows."""
+    head, _, rest = name.partition("[")
+    span, _, tail = rest.partition("]")
+    rows = slice(*map(int, span.split(":"))) if span else slice(None)
+    return head + tail, rows
+
+
+def whole_weights(table: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
+    """Joins the row ranges that graphs name apart: `x[0:8]` and `x[8:24]` make `x`.
+
+    An `ArtifactError` if rows are missing, or are not neighbours in the file.
+    """
+    whole = {name: ref for name, ref in table.items() if "[" not in name}
+    parts: dict[str, list[tuple[int, WeightRef]]] = {}
+    for key, ref in table.items():
+        name, rows = split_part(key)
+        if name not in whole:
+            parts.setdefault(name, []).append((rows.start, ref))
+    for name, ranges in parts.items():
+        ranges.sort(key=lambda part: part[0])
+        start = ranges[0][1]
+        end, offset = 0, start.offset
+        for row, ref in ranges:
+            if (row, ref.offset, ref.path) != (end, offset, start.path):
+                raise ArtifactError(
+                    f"{name}: row {row} is at byte {ref.offset} of {ref.path.name}, expected row "
+                    f"{end} at byte {offset} of {start.path.name}; export again"
+                )
+            end, offset = end + ref.shape[0], offset + ref.nbytes
+        shape, nbytes = (end, *start.shape[1:]), offset - start.offset
+        whole[name] = WeightRef(start.path, start.offset, nbytes, start.dtype, shape)
+    return whole

@@ -1,6 +1,7 @@
 """What the verbs share: what one gives, and arguments that several take."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ __all__ = [
     "Result",
     "add_backend",
     "add_checkpoint",
+    "add_lora",
     "add_samples",
     "gigabytes",
     "layers",
@@ -40,6 +42,18 @@ def add_backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
+
+
+def add_lora(sub: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--lora`; what is done with the adapters."""
+    sub.add_argument(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help=f"{what}; again for more, weight -4 to 4 (1)",
+    )
 
 
 def add_samples(sub: argparse.ArgumentParser, count: int) -> None:
@@ -76,3 +90,19 @@ def gigabytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of gigabytes, expected for example 24"
         ) from None
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or "." not in file:  # no weight; or a drive's letter
+        return Path(text), 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not -4 <= number <= 4:
+        raise argparse.ArgumentTypeError(
+            f"the weight of {file} is {weight!r}, expected a number of -4 to 4"
+        )
+    return Path(file), number

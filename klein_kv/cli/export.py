@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from klein_kv.artifacts.config import DTYPES
-from klein_kv.cli.arguments import AddVerb, Result, add_checkpoint, layers
+from klein_kv.cli.arguments import AddVerb, Result, add_checkpoint, add_lora, layers
 
 __all__ = ["add_export", "add_fixture"]
 
@@ -39,6 +39,7 @@ def add_export(add: AddVerb) -> None:
         metavar="I,J,...",
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
+    add_lora(sub, "an adapter to merge into the artifacts for good")
 
 
 def _export(args: argparse.Namespace) -> Result:
@@ -53,6 +54,7 @@ def _export(args: argparse.Namespace) -> Result:
         variant=args.variant,
         dtype=DTYPES[args.dtype] if args.dtype else None,
         text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
+        adapters=args.lora,
     )
     value = {
         "artifacts": str(done.artifacts),

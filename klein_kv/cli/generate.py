@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from klein_kv.cli.arguments import AddVerb, Result, add_backend
+from klein_kv.cli.arguments import AddVerb, Result, add_backend, add_lora
 from klein_kv.errors import RequestError
 
 __all__ = ["add_generate"]
@@ -24,6 +24,7 @@ def add_generate(add: AddVerb) -> None:
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
     sub.add_argument("--num-images", type=int, default=1)
+    add_lora(sub, "an adapter to merge in")
     add_backend(sub)
     sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
     sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
@@ -56,6 +57,12 @@ def _generate(args: argparse.Namespace) -> Result:
         precision=args.precision,
         attention=args.attention,
     )
+    names = []
+    for path, _ in args.lora:
+        pipe.load_lora_weights(path)
+        names += pipe.get_active_adapters()
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in args.lora])
     result = pipe(
         prompt=args.prompt,
         image=images or None,

@@ -5,7 +5,7 @@ Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA
 """
 
 import importlib.util
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,16 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import BackendError
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "DeviceClock", "GraphMemory", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Buffer",
+    "DeviceClock",
+    "GraphMemory",
+    "WeightChanges",
+    "keep_changes",
+    "open_backend",
+]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
 
@@ -24,6 +33,11 @@ _TORCH_OPTIONS = ("compile_blocks", "cuda_graphs")
 
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
+
+WeightChanges = Mapping[str, Callable[[], NDArray[Any]] | None]
+"""For tensors, by their names in weight tables without rows, what gives another content, whole and
+in the type of the table, or None for the content of the file. It is asked for one tensor after the
+other, and again where a graph is loaded again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +107,16 @@ class Backend(Protocol):
 
     def release(self, graph: str) -> None:
         """Frees what a loaded graph holds; the next run loads it again."""
+
+    def replace_weights(self, changes: WeightChanges) -> None:
+        """Gives weights of the transformer another content, now and wherever they are loaded.
+
+        Only these are moved; nothing is built anew. After an error it must be called again for the
+        same tensors before graphs run.
+
+        Raises:
+            BackendError: the weights are not the backend's to change.
+        """
 
     def available_memory(self) -> int:
         """Bytes that can still be taken on the device; what the backend keeps to reuse counts."""
@@ -212,3 +236,11 @@ def _choose_backend(artifacts: Path, graphs: GraphSet, kind: str) -> str:
 def _missing_for_torch() -> list[str]:
     """Libraries of the torch backend that are not installed."""
     return [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+
+
+def keep_changes(kept: dict[str, Callable[[], NDArray[Any]]], changes: WeightChanges) -> None:
+    """Notes changes for weights that are loaded later; a None takes back an earlier one."""
+    for name, content in changes.items():
+        kept.pop(name, None)
+        if content is not None:
+            kept[name] = content

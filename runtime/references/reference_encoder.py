@@ -142,6 +142,7 @@ class ReferenceEncoder:
             net = self._config.transformer
             references = load_references(path, self._session, self.origin, net)
             self._store.put(references.digest, references)
+        self.check(references)
         return references
 
     def check(self, references: ReferenceSet) -> None:

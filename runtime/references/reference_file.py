@@ -121,6 +121,7 @@ def _read_description(path: Path) -> tuple[KVOrigin, str, tuple[int, int], str]:
         if metadata.get("format") not in (_FORMAT, _OLDER_FORMAT):
             raise _damaged(path, f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
         height, width = metadata["first_size"].split("x")
+        metadata.setdefault("adapters", "")  # of files from before there were any
         origin = KVOrigin(**{item.name: metadata[item.name] for item in fields(KVOrigin)})
         images, size, checksum = metadata["images"], (int(height), int(width)), metadata["crc32"]
     except (CheckpointError, KeyError, ValueError) as error:

@@ -26,16 +26,18 @@ class KVOrigin:
         dtype: type that the graphs compute in.
         kv_dtype: type that graphs hand keys and values on in, `dtype` or a `KVFormat`.
         backend: what computes them; another one rounds differently.
+        adapters: which adapters the weights hold, and how much of each; "" without any.
     """
 
     model_digest: str
     dtype: str
     kv_dtype: str
     backend: str
+    adapters: str = ""
 
     def digest(self, images: str) -> str:
         """Hex digest of keys and values of the images with this `images_digest`."""
-        lines = "".join(f"{name} {value}\n" for name, value in asdict(self).items())
+        lines = "".join(f"{name} {value}\n" for name, value in asdict(self).items() if value)
         return hashlib.sha256(f"{lines}images {images}\n".encode()).hexdigest()
 
     def check(self, other: "KVOrigin", what: str) -> None:
@@ -58,6 +60,7 @@ _DIFFERENCES = {
     "dtype": "were computed in another type",
     "kv_dtype": "are kept in another type",
     "backend": "were computed by another backend",
+    "adapters": "belong to another set of adapters",
 }
 
 

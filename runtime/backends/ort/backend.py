@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,20 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef, graph_weights, map_weight
+from klein_kv.artifacts.weights import (
+    NUMPY_DTYPES,
+    WeightRef,
+    graph_weights,
+    map_weight,
+    split_part,
+)
 from klein_kv.errors import ArtifactError, BackendError
-from klein_kv.runtime.backends.backend import Buffer, GraphMemory
+from klein_kv.runtime.backends.backend import (
+    Buffer,
+    GraphMemory,
+    WeightChanges,
+    keep_changes,
+)
 from klein_kv.runtime.backends.ort.device import (
     CPU,
     OrtDevice,
@@ -113,7 +124,8 @@ class OrtBackend:
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._weights: weakref.WeakValueDictionary[WeightRef, Any] = weakref.WeakValueDictionary()
-        self._bound: dict[str, list[Any]] = {}  # by graph, its weights
+        self._bound: dict[str, dict[str, Any]] = {}  # by graph, its weights by name
+        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
         self._loading = threading.Lock()
 
     def prepare(
@@ -193,6 +205,27 @@ class OrtBackend:
         if len(self._weights) < before and not self._device.is_host:
             give_back_memory(self._ort, self._device)
 
+    def replace_weights(self, changes: WeightChanges) -> None:
+        # A session may have folded a weight into others when it was made: it is made anew, on the
+        # memory of the weights that stay.
+        with self._loading:
+            keep_changes(self._changes, changes)
+            touched = {
+                graph: [name for name in bound if split_part(name)[0] in changes]
+                for graph, bound in self._bound.items()
+            }
+            affected = [graph for graph, names in touched.items() if names]
+            for graph in affected:
+                refs = graph_weights(self._artifacts, self._graphs.files[graph])
+                for name in touched[graph]:
+                    self._weights.pop(refs[name], None)
+            stay = list(self._weights.values())
+            for graph in affected:
+                del self._sessions[graph], self._bound[graph]
+            for graph in affected:
+                self._load(graph)
+            del stay
+
     def available_memory(self) -> int:
         if self._device.is_host:
             return memory.available_memory()
@@ -230,11 +263,10 @@ class OrtBackend:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         refs = graph_weights(self._artifacts, file)
-        bound = self._bound[graph] = []
+        bound = self._bound[graph] = {}
         for name, ref in refs.items():
-            weight = self._weights.get(ref) or self._place(ref)
+            weight = bound[name] = self._weights.get(ref) or self._place(name, ref)
             self._weights[ref] = weight
-            bound.append(weight)
             options.add_initializer(name, weight)
         path = self._artifacts / file
         try:
@@ -249,9 +281,11 @@ class OrtBackend:
         _log.info("loaded %s", path)
         return session
 
-    def _place(self, ref: WeightRef) -> Any:
+    def _place(self, name: str, ref: WeightRef) -> Any:
         """A weight where the device reads it, as an `OrtValue` that sessions accept."""
-        array = map_weight(ref)
+        tensor, rows = split_part(name)
+        change = self._changes.get(tensor)
+        array = map_weight(ref) if change is None else np.ascontiguousarray(change()[rows])
         if not self._device.is_host:
             # Sessions take no memory that ONNX Runtime owns; through DLPack it is somebody's.
             return self._ort.OrtValue.from_dlpack(self.upload(array))

@@ -19,7 +19,7 @@ from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.networks.torch_ops import TorchOps
-from klein_kv.runtime.backends.backend import Buffer, GraphMemory
+from klein_kv.runtime.backends.backend import Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.backends.pytorch.cuda_graphs import CudaCapture, StepGraphs
 from klein_kv.runtime.backends.pytorch.graphs import (
     Graph,
@@ -152,6 +152,12 @@ class TorchBackend:
             del self._networks[component]
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def replace_weights(self, changes: WeightChanges) -> None:
+        with self._torch("a change of weights"):
+            self._weights.replace(changes)
+            if network := self._networks.get("transformer"):
+                self._weights.refresh(network.weights, changes)
 
     def available_memory(self) -> int:
         if self.device.type == "cpu":

@@ -1,21 +1,29 @@
 """The weights that the graphs need, as torch takes them: an artifact folder's, or given ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import ModelConfig, read_json
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.artifacts.weights import WeightRef, graph_weights
+from klein_kv.artifacts.weights import WeightRef, graph_weights, whole_weights
 from klein_kv.errors import ArtifactError, BackendError, CheckpointError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.backends.pytorch.memory import TORCH_DTYPES, Staging, find_device, map_tensor
+from klein_kv.runtime.backends.backend import WeightChanges, keep_changes
+from klein_kv.runtime.backends.pytorch.memory import (
+    TORCH_DTYPES,
+    Staging,
+    find_device,
+    map_tensor,
+    tensor_from_array,
+)
 
-__all__ = ["FolderWeights", "GivenWeights", "whole_weights"]
+__all__ = ["FolderWeights", "GivenWeights"]
 
 
 class FolderWeights:
@@ -36,6 +44,7 @@ class FolderWeights:
         self.graphs = graphs or manifest.graphs
         self.device = find_device(device)
         self._artifacts = artifacts
+        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
         if self.graphs.quantized or self.graphs.attention:
             raise BackendError(
                 f"the torch backend does not compute precision {self.graphs.precision!r}; use "
@@ -61,6 +70,20 @@ class FolderWeights:
         if self.device.type == "cpu":
             return 0
         return sum(ref.nbytes for ref in self._refs(component).values())
+
+    def replace(self, changes: WeightChanges) -> None:
+        """Gives tensors of the transformer another content when it is loaded."""
+        keep_changes(self._changes, changes)
+
+    def refresh(self, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+        """Writes what these tensors of the loaded transformer now hold, in place."""
+        refs = self._refs("transformer")
+        for name in names:
+            change = self._changes.get(name)
+            if change is None:
+                tensors[name].copy_(map_tensor(refs[name]))
+            else:
+                tensors[name].copy_(tensor_from_array(change(), torch.device("cpu")))
 
     def _vae(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
         from klein_kv.networks.vae import build_vae  # diffusers takes seconds to import
@@ -91,6 +114,8 @@ class FolderWeights:
         # In the order of the files, which are read as they are copied.
         refs = sorted(self._refs(component).items(), key=lambda x: (x[1].path, x[1].offset))
         tensors = {name: map_tensor(ref) for name, ref in refs}
+        if component == "transformer":
+            self.refresh(tensors, self._changes)
         if self.device.type == "cpu":
             return tensors
         staging = Staging(self.device)
@@ -127,6 +152,13 @@ class GivenWeights:
             )
         return self._components[component]
 
+    def replace(self, _changes: WeightChanges) -> None:
+        """Refused, with a BackendError: they are somebody else's."""
+        raise BackendError(
+            "this backend runs on weights that somebody else holds, and does not change them; "
+            "open the artifact folder with from_pretrained to use adapters"
+        )
+
     def nbytes(self, _component: str) -> int:
         """None: what somebody else holds is not the backend's to free."""
         return 0
@@ -159,31 +191,3 @@ def _checked(
                 f"{expected}"
             )
     return {name: tensors[name].detach() for name in shapes}
-
-
-def whole_weights(table: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
-    """Joins the row ranges that graphs name apart: `x[0:8]` and `x[8:24]` make `x`.
-
-    Raises:
-        ArtifactError: rows are missing, or are not neighbours in the file.
-    """
-    whole = {name: ref for name, ref in table.items() if "[" not in name}
-    parts: dict[str, list[tuple[int, WeightRef]]] = {}
-    for key, ref in table.items():
-        name, _, span = key.partition("[")
-        if name not in whole:
-            parts.setdefault(name, []).append((int(span.partition(":")[0]), ref))
-    for name, ranges in parts.items():
-        ranges.sort(key=lambda part: part[0])
-        start = ranges[0][1]
-        rows, offset = 0, start.offset
-        for row, ref in ranges:
-            if (row, ref.offset, ref.path) != (rows, offset, start.path):
-                raise ArtifactError(
-                    f"{name}: row {row} is at byte {ref.offset} of {ref.path.name}, expected row "
-                    f"{rows} at byte {offset} of {start.path.name}; export again"
-                )
-            rows, offset = rows + ref.shape[0], offset + ref.nbytes
-        shape, nbytes = (rows, *start.shape[1:]), offset - start.offset
-        whole[name] = WeightRef(start.path, start.offset, nbytes, start.dtype, shape)
-    return whole

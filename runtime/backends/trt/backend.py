@@ -22,9 +22,14 @@ from klein_kv.artifacts.engines.engine_set import EngineFolder, open_engines
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
-from klein_kv.artifacts.weights import WeightRef, graph_weights
+from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import BackendError, BuildError
-from klein_kv.runtime.backends.backend import Buffer, GraphMemory
+from klein_kv.runtime.backends.backend import (
+    Buffer,
+    GraphMemory,
+    WeightChanges,
+    keep_changes,
+)
 from klein_kv.runtime.backends.trt.cuda import Cuda, Event, aligned, load_cuda
 from klein_kv.runtime.backends.trt.engine import (
     Engine,
@@ -101,6 +106,7 @@ class TrtBackend:
         self._weights: weakref.WeakValueDictionary[WeightRef, DeviceBuffer] = (
             weakref.WeakValueDictionary()  # of loaded ones, which hold them
         )
+        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
         self._key_inputs = {
             graph: key_inputs(self._graphs.signature(graph, self._config))
             for graph in self._graphs.files
@@ -213,6 +219,38 @@ class TrtBackend:
         self._closers.insert(0, store.close)
         return store
 
+    def replace_weights(self, changes: WeightChanges) -> None:
+        # At the same addresses: engines, contexts and captured graphs stay as they are.
+        names: dict[WeightRef, str] = {}
+        for graph, file in self._graphs.files.items():
+            refs = graph_weights(self._artifacts, file)
+            touched = {ref: name for name, ref in refs.items() if split_part(name)[0] in changes}
+            if touched and self._embeds_weights(graph):
+                raise BackendError(
+                    f"the engine of {graph} has its weights inside, where adapters cannot reach "
+                    "them; build the engines with weights as inputs, which is the default"
+                )
+            names |= touched
+        with self._memory:
+            keep_changes(self._changes, changes)
+            self._write_weights(names, self._weights)
+
+    def _write_weights(
+        self, names: Mapping[WeightRef, str], buffers: Mapping[WeightRef, DeviceBuffer]
+    ) -> None:
+        """Gives these weights, where they have a buffer, the content that they should have now."""
+        own: dict[WeightRef, int] = {}
+        for ref, name in names.items():
+            buffer = buffers.get(ref)
+            tensor, rows = split_part(name)
+            change = self._changes.get(tensor)
+            if buffer is not None and change is None:
+                own[ref] = buffer.pointer
+            elif buffer is not None and change is not None:
+                self._memory.staging.upload(buffer.pointer, change()[rows])
+        if own:
+            self._memory.staging.upload_weights(own)
+
     def available_memory(self) -> int:
         with self._memory:
             memory = self._memory
@@ -298,6 +336,10 @@ class TrtBackend:
             folder.mark_used()
         return loaded
 
+    def _embeds_weights(self, graph: str) -> bool:
+        engines = [folder.manifest.engines.get(graph) for folder in self._engines.folders]
+        return any(record is not None and not record.weights for record in engines)
+
     def _embedded_bytes(self, graph: str, folder: EngineFolder) -> int:
         """Bytes of the weights that lie in an engine itself."""
         if folder.manifest.record(graph).weights:
@@ -319,7 +361,7 @@ class TrtBackend:
                 pointer = slab.pointer + start
                 fresh[ref] = DeviceBuffer(pointer, ref.shape, ref.dtype, slab.block)
                 start += aligned(ref.nbytes)
-            self._memory.staging.upload_weights({ref: x.pointer for ref, x in fresh.items()})
+            self._write_weights({ref: name for name, ref in refs.items() if ref in fresh}, fresh)
             self._weights.update(fresh)
         return {name: fresh.get(ref) or self._weights[ref] for name, ref in refs.items()}
 

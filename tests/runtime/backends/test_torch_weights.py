@@ -15,7 +15,7 @@ from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.runtime.backends.pytorch import memory as torch_memory
 from klein_kv.runtime.backends.pytorch.backend import TorchBackend
-from klein_kv.runtime.backends.pytorch.weights import FolderWeights, whole_weights
+from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""What LoRA files change in the transformer's weights. No torch."""

@@ -1,0 +1,97 @@
+"""What one adapter does to one tensor: small factors, and the weight that they make of another.
+
+Factors stay as they are stored (a file's are mapped); a full matrix is made while a change is
+applied and for one tensor only. The formulas are those of the programs that train the files:
+PEFT 0.21 (`tuners/lora`), LyCORIS 4.1 (`modules/locon.py`, `loha.py`, `lokr.py`, `full.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Matrix", "TensorChange", "matrix_shape"]
+
+Matrix = tuple[NDArray[Any], ...]
+"""One array, or the two factors [m, r] and [r, n] of a product."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorChange:
+    """One change of one tensor.
+
+    Attributes:
+        kind: "LoRA" (a product), "LoKr" (the Kronecker product of two matrices), "LoHa" (their
+            elementwise product), "full" (a difference) or "set" (the new weight itself).
+        matrices: one, or the two that "LoKr" and "LoHa" combine.
+        scale: what the combined matrix is multiplied by before it is added.
+        source: rows of the combined matrix that are taken: a file may hold q, k and v as one.
+        target: rows of the tensor that they change.
+        magnitude: DoRA: norms of the new weight's rows [rows, 1] or columns [1, columns].
+    """
+
+    kind: str
+    matrices: tuple[Matrix, ...]
+    scale: float
+    source: tuple[int, int]
+    target: tuple[int, int]
+    magnitude: NDArray[np.float32] | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension of the factors; None if there is none."""
+        ranks = [matrix[0].shape[1] for matrix in self.matrices if len(matrix) == 2]
+        return ranks[0] if ranks else None
+
+    def apply(self, weight: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
+        """The weight [out, in] (or [n]) with the change at a strength; a new array, float32.
+
+        0 gives the weight back bit for bit. What replaces or renormalises a weight goes as far from
+        the old to the new one as the strength says (as ComfyUI's `weight_decompose` does; LyCORIS
+        and PEFT agree with it at 1 alone).
+        """
+        out = np.array(weight, np.float32)
+        if strength == 0:
+            return out
+        rows = out[self.target[0] : self.target[1]]
+        new = self.dense()
+        if self.kind != "set":
+            new *= np.float32(self.scale if self.magnitude is not None else self.scale * strength)
+            if self.magnitude is None:
+                rows += new
+                return out
+            new += rows
+            axis = 1 if self.magnitude.shape[1] == 1 else 0
+            norm = np.sqrt(np.square(new).sum(axis, keepdims=True, dtype=np.float64))
+            new *= (self.magnitude / (norm + np.finfo(np.float32).eps)).astype(np.float32)
+        new -= rows
+        new *= np.float32(strength)
+        rows += new
+        return out
+
+    def dense(self) -> NDArray[np.float32]:
+        """The rows `source` of the combined matrix, without the scale; a new array, float32."""
+        start, stop = self.source
+        if self.kind == "LoKr":
+            left, right = (_product(matrix) for matrix in self.matrices)
+            height = len(right)  # row i * height + k is the Kronecker product of row i and row k
+            first, last = start // height, -(-stop // height)
+            whole = np.kron(left[first:last], right)
+            return whole[start - first * height : stop - first * height]
+        first_matrix, *others = (_product(matrix, start, stop) for matrix in self.matrices)
+        for other in others:  # LoHa
+            first_matrix *= other
+        return first_matrix
+
+
+def matrix_shape(matrix: Matrix) -> tuple[int, ...]:
+    """Shape of a matrix from its factors."""
+    return matrix[0].shape if len(matrix) == 1 else (len(matrix[0]), matrix[1].shape[1])
+
+
+def _product(matrix: Matrix, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    """Rows of a matrix; a new array, float32."""
+    first, *second = matrix
+    rows = np.array(first[start:stop], np.float32)
+    return rows @ np.asarray(second[0], np.float32) if second else rows

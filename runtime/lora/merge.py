@@ -1,0 +1,147 @@
+"""Weights with adapters merged in, a tensor at a time, in the type that the graphs read.
+
+A merge starts from the artifacts' own weights, which stay as they are, and is computed in float32.
+Quantized weights are rounded anew from there, under the tensor scale that graphs have as a
+constant. What they stand for is no place to start: it lies on a grid, and rounding would take a
+small change back.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.numbers import (
+    BLOCK,
+    FP4_MAX,
+    FP8_MAX,
+    QuantizedLinear,
+    quantize_fp8,
+    quantize_nvfp4,
+)
+from klein_kv.artifacts.quantized_weights import BLOCK_SCALES, load_quantized
+from klein_kv.artifacts.signature import GraphSet
+from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights, map_weight, whole_weights
+from klein_kv.errors import RequestError
+from klein_kv.runtime.lora.changes import TensorChange
+from klein_kv.runtime.lora.lora_file import Adapter
+
+__all__ = ["WeightMerger", "WeightedAdapter"]
+
+_log = logging.getLogger(__name__)
+
+WeightedAdapter = tuple[Adapter, float]
+
+_Changes = list[tuple[TensorChange, float]]
+
+
+class WeightMerger:
+    """Makes the weights of a folder's graphs with adapters in them."""
+
+    def __init__(self, artifacts: Path, manifest: Manifest, graphs: GraphSet) -> None:
+        step = "first_step" if manifest.variant == "kv" else "plain_step"
+        self._own = whole_weights(graph_weights(artifacts, manifest.graphs.files[step]))
+        self._dtype = NUMPY_DTYPES[graphs.dtype]
+        self._quantized: dict[str, QuantizedLinear] = {}
+        if graphs.precision is not None:
+            self._quantized = load_quantized(artifacts, "transformer", graphs.precision).linears
+        self._saturated: dict[str, float] = {}  # share of numbers by tensor
+        self._checked_source = False
+
+    def contents(
+        self, adapters: Sequence[WeightedAdapter]
+    ) -> dict[str, Callable[[], NDArray[Any]]]:
+        """What gives each tensor that the adapters change, one adapter after the other.
+
+        Names and types are those of weight tables (`WeightChanges`). What is returned raises
+        RequestError where a weight stops being finite in its type.
+        """
+        changes: dict[str, _Changes] = {}
+        for adapter, strength in adapters:
+            for tensor, own in adapter.changes.items():
+                changes.setdefault(tensor, []).extend((change, strength) for change in own)
+        last: dict[str, dict[str, NDArray[Any]]] = {}  # parts of one tensor are asked for in turn
+
+        def content(tensor: str, name: str) -> NDArray[Any]:
+            if tensor not in last:
+                last.clear()
+                last[tensor] = self._merged(tensor, changes[tensor])
+            return last[tensor][name]
+
+        return {
+            name: partial(content, tensor, name)
+            for tensor in changes
+            for name in self._table_names(tensor)
+        }
+
+    def warn(self) -> None:
+        """Logs once what did not fit under the scales of quantized weights."""
+        if self._saturated:
+            worst = max(self._saturated, key=lambda name: self._saturated[name])
+            _log.warning(
+                "adapters: in %d quantized tensors some numbers are larger than the constant "
+                "scale allows and were cut, at most %.2g %% (%s); use a smaller weight, or a "
+                "precision that is not quantized",
+                len(self._saturated),
+                100 * self._saturated[worst],
+                worst,
+            )
+            self._saturated = {}
+
+    def _table_names(self, tensor: str) -> list[str]:
+        layer = self._quantized.get(tensor)
+        scaled = layer is not None and layer.block_scales is not None
+        return [tensor, tensor + BLOCK_SCALES] if scaled else [tensor]
+
+    def _merged(self, tensor: str, changes: _Changes) -> dict[str, NDArray[Any]]:
+        """A tensor, and its block scales if it has some, by their names in weight tables."""
+        own = map_weight(self._own[tensor])
+        weight: NDArray[np.float32] = own.astype(np.float32)
+        for change, strength in changes:
+            weight = change.apply(weight, strength)
+        layer = self._quantized.get(tensor)
+        with np.errstate(over="ignore"):
+            stored = weight if layer is not None else weight.astype(self._dtype)
+        if not np.isfinite(stored).all():
+            raise RequestError(
+                f"the adapters make {tensor} larger than {self._dtype.name} can hold; use "
+                "smaller weights"
+            )
+        if layer is None:
+            return {tensor: stored}
+        self._check_source(tensor, layer, own)
+        return self._rounded(tensor, layer, weight)
+
+    def _rounded(
+        self, tensor: str, layer: QuantizedLinear, weight: NDArray[np.float32]
+    ) -> dict[str, NDArray[Any]]:
+        if layer.block_scales is None:
+            limit = FP8_MAX * layer.weight_scale
+            self._count(tensor, np.abs(weight) > limit * (1 + 1e-6))
+            return {tensor: quantize_fp8(weight, layer.weight_scale)}
+        limit = FP8_MAX * FP4_MAX * layer.weight_scale
+        largest = np.abs(weight).reshape(len(weight), -1, BLOCK).max(axis=-1)
+        self._count(tensor, largest > limit * (1 + 1e-6))
+        numbers, block_scales = quantize_nvfp4(weight, layer.weight_scale)
+        return {tensor: numbers, tensor + BLOCK_SCALES: block_scales}
+
+    def _count(self, tensor: str, saturated: NDArray[np.bool_]) -> None:
+        if saturated.any():
+            self._saturated[tensor] = float(saturated.mean())
+
+    def _check_source(self, tensor: str, layer: QuantizedLinear, own: NDArray[Any]) -> None:
+        """Warns once where the artifacts' own weights were made of quantized ones."""
+        if self._checked_source:
+            return
+        self._checked_source = True
+        if np.array_equal(layer.dequantize().astype(own.dtype), own):
+            _log.warning(
+                "the artifacts' own weights are dequantized ones (%s): of an adapter's change "
+                "rounding takes a part back; export an unquantized checkpoint to keep all of it",
+                tensor,
+            )
