@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.pixels import check_matte
+from klein_kv.artifacts.positions import MAX_OUTPUT_AREA
 from klein_kv.artifacts.signature import MAX_POSITION
 from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
@@ -25,7 +27,6 @@ __all__ = [
 ]
 
 _DEFAULT_LATENT_SIDE = 128
-_MAX_SIDE = 2048
 _CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
 P = ParamSpec("P")
@@ -54,7 +55,12 @@ class RuntimeOptions:
         host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
         prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
         check_finite: refuse results that hold NaN or infinity.
+        matte: colour under transparent references, as `PIL.ImageColor` names it; None drops their
+            transparency instead, as diffusers does.
         nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
+
+    Raises:
+        RequestError: `matte` is no colour.
     """
 
     backend: str = "auto"
@@ -68,7 +74,11 @@ class RuntimeOptions:
     host_cache_bytes: int = 0
     prompt_cache_bytes: int | None = None
     check_finite: bool = True
+    matte: str | None = "white"
     nvtx: bool = False
+
+    def __post_init__(self) -> None:
+        check_matte(self.matte)
 
     @classmethod
     def from_names(cls, options: Mapping[str, Any]) -> Self:
@@ -232,15 +242,17 @@ def output_size(
     Where one is None: that of the caller's own latents [B, C, h, w], else of the first reference.
 
     Raises:
-        RequestError: not a multiple of a token's side, or above 2048.
+        RequestError: a side that is no multiple of a token's, or has more tokens than there are
+            positions; an area above 2048x2048.
     """
     unit = config.vae.multiple_of
+    longest = unit * MAX_POSITION
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue
-        if not is_integer(value) or not unit <= value <= _MAX_SIDE or value % unit:
+        if not is_integer(value) or not unit <= value <= longest or value % unit:
             raise RequestError(
-                f"{name} is {value!r}, expected a multiple of {unit} from {unit} to {_MAX_SIDE}"
+                f"{name} is {value!r}, expected a multiple of {unit} from {unit} to {longest}"
             )
     if noise is not None and noise.ndim == 4:
         if max(noise.shape[2:]) > MAX_POSITION:
@@ -251,4 +263,10 @@ def output_size(
     else:
         side = _DEFAULT_LATENT_SIDE * config.vae.scale_factor
         default = first or (side, side)
-    return int(height or default[0]), int(width or default[1])
+    height, width = int(height or default[0]), int(width or default[1])
+    if height * width > MAX_OUTPUT_AREA:
+        raise RequestError(
+            f"output is {width}x{height}, {height * width / 1e6:.1f} megapixels, expected at most "
+            "the area of 2048x2048; ask for a smaller height or width"
+        )
+    return height, width

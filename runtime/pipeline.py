@@ -120,7 +120,7 @@ class KleinKVPipeline(LoraLoader):
             backend=backend.name,
         )
         self.encoder = ReferenceEncoder(
-            self.session, self.config, self.graphs, origin, self.reference_store
+            self.session, self.config, self.graphs, origin, self.reference_store, options.matte
         )
         self.no_references: dict[str, Buffer] = {}
         if manifest.variant == "kv":
@@ -330,9 +330,9 @@ class KleinKVPipeline(LoraLoader):
         Args:
             image: reference image or images, at most 1024x1024 pixels of each are used.
             prompt: a text, or one per image; "" is allowed.
-            height: pixels, a multiple of 16 up to 2048 (diffusers rounds down with a warning; here
-                another size is an error); default the first reference's, else 1024.
-            width: pixels, as `height`.
+            height: pixels, a multiple of 16 (diffusers rounds down with a warning; here another
+                size is an error); default the first reference's, else 1024.
+            width: pixels, as `height`; both together at most the area of 2048x2048.
             num_inference_steps: steps, 1 to 50; klein is distilled for 4.
             sigmas: a schedule of one's own, before the resolution-dependent shift.
             num_images_per_prompt: images per prompt.
@@ -350,8 +350,8 @@ class KleinKVPipeline(LoraLoader):
             max_sequence_length: prompt tokens.
             text_encoder_out_layers: hidden states of the text encoder, among the exported ones.
             references: a set from `encode_references`, in place of `image`.
-            seed: 0 to 2**63 - 1: noise without torch, in place of `generator`; the stream is that
-                of a torch CPU generator to within 1e-6.
+            seed: -2**63 to 2**64 - 1: noise without torch, in place of `generator`; the stream is
+                that of a torch CPU generator to within 1e-6.
 
         Raises:
             RequestError: a bad argument; nothing has been computed then.

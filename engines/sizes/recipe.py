@@ -13,15 +13,13 @@ from typing import Any, NamedTuple, Self
 
 from klein_kv.artifacts.config import DTYPES
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
+from klein_kv.artifacts.positions import MAX_OUTPUT_AREA
 from klein_kv.errors import BuildError
 
 __all__ = ["WEIGHTS_MODES", "Range", "Recipe", "ShapeProfile", "Size", "recipe_names"]
 
 WEIGHTS_MODES = ("shared", "embedded")
 """Weights as engine inputs, one device copy for all engines; or baked into each engine."""
-
-MAX_SIDE = 2048
-"""Largest output side in pixels that klein is made for."""
 
 MAX_REFERENCE_AREA = 1024 * 1024
 """Larger references are resized (diffusers: `Flux2ImageProcessor`)."""
@@ -79,10 +77,11 @@ class ShapeProfile:
             for side in Size._fields:
                 values = Range(*(getattr(size, side) for size in sizes))
                 _check_range(self.name, f"{field} {side}", values, 1)
-        if max(self.output.max) > MAX_SIDE:
+        largest = self.output.max
+        if largest.width * largest.height > MAX_OUTPUT_AREA:
             raise BuildError(
-                f"profile {self.name}: output is up to {max(self.output.max)} pixels wide or "
-                f"high, expected at most {MAX_SIDE}"
+                f"profile {self.name}: output is up to {largest.width}x{largest.height}, expected "
+                "at most the area of 2048x2048"
             )
         largest = self.reference_size.max
         if largest.width * largest.height > MAX_REFERENCE_AREA:

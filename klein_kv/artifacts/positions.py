@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["grid_ids", "reference_ids", "text_ids"]
+__all__ = ["MAX_OUTPUT_AREA", "grid_ids", "reference_ids", "text_ids"]
+
+MAX_OUTPUT_AREA = 2048 * 2048
+"""Pixels of the largest output, 4 megapixels (Black Forest Labs: FLUX.2 documentation)."""
 
 REFERENCE_TIME_STEP = 10
 """Reference i sits at T = 10 + 10 * i (diffusers: `_prepare_image_ids`, scale)."""

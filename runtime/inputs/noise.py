@@ -40,8 +40,9 @@ def initial_noise(
         shape: [B, C, h, w], positive; with a seed the values must be a multiple of 16.
         generator: a `torch.Generator`, which is advanced, drawn once for the whole tensor; or a
             list of B of them, each drawn for one item. A list of one counts as a single one.
-        seed: 0 to 2**63 - 1; stands for one CPU generator with that seed, of which torch reads the
-            low 32 bits. With neither argument the seed comes from the operating system.
+        seed: -2**63 to 2**64 - 1, as torch takes; stands for one CPU generator with that seed, of
+            which torch reads the low 32 bits. With neither argument the seed comes from the
+            operating system.
         dtype: "float32", "float16" or "bfloat16": the type to draw in.
 
     Returns:
@@ -68,8 +69,9 @@ def random_seed() -> int:
 
 def _normal(sizes: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     """Standard normal float32 values of the stream of `seed`, shaped `sizes`."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise RequestError(f"seed is {seed!r}, expected an integer from 0 to 2**63 - 1")
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not -(2**63) <= int(seed) < 2**64:
+        raise RequestError(f"seed is {seed!r}, expected an integer from -2**63 to 2**64 - 1")
     count = math.prod(sizes)
     if count < 1 or count % _LANES:  # torch fills an incomplete row of 16 in another way
         raise RequestError(

@@ -61,12 +61,14 @@ class ReferenceEncoder:
         graphs: GraphSet,
         origin: KVOrigin,
         store: ReferenceStore,
+        matte: str | None = "white",
     ) -> None:
         self.origin = origin
         self._session = session
         self._config = config
         self._graphs = graphs
         self._store = store
+        self._matte = matte
 
     def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
         """Checks and crops one image or more; computes nothing yet.
@@ -75,7 +77,7 @@ class ReferenceEncoder:
             RequestError: see `pixels.prepare_reference`.
         """
         unit = self._config.vae.multiple_of
-        pixels = tuple(prepare_reference(image, unit) for image in images)
+        pixels = tuple(prepare_reference(image, unit, self._matte) for image in images)
         digest = images_digest(pixels)
         return PreparedReferences(pixels, digest, self.origin.digest(digest))
 

@@ -13,6 +13,7 @@ from PIL import Image
 import klein_kv
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.runtime import maker
 from tests.runtime.conftest import Picture
 
 PROMPT = "a red kite over the sea"
@@ -28,10 +29,16 @@ PICTURE = Image.new("RGB", (64, 64))
     ("request_", "message"),
     [
         # size
-        ({"height": 200}, "height is 200, expected a multiple of 16 from 16 to 2048"),
+        ({"height": 200}, "height is 200, expected a multiple of 16 from 16 to 65536"),
         ({"width": 136}, "width is 136, expected a multiple of 16"),
         ({"height": 8}, "height is 8"),
-        ({"width": 2064}, "width is 2064"),
+        ({"width": 65552}, "width is 65552"),
+        (
+            {"height": 4112},
+            "output is 1024x4112, 4.2 megapixels, expected at most the area of 2048",
+        ),
+        ({"height": 2048, "width": 2064}, "output is 2064x2048"),
+        ({"latents": np.zeros((1, 128, 129, 128), np.float32)}, "output is 2048x2064"),
         ({"height": 0}, "height is 0"),
         ({"width": -128}, "width is -128"),
         ({"height": 256.0}, "height is 256.0"),
@@ -73,8 +80,11 @@ PICTURE = Image.new("RGB", (64, 64))
         ({"sigmas": [900, 500]}, "divided by 1000"),
         ({"sigmas": "abc"}, "sigmas"),
         # noise
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, r"2\*\*63 - 1"),
+        (
+            {"seed": -(2**63) - 1},
+            r"seed is -9\d+9, expected an integer from -2\*\*63 to 2\*\*64 - 1",
+        ),
+        ({"seed": 2**64}, r"seed is 1\d+6, expected"),
         ({"seed": "0"}, "seed is '0'"),
         ({"seed": 1, "generator": torch.Generator()}, "both generator and seed"),
         ({"generator": 5}, r"expected a torch\.Generator"),
@@ -205,6 +215,46 @@ def test_small_references_make_small_images(any_ours: KleinKVPipeline, picture: 
     assert image.size == (64, 80)
     (image,) = any_ours(PROMPT, height=np.int64(16), width=48, num_inference_steps=1).images
     assert image.size == (48, 16)
+
+
+@pytest.mark.parametrize("given", ["explicit", "by reference"])
+def test_one_rule_for_every_size(
+    given: str, tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by users: what came from a wide reference was refused where it was asked for."""
+    sizes = []
+
+    def stop(*arguments: Any, **_: Any) -> None:
+        sizes.append(arguments[1])
+        raise InterruptedError
+
+    monkeypatch.setattr(maker, "_admit", stop)
+    sides = {"height": 352, "width": 2896}
+    request = sides if given == "explicit" else {"image": Image.new("RGB", (2896, 362))}
+    with pytest.raises(InterruptedError):
+        tiny_ours(PROMPT, **request)
+    assert (sizes[0].height, sizes[0].width) == (352, 2896)
+    for width, height in ((2560, 1440), (2048, 2048), (65536, 64)):
+        with pytest.raises(InterruptedError):
+            tiny_ours(PROMPT, width=width, height=height)
+
+
+def test_sides_above_2048_are_computed(tiny_ours: KleinKVPipeline) -> None:
+    (image,) = tiny_ours(PROMPT, height=16, width=2064, num_inference_steps=1, seed=0).images
+    assert image.size == (2064, 16)
+
+
+@pytest.mark.parametrize("matte", ["white", "black", None])
+def test_matte(tiny_artifacts: Path, tiny_ours: KleinKVPipeline, matte: str | None) -> None:
+    image = Image.new("RGBA", (64, 64), (200, 30, 90, 0))
+    request = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
+    seen = Image.new("RGB", (64, 64), matte or (200, 30, 90))
+    expected = tiny_ours(PROMPT, image=seen, **request).images
+    options = {} if matte == "white" else {"matte": matte}
+    with KleinKVPipeline.from_pretrained(tiny_artifacts, **options) as ours:
+        np.testing.assert_array_equal(ours(PROMPT, image=image, **request).images, expected)
+    with pytest.raises(RequestError, match="matte is 'mauvish', expected a colour"):
+        KleinKVPipeline.from_pretrained(tiny_artifacts, matte="mauvish")
 
 
 def test_no_tensors_for_the_callback(any_ours: KleinKVPipeline) -> None:

@@ -37,6 +37,12 @@ def test_defaults_and_a_file(tmp_path: Path) -> None:
     assert Recipe.load(str(path)) == recipe
 
 
+def test_sizes_that_the_runtime_takes() -> None:
+    for size in ("2560x1440", "4096x1024", "2896x352"):
+        recipe = Recipe.from_toml(PROFILE.replace("256x256", size), "wide")
+        assert "{}x{}".format(*recipe.profiles[0].output.max) == size
+
+
 def test_quantized_precision_and_attention() -> None:
     recipe = Recipe.from_toml(f"precision = 'nvfp4'\nattention = 'fp8'\n{PROFILE}", "fast")
     assert (recipe.precision, recipe.attention) == ("nvfp4", "fp8")
@@ -70,7 +76,7 @@ def test_quantized_precision_and_attention() -> None:
         (PROFILE.replace("references = 1", "references = -1"), "expected 0 <= min"),
         (PROFILE.replace("256x256", "256"), "expected 'WIDTHxHEIGHT'"),
         (PROFILE.replace("256x256", "-16x256"), "expected 'WIDTHxHEIGHT'"),
-        (PROFILE.replace("256x256", "4096x256"), "expected at most 2048"),
+        (PROFILE.replace("256x256", "4096x2048"), "expected at most the area of 2048x2048"),
         (PROFILE + 'reference_size = "2048x1024"', "at most the area of 1024x1024"),
         ("weights = 'both'\n" + PROFILE, "expected one of shared, embedded"),
         ("precision = 'int8'\n" + PROFILE, "expected one of fp32, fp16, bf16"),

@@ -52,8 +52,8 @@ def test_recipe_of_a_shape() -> None:
     assert (recipe.name, recipe.fixed) == ("1024x768-4ref", True)
     assert shape_recipe(Size(512, 512), 1, Size(512, 768)).name == "512x512-1ref-512x768"
     assert shape_recipe(Size(512, 512), 0, Size(512, 768)).name == "512x512-0ref"
-    with pytest.raises(BuildError, match="expected at most 2048"):
-        shape_recipe(Size(4096, 1024), 0)
+    with pytest.raises(BuildError, match="expected at most the area of 2048x2048"):
+        shape_recipe(Size(4096, 1040), 0)
 
 
 def test_those_used_least_recently_go_first(folders: dict[str, Path], tmp_path: Path) -> None:

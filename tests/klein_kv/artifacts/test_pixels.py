@@ -1,6 +1,10 @@
 """Reference preparation against diffusers' image processor, and files of every kind."""
 
+import contextlib
+import functools
+import importlib.util
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,16 @@ import pytest
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
-from klein_kv.artifacts.pixels import check_reference, load_image, prepare_reference
+from klein_kv.artifacts.pixels import (
+    _FORMATS,
+    check_reference,
+    load_image,
+    prepare_reference,
+)
 from klein_kv.errors import RequestError
+from tests.icc import rgb_profile, srgb_from_rgb
 
 MULTIPLE = 16
 
@@ -64,15 +74,11 @@ def test_prepare_equals_diffusers(size: tuple[int, int]) -> None:
     assert image.size == size
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("size", [(90, 70), (1200, 1000)])
 def test_every_mode_equals_diffusers(mode: str, size: tuple[int, int]) -> None:
-    if mode == "I;16":
-        wide = np.random.default_rng(0).integers(0, 2**16, size[::-1], dtype=np.uint16)
-        image = Image.fromarray(wide)
-        assert image.mode == mode
-    else:
-        image = picture(*size, mode=mode)
+    """But for deep grey, transparency and ICC profiles: test_pixel_colours."""
+    image = picture(*size).convert(mode)
     np.testing.assert_array_equal(prepare_reference(image, MULTIPLE), diffusers_pixels(image))
 
 
@@ -104,14 +110,41 @@ def test_a_multiple_larger_than_the_image() -> None:
         prepare_reference(picture(64, 64), 128)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff", "ppm", "avif", "heic"]
+)
 def test_load_formats(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
-    picture(80, 70, "RGBA" if suffix == "png" else "RGB").save(path)
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif").from_pillow(picture(80, 70)).save(path)
+    else:
+        picture(80, 70).save(path)
     image = load_image(str(path))
     assert (image.mode, image.size) == ("RGB", (80, 70))
     if suffix in ("png", "bmp", "tiff", "ppm"):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(80, 70)))
+
+
+def test_photo_of_a_telephone(tmp_path: Path) -> None:
+    """HEIC, upright by its own transformation, in the colours of Display P3."""
+    heif = pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (80, 70), (180, 80, 80))
+    image.paste((80, 180, 80), (0, 0, 80, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    heif.register_heif_opener()
+    image.save(tmp_path / "photo.HEIC", exif=exif.tobytes(), icc_profile=rgb_profile())
+    turned = load_image(tmp_path / "photo.HEIC")
+    assert turned.size == (70, 80)
+    for place, colour in (((60, 40), (80, 180, 80)), ((20, 40), (180, 80, 80))):
+        np.testing.assert_allclose(turned.getpixel(place), srgb_from_rgb(colour), atol=4)
+
+
+def test_heic_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(RequestError, match=r"photo\.heic.*pip install 'klein-kv\[heif\]'"):
+        load_image(tmp_path / "photo.heic")
 
 
 def test_load_scales_16_bit_grey(tmp_path: Path) -> None:
@@ -177,35 +210,98 @@ def test_load_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
         load_image(path)
 
 
-@settings(max_examples=60, deadline=None)
-@given(suffix=st.sampled_from(["png", "jpeg", "webp", "gif", "tiff"]), data=st.data())
-def test_load_damaged_raises_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
-) -> None:
-    buffer = io.BytesIO()
-    picture(70, 70).save(buffer, format=suffix)
-    content = bytearray(buffer.getvalue())
+def damaged_bytes(data: st.DataObject) -> bytes:
+    """A small file of some format, some of whose bytes are others, gone, or there twice."""
+    content = bytearray(data.draw(st.sampled_from(small_files())))
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, min(len(content), 400) - 1))
-        content[place] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.mktemp("damaged") / "image"
-    path.write_bytes(content)
+        # Headers are what breaks readers: most damage goes there.
+        end = data.draw(st.sampled_from([64, 400, len(content)]))
+        place = data.draw(st.integers(0, min(len(content), end)))
+        new = data.draw(st.binary(max_size=4))
+        content[place : place + data.draw(st.integers(0, 4))] = new
+    return bytes(content)
+
+
+@functools.cache
+def small_files() -> list[bytes]:
+    """One file of every format, and of what they hold besides plain colours."""
+    plain, profile = picture(70, 70), {"icc_profile": rgb_profile()}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.arange(4900, dtype=np.uint16).reshape(70, 70))
+    kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        *((suffix, plain, {}) for suffix in ("png", "jpeg", "webp", "gif", "bmp", "avif", "ppm")),
+        ("png", plain.convert("P"), {"transparency": 3}),
+        ("png", picture(70, 70, "RGBA"), {**profile, "exif": exif}),
+        ("png", deep, {}),
+        ("ppm", deep, {}),
+        ("jpeg", plain, {**profile, "exif": exif, "progressive": True}),
+        ("jpeg", picture(70, 70, "CMYK"), {}),
+        ("mpo", plain, {"save_all": True, "append_images": [plain]}),
+        ("webp", picture(70, 70, "RGBA"), {**profile, "lossless": True}),
+        *(("tiff", plain, {"compression": how, **profile}) for how in (None, "tiff_lzw", "jpeg")),
+        ("tiff", deep, {"compression": "tiff_adobe_deflate"}),
+        ("tiff", plain.convert("F"), {}),
+    ]
+    files = []
+    for suffix, image, options in kinds:
+        buffer = io.BytesIO()
+        image.save(buffer, format=suffix, **options)
+        files.append(buffer.getvalue())
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        buffer = io.BytesIO()
+        pillow_heif.from_pillow(plain).save(buffer)
+        files.append(buffer.getvalue())
+    return files
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damaged_files_raise_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(damaged_bytes(data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of damaged EXIF and of metadata it skips
-        try:
+        with contextlib.suppress(RequestError):
             image = load_image(path)
-        except RequestError:
-            return
-    assert image.mode == "RGB"
+            assert image.mode == "RGB"
+        with contextlib.suppress(RequestError, OSError, ValueError, SyntaxError):  # the user's PIL
+            opened = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+            with opened, contextlib.suppress(RequestError):
+                assert prepare_reference(opened, MULTIPLE).dtype == np.uint8
 
 
-@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_load_large_photo(tmp_path: Path) -> None:
+    """108 megapixels, as telephones take them; decoded at a quarter of its sides."""
+    path = tmp_path / "large.jpg"
+    large = Image.new("L", (12000, 9000), 40)
+    large.paste(200, (6000, 0, 12000, 9000))
+    large.save(path)
+    image = load_image(path)
+    assert image.size == (3000, 2250)
+    pixels = prepare_reference(image, MULTIPLE)
+    assert pixels.shape == (1, 880, 1168, 3)
+    assert (pixels[:, :, :576] == 40).all()
+    assert (pixels[:, :, 592:] == 200).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "heic"])
 def test_load_bomb_is_refused_before_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    path = tmp_path / "bomb.png"
-    picture(100, 100).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(100 * 100 / times))
+    path = tmp_path / f"bomb.{suffix}"
+    if suffix == "heic":
+        pytest.importorskip("pillow_heif").from_pillow(picture(100, 100)).save(path)
+    else:
+        picture(100, 100).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    assert load_image(path).size == (100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(RequestError, match="too large"):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(RequestError, match=r"too large: .*10000 pixels.*limit of 9998.*megapixels"):
         load_image(path)

@@ -21,7 +21,8 @@ TOLERANCE = 1e-6 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"
 ONE_BIT = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 SHAPE = (1, 128, 16, 16)
-SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 42, 2**63 - 1]
+SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 42, 2**63 - 1, 2**63, 2**64 - 1]
+SEEDS += [-1, -42, -(2**32), -(2**63)]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -47,7 +48,7 @@ def test_seed_gives_torch_noise(seed: int, dtype: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 40), seed=st.integers(0, 2**63 - 1))
+@given(rows=st.integers(1, 40), seed=st.integers(-(2**63), 2**64 - 1))
 def test_every_size_and_seed(rows: int, seed: int) -> None:
     shape = (rows, 16)
     assert_near(initial_noise(shape, seed=seed), drawn(shape, seed), "float32")
@@ -99,15 +100,19 @@ def test_without_a_seed_every_call_differs() -> None:
     assert 0 <= random_seed() < 2**32
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", True])
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64, 1.0, "1", True])
 def test_bad_seed(seed: Any) -> None:
-    with pytest.raises(RequestError, match=r"seed is .* 2\*\*63 - 1"):
+    with pytest.raises(RequestError, match=r"seed is .* from -2\*\*63 to 2\*\*64 - 1"):
         initial_noise(SHAPE, seed=seed)
+    if isinstance(seed, int) and not isinstance(seed, bool):  # torch's limits are these, too
+        with pytest.raises((RuntimeError, ValueError, OverflowError)):
+            generator(seed)
 
 
-def test_numpy_integers_are_seeds() -> None:
-    seed, expected = np.int64(9), initial_noise(SHAPE, seed=9)
-    np.testing.assert_array_equal(initial_noise(SHAPE, seed=seed), expected)  # type: ignore[arg-type]
+@pytest.mark.parametrize("seed", [np.int64(-9), np.uint64(2**64 - 9), np.uint8(9)])
+def test_numpy_integers_are_seeds(seed: Any) -> None:
+    expected = initial_noise(SHAPE, seed=int(seed))
+    np.testing.assert_array_equal(initial_noise(SHAPE, seed=seed), expected)
 
 
 @pytest.mark.parametrize(
