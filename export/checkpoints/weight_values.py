@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.digest import WHOLE_FILE_LIMIT
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight
 
 __all__ = ["check_values"]
@@ -69,7 +70,7 @@ def _check_tail(path: Path, size: int) -> None:
 
 def _parts(weight: StoredWeight) -> tuple[WeightRef, ...]:
     """What lies in files, as it lies there."""
-    parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
+    parts = weight.parts if isinstance(weight, JoinedRows | MergedWeight) else (weight,)
     return tuple(part if isinstance(part, WeightRef) else part.numbers for part in parts)
 
 
