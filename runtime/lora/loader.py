@@ -173,9 +173,10 @@ class LoraLoader:
         if self._merger is None:
             self._merger = WeightMerger(self.artifacts, self.manifest, self.graphs)
         contents = self._merger.contents(wanted)
-        self._touched |= contents.keys()
-        self._merged = None  # until all of them are what they should be
-        self.session.replace_weights({name: contents.get(name) for name in self._touched})
+        nbytes = self._merger.nbytes(contents.keys() - self._touched)
+        touched = self._touched | contents.keys()
+        self._merged, self._touched = None, touched  # until all of them are what they should be
+        self.session.replace_weights({name: contents.get(name) for name in touched}, nbytes)
         self._merged, self._touched = wanted, set(contents)
         self.encoder.origin = replace(self.encoder.origin, adapters=adapters_digest(wanted))
 

@@ -8,7 +8,7 @@ small change back.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ class WeightMerger:
             for tensor in changes
             for name in self._table_names(tensor)
         }
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors in the artifacts' own type, an upper limit of what graphs read."""
+        return sum(self._own[name].nbytes for name in names if name in self._own)
 
     def warn(self) -> None:
         """Logs once what did not fit under the scales of quantized weights."""

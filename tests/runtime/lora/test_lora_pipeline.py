@@ -14,7 +14,7 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.errors import BackendError, RequestError
+from klein_kv.errors import BackendError, CapacityError, RequestError
 from klein_kv.networks.transformer import transformer_parameters
 from tests.checkpoints import load_diffusers
 from tests.conftest import load_ours
@@ -188,6 +188,19 @@ def test_after_an_error_in_a_switch_the_weights_are_right_again(
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.backend), "replace_weights", broken)
         with pytest.raises(BackendError, match="lost"):
+            latents(pipe, noise)
+    pipe.unload_lora_weights()
+    assert same(latents(pipe, noise), base)
+
+
+def test_weights_that_do_not_fit_beside_the_files_are_refused(
+    pipe: KleinKVPipeline, noise: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = latents(pipe, noise)
+    pipe.load_lora_weights(make_adapter(pipe, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.backend), "available_memory", lambda _: 100_000)
+        with pytest.raises(CapacityError, match=r"change .* of weights.*export --lora"):
             latents(pipe, noise)
     pipe.unload_lora_weights()
     assert same(latents(pipe, noise), base)
