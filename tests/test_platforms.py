@@ -28,11 +28,11 @@ import builtins, sys
 
 real, blocked = builtins.__import__, set(sys.argv[1].split(","))
 
-def guarded(name, globals=None, *rest):
+def guarded(name, globals=None, *rest, **names):
     ours = globals and globals.get("__name__", "").split(".")[0] == "klein_kv"
     if ours and name.split(".")[0] in blocked:
         raise ImportError(f"{name} is not there, for {globals['__name__']}")
-    return real(name, globals, *rest)
+    return real(name, globals, *rest, **names)
 
 builtins.__import__ = guarded
 for module in sys.argv[2:]:
