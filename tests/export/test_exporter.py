@@ -468,7 +468,7 @@ def test_weights_that_are_no_safetensors(file: str, checkpoint: Path) -> None:
     pickled = b"cbuiltins\nopen\n(V" + str(trap).encode() + b"\nVw\ntR."  # makes a file when loaded
     for content in (whole[:-1], whole[:100], b"", b"<html>404 Not Found</html>", pickled):
         path.write_bytes(content)
-        message = "truncated|not a whole safetensors file|only safetensors is read"
+        message = "truncated|not a whole safetensors file|only safetensors is read|is a web page"
         assert_refused(checkpoint, CheckpointError, message)
     assert not trap.exists()
 
