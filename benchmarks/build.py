@@ -54,7 +54,9 @@ def main() -> None:
         checkpoint, artifacts = work / "checkpoint", work / "artifacts"
         document: dict[str, Any] = {"benchmark": "build", "size": args.size}
         document["fixture"] = run("fixture", checkpoint, "--size", args.size)
-        document["export"] = run("export", checkpoint, artifacts, "--dtype", "bf16")
+        document["export"] = run(
+            "export", checkpoint, artifacts, "--dtype", "bf16", "--allow-zeros"
+        )
         recipes = args.recipe or ["default", "static-1024-4ref"]
         document["build"] = {recipe: build(artifacts, recipe) for recipe in recipes}
     print(json.dumps(document))

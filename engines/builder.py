@@ -1,12 +1,12 @@
 """One graph to one serialized engine."""
 
 import contextlib
-import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from klein_kv.engines.progress import make_monitor
 from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
 from klein_kv.engines.sizes.profiles import EngineProfile
 from klein_kv.errors import BackendError, BuildError, CapacityError
+from klein_kv.machine import peak_memory
 
 __all__ = ["BuiltEngine", "build_engine"]
 
@@ -61,7 +62,7 @@ def build_engine(
 
     A `BuildError` says that TensorRT refuses the target or the graph, a `BackendError` that it
     cannot start, a `CapacityError` that memory does not suffice for embedded weights. After Ctrl-C
-    (KeyboardInterrupt) TensorRT is left in order.
+    (KeyboardInterrupt) and other signals that raise TensorRT is left in order.
     """
     if not graph.shared:
         _check_memory(name, graph.weight_bytes)
@@ -81,8 +82,6 @@ def build_engine(
     with _interruptible() as stopped, make_monitor(trt, name, progress, stopped) as monitor:
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-    if stopped.is_set():
-        raise KeyboardInterrupt
     if plan is None:
         raise BuildError(
             f"{name}: {trt.__name__} {trt.__version__} cannot build this graph for {target.name}: "
@@ -100,7 +99,7 @@ def build_engine(
         layers=log.layers,
         scratch_bytes=tuple(log.scratch_bytes),
         seconds=time.perf_counter() - start,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_memory(),
     )
 
 
@@ -226,17 +225,28 @@ def _configure(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets.
+    """An event that Ctrl-C sets, and other signals that raise; the first is raised at the end.
 
     The build runs in native code, where an exception from a callback would end the process; the
     progress monitor asks the event instead and stops the build.
     """
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    stopped, caught = threading.Event(), list[int]()
+
+    def stop(number: int, _frame: object) -> None:
+        caught.append(number)
+        stopped.set()
+
+    previous: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in map(int, signal.valid_signals()):
+            handler = signal.getsignal(number)
+            if callable(handler):  # of Python, so that it may raise
+                previous[number] = handler
+                signal.signal(number, stop)
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+    for number in caught:
+        previous[number](number, None)

@@ -20,12 +20,12 @@ from klein_kv.artifacts.config import (
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
+    check_text_width,
     read_json,
 )
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
-from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
@@ -38,6 +38,8 @@ from klein_kv.export.checkpoints.single_file import (
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
+from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
@@ -52,6 +54,7 @@ __all__ = ["ExportResult", "export_checkpoint"]
 
 _log = logging.getLogger(__name__)
 _FLOATS = tuple(DTYPES.values())
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # vectors of files that were cast
 # Tensors that checkpoints hold and the graphs do not read.
 _UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
 
@@ -92,9 +95,10 @@ class _Checkpoint:
             RequestError: they are quantized.
         """
         for name, weight in self.weights["transformer"].items():
-            if isinstance(weight, PublishedWeight):
+            kind = weight.format if isinstance(weight, PublishedWeight) else weight.dtype
+            if kind not in _FLOATS:
                 raise RequestError(
-                    f"the checkpoint is quantized ({name} is {weight.format}): add --dtype bf16 "
+                    f"the checkpoint is quantized ({name} is {kind}): add --dtype bf16 "
                     "(for GPUs) or --dtype fp32 (for CPUs) to export what its numbers stand for"
                 )
         return self.weights["transformer"]["proj_out.weight"].dtype
@@ -110,6 +114,7 @@ def export_checkpoint(
     dtype: str | None = None,
     text_layers: tuple[int, ...] = DEFAULT_TEXT_LAYERS,
     adapters: Sequence[tuple[Path, float]] = (),
+    allow_zeros: bool = False,
 ) -> ExportResult:
     """Exports a checkpoint.
 
@@ -128,9 +133,11 @@ def export_checkpoint(
         text_layers: hidden states of the text encoder to read (diffusers:
             `text_encoder_out_layers`).
         adapters: LoRA files and their weights, merged into the transformer for good, in order.
+        allow_zeros: take matrices that are zero, which a download that did not end leaves.
 
     Raises:
-        RequestError: an unknown variant or dtype, an adapter of another model, or `artifacts` already holds something.
+        RequestError: an unknown variant or dtype, an adapter of another model, or `artifacts`
+            already holds something.
         CheckpointError: the checkpoint is not whole or is not klein.
         CapacityError: not enough disk.
     """
@@ -160,6 +167,8 @@ def export_checkpoint(
     with new_folder(artifacts) as folder:
         # First: what it finds wrong costs no conversion.
         prompt = save_tokenizer(whole.folder, folder)
+        for part, names in whole.parameters.items():
+            check_values(whole.weights[part], names, allow_zeros)
         placed = {}
         for part, names in whole.parameters.items():
             (folder / part).mkdir()
@@ -194,6 +203,7 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
         for part in ("transformer", "text_encoder", "vae")
     }
     transformer = TransformerConfig.from_dict(configs["transformer"])
+    check_text_width(transformer, configs["text_encoder"])
     text = TextEncoderConfig.from_dict(configs["text_encoder"], text_layers)
     config = ModelConfig(transformer, text, VaeConfig.from_dict(configs["vae"]))
     scheduler = read_json(folder / "scheduler/scheduler_config.json", "scheduler config")
@@ -220,7 +230,7 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
             weights[part] = index
         for name in shapes:
             dtype = weights[part][name].dtype
-            if dtype not in _FLOATS:
+            if dtype not in (*_FLOATS, *_FLOAT8):
                 raise CheckpointError(
                     f"{part}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}"
                 )

@@ -1,14 +1,12 @@
 """Folders that appear whole or not at all: written aside, then renamed or moved from."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from klein_kv.errors import CapacityError, RequestError
+from klein_kv.unfinished import held, partial_path, remove_leftovers
 
 __all__ = ["new_folder", "partial_folder"]
 
@@ -35,7 +33,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def partial_folder(parent: Path, name: str, target: Path) -> Iterator[Path]:
-    """`.NAME.partial-PID` in `parent`, gone afterwards, and with it what killed runs left.
+    """A hidden folder in `parent`, gone afterwards, and with it what killed runs left.
 
     Args:
         parent: made if it is not there.
@@ -45,18 +43,13 @@ def partial_folder(parent: Path, name: str, target: Path) -> Iterator[Path]:
     Raises:
         CapacityError: whatever the operating system raised.
     """
-    prefix = f".{name}.partial-"
-    partial = parent / f"{prefix}{os.getpid()}"
+    partial = partial_path(parent, name)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.iterdir():
-            pid = old.name.removeprefix(prefix)
-            if old == partial or (
-                old.name.startswith(prefix) and pid.isdigit() and not psutil.pid_exists(int(pid))
-            ):
-                shutil.rmtree(old, ignore_errors=True)
+        remove_leftovers(parent)
         partial.mkdir()
-        yield partial
+        with held(partial):
+            yield partial
     except OSError as error:
         raise CapacityError(
             f"cannot write {target}: {error.strerror or error}; choose a folder that is writable "

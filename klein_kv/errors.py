@@ -6,7 +6,8 @@
     |-- RequestError        a call with bad arguments (also a ValueError)
     |-- BackendError        a missing library, device or data type
     |-- CapacityError       not enough memory or disk for what was asked
-    `-- BuildError          TensorRT refused to build, or to load, an engine
+    |-- BuildError          TensorRT refused to build, or to load, an engine
+    `-- NotFiniteError      what was computed is NaN or infinite
 
 Messages say what was wrong, what was found, what was expected and how to mend it, in that order.
 """
@@ -18,6 +19,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "KleinKVError",
+    "NotFiniteError",
     "RequestError",
 ]
 
@@ -48,3 +50,7 @@ class CapacityError(KleinKVError):
 
 class BuildError(KleinKVError):
     """TensorRT refused a network or an engine; the message carries its own words."""
+
+
+class NotFiniteError(KleinKVError):
+    """A result is NaN or infinite; the message names the graph and step that first gave one."""

@@ -5,13 +5,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import psutil
 
 from klein_kv import __version__
 
-__all__ = ["DISTRIBUTIONS", "examine_machine"]
+__all__ = ["DISTRIBUTIONS", "examine_machine", "peak_memory"]
 
 # Distribution, what it is for, and the extra that brings it.
 DISTRIBUTIONS = (
@@ -45,6 +46,16 @@ def examine_machine() -> dict[str, Any]:
         "packages": packages,
         "ready": bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready),
     }
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had at once."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _version(distribution: str) -> str | None:

@@ -14,6 +14,7 @@ from klein_kv.runtime.inputs.noise import initial_noise
 from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt
 from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs
 from klein_kv.runtime.options import CallArguments, embeds_array, host_array, output_size, texts_of
+from klein_kv.runtime.outputs.finite import is_finite, not_finite_error
 from klein_kv.runtime.outputs.results import decode_latents, vae_latents
 from klein_kv.runtime.planning.memory_plan import MemoryPlan
 from klein_kv.runtime.planning.request import Request, edit_stages
@@ -36,6 +37,7 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     Raises:
         RequestError: a bad argument; nothing has been computed then.
         CapacityError: it does not fit into memory.
+        NotFiniteError: the result holds NaN or infinity, unless `pipe.check_finite` is off.
     """
     session, config, dtype = pipe.session, pipe.config, pipe.manifest.dtype
     plain = pipe.manifest.variant == "plain"
@@ -132,10 +134,18 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     if ask.output_type == "latent":
         final = session.download(inputs.latents).reshape(in_grid)
         images: Any = vae_latents(pipe.artifacts, config.vae, final)
+        finite = is_finite(final)
     else:
-        images = decode_latents(session, inputs.latents, in_grid, ask.output_type)
-    if not warming_up:
-        pipe.prompts.keep(encoded)
+        images, finite = decode_latents(session, inputs.latents, in_grid, ask.output_type)
+    if warming_up:
+        return images
+    if pipe.check_finite and not finite:
+        pipe.reference_store.clear()  # what is not finite may be in it
+        again = replace(ask, latents=noise, generator=None, seed=None, callback_on_step_end=None)
+        raise not_finite_error(
+            session, pipe.graphs, lambda: make_images(pipe, again, warming_up=True)
+        )
+    pipe.prompts.keep(encoded)
     return images
 
 

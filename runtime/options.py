@@ -54,6 +54,7 @@ class RuntimeOptions:
             memory that is free now.
         host_cache_bytes: on a GPU, pinned host memory for sets that the store gives up.
         prompt_cache_bytes: budget for text embeddings; 0 keeps none; None takes 256 MiB.
+        check_finite: refuse results that hold NaN or infinity.
         matte: colour under transparent references, as `PIL.ImageColor` names it; None drops their
             transparency instead, as diffusers does.
         nvtx: mark every graph and copy as an NVTX range (needs the nvtx package).
@@ -72,6 +73,7 @@ class RuntimeOptions:
     reference_cache_bytes: int | None = None
     host_cache_bytes: int = 0
     prompt_cache_bytes: int | None = None
+    check_finite: bool = True
     matte: str | None = "white"
     nvtx: bool = False
 

@@ -77,6 +77,7 @@ class KleinKVPipeline(LoraLoader):
         num_timesteps: steps of the last call.
         current_timestep: timestep of the step under way; None between calls.
         progress_bar_config: arguments for tqdm.
+        check_finite: whether results that hold NaN or infinity are refused.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class KleinKVPipeline(LoraLoader):
         self.num_timesteps = 0
         self.current_timestep: float | None = None
         self.progress_bar_config: dict[str, Any] = {}
+        self.check_finite = options.check_finite
         self._interrupt = False
         self._lock = threading.RLock()
         self._closed = False
@@ -354,6 +356,7 @@ class KleinKVPipeline(LoraLoader):
         Raises:
             RequestError: a bad argument; nothing has been computed then.
             CapacityError: the request does not fit into memory.
+            NotFiniteError: the result holds NaN or infinity.
         """
         arguments = CallArguments(
             image=image,

@@ -68,6 +68,7 @@ class Session:
     Attributes:
         backend: what runs them.
         plan: of the request under way or the last one.
+        watch: called with every graph that ran and its outputs.
 
     Raises:
         BackendError: nvtx is not installed.
@@ -84,6 +85,7 @@ class Session:
     ) -> None:
         self.backend = backend
         self.plan: MemoryPlan | None = None
+        self.watch: Callable[[str, Mapping[str, Buffer]], None] | None = None
         self._config = manifest.config
         self._graphs = graphs
         self._vae_shapes = load_vae_shapes(artifacts, graphs)
@@ -120,6 +122,8 @@ class Session:
             self._kept_scratch = max(self._kept_scratch, stage.passing)
         if self.plan is not None and memory.kv_copies:
             self._kept_kv = max(self._kept_kv, memory.kv_copies * self.plan.kv_bytes)
+        if self.watch is not None:
+            self.watch(graph, outputs)
         return outputs
 
     def upload(self, array: NDArray[Any]) -> Buffer:
@@ -153,8 +157,19 @@ class Session:
             self._kept_kv = 0
         self.backend.release(graph)
 
-    def replace_weights(self, changes: WeightChanges) -> None:
-        """See `Backend.replace_weights`."""
+    def replace_weights(self, changes: WeightChanges, nbytes: int) -> None:
+        """See `Backend.replace_weights`.
+
+        Raises:
+            CapacityError: where weights are mapped files, no memory for the `nbytes` of tensors
+                that were the file's own before and are not any more.
+        """
+        if self._maps_weights() and nbytes > self.backend.available_memory():
+            raise CapacityError(
+                f"the adapters change {size_text(nbytes)} of weights, which then have to be in "
+                f"memory; {size_text(self.backend.available_memory())} can be had. Merge them into "
+                "artifacts of their own: klein-kv export --lora"
+            )
         with self._span(LOADING):
             self.backend.replace_weights(changes)
 
@@ -290,6 +305,13 @@ class Session:
         except RequestError:
             return None
         return max((need for need in needs if need is not None), default=None)
+
+    def _maps_weights(self) -> bool:
+        for graph in self._graphs.files:
+            with contextlib.suppress(ArtifactError):  # an engine that was not built
+                if self.graph_memory(graph).weights:
+                    return False
+        return True
 
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)

@@ -20,7 +20,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.pocket.instructions import Meaning
-from benchmarks.pocket.scenes import Edit, Scene, answer, draw_scene, psnr, sample_subjects
+from benchmarks.pocket.scenes import (
+    Edit,
+    Scene,
+    answer,
+    cyanotype,
+    draw_scene,
+    psnr,
+    sample_subjects,
+)
 from benchmarks.quality import VARIANTS, Editor
 from klein_kv import KleinKVPipeline
 
@@ -89,6 +97,16 @@ def make_rows(demo: Path) -> list[Row]:
             took = time.perf_counter() - start
             right = answer(meaning, own, SIZE)
             note = "references known before"
+            rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
+        pipe.load_lora_weights(demo / "checkpoint" / "lora" / "cyanotype.safetensors")
+        own = [scenes[name] for name in "ac"]
+        for meaning, used in ((Meaning("background", "white"), own[:1]), (Meaning("swap"), own)):
+            pictures = [scene.picture(SIZE) for scene in used]
+            start = time.perf_counter()
+            out = pipe(meaning.plain, image=pictures, height=192, width=192, seed=4)
+            took = time.perf_counter() - start
+            right = cyanotype(answer(meaning, used, SIZE))
+            note = "with the cyanotype LoRA"
             rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
     meaning, own = Meaning("background", "purple"), [scenes["d"]]
     edit = Edit(meaning, meaning.plain, (own[0].picture(SIZE),), answer(meaning, own, SIZE))

@@ -4,7 +4,7 @@ Drawing and encoding pictures costs as much as a training step. So a pool of edi
 every size; each batch takes a few new ones and more that were used before, under new noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class _Encoded:
 
 
 class Pool:
-    """Edits of one size."""
+    """Edits of one size; `restyle` is what becomes of every answer."""
 
     def __init__(
         self,
@@ -132,7 +132,9 @@ class Pool:
         latents: Latents,
         subjects: Sequence[Image.Image],
         random: np.random.Generator,
+        restyle: Callable[[Image.Image], Image.Image] = lambda picture: picture,
     ) -> None:
+        self.restyle = restyle
         self.size = size
         self.latents = latents
         self.subjects = subjects
@@ -159,16 +161,19 @@ class Pool:
     def _encoded(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         return list(self.latents.of(pictures).half())
 
+    def _answer(self, meaning: Meaning, scenes: Sequence[Scene]) -> Image.Image:
+        return self.restyle(answer(meaning, scenes, self.size))
+
     def _shape(self) -> _Encoded:
         meaning = draw_meaning("shape", self.random)
         if meaning not in self.shapes:
-            self.shapes[meaning] = self._encoded([answer(meaning, (), self.size)])[0]
+            self.shapes[meaning] = self._encoded([self._answer(meaning, ())])[0]
         return _Encoded(meaning, (), self.shapes[meaning])
 
     def _one_reference(self) -> list[_Encoded]:
         scene = draw_scene(self.subjects, self.random)
         meanings = [draw_meaning(task, self.random) for task in _ONE_REFERENCE]
-        pictures = [scene.picture(self.size), *(answer(x, [scene], self.size) for x in meanings)]
+        pictures = [scene.picture(self.size), *(self._answer(x, [scene]) for x in meanings)]
         reference, *answers = self._encoded(pictures)
         if len(self.scenes) < _KEPT:
             self.scenes.append((scene, reference))
@@ -186,5 +191,5 @@ class Pool:
         meaning = draw_meaning(str(self.random.choice(tasks)), self.random)
         indices = self.random.integers(len(self.scenes), size=references)
         scenes, tokens = zip(*(self.scenes[index] for index in indices), strict=True)
-        target = self._encoded([answer(meaning, scenes, self.size)])[0]
+        target = self._encoded([self._answer(meaning, scenes)])[0]
         return _Encoded(meaning, tokens, target)

@@ -25,6 +25,7 @@ __all__ = [
     "Scene",
     "Subjects",
     "answer",
+    "cyanotype",
     "draw_edit",
     "draw_meaning",
     "draw_scene",
@@ -37,6 +38,7 @@ __all__ = [
 Size = tuple[int, int]  # width, height
 
 NIGHT = (0.25, 0.30, 0.55)  # of red, green, blue
+CYANOTYPE = ((12, 30, 92), (236, 240, 228))
 SHAPE_SHARE = 0.6  # of the shorter side
 
 _FONT_SIZE = 109  # the one size of the font's bitmaps
@@ -233,6 +235,13 @@ def draw_shape(shape: str, colour: str, background: str, size: Size) -> Image.Im
     else:
         drawing.polygon([(left, bottom), (right, bottom), (width / 2, top)], COLOURS[colour])
     return picture.resize(size, Image.Resampling.BOX)
+
+
+def cyanotype(picture: Image.Image) -> Image.Image:
+    """The style of pocket's adapter: brightness (ITU-R 601) from deep blue to the tone of paper."""
+    bright = np.asarray(picture.convert("L"), np.float32)[..., None] / 255
+    dark, paper = (np.array(colour, np.float32) for colour in CYANOTYPE)
+    return Image.fromarray(np.rint(dark + bright * (paper - dark)).astype(np.uint8))
 
 
 def at_night(picture: Image.Image) -> Image.Image:

@@ -166,7 +166,7 @@ class Recipe:
         if isinstance(source, Path) or name.endswith(".toml"):
             path = Path(source)
             try:
-                return cls.from_toml(path.read_text(encoding="utf-8"), path.stem)
+                return cls.from_toml(path.read_text(encoding="utf-8-sig"), path.stem)
             except (OSError, UnicodeDecodeError) as error:
                 raise BuildError(f"recipe {path} cannot be read: {error}") from error
         if name not in recipe_names():

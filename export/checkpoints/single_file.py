@@ -17,7 +17,8 @@ from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.merged_weight import MergedWeight
-from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
+from klein_kv.export.checkpoints.quantized_files import FileWeight, read_weights
+from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.transformer_names import Rows, bfl_rows
 
@@ -25,12 +26,15 @@ __all__ = ["JoinedRows", "StoredWeight", "read_rows", "read_single_file"]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
+_MODELS = {3072: "klein 4B", 4096: "klein 9B"}
+"""Released models by the width of their transformer."""
+
 
 @dataclass(frozen=True, slots=True)
 class JoinedRows:
     """A tensor made of ranges of rows that do not follow each other in the file."""
 
-    parts: tuple[WeightRef | PublishedWeight, ...]
+    parts: tuple[FileWeight, ...]
 
     @property
     def dtype(self) -> str:
@@ -53,7 +57,7 @@ class JoinedRows:
         return np.concatenate(pieces)
 
 
-StoredWeight = WeightRef | PublishedWeight | JoinedRows | MergedWeight
+StoredWeight = FileWeight | JoinedRows | MergedWeight
 """A tensor as files hold it."""
 
 
@@ -77,10 +81,7 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
     Raises:
         CheckpointError: not a whole safetensors file; missing, unexpected or misshapen tensors.
     """
-    stored = read_weights(path)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in stored):
-            stored = {name.removeprefix(prefix): weight for name, weight in stored.items()}
+    stored = read_weights(path, _PREFIXES)
     shapes = transformer_parameters(config)
     table: dict[str, tuple[Rows, ...]] = {name: ((name, 0, shapes[name][0]),) for name in shapes}
     if "x_embedder.weight" not in stored:
@@ -105,23 +106,28 @@ def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredW
 
 def _check_tensors(
     path: Path,
-    stored: Mapping[str, WeightRef | PublishedWeight],
+    stored: Mapping[str, FileWeight],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    missing = [name for name in expected if name not in stored]
-    extra = [name for name in stored if name not in expected]
-    if missing or extra:
-        counts = []
-        for names, what in ((missing, "missing"), (extra, "unexpected")):
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            counts.append(f"{len(names)} {what}" + (f" ({some})" if names else ""))
-        raise CheckpointError(
-            f"{path}: its tensors are not those of a FLUX.2 [klein] transformer of the base "
-            f"checkpoint's size: {', '.join(counts)}"
-        )
+    for name in ("img_in.weight", "x_embedder.weight"):
+        if name in stored and name in expected and stored[name].shape[:1] != expected[name][:1]:
+            raise CheckpointError(_shape_text(path, name, stored[name].shape, expected[name]))
+    check_names(
+        stored,
+        expected,
+        f"{path}: its tensors are not those of a FLUX.2 [klein] transformer of the base "
+        "checkpoint's size",
+    )
     for name, shape in expected.items():
         if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {stored[name].shape}, expected {shape} from the base "
-                "checkpoint's transformer/config.json; take the base of the same model size"
-            )
+            raise CheckpointError(_shape_text(path, name, stored[name].shape, shape))
+
+
+def _shape_text(path: Path, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    models = (
+        f"{x} ({_MODELS[x[0]]})" if x and x[0] in _MODELS else f"{x}" for x in (got, expected)
+    )
+    return (
+        f"{path}: {name} has shape {next(models)}, expected {next(models)} from the base "
+        "checkpoint's transformer/config.json; take the base of the same model size"
+    )

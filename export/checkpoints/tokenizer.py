@@ -5,9 +5,12 @@ one text before the prompt and one after it. That is checked here, on prompts th
 tokenizer might treat in another way, against transformers in diffusers' own call sequence.
 """
 
+import codecs
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from klein_kv.artifacts.digest import stand_in
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
@@ -49,7 +52,8 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
             put texts around the prompt.
     """
     source = checkpoint / "tokenizer"
-    tokenizer = _load(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = _load(source, Path(scratch))
     tokenizer.save_pretrained(artifacts / "tokenizer")
     parts = _render(tokenizer, _MARKER, source).split(_MARKER)
     faults = {
@@ -85,7 +89,24 @@ def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
     return prompt_format
 
 
-def _load(source: Path) -> Any:
+def _without_marks(source: Path, scratch: Path) -> Path:
+    """The folder, or one of its files without the byte order marks that no library expects.
+
+    A `CheckpointError` tells of a file that is no such file.
+    """
+    files = [path for path in source.iterdir() if path.is_file()]
+    for path in files:
+        if other := stand_in(path):
+            raise CheckpointError(f"tokenizer: {path} {other}")
+    contents = {path.name: path.read_bytes() for path in files}
+    if not any(content.startswith(codecs.BOM_UTF8) for content in contents.values()):
+        return source
+    for name, content in contents.items():
+        (scratch / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
+    return scratch
+
+
+def _load(source: Path, scratch: Path) -> Any:
     from transformers import AutoTokenizer
 
     # Without them transformers makes a tokenizer with an empty vocabulary (5.23).
@@ -97,8 +118,10 @@ def _load(source: Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
+            _without_marks(source, scratch), local_files_only=True, trust_remote_code=False
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"tokenizer: {source} cannot be loaded: {error!r}") from error
     if not tokenizer.chat_template:

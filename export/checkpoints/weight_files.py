@@ -104,7 +104,7 @@ def place_weights(
 
 def _target(stored: str, dtype: str) -> str:
     """The type that a tensor of type `stored` gets."""
-    return dtype if stored in DTYPES.values() else stored
+    return dtype if stored in DTYPES.values() or stored.startswith("float8") else stored
 
 
 def _link(source: Path, folder: Path) -> tuple[Path, bool]:

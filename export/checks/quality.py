@@ -23,7 +23,9 @@ from tqdm import tqdm
 from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
-from klein_kv.artifacts.weights import WeightIndex, WeightRef
+from klein_kv.artifacts.weights import WeightRef
+from klein_kv.errors import RequestError
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
@@ -213,7 +215,13 @@ def _reference(checkpoint: Path, manifest: Manifest, component: str) -> Mapping[
         component_parameters(manifest.config, component),
         ignore=("model.layers.", "model.norm.", "lm_head."),
     )
-    return index
+    wrong = [name for name, weight in index.items() if not isinstance(weight, WeightRef)]
+    if wrong:
+        raise RequestError(
+            f"{checkpoint}: {wrong[0]} is quantized, expected the checkpoint that quantized "
+            "weights are measured against, in bf16 or float32"
+        )
+    return {name: weight for name, weight in index.items() if isinstance(weight, WeightRef)}
 
 
 def _run(

@@ -8,6 +8,7 @@ whole error; bfloat16 ones against diffusers in bfloat16, on the same device.
 """
 
 import gc
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from numpy.typing import NDArray
 from PIL import Image
 
-from klein_kv.artifacts.config import ITEM_SIZE
 from klein_kv.artifacts.signature import is_kv
-from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import CapacityError, CheckpointError
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,
@@ -287,7 +287,7 @@ def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> 
     counts = {}
     for part in ("text_encoder", "transformer", "vae"):
         index = WeightIndex.from_folder(checkpoint / part, part)
-        counts[part] = sum(ref.nbytes // ITEM_SIZE[ref.dtype] for ref in index.values())
+        counts[part] = sum(math.prod(weight.shape) for weight in index.values())
     text = counts["text_encoder"] * dtype.itemsize
     rest = (counts["transformer"] + counts["vae"]) * dtype.itemsize
     free = {"host": available_memory()}

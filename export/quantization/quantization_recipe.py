@@ -154,7 +154,7 @@ class QuantizationRecipe:
                 "path of a .toml file"
             )
         try:
-            value = tomllib.loads(path.read_text(encoding="utf-8"))
+            value = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except tomllib.TOMLDecodeError as error:
             raise RequestError(f"recipe {name} is not TOML: {error}") from error
         except (OSError, UnicodeDecodeError) as error:

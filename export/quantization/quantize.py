@@ -14,7 +14,7 @@ from typing import Any
 
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import FileRecord, Manifest
-from klein_kv.artifacts.numbers import fp8_scale, is_block_linear, nvfp4_scale
+from klein_kv.artifacts.numbers import PRECISION_FORMATS, fp8_scale, is_block_linear, nvfp4_scale
 from klein_kv.artifacts.quantized_weights import (
     load_quantized,
     quantized_files,
@@ -136,6 +136,7 @@ def quantize_artifacts(
             device=device,
             text_tokens=text_tokens,
         )
+    _remove_orphans(artifacts, manifest)
     with partial_folder(artifacts, "quantize", artifacts) as stage:
         for job in todo:
             began = time.perf_counter()
@@ -262,6 +263,17 @@ def _check_names(artifacts: Path, manifest: Manifest, networks: Mapping[str, str
                     f"{artifacts / name} belongs to the artifacts themselves; rename the "
                     "checkpoint's file and export it again"
                 )
+
+
+def _remove_orphans(artifacts: Path, manifest: Manifest) -> None:
+    """Removes files of precisions that a killed run moved into place and did not list."""
+    for component in ("transformer", "text_encoder"):
+        for precision in PRECISION_FORMATS:
+            for path in (artifacts / component).glob(f"{precision}.*"):
+                name = path.relative_to(artifacts).as_posix()
+                if name not in manifest.files and path.suffix in (".safetensors", ".onnx", ".json"):
+                    path.unlink()
+                    _log.info("removed %s, which a process that is gone left there", path)
 
 
 def _write(job: _Job, stage: Path, ranges: Ranges | None, percentile: float) -> None:

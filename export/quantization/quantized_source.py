@@ -46,6 +46,12 @@ def read_quantized_source(
         if not isinstance(weight, PublishedWeight):
             _check_equal(path, name, weight, own[name])
             continue
+        if weight.format not in _USUAL_ERROR:
+            raise RequestError(
+                f"{path}: {name} is {weight.format}, expected float8_e4m3fn with one scale per "
+                "tensor, or nvfp4, whose numbers can stay as they are; export the file (with "
+                "--dtype bf16) and quantize that"
+            )
         if not is_block_linear(name, weight.shape):
             raise RequestError(
                 f"{path}: {name} is quantized; expected linear layers of the blocks alone"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from klein_kv.artifacts.digest import stand_in
 from klein_kv.errors import CheckpointError
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "TextEncoderConfig",
     "TransformerConfig",
     "VaeConfig",
+    "check_text_width",
     "dtype_name",
     "read_json",
     "tensor_bytes",
@@ -38,6 +40,7 @@ ITEM_SIZE = {
     "float16": 2,
     "bfloat16": 2,
     "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
     "int64": 8,
     "uint8": 1,
 }
@@ -61,13 +64,14 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads one JSON object; a `CheckpointError` names `what` is missing or no such thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{what} is missing: {path} does not exist; expected a checkpoint in diffusers layout"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} cannot be read: {path}: {error}") from error
+        reason = stand_in(path) if path.is_file() else ""
+        raise CheckpointError(f"{what} cannot be read: {path}: {reason or error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
     return value
@@ -313,6 +317,29 @@ class VaeConfig:
             raise CheckpointError(f"vae config: patch_size is {sides['patch_size']}, expected 2x2")
         own = {"num_levels": len(sides["block_out_channels"])}
         return _read(cls, "vae", {**config, **own}, latent_channels=32, batch_norm_eps=1e-4)
+
+
+_SIZES = {2560: "4B, which reads Qwen3-4B", 4096: "9B, which reads Qwen3-8B"}
+"""Released models by the width of their text encoder."""
+
+
+def check_text_width(transformer: TransformerConfig, text_encoder: Mapping[str, Any]) -> None:
+    """Refuses a text encoder of another model, before anything is said of its hidden states.
+
+    A `CheckpointError` names both models; every klein reads three hidden states, so that no choice
+    of others mends it.
+    """
+    states, width = len(DEFAULT_TEXT_LAYERS), text_encoder.get("hidden_size")
+    wanted, rest = divmod(transformer.joint_attention_dim, states)
+    if rest or type(width) is not int or width == wanted:
+        return
+    models = (f" (klein {_SIZES[x]})" if x in _SIZES else "" for x in (wanted, width))
+    raise CheckpointError(
+        f"text encoder and transformer are of different models and do not fit: the transformer "
+        f"reads {states} hidden states of width {wanted}{next(models)}, the text encoder has width "
+        f"{width}{next(models)}; take transformer/ and text_encoder/ of the same model, or for a "
+        "single file a base of its size"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from klein_kv.errors import ArtifactError
+from klein_kv.unfinished import held, partial_path, remove_leftovers
 
-__all__ = ["WHOLE_FILE_LIMIT", "combine_digests", "file_digest", "inside", "write_atomic"]
+__all__ = [
+    "WHOLE_FILE_LIMIT",
+    "combine_digests",
+    "file_digest",
+    "inside",
+    "stand_in",
+    "write_atomic",
+]
 
 WHOLE_FILE_LIMIT = 256 << 20
 _EDGE = 1 << 20
@@ -59,11 +67,30 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def stand_in(path: Path) -> str:
+    """What stands where another file was expected, and what to do; "" where nothing is known."""
+    with path.open("rb") as file:
+        head = file.read(400).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        sizes = [line.split()[-1].decode() for line in head.splitlines() if line[:5] == b"size "]
+        return (
+            f"is a Git LFS pointer, not the file of {sizes[0] if sizes else 'many'} bytes that it "
+            f"stands for; fetch it: `git lfs pull` in {path.parent}, or `hf download`"
+        )
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "is a web page, not the file: the address that it came from gave an error or asked "
+            "for a login; download it with `hf download` after `hf auth login`"
+        )
+    return ""
+
+
 def write_atomic(path: Path, data: Any) -> None:
     """Writes bytes, or anything with a buffer, aside and renames the file into place."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove_leftovers(path.parent)
+    partial = partial_path(path.parent, path.name)
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file, held(partial):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

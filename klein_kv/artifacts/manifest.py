@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from klein_kv.artifacts.config import DTYPES, ModelConfig
-from klein_kv.artifacts.digest import combine_digests, file_digest, inside, write_atomic
+from klein_kv.artifacts.digest import (
+    combine_digests,
+    file_digest,
+    inside,
+    stand_in,
+    write_atomic,
+)
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
@@ -243,6 +249,8 @@ class Manifest:
                 got, expected = digest, record.digest
                 if size != record.bytes:
                     got, expected = f"{size} bytes", f"{record.bytes} bytes"
+                if other := stand_in(path):
+                    raise ArtifactError(f"{path} {other}")
                 raise ArtifactError(
                     f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
                     f"{expected}; it was changed or damaged, export the checkpoint again"
@@ -252,7 +260,7 @@ class Manifest:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         hint = ""
         if (folder / "model_index.json").exists():

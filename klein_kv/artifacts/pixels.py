@@ -269,7 +269,7 @@ def _from_profile(image: Image.Image, icc: bytes) -> Image.Image:
         transform = ImageCms.buildTransform(profile, srgb, mode, "RGB")
         if mode == "RGB" and _changes_little(transform):
             return image
-        image = ImageCms.applyTransform(image.convert(mode), transform)
+        image = ImageCms.applyTransform(image.convert(mode), transform) or image
     except (ImageCms.PyCMSError, ImportError, *_DECODE_ERRORS) as error:
         _log.warning("an image's ICC profile is ignored, its colours may be off: %s", error)
     return image

@@ -8,7 +8,7 @@ file; the data is mapped when a backend asks for it. Only this format is read: n
 
 import json
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import read_json, tensor_bytes
-from klein_kv.artifacts.digest import inside
+from klein_kv.artifacts.config import tensor_bytes
+from klein_kv.artifacts.digest import inside, stand_in
 from klein_kv.errors import ArtifactError, CheckpointError
 
 __all__ = [
     "NUMPY_DTYPES",
-    "WeightIndex",
     "WeightPlace",
     "WeightRef",
     "graph_weights",
@@ -46,7 +45,11 @@ _DTYPES = {
     "I64": "int64",
     "U8": "uint8",
 }
-_QUANTIZED_DTYPES = _DTYPES | {"F8_E4M3": "float8_e4m3fn", "F4": "float4_e2m1fn"}
+_QUANTIZED_DTYPES = _DTYPES | {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F4": "float4_e2m1fn",
+}
 _CODES = {name: code for code, name in _QUANTIZED_DTYPES.items()}
 _MAX_HEADER = 100_000_000
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -54,6 +57,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
     "int64": np.dtype(np.int64),
     "uint8": np.dtype(np.uint8),
 }
@@ -127,6 +131,8 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > size and (other := stand_in(path)):
+                raise CheckpointError(f"{path} {other}")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(
                     f"{path} is not a whole safetensors file: its header claims {length} bytes, "
@@ -172,114 +178,6 @@ def _ref_from_entry(
     if wrong is not None:
         raise CheckpointError(f"{path}: {name} {wrong}")
     return WeightRef(path, start + begin, end - begin, dtype, shape)
-
-
-_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-"""What diffusers and transformers save a component as."""
-
-
-class WeightIndex(Mapping[str, WeightRef]):
-    """All tensors of one component folder, over one file or over shards with an index."""
-
-    def __init__(self, refs: Mapping[str, WeightRef], component: str) -> None:
-        self._refs = dict(refs)
-        self.component = component
-
-    def __getitem__(self, name: str) -> WeightRef:
-        try:
-            return self._refs[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.component}: tensor {name} is missing from the checkpoint"
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
-
-    def __contains__(self, name: object) -> bool:  # `Mapping`'s own waits for a KeyError
-        return name in self._refs
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, sorted."""
-        return sorted({ref.path for ref in self._refs.values()})
-
-    @classmethod
-    def from_folder(cls, folder: Path, component: str) -> "WeightIndex":
-        """Finds a component's safetensors: one file, or the shards that an index names.
-
-        Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
-        they leave no choice; else a `CheckpointError`.
-        """
-        for name in _FILE_NAMES:
-            if (index := folder / f"{name}.index.json").exists():
-                return cls(_refs_from_index(index, component), component)
-            if (file := folder / name).exists():
-                return cls(read_header(file), component)
-        indices = sorted(folder.glob("*.safetensors.index*.json"))
-        if len(indices) == 1:
-            return cls(_refs_from_index(indices[0], component), component)
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files) or "none"
-            raise CheckpointError(
-                f"{component}: expected one .safetensors file or an index of shards in {folder}, "
-                f"found {names} (pickle formats such as .bin and .pt are not read)"
-            )
-        return cls(read_header(files[0]), component)
-
-    def expect(self, shapes: Mapping[str, tuple[int, ...]], ignore: tuple[str, ...] = ()) -> None:
-        """Checks names and shapes strictly, but for names with a prefix of `ignore`.
-
-        A `CheckpointError` tells of missing, unexpected or misshapen tensors.
-        """
-        missing = [name for name in shapes if name not in self._refs]
-        extra = [n for n in self._refs if n not in shapes and not n.startswith(ignore or ("\0",))]
-        if missing or extra:
-            raise CheckpointError(
-                f"{self.component}: the checkpoint's tensors do not match its config.json: "
-                f"{len(missing)} missing{_some(missing)}, {len(extra)} unexpected{_some(extra)}"
-            )
-        for name, shape in shapes.items():
-            if self._refs[name].shape != tuple(shape):
-                raise CheckpointError(
-                    f"{self.component}: {name} has shape {self._refs[name].shape}, expected "
-                    f"{tuple(shape)} from config.json"
-                )
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return ""
-    return " (" + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") + ")"
-
-
-def _refs_from_index(index: Path, component: str) -> dict[str, WeightRef]:
-    weight_map = read_json(index, f"{component} shard index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{component}: {index} has no weight_map")
-    shards: dict[str, dict[str, WeightRef]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(
-                f"{component}: {index.name} names {shard!r}, expected a file in the same folder"
-            )
-        if shard not in shards:
-            shards[shard] = read_header(index.parent / shard)
-        if name not in shards[shard]:
-            raise CheckpointError(
-                f"{component}: {index.name} says {name} is in {shard}, but that file lacks it"
-            )
-    for shard, held in shards.items():
-        stray = [name for name in held if weight_map.get(name) != shard]
-        if stray:
-            raise CheckpointError(
-                f"{component}: {shard} holds {stray[0]}, which {index.name} does not place there"
-            )
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def map_weight(ref: WeightRef) -> NDArray[Any]:
@@ -393,6 +291,7 @@ def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
         kind = type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
     return refs_from_places(path.parent, places, path)
+
 
 def split_part(name: str) -> tuple[str, slice]:
     """Tensor and rows that a name in a weight table stands for: `x[0:8]`; `x` is all rows."""

@@ -1,12 +1,15 @@
 """The command line: reads arguments, runs one verb, prints what it gives."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from klein_kv import __version__
 from klein_kv.cli.arguments import Result
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("klein_kv").setLevel(level)
     try:
-        result = args.run(args)
+        with _ending_signals():
+            result = args.run(args)
     except (KleinKVError, OSError) as error:  # the latter where nothing below knew better
         return _fail(args.verb, str(error))
     except ModuleNotFoundError as error:
@@ -66,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except MemoryError:
         return _fail(args.verb, "out of memory; use a smaller size or fewer references")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"klein-kv {args.verb}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     value, text, code = result
     try:
         if text:  # none where the verb wrote its result itself
@@ -76,6 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of `| head`; what is left must not go there at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[None]:
+    """Has signals that end the process raise, so that what is half written is removed."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):  # which of them there are depends
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _fail(verb: str, message: str) -> int:

@@ -40,6 +40,9 @@ def add_export(add: AddVerb) -> None:
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
     add_lora(sub, "an adapter to merge into the artifacts for good")
+    sub.add_argument(
+        "--allow-zeros", action="store_true", help="take weights that hold nothing but zeros"
+    )
 
 
 def _export(args: argparse.Namespace) -> Result:
@@ -55,6 +58,7 @@ def _export(args: argparse.Namespace) -> Result:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         text_layers=args.text_layers or DEFAULT_TEXT_LAYERS,
         adapters=args.lora,
+        allow_zeros=args.allow_zeros,
     )
     value = {
         "artifacts": str(done.artifacts),

@@ -76,6 +76,7 @@ def _generate(args: argparse.Namespace) -> Result:
     several = len(prompts) > 1
     if several:  # one bar over all of them in place of one each
         pipe.set_progress_bar_config(disable=True)
+    loras = [f"{path.name}:{weight:g}" for path, weight in args.lora]
     left = iter(paths)
     for prompt in tqdm(prompts, unit="prompt", disable=not several):
         result = pipe(
@@ -98,7 +99,7 @@ def _generate(args: argparse.Namespace) -> Result:
                 width=image.width,
                 height=image.height,
                 references=len(images),
-                model=pipe.manifest.model_id,
+                model=" + ".join([pipe.manifest.model_id, *loras]),
                 model_digest=pipe.manifest.graphs_digest(pipe.graphs),
             )
             known = None if args.no_metadata else parameters
@@ -153,10 +154,7 @@ def _open(args: argparse.Namespace, matte: str | None) -> "KleinKVPipeline":
         attention=args.attention,
         matte=matte,
     )
-    names = []
     for path, _ in args.lora:
         pipe.load_lora_weights(path)
-        names += pipe.get_active_adapters()
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in args.lora])
+    pipe.set_adapters(pipe.get_list_adapters().get("transformer", []), [x for _, x in args.lora])
     return pipe

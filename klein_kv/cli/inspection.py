@@ -21,8 +21,11 @@ _PRICE_NOTE = "times are a model (peak throughput and bandwidth), not a measurem
 
 def add_inspect(add: AddVerb) -> None:
     """Adds `klein-kv inspect`."""
-    sub = add("inspect", _inspect, "Show what artifacts or engines hold, and check their files.")
-    sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]")
+    sub = add(
+        "inspect", _inspect, "Show what artifacts, engines or a LoRA hold; check their files."
+    )
+    sub.add_argument("folder", type=Path, metavar="ARTIFACTS[/engines/NAME]|LORA_FILE")
+    sub.add_argument("--artifacts", type=Path, help="LoRA: match it against this model")
     sub.add_argument("--gpu", help="engines: price the kernel plans for this GPU")
     sub.add_argument(
         "--polygraphy", action="store_true", help="print commands that compare a graph's outputs"
@@ -35,6 +38,10 @@ def add_doctor(add: AddVerb) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> Result:
+    if args.folder.is_file():
+        return _inspect_lora(args.folder, args.artifacts)
+    if args.artifacts:
+        raise RequestError(f"{args.folder} is no file; expected a LoRA to match with --artifacts")
     if (args.folder / "engine.json").exists():
         return _inspect_engines(args.folder, args.gpu)
     if args.gpu:
@@ -96,6 +103,29 @@ def _inspect_artifacts(folder: Path) -> Result:
         "precisions": precisions,
         "files": {name: record.bytes for name, record in sorted(manifest.files.items())},
     }
+    return value, "\n".join(lines), 0
+
+
+def _inspect_lora(path: Path, artifacts: Path | None) -> Result:
+    from klein_kv.artifacts.manifest import Manifest
+    from klein_kv.networks.transformer import transformer_parameters
+    from klein_kv.runtime.lora.lora_file import describe_lora, read_adapter
+
+    value: dict[str, Any] = {"lora": str(path), "bytes": path.stat().st_size, **describe_lora(path)}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in value["kinds"].items())
+    lines = [
+        f"format    {value['format']}, {value['bytes'] / 1e6:.2f} MB, {value['keys']} keys",
+        f"modules   {kinds or 'none'}",
+        f"rank      {', '.join(map(str, value['ranks'])) or '-'}",
+        f"alpha     {', '.join(f'{alpha:g}' for alpha in value['alphas']) or 'that of the rank'}",
+    ]
+    if artifacts is not None:
+        shapes = transformer_parameters(Manifest.load(artifacts).config.transformer)
+        adapter = read_adapter(path, shapes, strict=False)
+        value |= {"digest": adapter.digest, "tensors": sorted(adapter.changes)}
+        value["unmatched"] = list(adapter.ignored)
+        lines.append(f"changes   {len(adapter.changes)} of {len(shapes)} tensors of {artifacts}")
+        lines += [f"unmatched {key}" for key in adapter.ignored]
     return value, "\n".join(lines), 0
 
 

@@ -75,15 +75,15 @@ class Adapters:
         """
         self._check_loaded(names)
         if len(names) != len(weights):
-            raise RequestError(f"{len(weights)} weights for {len(names)} adapters, expected as many")
+            raise RequestError(
+                f"{len(weights)} weights for {len(names)} adapters, expected as many"
+            )
         for name, weight in zip(names, weights, strict=True):
             if not _is_number(weight) or not -4 <= weight <= 4:
                 raise RequestError(
                     f"the weight of adapter {name!r} is {weight!r}, expected a number of -4 to 4"
                 )
-        self._active = {
-            name: float(weight) for name, weight in zip(names, weights, strict=True)
-        }
+        self._active = {name: float(weight) for name, weight in zip(names, weights, strict=True)}
 
     def delete(self, names: Sequence[str]) -> None:
         """Forgets adapters. Where none stays active, the first of the others is, at weight 1.

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Matrix", "TensorChange", "matrix_shape"]
 
+_ROWS = 64  # that a product is made of at a time
+
 Matrix = tuple[NDArray[Any], ...]
 """One array, or the two factors [m, r] and [r, n] of a product."""
 
@@ -42,7 +44,7 @@ class TensorChange:
     def rank(self) -> int | None:
         """The inner dimension of the factors; None if there is none."""
         ranks = [matrix[0].shape[1] for matrix in self.matrices if len(matrix) == 2]
-        return ranks[0] if ranks else None
+        return ranks[-1] if ranks else None
 
     def apply(self, weight: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
         """The weight [out, in] (or [n]) with the change at a strength; a new array, float32.
@@ -55,6 +57,9 @@ class TensorChange:
         if strength == 0:
             return out
         rows = out[self.target[0] : self.target[1]]
+        if self.kind == "LoRA" and self.magnitude is None and len(self.matrices[0]) == 2:
+            self._add_product(rows, strength)
+            return out
         new = self.dense()
         if self.kind != "set":
             new *= np.float32(self.scale if self.magnitude is not None else self.scale * strength)
@@ -69,6 +74,13 @@ class TensorChange:
         new *= np.float32(strength)
         rows += new
         return out
+
+    def _add_product(self, rows: NDArray[np.float32], strength: float) -> None:
+        """Adds the product of two factors, some rows at a time: the sum stays in the cache."""
+        up, down = (np.asarray(factor, np.float32) for factor in self.matrices[0])
+        up = up[slice(*self.source)] * np.float32(self.scale * strength)
+        for start in range(0, len(rows), _ROWS):
+            rows[start : start + _ROWS] += up[start : start + _ROWS] @ down
 
     def dense(self) -> NDArray[np.float32]:
         """The rows `source` of the combined matrix, without the scale; a new array, float32."""

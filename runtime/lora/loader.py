@@ -4,7 +4,6 @@ Nothing is merged when a method returns: the next call that needs the weights br
 wanted then, and moves the tensors that change alone.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from klein_kv.runtime.references.reference_encoder import ReferenceEncoder
 from klein_kv.runtime.session import Session
 
 __all__ = ["LoraLoader"]
-
-_log = logging.getLogger(__name__)
 
 
 class LoraLoader:
@@ -77,13 +74,6 @@ class LoraLoader:
             source = _find_file(source, weight_name)
         shapes = transformer_parameters(self.manifest.config.transformer)
         adapter = read_adapter(source, shapes, strict=strict)
-        if adapter.ignored:
-            _log.warning(
-                "%d keys of adapter %r match nothing: %s",
-                len(adapter.ignored),
-                name,
-                ", ".join(adapter.ignored[:3]),
-            )
         self._adapters.add(name, adapter)
 
     @one_at_a_time
@@ -139,7 +129,7 @@ class LoraLoader:
         self,
         components: Sequence[str] = ("transformer",),
         lora_scale: float = 1.0,
-        safe_fusing: bool = False,
+        safe_fusing: bool = False,  # noqa: ARG002 - diffusers' signature
         adapter_names: Sequence[str] | None = None,
     ) -> None:
         """Makes adapters, default the active ones, a part of the weights until `unfuse_lora`.
@@ -183,9 +173,10 @@ class LoraLoader:
         if self._merger is None:
             self._merger = WeightMerger(self.artifacts, self.manifest, self.graphs)
         contents = self._merger.contents(wanted)
-        self._touched |= contents.keys()
-        self._merged = None  # until all of them are what they should be
-        self.session.replace_weights({name: contents.get(name) for name in self._touched})
+        nbytes = self._merger.nbytes(contents.keys() - self._touched)
+        touched = self._touched | contents.keys()
+        self._merged, self._touched = None, touched  # until all of them are what they should be
+        self.session.replace_weights({name: contents.get(name) for name in touched}, nbytes)
         self._merged, self._touched = wanted, set(contents)
         self.encoder.origin = replace(self.encoder.origin, adapters=adapters_digest(wanted))
 

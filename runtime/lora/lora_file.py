@@ -6,6 +6,7 @@ Labs, OneTrainer, LyCORIS or ComfyUI: LoRA, LoKr, LoHa, each with DoRA; differen
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +29,7 @@ from klein_kv.runtime.lora.lora_keys import (
 from klein_kv.runtime.lora.lora_source import LoraSource, open_lora
 from klein_kv.runtime.lora.module_names import Piece, module_table
 
-__all__ = ["Adapter", "read_adapter"]
+__all__ = ["Adapter", "describe_lora", "read_adapter"]
 
 _log = logging.getLogger(__name__)
 _MAX_RANK = 4096
@@ -83,8 +84,33 @@ def read_adapter(
     _check_ignored(file, ignored, bool(changes), strict)
     _check_overlap(file.name, changes)
     fixed = {tensor: tuple(its) for tensor, its in changes.items()}
-    used = [key for key in file.tensors if key not in set(ignored)]
+    used = sorted(file.tensors.keys() - set(ignored))
     return Adapter(fixed, _digest(fixed), file_format(used), tuple(ignored))
+
+
+def describe_lora(path: Path) -> dict[str, Any]:
+    """What a file's keys and shapes tell without a model; errors as of `read_adapter`."""
+    file = open_lora(path)
+    modules, _ = group_keys(file.tensors, file.name)
+    kinds: Counter[str] = Counter()
+    ranks: set[int] = set()
+    alphas = set() if file.peft.alpha is None else {file.peft.alpha}
+    for module, slots in modules.items():
+        if slots.keys() <= {"alpha", "magnitude"}:
+            continue
+        kind, matrices = matrix_slots(slots, f"{file.name}: {module}")
+        kinds[kind] += 1
+        if pairs := [pair for pair in matrices if len(pair) == 2]:
+            ranks.update(file.array(slots[pairs[-1][0]]).shape[1:2])
+            if "alpha" in slots:
+                alphas.add(file.number(slots["alpha"]))
+    return {
+        "format": file_format(list(file.tensors)),
+        "keys": len(file.tensors),
+        "kinds": dict(kinds),
+        "ranks": sorted(ranks),
+        "alphas": sorted(alphas),
+    }
 
 
 def _changes(
@@ -103,11 +129,11 @@ def _changes(
     got = _combined_shape(where, kind, matrices)
     if got != expected:
         hidden = shapes["norm_out.linear.weight"][1]
-        width = next((g for g, e in zip(got, expected, strict=False) if e == hidden), None)
+        width = next((g for g, e in zip(got, expected, strict=False) if e == hidden), hidden)
+        model = likely_model(file.tensors, width if width != hidden else None)
         raise RequestError(
             f"{where} is for a shape of {got}, expected {expected} as of "
-            f"{some([piece.tensor for piece in pieces])}{likely_model(file.tensors, width)}; "
-            "take a LoRA of this model's size"
+            f"{some([piece.tensor for piece in pieces])}{model}; take a LoRA of this model's size"
         )
     scale = 1.0  # that of a LoKr of two whole matrices too, whatever its alpha says (LyCORIS)
     if ranks := [matrix[0].shape[1] for matrix in matrices if len(matrix) == 2]:
@@ -195,5 +221,5 @@ def _digest(changes: Mapping[str, Sequence[TensorChange]]) -> str:
             shapes = [array.shape for array in arrays]
             digest.update(f"{tensor} {facts} {shapes}\n".encode())
             for array in arrays:
-                digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+                digest.update(np.ascontiguousarray(array, np.float32).data)
     return digest.hexdigest()

@@ -19,15 +19,7 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _SLOTS = {f"{x}{end}": slot for slot, stems in _STEMS.items() for x in stems for end in _ENDS}
 _SLOTS |= {f".{name}": name for name in (*_LOKR, *_LOHA, "alpha", "diff", "set_weight")}
 _SLOTS |= {".w_norm": "diff"}  # LyCORIS' name for that of a norm
-_REFUSED = {
-    ".lora_mid": "the middle of a Tucker decomposition, which convolutions alone have",
-    ".lora_mid.weight": "the middle of a Tucker decomposition, which convolutions alone have",
-    ".lokr_t1": "the core of a Tucker decomposition, which convolutions alone have",
-    ".lokr_t2": "the core of a Tucker decomposition, which convolutions alone have",
-    ".hada_t1": "the core of a Tucker decomposition, which convolutions alone have",
-    ".hada_t2": "the core of a Tucker decomposition, which convolutions alone have",
-    ".reshape_weight": "another shape for a weight, which the graphs do not allow",
-}
+_TUCKER = (".lora_mid", ".lora_mid.weight", ".lokr_t1", ".lokr_t2", ".hada_t1", ".hada_t2")
 _WRITERS = (  # how keys start, what one of them contains, who writes such
     ("lora_unet_", "", "kohya"),
     ("lycoris_", "", "LyCORIS"),
@@ -67,10 +59,10 @@ def group_keys(keys: Iterable[str], where: str) -> tuple[dict[str, dict[str, str
     modules: dict[str, dict[str, str]] = {}
     others = []
     for key in keys:
-        if end := next((end for end in _REFUSED if key.endswith(end)), None):
-            raise RequestError(
-                f"{where}: {key} is {_REFUSED[end]}; expected changes of linear layers"
-            )
+        if key.endswith((*_TUCKER, ".reshape_weight")):
+            what = "is of a Tucker decomposition, which only convolutions have"
+            what = "gives a weight another shape" if key.endswith("_weight") else what
+            raise RequestError(f"{where}: {key} {what}; expected changes of linear layers")
         end = next((end for end in _SLOTS if key.endswith(end)), None)
         if end is None:
             others.append(key)

@@ -25,6 +25,7 @@ __all__ = ["LoraSource", "open_lora"]
 _FLOATS = {dtype for name, dtype in NUMPY_DTYPES.items() if "float" in name}
 _PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_JSON_ERRORS = (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError)
 # Regular expressions of a file are run: none that could take long.
 _PATTERN = re.compile(r"(?:[\w.^$|()\\]|(?<=\.)\*){1,200}")
 
@@ -42,16 +43,16 @@ class PeftConfig:
         """Reads `lora_adapter_metadata`; a `RequestError` if it is no such thing."""
         try:
             config = {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
-            alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-            if bad := [x for x in patterns if not _PATTERN.fullmatch(x) or x.count("*") > 3]:
-                raise ValueError(f"alpha_pattern {bad[0]!r:.80} is too involved")  # noqa: TRY301
+            alphas = config.get("alpha_pattern") or {}
+            if bad := [x for x in alphas if not _PATTERN.fullmatch(x) or x.count("*") > 3]:
+                raise ValueError(f"alpha_pattern {bad[0]!r:.80} is too involved")
+            # peft/utils/other.py: get_pattern_key
+            patterns = tuple((re.compile(rf"(.*\.)?({x})$"), _finite(y)) for x, y in alphas.items())
+            alpha = config.get("lora_alpha")
             return cls(
-                None if alpha is None else float(alpha),
-                # peft/utils/other.py: get_pattern_key
-                tuple((re.compile(rf"(.*\.)?({x})$"), float(y)) for x, y in patterns.items()),
-                bool(config.get("use_rslora")),
+                None if alpha is None else _finite(alpha), patterns, bool(config.get("use_rslora"))
             )
-        except (AttributeError, TypeError, ValueError, RecursionError, re.error) as error:
+        except (*_JSON_ERRORS, re.error) as error:
             raise RequestError(
                 f"{where}: its lora_adapter_metadata cannot be read: {error}"
             ) from error
@@ -91,10 +92,11 @@ class LoraSource:
     def number(self, key: str) -> float:
         """A tensor of one element; a `RequestError` if it is none, or not finite."""
         array = self._stored(key)
-        value = float(array.reshape(())) if array.size == 1 and array.dtype != object else math.nan
-        if not math.isfinite(value):
-            raise RequestError(f"{self.name}: {key} is {array!r:.80}, expected one finite number")
-        return value
+        if array.size == 1 and (array.dtype in _FLOATS or array.dtype.kind in "iu"):
+            value = float(array.reshape(()))
+            if math.isfinite(value):
+                return value
+        raise RequestError(f"{self.name}: {key} is {array!r:.80}, expected one finite number")
 
     def _stored(self, key: str) -> NDArray[Any]:
         value = self.tensors[key]
@@ -110,6 +112,13 @@ class LoraSource:
             return array
         with np.errstate(over="ignore"):
             return array.astype(np.float32)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no alpha")
+    return number
 
 
 def open_lora(source: Path | Mapping[str, Any]) -> LoraSource:
@@ -131,7 +140,7 @@ def open_lora(source: Path | Mapping[str, Any]) -> LoraSource:
     except CheckpointError as error:
         with path.open("rb") as file:
             start = file.read(4)
-        if path.suffix in _PICKLED or start.startswith(_PICKLE_STARTS):
+        if path.suffix.lower() in _PICKLED or start.startswith(_PICKLE_STARTS):
             raise RequestError(
                 f"{path} is a pickle, which may run any code; expected a .safetensors file"
             ) from error

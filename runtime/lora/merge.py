@@ -7,7 +7,8 @@ small change back.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,24 @@ class WeightMerger:
         for adapter, strength in adapters:
             for tensor, own in adapter.changes.items():
                 changes.setdefault(tensor, []).extend((change, strength) for change in own)
-        last: dict[str, dict[str, NDArray[Any]]] = {}  # parts of one tensor are asked for in turn
+        memory = threading.local()  # a thread asks for the parts of one tensor in turn
 
         def content(tensor: str, name: str) -> NDArray[Any]:
-            if tensor not in last:
-                last.clear()
-                last[tensor] = self._merged(tensor, changes[tensor])
-            return last[tensor][name]
+            if getattr(memory, "tensor", None) != tensor:
+                memory.parts = self._merged(tensor, changes[tensor])
+                memory.tensor = tensor
+            part: NDArray[Any] = memory.parts[name]
+            return part
 
         return {
             name: partial(content, tensor, name)
             for tensor in changes
             for name in self._table_names(tensor)
         }
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors in the artifacts' own type, an upper limit of what graphs read."""
+        return sum(self._own[name].nbytes for name in names if name in self._own)
 
     def warn(self) -> None:
         """Logs once what did not fit under the scales of quantized weights."""
@@ -98,16 +104,22 @@ class WeightMerger:
         scaled = layer is not None and layer.block_scales is not None
         return [tensor, tensor + BLOCK_SCALES] if scaled else [tensor]
 
+    def _base(self, tensor: str) -> NDArray[Any]:
+        """What adapters are merged into."""
+        return map_weight(self._own[tensor])
+
     def _merged(self, tensor: str, changes: _Changes) -> dict[str, NDArray[Any]]:
         """A tensor, and its block scales if it has some, by their names in weight tables."""
-        own = map_weight(self._own[tensor])
+        own = self._base(tensor)
         weight: NDArray[np.float32] = own.astype(np.float32)
         for change, strength in changes:
             weight = change.apply(weight, strength)
         layer = self._quantized.get(tensor)
         with np.errstate(over="ignore"):
             stored = weight if layer is not None else weight.astype(self._dtype)
-        if not np.isfinite(stored).all():
+            largest = np.maximum(weight.max(initial=0), -weight.min(initial=0))
+            finite = np.isfinite(largest.astype(stored.dtype))
+        if not finite:
             raise RequestError(
                 f"the adapters make {tensor} larger than {self._dtype.name} can hold; use "
                 "smaller weights"

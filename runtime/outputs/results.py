@@ -12,6 +12,7 @@ from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.artifacts.weights import graph_weights, map_weight
 from klein_kv.errors import BackendError
 from klein_kv.runtime.backends.backend import Buffer
+from klein_kv.runtime.outputs.finite import is_finite, rows_are_finite
 from klein_kv.runtime.session import Session
 
 __all__ = ["decode_latents", "vae_latents"]
@@ -19,30 +20,34 @@ __all__ = ["decode_latents", "vae_latents"]
 
 def decode_latents(
     backend: Session, latents: Buffer, shape: tuple[int, int, int, int], output_type: str
-) -> Any:
+) -> tuple[Any, bool]:
     """Runs the VAE decoder on tokens [B, S, C] on the device, in grid order `shape` [B, h, w, C].
 
     Returns:
         For "pil" a list of PIL images, for "np" float32 [B, H, W, 3] in 0..1, for "pt" a torch
-        tensor [B, 3, H, W] in 0..1 in the artifacts' type.
+        tensor [B, 3, H, W] in 0..1 in the artifacts' type. And whether they are finite.
 
     Raises:
         BackendError: "pt" without torch.
     """
     outputs = backend.run("vae_decoder", {"latents": backend.view(latents, shape)})
     if output_type == "pil":
+        pixels = backend.download(outputs["image"])  # uint8, which hides what was not finite
         # PIL's images have memory of their own.
-        return [Image.fromarray(np.array(x)) for x in backend.download(outputs["image"])]
+        images = [Image.fromarray(np.array(x)) for x in pixels]
+        return images, rows_are_finite(backend, outputs["sample"], pixels.shape[:3])
     sample = backend.download(outputs["sample"])
+    finite = is_finite(sample[:, 0, 0])
     if output_type == "np":
-        return np.ascontiguousarray(sample.transpose(0, 2, 3, 1), dtype=np.float32)
+        return np.ascontiguousarray(sample.transpose(0, 2, 3, 1), dtype=np.float32), finite
     try:
         import torch
     except ImportError as error:
         raise BackendError(
             "output_type 'pt' needs torch, which is not installed; use 'np'"
         ) from error
-    return torch.from_numpy(sample.astype(np.float32)).to(getattr(torch, sample.dtype.name))
+    tensor = torch.from_numpy(sample.astype(np.float32))
+    return tensor.to(getattr(torch, sample.dtype.name)), finite
 
 
 def vae_latents(artifacts: Path, config: VaeConfig, tokens: NDArray[Any]) -> NDArray[Any]:

@@ -3,13 +3,13 @@
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from klein_kv.errors import CapacityError, RequestError
+from klein_kv.unfinished import held, partial_path, remove_leftovers
 
 __all__ = ["whole_file"]
 
@@ -24,9 +24,10 @@ def whole_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         CapacityError: the disk is full, or a quota is used up; about `nbytes` are needed.
         RequestError: the folder is missing or not writable.
     """
-    partial = path.with_name(f".klein-{secrets.token_hex(8)}.part")
+    partial = partial_path(path.parent, "klein")
     try:
-        with partial.open("xb") as file:
+        remove_leftovers(path.parent)
+        with partial.open("xb") as file, held(partial):
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -249,9 +249,7 @@ def test_only_what_has_another_type_is_converted(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("value", "dtype"), [(-65520.0, "float16"), (3.4e38, "bfloat16"), (float("nan"), "bfloat16")]
-)
+@pytest.mark.parametrize(("value", "dtype"), [(-65520.0, "float16"), (3.4e38, "bfloat16")])
 def test_values_that_a_type_cannot_hold(value: float, dtype: str, checkpoint: Path) -> None:
     def plant(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.conv_in.weight"].view(-1)[5] = value
@@ -409,6 +407,27 @@ def test_config_that_is_not_the_weights(
 ) -> None:
     edit_json(checkpoint / component / "config.json", **change)
     assert_refused(checkpoint, CheckpointError, message)
+
+
+@pytest.mark.parametrize(
+    ("joint", "text", "message"),
+    [
+        (12288, {"hidden_size": 2560}, r"width 4096 \(klein 9B.*Qwen3-8B\).*2560 \(klein 4B"),
+        (7680, {"hidden_size": 4096}, r"width 2560 \(klein 4B.*Qwen3-4B\).*4096 \(klein 9B"),
+        # Six of its hidden states would add up, and make another model.
+        (12288, {"hidden_size": 2048}, r"width 4096 \(klein 9B.*\), the text .* width 2048;"),
+        # Its few layers are not what is wrong with it.
+        (96, {"hidden_size": 48, "num_hidden_layers": 12}, "width 32, the text .* width 48;"),
+    ],
+)
+def test_text_encoder_of_another_model(
+    joint: int, text: dict[str, Any], message: str, checkpoint: Path
+) -> None:
+    """The advice was to choose other --text-layers, which cannot help, or made another model."""
+    edit_json(checkpoint / "transformer/config.json", joint_attention_dim=joint)
+    edit_json(checkpoint / "text_encoder/config.json", **text)
+    for layers in ((9, 18, 27), (1, 2, 3, 4, 5, 6)):
+        assert_refused(checkpoint, CheckpointError, message, text_layers=layers)
 
 
 Tensors = dict[str, torch.Tensor]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
@@ -108,6 +110,40 @@ def test_a_changed_engine_is_refused(engines: Path, inspect: Callable[..., Any])
     code, error = inspect()
     assert code == 1
     assert "changed or damaged" in error
+
+
+def test_a_lora_is_matched(tiny_artifacts: Path, tmp_path: Path, capsys: Any) -> None:
+    path, module = tmp_path / "style.safetensors", "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {"lora_down.weight": torch.ones(3, 64), "lora_up.weight": torch.ones(192, 3)}
+    tensors |= {"alpha": torch.tensor(1.5)}
+    save_file({f"{module}.{name}": value for name, value in tensors.items()}, path)
+    assert main(["inspect", str(path), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value == {
+        "lora": str(path),
+        "bytes": path.stat().st_size,
+        "format": "kohya",
+        "keys": 3,
+        "kinds": {"LoRA": 1},
+        "ranks": [3],
+        "alphas": [1.5],
+    }
+    tensors = load_file(path) | {"lora_te_x.alpha": torch.ones(())}
+    save_file(tensors, path)
+    assert main(["inspect", str(path), "--artifacts", str(tiny_artifacts), "-q", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    names = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "kqv"]
+    assert (value["tensors"], value["unmatched"]) == (names, ["lora_te_x.alpha"])
+    assert main(["inspect", str(path), "--artifacts", str(tiny_artifacts)]) == 0
+    out = capsys.readouterr().out
+    assert "format    kohya" in out
+    assert "changes   3 of " in out
+    assert "unmatched lora_te_x.alpha" in out
+    path.write_bytes(b"PK\x03\x04")
+    assert main(["inspect", str(path)]) == 1
+    assert "is a pickle" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--artifacts", str(tiny_artifacts)]) == 1
+    assert "is no file" in capsys.readouterr().err
 
 
 def test_a_gpu_is_a_matter_of_engines(tiny_artifacts: Path, capsys: Any) -> None:

@@ -155,9 +155,8 @@ class TorchBackend:
 
     def replace_weights(self, changes: WeightChanges) -> None:
         with self._torch("a change of weights"):
-            self._weights.replace(changes)
-            if network := self._networks.get("transformer"):
-                self._weights.refresh(network.weights, changes)
+            network = self._networks.get("transformer")
+            self._weights.replace(changes, {} if network is None else network.weights)
 
     def available_memory(self) -> int:
         if self.device.type == "cpu":

@@ -71,12 +71,14 @@ class FolderWeights:
             return 0
         return sum(ref.nbytes for ref in self._refs(component).values())
 
-    def replace(self, changes: WeightChanges) -> None:
-        """Gives tensors of the transformer another content when it is loaded."""
+    def replace(self, changes: WeightChanges, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Gives tensors of the transformer another content: loaded ones in place, others later."""
         keep_changes(self._changes, changes)
+        if loaded:
+            self._write(loaded, changes)
 
-    def refresh(self, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
-        """Writes what these tensors of the loaded transformer now hold, in place."""
+    def _write(self, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+        """Writes into tensors what they should hold now."""
         refs = self._refs("transformer")
         for name in names:
             change = self._changes.get(name)
@@ -115,7 +117,7 @@ class FolderWeights:
         refs = sorted(self._refs(component).items(), key=lambda x: (x[1].path, x[1].offset))
         tensors = {name: map_tensor(ref) for name, ref in refs}
         if component == "transformer":
-            self.refresh(tensors, self._changes)
+            self._write(tensors, self._changes)
         if self.device.type == "cpu":
             return tensors
         staging = Staging(self.device)
@@ -152,7 +154,7 @@ class GivenWeights:
             )
         return self._components[component]
 
-    def replace(self, _changes: WeightChanges) -> None:
+    def replace(self, _changes: WeightChanges, _loaded: Mapping[str, torch.Tensor]) -> None:
         """Refused, with a BackendError: they are somebody else's."""
         raise BackendError(
             "this backend runs on weights that somebody else holds, and does not change them; "

@@ -10,9 +10,11 @@ CUDA and TensorRT, and check that every name used exists in the installed bindin
 
 import contextlib
 import functools
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.engines.engine_set import EngineFolder, open_engines
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.signature import GraphSet, TensorSpec
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import BackendError, BuildError
@@ -240,16 +243,27 @@ class TrtBackend:
     ) -> None:
         """Gives these weights, where they have a buffer, the content that they should have now."""
         own: dict[WeightRef, int] = {}
+        changed: dict[str, list[tuple[int, str, slice]]] = {}  # by tensor, what is made together
         for ref, name in names.items():
-            buffer = buffers.get(ref)
             tensor, rows = split_part(name)
-            change = self._changes.get(tensor)
-            if buffer is not None and change is None:
-                own[ref] = buffer.pointer
-            elif buffer is not None and change is not None:
-                self._memory.staging.upload(buffer.pointer, change()[rows])
+            pointer = buffers[ref].pointer if ref in buffers else None
+            if pointer is not None and tensor in self._changes:
+                whole = tensor.removesuffix(BLOCK_SCALES)
+                changed.setdefault(whole, []).append((pointer, tensor, rows))
+            elif pointer is not None:
+                own[ref] = pointer
         if own:
             self._memory.staging.upload_weights(own)
+
+        def make(whole: str) -> list[tuple[int, NDArray[Any]]]:
+            return [(at, self._changes[name]()[rows]) for at, name, rows in changed[whole]]
+
+        tensors, at_once = list(changed), os.cpu_count() or 1
+        with ThreadPoolExecutor(at_once, "klein-kv weights") as pool:
+            for start in range(0, len(tensors), at_once):
+                for parts in pool.map(make, tensors[start : start + at_once]):
+                    for pointer, array in parts:
+                        self._memory.staging.upload(pointer, array)
 
     def available_memory(self) -> int:
         with self._memory:

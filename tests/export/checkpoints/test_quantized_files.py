@@ -13,6 +13,7 @@ from torch import Tensor
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
+from klein_kv.export.checkpoints.single_file import read_rows
 from tests.bfl_files import dequantized, quantize, tiled
 
 # [out, in]: whole tiles of block scales; rows and columns that need padding; one row.
@@ -116,7 +117,11 @@ NAME = "blocks.0.linear"
     [
         ("fp8", {"weight_scale": None}, f"{NAME}.weight_scale is missing"),
         ("fp8", {"weight": None}, f"{NAME} has .* but no {NAME}.weight"),
-        ("fp8", {"weight_scale": torch.ones(16)}, r"weight_scale is float32 of shape \(16,\)"),
+        ("fp8", {"weight_scale": torch.ones(8)}, r"weight_scale is float32 of shape \(8,\)"),
+        ("fp8", {"weight_scale": torch.ones(1, 16)}, "one float32 for the tensor, or one per row"),
+        ("fp8", {"weight_scale": -torch.ones(16)}, "scales of the rows .* not all positive"),
+        ("fp8", {"weight_scale_inv": torch.ones(1, 1)}, "scale per block of 128 x 128"),
+        ("fp8", {"scale_weight": torch.tensor(1.0)}, "has two scales that mean the same"),
         ("fp8", {"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "expected one float32"),
         ("fp8", {"weight_scale": torch.tensor(0.0)}, "weight_scale is 0.0, expected a positive"),
         ("fp8", {"weight_scale": torch.tensor(torch.nan)}, "weight_scale is nan"),
@@ -148,6 +153,57 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(CheckpointError, match=message) as caught:
         read_weights(path)
     assert str(path) in str(caught.value)
+
+
+# --- other conventions of fp8 ---
+
+
+def renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    out = {}
+    for name, tensor in state.items():
+        layer, _, part = name.rpartition(".")
+        out[f"{layer}.{names.get(part, part)}"] = tensor
+    return out
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.5, 0.5), (1.0, None)])
+def test_older_files_of_comfyui(save: Callable[..., Path], scale: float, expected: float | None):
+    """They were refused by names that nobody expected, with the advice to download them again."""
+    new = layer((16, 32), "fp8") | {f"{NAME}.input_scale": torch.tensor(scale)}
+    old = renamed(new, {"weight_scale": "scale_weight", "input_scale": "scale_input"})
+    old |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    weights = read_weights(save(old))
+    assert weights.keys() == {f"{NAME}.weight"}
+    weight = weights[f"{NAME}.weight"]
+    assert isinstance(weight, PublishedWeight)
+    assert (weight.format, weight.input_scale) == ("fp8", expected)
+    np.testing.assert_array_equal(weight.read(0, 16), dequantized(new)[f"{NAME}.weight"].numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_that_were_cast(save: Callable[..., Path], dtype: torch.dtype) -> None:
+    """Files without any scale: their numbers, those of norms too, are the weights."""
+    full = {"a.weight": torch.randn(8, 4), "norm.scale": torch.randn(8), "b.weight": torch.ones(4)}
+    state = {name: tensor.to(dtype) for name, tensor in full.items()}
+    for name, weight in read_weights(save(state)).items():
+        got = read_rows(weight, 0, len(state[name])).astype(np.float32)
+        np.testing.assert_array_equal(got, state[name].float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (16, 1)])
+def test_scales_by_tensor_and_by_row(
+    save: Callable[..., Path], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    numbers, scale = torch.randn(16, 16).to(dtype), torch.rand(shape) + 0.5
+    weight = read_weights(save({"a.weight": numbers, "a.weight_scale": scale}))["a.weight"]
+    assert isinstance(weight, PublishedWeight)
+    by_row = 16 in shape
+    expected = (numbers.float() * (scale.reshape(-1, 1) if by_row else scale)).numpy()
+    np.testing.assert_array_equal(weight.read(0, 16), expected)
+    np.testing.assert_array_equal(weight.rows(3, 9).rows(1, 5).read(1, 3), expected[5:7])
+    names = {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8 of e5m2"}
+    assert weight.format == ("fp8 by rows" if by_row else names[dtype])
 
 
 def test_truncated_file(save: Callable[..., Path]) -> None:

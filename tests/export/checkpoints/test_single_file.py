@@ -83,6 +83,21 @@ def test_prefix(tmp_path, state, config, prefix):
     assert read_single_file(path, config).keys() == state.keys()
 
 
+def test_a_whole_pipeline_in_one_file(tmp_path, state, config, caplog):
+    """As ComfyUI saves checkpoints: what is beside the transformer comes from the base."""
+    whole = {f"model.diffusion_model.{n}": t for n, t in quantize(bfl_state(state), "fp8").items()}
+    text = "text_encoders.qwen3_8b.transformer.model.embed_tokens.weight"
+    whole |= {text: torch.ones(2, 2).to(torch.float8_e5m2), "vae.bn.running_mean": torch.ones(4)}
+    path = save_single_file(tmp_path / "m.safetensors", whole)
+    assert read_single_file(path, config).keys() == state.keys()
+    assert (
+        "whole pipeline: its text_encoders and vae are not read, those of the base" in caplog.text
+    )
+    path = save_single_file(path, whole | {"control.x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"holds control.x beside tensors of model.diffusion"):
+        read_single_file(path, config)
+
+
 def test_quantized_under_diffusers_names(tmp_path, state, config):
     renamed = {f"blocks.{name}": tensor for name, tensor in state.items()}
     quantized = {
@@ -124,6 +139,10 @@ def test_q_k_and_v_apart(tmp_path, state, config):
         ({QKV: torch.ones(64, 64)}, r"qkv.weight has shape \(64, 64\), expected \(192, 64\)"),
         ({"img_in.weight": torch.ones(64, 4)}, r"img_in.weight has shape \(64, 4\), expected"),
         ({"img_in.weight": torch.ones(())}, "img_in.weight has shape"),
+        (  # its many blocks are not what is wrong with it
+            {"img_in.weight": torch.ones(4096, 4), "single_blocks.9.linear1.weight": torch.ones(1)},
+            r"img_in.weight has shape \(4096, 4\) \(klein 9B\), expected \(64, 128\) from the base",
+        ),
         ({"img_in.weight": None}, r"not those of a FLUX.2 \[klein\] transformer"),
         ({"single_blocks.2.linear1.weight": torch.ones(1, 1)}, r"1 unexpected \(single_blocks.2"),
     ],

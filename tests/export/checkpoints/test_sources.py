@@ -20,7 +20,6 @@ from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.config import DEFAULT_TEXT_LAYERS
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import VARIANTS
-from klein_kv.artifacts.weights import WeightIndex
 from klein_kv.errors import CapacityError, CheckpointError, RequestError
 from klein_kv.export import exporter
 from klein_kv.export.checkpoints import weight_files
@@ -31,6 +30,7 @@ from klein_kv.export.checkpoints.sources import (
     find_source,
 )
 from klein_kv.export.checkpoints.weight_files import place_weights
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.exporter import export_checkpoint
 from tests.bfl_files import bfl_state, quantize, save_single_file
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import WeightRef, whole_weights
 from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.runtime.backends.pytorch import memory as torch_memory
 from klein_kv.runtime.backends.pytorch.backend import TorchBackend

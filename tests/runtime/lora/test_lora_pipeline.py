@@ -14,7 +14,7 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.errors import BackendError, RequestError
+from klein_kv.errors import BackendError, CapacityError, RequestError
 from klein_kv.networks.transformer import transformer_parameters
 from tests.checkpoints import load_diffusers
 from tests.conftest import load_ours
@@ -174,40 +174,6 @@ def test_fused_adapters_stay_when_others_come_and_go(
     assert same(latents(pipe, noise), base)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda pipe: pipe.set_adapters("b"), "no adapter 'b', expected some of a"),
-        (lambda pipe: pipe.set_adapters(["a"], [1, 2]), "2 weights for 1 adapters"),
-        (lambda pipe: pipe.set_adapters("a", 5), "-4 to 4"),
-        (lambda pipe: pipe.set_adapters("a", float("nan")), "-4 to 4"),
-        (lambda pipe: pipe.set_adapters("a", {"unet": 1.0}), "key 'transformer'"),
-        (lambda pipe: pipe.delete_adapters(["a", "b"]), "no adapter 'b'"),
-        (lambda pipe: pipe.load_lora_weights({}, "a"), "expected another one"),
-        (lambda pipe: pipe.load_lora_weights({}, "c", hotswap=True), "expected one that is loaded"),
-        (lambda pipe: pipe.load_lora_weights("none.safetensors"), "none.safetensors"),
-        (lambda pipe: pipe.fuse_lora(components=["text_encoder"]), "components"),
-        (lambda pipe: pipe("x", attention_kwargs={"scale": "1"}), "scale of adapters"),
-    ],
-)
-def test_bad_calls_change_nothing(
-    call: Callable[[KleinKVPipeline], object],
-    message: str,
-    pipe: KleinKVPipeline,
-    noise: NDArray[Any],
-    backend: str,
-) -> None:
-    if backend == "torch":
-        pytest.skip("the same for all backends")
-    pipe.load_lora_weights(make_adapter(pipe, 1), "a")
-    before = latents(pipe, noise)
-    with pytest.raises(RequestError, match=message):
-        call(pipe)
-    assert pipe.get_list_adapters() == {"transformer": ["a"]}
-    assert pipe.get_active_adapters() == ["a"]
-    assert same(latents(pipe, noise), before)
-
-
 def test_after_an_error_in_a_switch_the_weights_are_right_again(
     pipe: KleinKVPipeline, noise: NDArray[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +188,19 @@ def test_after_an_error_in_a_switch_the_weights_are_right_again(
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.backend), "replace_weights", broken)
         with pytest.raises(BackendError, match="lost"):
+            latents(pipe, noise)
+    pipe.unload_lora_weights()
+    assert same(latents(pipe, noise), base)
+
+
+def test_weights_that_do_not_fit_beside_the_files_are_refused(
+    pipe: KleinKVPipeline, noise: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = latents(pipe, noise)
+    pipe.load_lora_weights(make_adapter(pipe, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.backend), "available_memory", lambda _: 100_000)
+        with pytest.raises(CapacityError, match=r"change .* of weights.*export --lora"):
             latents(pipe, noise)
     pipe.unload_lora_weights()
     assert same(latents(pipe, noise), base)
@@ -254,6 +233,9 @@ ACTIONS: dict[str, Callable[[KleinKVPipeline], object]] = {
 }
 
 
+STUB_REQUEST = REQUEST | {"prompt_embeds": np.ones((1, 4, 96), np.float32), "seed": 1}
+
+
 @pytest.fixture(scope="module")
 def open_stub(tiny_artifacts: Path) -> Callable[[], KleinKVPipeline]:
     """Pipelines with two adapters on a backend that is quick and sensitive to every weight."""
@@ -270,6 +252,36 @@ def open_stub(tiny_artifacts: Path) -> Callable[[], KleinKVPipeline]:
     return open_pipe
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.set_adapters("c"), "no adapter 'c', expected some of a, b"),
+        (lambda pipe: pipe.set_adapters(["a"], [1, 2]), "2 weights for 1 adapters"),
+        (lambda pipe: pipe.set_adapters("a", 5), "-4 to 4"),
+        (lambda pipe: pipe.set_adapters("a", float("nan")), "-4 to 4"),
+        (lambda pipe: pipe.set_adapters("a", {"unet": 1.0}), "key 'transformer'"),
+        (lambda pipe: pipe.delete_adapters(["a", "c"]), "no adapter 'c'"),
+        (lambda pipe: pipe.load_lora_weights({}, "a"), "expected another one"),
+        (lambda pipe: pipe.load_lora_weights({}, "c", hotswap=True), "expected one that is loaded"),
+        (lambda pipe: pipe.load_lora_weights("none.safetensors"), "none.safetensors"),
+        (lambda pipe: pipe.fuse_lora(components=["text_encoder"]), "components"),
+        (lambda pipe: pipe("x", attention_kwargs={"scale": "1"}), "scale of adapters"),
+    ],
+)
+def test_bad_calls_change_nothing(
+    call: Callable[[KleinKVPipeline], object],
+    message: str,
+    open_stub: Callable[[], KleinKVPipeline],
+) -> None:
+    pipe = open_stub()
+    before = pipe(**STUB_REQUEST).images
+    with pytest.raises(RequestError, match=message):
+        call(pipe)
+    assert pipe.get_list_adapters() == {"transformer": ["a", "b"]}
+    assert pipe.get_active_adapters() == ["b"]
+    assert same(pipe(**STUB_REQUEST).images, before)
+
+
 @settings(max_examples=25, deadline=None)
 @given(actions=st.lists(st.sampled_from([*ACTIONS, "edit", "encode"]), min_size=2, max_size=14))
 def test_any_sequence_of_calls_edits_with_the_weights_that_are_wanted(
@@ -277,8 +289,7 @@ def test_any_sequence_of_calls_edits_with_the_weights_that_are_wanted(
 ) -> None:
     pipe, done = open_stub(), list[Callable[[KleinKVPipeline], object]]()
     image = Image.new("RGB", (64, 64), "teal")
-    embeds = np.ones((1, 4, 96), np.float32)
-    request: Any = {"prompt_embeds": embeds, "image": image, "seed": 1} | REQUEST
+    request = STUB_REQUEST | {"image": image}
     for action in [*actions, "edit"]:
         if action == "encode":
             pipe.encode_references(image)

@@ -14,9 +14,10 @@ from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.signature import KVFormat
-from klein_kv.artifacts.weights import WeightIndex, read_header
+from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BuildError, RequestError
+from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.runtime.planning.edit_plan import EditPlan, PlanOptions, Plans, plan_artifacts
 from klein_kv.runtime.planning.footprint import base_footprint
 from klein_kv.runtime.planning.memory_plan import RESERVED
