@@ -259,6 +259,7 @@ def _srgb(image: Image.Image, matte: str | None) -> Image.Image:
 def _from_profile(image: Image.Image, icc: bytes) -> Image.Image:
     """Colours under an ICC profile as sRGB, without alpha; a broken profile is ignored."""
     own = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") else "RGB"
+    image.load()  # that the file is damaged is no fault of the profile
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         space = profile.profile.xcolor_space.strip()
