@@ -33,7 +33,8 @@ _READ_WHOLE = 90_000_000
 # them here and a file may choose its reader: EPS, for one, starts another program.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 
-# ISO/IEC 23008-12, annex B: brands of HEIF files in HEVC. "mif1" and "msf1" leave the coding open.
+# ISO/IEC 23008-12, annex B: brands of HEIF files in HEVC. "mif1" and "msf1" leave the coding open;
+# where it is AV1, "avif" is among the other brands that follow.
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What PIL's decoders raise on damaged files.
@@ -195,8 +196,8 @@ def _formats(path: Path) -> list[str]:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is optional in PIL
     with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:] in _HEIC_BRANDS:
+        head = file.read(64)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS and b"avif" not in head:
         try:
             import pillow_heif
         except ImportError as error:

@@ -145,6 +145,10 @@ def test_heic_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(RequestError, match=r"photo\.heic.*pip install 'klein-kv\[heif\]'"):
         load_image(tmp_path / "photo.heic")
+    picture(80, 70).save(tmp_path / "photo.avif")
+    content = (tmp_path / "photo.avif").read_bytes()
+    (tmp_path / "photo.avif").write_bytes(content.replace(b"ftypavif", b"ftypmif1", 1))
+    assert load_image(tmp_path / "photo.avif").size == (80, 70)
 
 
 def test_load_scales_16_bit_grey(tmp_path: Path) -> None:
