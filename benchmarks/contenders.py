@@ -140,7 +140,7 @@ def measured(device: str) -> Iterator[dict[str, Any]]:
     start = time.perf_counter()
     yield result
     result["seconds"] = time.perf_counter() - start
-    status = (process / "status").read_text()
+    status = (process / "status").read_text(encoding="utf-8")
     result["host_bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     if device != "cpu":
         result["device_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -191,7 +191,7 @@ def report(
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What runs on what machine; "load" is that of the minute before."""
-    cpu = Path("/proc/cpuinfo").read_text()
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     machine = {
         "name": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.machine(),
         "bf16": [name for name in ("avx512_bf16", "amx_bf16") if f" {name} " in cpu],

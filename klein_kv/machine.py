@@ -27,6 +27,7 @@ DISTRIBUTIONS = (
     ("onnx", "export", "export"),
     ("onnx_ir", "export", "export"),
     ("safetensors", "fixture checkpoints", "export"),
+    ("pillow-heif", "reads HEIC images", "heif"),
 )
 
 

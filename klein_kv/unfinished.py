@@ -12,10 +12,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
-__all__ = ["held", "partial_path", "remove_leftovers"]
+__all__ = ["held", "partial_path", "remove_leftovers", "written_aside"]
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"\..+\.partial-(\d+)(-[0-9a-f]{8})?")
@@ -31,6 +32,22 @@ def held(path: Path) -> Iterator[None]:
     """Locks a file or folder that is there, so that another container sees that it is in use."""
     with _locked(path):
         yield
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name once it is whole: a failure leaves whatever was there before."""
+    remove_leftovers(path.parent)
+    partial = partial_path(path.parent, "klein")
+    try:
+        with partial.open("xb") as file, held(partial):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # gone if all went well
+            partial.unlink()
 
 
 def remove_leftovers(parent: Path) -> None:

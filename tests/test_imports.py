@@ -34,7 +34,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 def imports(path: Path) -> set[str]:
     """Modules of ours that a file imports, wherever in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

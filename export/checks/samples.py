@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from klein_kv.artifacts.pixels import load_image
 from klein_kv.errors import RequestError
+from klein_kv.runtime.inputs.prompts import read_prompts
 
 __all__ = ["PROMPTS", "Sample", "made_up_image", "make_samples"]
 
@@ -35,7 +36,7 @@ PROMPTS = (
 
 _SIZE = (512, 512)
 _REFERENCES = (1, 2, 0)  # how many images the first, second, third, ... request has
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def make_samples(
     """
     if count < 1:
         raise RequestError(f"samples is {count}, expected 1 or more")
-    texts = PROMPTS if prompts is None else _read_prompts(prompts)
+    texts = PROMPTS if prompts is None else read_prompts(prompts)
     files = None if images is None else _image_files(images)
     samples, used = [], 0
     for i in range(count):
@@ -88,17 +89,6 @@ def make_samples(
         used += number
         samples.append(Sample(texts[i % len(texts)], tuple(pictures), width, height, seed + i))
     return samples
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"prompts {path} cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise RequestError(f"prompts {path} holds no text, expected one prompt per line")
-    return lines
 
 
 def _image_files(folder: Path) -> list[Path]:

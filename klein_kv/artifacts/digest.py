@@ -7,12 +7,11 @@ of the digest says which of the two it is.
 """
 
 import hashlib
-import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from klein_kv.errors import ArtifactError
-from klein_kv.unfinished import held, partial_path, remove_leftovers
+from klein_kv.unfinished import written_aside
 
 __all__ = [
     "WHOLE_FILE_LIMIT",
@@ -92,13 +91,5 @@ def stand_in(path: Path) -> str:
 
 def write_atomic(path: Path, data: Any) -> None:
     """Writes bytes, or anything with a buffer, aside and renames the file into place."""
-    remove_leftovers(path.parent)
-    partial = partial_path(path.parent, path.name)
-    try:
-        with partial.open("xb") as file, held(partial):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        file.write(data)

@@ -33,7 +33,8 @@ _READ_WHOLE = 90_000_000
 # them here and a file may choose its reader: EPS, for one, starts another program.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 
-# ISO/IEC 23008-12, annex B: brands of HEIF files in HEVC. "mif1" and "msf1" leave the coding open.
+# ISO/IEC 23008-12, annex B: brands of HEIF files in HEVC. "mif1" and "msf1" leave the coding open;
+# where it is AV1, "avif" is among the other brands that follow.
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What PIL's decoders raise on damaged files.
@@ -195,8 +196,8 @@ def _formats(path: Path) -> list[str]:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is optional in PIL
     with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:] in _HEIC_BRANDS:
+        head = file.read(64)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS and b"avif" not in head:
         try:
             import pillow_heif
         except ImportError as error:
@@ -259,6 +260,7 @@ def _srgb(image: Image.Image, matte: str | None) -> Image.Image:
 def _from_profile(image: Image.Image, icc: bytes) -> Image.Image:
     """Colours under an ICC profile as sRGB, without alpha; a broken profile is ignored."""
     own = "CMYK" if image.mode == "CMYK" else "L" if image.mode in ("1", "L", "LA") else "RGB"
+    image.load()  # that the file is damaged is no fault of the profile
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         space = profile.profile.xcolor_space.strip()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -49,6 +50,9 @@ _VERBS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command, of these arguments or the process's, and gives its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # consoles that cannot show every character
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     level = logging.WARNING if args.quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -71,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     value, text, code = result
     try:
-        print(json.dumps(value, indent=2) if args.json else text, flush=True)
+        if text:  # none where the verb wrote its result itself
+            print(json.dumps(value, indent=2) if args.json else text, flush=True)
     except BrokenPipeError:  # of `| head`; what is left must not go there at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)

@@ -1,29 +1,51 @@
-"""`klein-kv generate`: images as PNG files."""
+"""`klein-kv generate`: images as PNG, JPEG or WebP files."""
 
 import argparse
 import logging
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from klein_kv.cli.arguments import AddVerb, Result, add_backend, add_lora
 from klein_kv.errors import RequestError
+
+if TYPE_CHECKING:
+    from klein_kv.runtime.pipeline import KleinKVPipeline
 
 __all__ = ["add_generate"]
 
 _log = logging.getLogger(__name__)
 
+_STANDARD_OUTPUT = Path("-")
+
 
 def add_generate(add: AddVerb) -> None:
     """Adds `klein-kv generate`."""
-    sub = add("generate", _generate, "Make an image from a prompt and reference images.")
+    sub = add("generate", _generate, "Make images from prompts and reference images.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
-    sub.add_argument("-p", "--prompt", required=True)
+    texts = sub.add_mutually_exclusive_group(required=True)
+    texts.add_argument("-p", "--prompt")
+    texts.add_argument("--prompts", type=Path, metavar="FILE", help="one per line, an image each")
     sub.add_argument("-r", "--reference", action="append", type=Path, default=[], metavar="IMAGE")
-    sub.add_argument("-o", "--out", type=Path, default=Path("out.png"), metavar="OUT.png")
+    sub.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("out.png"),
+        help="a name in .png, .jpg or .webp; - for standard output, in PNG (out.png)",
+    )
+    sub.add_argument("--quality", type=int, default=95, help="of .jpg and .webp, 20 to 99 (95)")
     sub.add_argument("--height", type=int, help="default: the first reference's, else 1024")
     sub.add_argument("--width", type=int)
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
-    sub.add_argument("--num-images", type=int, default=1)
+    sub.add_argument("--num-images", type=int, default=1, help="of each prompt")
+    sub.add_argument(
+        "--matte", default="white", metavar="COLOUR", help="under transparent references; or none"
+    )
+    sub.add_argument(
+        "--max-megapixels", type=int, metavar="N", help="of a reference's file (default 178)"
+    )
     add_lora(sub, "an adapter to merge in")
     add_backend(sub)
     sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
@@ -33,21 +55,95 @@ def add_generate(add: AddVerb) -> None:
 
 
 def _generate(args: argparse.Namespace) -> Result:
+    from PIL import Image
+    from tqdm import tqdm
+
     from klein_kv.artifacts.pixels import load_image
     from klein_kv.runtime.inputs.noise import random_seed
-    from klein_kv.runtime.outputs.metadata import ImageParameters, save_png
+    from klein_kv.runtime.inputs.prompts import read_prompts
+    from klein_kv.runtime.outputs.metadata import ImageParameters, save_image, write_image
+
+    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    if not prompts[0].strip():
+        raise RequestError("the prompt is empty, expected a text after -p")
+    paths = _paths(args, len(prompts) * args.num_images)
+    if args.max_megapixels is not None:
+        Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000  # PIL refuses twice as many
+    matte = None if args.matte == "none" else args.matte
+    images = [load_image(path, matte) for path in args.reference]
+    seed = random_seed() if args.seed is None else args.seed
+    pipe = _open(args, matte)
+    several = len(prompts) > 1
+    if several:  # one bar over all of them in place of one each
+        pipe.set_progress_bar_config(disable=True)
+    loras = [f"{path.name}:{weight:g}" for path, weight in args.lora]
+    left = iter(paths)
+    for prompt in tqdm(prompts, unit="prompt", disable=not several):
+        result = pipe(
+            prompt=prompt,
+            image=images or None,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.steps,
+            num_images_per_prompt=args.num_images,
+            seed=seed,
+        )
+        assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+        if not several:
+            _log.info("%s", pipe.timings.to_text())
+        for image in result.images:
+            parameters = ImageParameters(
+                prompt=prompt,
+                seed=seed,
+                steps=args.steps,
+                width=image.width,
+                height=image.height,
+                references=len(images),
+                model=" + ".join([pipe.manifest.model_id, *loras]),
+                model_digest=pipe.manifest.graphs_digest(pipe.graphs),
+            )
+            known = None if args.no_metadata else parameters
+            if args.out == _STANDARD_OUTPUT:
+                write_image(image, sys.stdout.buffer, parameters=known)
+                return {}, "", 0
+            save_image(image, next(left), known, args.quality)
+    value = {
+        "images": [str(path) for path in paths],
+        "seed": seed,
+        "width": image.width,
+        "height": image.height,
+        "timings": pipe.timings.to_dict(),
+    }
+    return value, "\n".join(str(path) for path in paths), 0
+
+
+def _paths(args: argparse.Namespace, count: int) -> list[Path]:
+    """Where so many images go: numbered, if there are several."""
+    from klein_kv.runtime.outputs.metadata import check_quality, image_format
+
+    out: Path = args.out
+    if out == _STANDARD_OUTPUT:
+        if count > 1:
+            raise RequestError(f"standard output takes one image, got {count}; name a file")
+        if args.json:
+            raise RequestError("--json goes to standard output too; name a file for the image")
+        if sys.stdout.isatty():
+            raise RequestError("standard output is a terminal, which shows no image; name a file")
+        return []
+    image_format(out, max(args.height or 0, args.width or 0))
+    check_quality(args.quality)
+    if out.is_dir():
+        raise RequestError(f"output {out} is a folder, expected the name of a file")
+    if not out.absolute().parent.is_dir():
+        raise RequestError(f"folder {out.absolute().parent} does not exist; make it first")
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, count + 1)]
+
+
+def _open(args: argparse.Namespace, matte: str | None) -> "KleinKVPipeline":
     from klein_kv.runtime.pipeline import KleinKVPipeline
 
-    if not args.prompt.strip():
-        raise RequestError("the prompt is empty, expected a text after -p")
-    if args.out.suffix.lower() != ".png":
-        raise RequestError(f"output is {args.out}, expected a name that ends in .png")
-    if args.out.is_dir():
-        raise RequestError(f"output {args.out} is a folder, expected the name of a file")
-    if not args.out.absolute().parent.is_dir():
-        raise RequestError(f"folder {args.out.absolute().parent} does not exist; make it first")
-    images = [load_image(path) for path in args.reference]
-    seed = random_seed() if args.seed is None else args.seed
     pipe = KleinKVPipeline.from_pretrained(
         args.artifacts,
         backend=args.backend,
@@ -56,43 +152,9 @@ def _generate(args: argparse.Namespace) -> Result:
         kv_dtype=args.kv_dtype,
         precision=args.precision,
         attention=args.attention,
+        matte=matte,
     )
     for path, _ in args.lora:
         pipe.load_lora_weights(path)
     pipe.set_adapters(pipe.get_list_adapters().get("transformer", []), [x for _, x in args.lora])
-    loras = [f"{path.name}:{weight:g}" for path, weight in args.lora]
-    result = pipe(
-        prompt=args.prompt,
-        image=images or None,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.steps,
-        num_images_per_prompt=args.num_images,
-        seed=seed,
-    )
-    assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
-    _log.info("%s", pipe.timings.to_text())
-    paths = [args.out]
-    if len(result.images) > 1:
-        ends = range(1, len(result.images) + 1)
-        paths = [args.out.with_name(f"{args.out.stem}-{i}{args.out.suffix}") for i in ends]
-    for image, path in zip(result.images, paths, strict=True):
-        parameters = ImageParameters(
-            prompt=args.prompt,
-            seed=seed,
-            steps=args.steps,
-            width=image.width,
-            height=image.height,
-            references=len(images),
-            model=" + ".join([pipe.manifest.model_id, *loras]),
-            model_digest=pipe.manifest.graphs_digest(pipe.graphs),
-        )
-        save_png(image, path, None if args.no_metadata else parameters)
-    value = {
-        "images": [str(path) for path in paths],
-        "seed": seed,
-        "width": result.images[0].width,
-        "height": result.images[0].height,
-        "timings": pipe.timings.to_dict(),
-    }
-    return value, "\n".join(str(path) for path in paths), 0
+    return pipe

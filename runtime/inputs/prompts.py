@@ -17,9 +17,25 @@ from tokenizers import Encoding, Tokenizer
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.errors import ArtifactError, RequestError
 
-__all__ = ["PromptTokenizer"]
+__all__ = ["PromptTokenizer", "read_prompts"]
 
 _log = logging.getLogger(__name__)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file in UTF-8, one per line; empty lines are left out.
+
+    Raises:
+        RequestError: the file cannot be read, is no UTF-8, or holds no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"prompts {path} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RequestError(f"prompts {path} holds no text, expected one prompt per line")
+    return lines
 
 
 class PromptTokenizer:

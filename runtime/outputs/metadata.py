@@ -1,15 +1,17 @@
-"""How an image was made, kept in its PNG file.
+"""How an image was made, kept in its file.
 
-Three text chunks: `parameters` in the one-line form that image tools and web interfaces read,
-`klein_kv` with the same facts as JSON, and an XMP packet that marks the image as made by a model,
-where photo libraries and platforms look for it. EXIF says it in words, for viewers that know
-nothing else.
+EXIF's `UserComment` has it in the form that image tools and web interfaces read: the prompt, and
+one line of facts. An XMP packet has the facts as JSON, and marks the image as made by a model,
+where photo libraries and platforms look for it; EXIF says that in words, for viewers that know
+nothing else. PNG files have the same as text chunks, `parameters` and `klein_kv`.
 """
 
+import html
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
@@ -18,7 +20,23 @@ from klein_kv import __version__
 from klein_kv.errors import RequestError
 from klein_kv.runtime.outputs.whole_file import whole_file
 
-__all__ = ["ImageParameters", "save_png"]
+__all__ = [
+    "QUALITY",
+    "ImageParameters",
+    "check_quality",
+    "image_format",
+    "save_image",
+    "write_image",
+]
+
+_log = logging.getLogger(__name__)
+
+QUALITY = 95
+"""Of JPEG and WebP files, where none is asked for."""
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # of libjpeg and libwebp, in pixels
+_LONGEST_JPEG_PROMPT = 5000  # characters: EXIF and XMP have 64 KiB each, of up to 12 bytes for one
 
 # XMP specification, part 3, "PNG": this keyword, not compressed. The property and its value are
 # IPTC's: Photo Metadata Standard, "Digital Source Type".
@@ -29,9 +47,11 @@ _XMP = """\
   <rdf:Description rdf:about=""
     xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
     xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+    xmlns:klein_kv="urn:klein-kv"
     Iptc4xmpExt:DigitalSourceType=\
 "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-    xmp:CreatorTool="klein-kv {version}"/>
+    xmp:CreatorTool="klein-kv {version}"
+    klein_kv:parameters="{facts}"/>
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="w"?>"""
@@ -73,39 +93,91 @@ class ImageParameters:
         return f"{self.prompt}\n{line}"
 
 
-def save_png(
-    image: Image.Image, path: str | Path, parameters: ImageParameters | None = None
-) -> None:
-    """Writes a PNG file, whole or not at all (`whole_file`).
+def image_format(path: Path, longest: int = 0) -> str:
+    """PIL's name of the format that a file's name asks for.
 
     Raises:
-        RequestError: the name does not end in .png, or the folder is missing or not writable.
+        RequestError: none that is written here, or none for `longest` pixels on a side.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise RequestError(
+            f"image file is {path}, expected a name that ends in .png, .jpg, .jpeg or .webp"
+        )
+    if longest > (most := _LONGEST_SIDE.get(kind, longest)):
+        raise RequestError(
+            f"{path} holds at most {most} pixels on a side, the image has {longest}; choose a "
+            "name that ends in .png"
+        )
+    return kind
+
+
+def check_quality(quality: int) -> None:
+    """Refuses a quality of JPEG or WebP files that is not within 20 and 99."""
+    if not isinstance(quality, int) or isinstance(quality, bool) or not 20 <= quality <= 99:
+        raise RequestError(f"quality is {quality!r}, expected 20 to 99")
+
+
+def save_image(
+    image: Image.Image,
+    path: str | Path,
+    parameters: ImageParameters | None = None,
+    quality: int = QUALITY,
+) -> None:
+    """Writes a PNG, JPEG or WebP file, as its name says, whole or not at all (`whole_file`).
+
+    Raises:
+        RequestError: another name, a quality out of range, or the folder is missing or not
+            writable.
         CapacityError: the disk is full, or a quota is used up.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"image file is {path}, expected a name that ends in .png")
-    chunks = _chunks(parameters) if parameters else {}
+    kind = image_format(path, max(image.size))
+    check_quality(quality)
     with whole_file(path, image.width * image.height * len(image.getbands())) as file:
-        image.save(file, format="PNG", **chunks)
+        write_image(image, file, kind, parameters, quality)
 
 
-def _chunks(parameters: ImageParameters) -> dict[str, Any]:
-    """Options of `PIL.Image.Image.save`: the text chunks, and EXIF tags that say what made it.
+def write_image(
+    image: Image.Image,
+    file: BinaryIO,
+    kind: str = "PNG",
+    parameters: ImageParameters | None = None,
+    quality: int = QUALITY,
+) -> None:
+    """Writes an image as "PNG", "JPEG" or "WEBP"; `quality` is that of the latter two."""
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": quality}
+    if kind == "JPEG":
+        options["subsampling"] = "4:4:4"
+    if parameters is not None:
+        options |= _metadata(kind, parameters)
+    image.save(file, format=kind, **options)
 
-    All texts are iTXt, so every language and emoji survives. EXIF has no field for the digital
+
+def _metadata(kind: str, parameters: ImageParameters) -> dict[str, Any]:
+    """Options of `PIL.Image.Image.save`: EXIF tags and XMP packet, in PNG also text chunks.
+
+    All PNG texts are iTXt, so every language and emoji survives. EXIF has no field for the digital
     source type (Exif 3.0, CIPA DC-008): it is in the XMP packet.
     """
-    info = PngInfo()
-    parameters = replace(
-        parameters, prompt=_storable(parameters.prompt), model=_storable(parameters.model)
-    )
-    info.add_itxt("parameters", parameters.text)
-    info.add_itxt("klein_kv", json.dumps(asdict(parameters), ensure_ascii=False))
-    info.add_itxt("XML:com.adobe.xmp", _XMP.format(version=parameters.version))
+    prompt = _storable(parameters.prompt)
+    if kind == "JPEG" and len(prompt) > _LONGEST_JPEG_PROMPT:
+        _log.warning("a JPEG file keeps %d characters of a prompt", _LONGEST_JPEG_PROMPT)
+        prompt = prompt[: _LONGEST_JPEG_PROMPT - 1] + "…"
+    parameters = replace(parameters, prompt=prompt, model=_storable(parameters.model))
     tags = Image.Exif()
     tags[ExifTags.Base.ImageDescription] = "Made by a generative model"
     tags[ExifTags.Base.Software] = f"klein-kv {parameters.version}"
+    comment = b"UNICODE\0" + parameters.text.encode("utf-16-be")  # Exif 2.3, 4.6.5
+    tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    facts = html.escape(json.dumps(asdict(parameters)))  # ASCII: XML has no form for some others
+    packet = _XMP.format(version=parameters.version, facts=facts)
+    if kind != "PNG":
+        return {"exif": tags.tobytes(), "xmp": packet.encode()}
+    info = PngInfo()
+    info.add_itxt("parameters", parameters.text)
+    info.add_itxt("klein_kv", json.dumps(asdict(parameters), ensure_ascii=False))
+    info.add_itxt("XML:com.adobe.xmp", packet)
     return {"pnginfo": info, "exif": tags}
 
 

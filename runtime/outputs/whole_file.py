@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.unfinished import held, partial_path, remove_leftovers
+from klein_kv.unfinished import written_aside
 
 __all__ = ["whole_file"]
 
@@ -24,14 +23,9 @@ def whole_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         CapacityError: the disk is full, or a quota is used up; about `nbytes` are needed.
         RequestError: the folder is missing or not writable.
     """
-    partial = partial_path(path.parent, "klein")
     try:
-        remove_leftovers(path.parent)
-        with partial.open("xb") as file, held(partial):
+        with written_aside(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         if error.errno in _FULL:
             raise CapacityError(
@@ -43,6 +37,3 @@ def whole_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
             f"{path} cannot be written: {error.strerror or error}; expected a file name in a "
             "folder that exists and may be written"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone if all went well
-            partial.unlink()

@@ -15,12 +15,12 @@ def available_memory() -> int:
     """Bytes that this process can still take: what the system has left, or its control group."""
     available = int(psutil.virtual_memory().available)
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
+        limit = (_CGROUP / "memory.max").read_text(encoding="utf-8").strip()
         if limit == "max":
             return available
-        used = int((_CGROUP / "memory.current").read_text())
+        used = int((_CGROUP / "memory.current").read_text(encoding="utf-8"))
         # Pages of files count as used, mapped weights among them, but give way when asked.
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        lines = (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
         used -= sum(int(line.split()[1]) for line in lines if line.split()[0] in _FILE_PAGES)
         return min(available, max(int(limit) - used, 0))
     except (OSError, ValueError):

@@ -123,7 +123,7 @@ def test_tables_and_plot_of_results(
     monkeypatch.setattr(sys, "argv", argv)
     table.main()
     text = capsys.readouterr().out
-    lines = processes.read_text().splitlines()
+    lines = processes.read_text(encoding="utf-8").splitlines()
     assert "\n".join(lines[:-1]).strip() in text  # what the script itself printed
     assert "| diffusers_plain | diffusers bfloat16 |" in text
     assert "a model and no measurement" in text

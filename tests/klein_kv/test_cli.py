@@ -1,5 +1,6 @@
 """The command line, in the process of the test: exit codes, one line per failure, JSON."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from klein_kv.cli import main
+from klein_kv.runtime.session import Session
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -68,6 +70,121 @@ def test_several_images_are_numbered_and_metadata_can_be_left_out(capsys, tiny_a
             assert "klein_kv" not in image.text
 
 
+@pytest.mark.parametrize("name", ["k.jpg", "k.webp"])
+def test_generate_other_formats(capsys, tiny_artifacts, tmp_path, name):
+    size = ("--height", 64, "--width", 64, "--steps", 1, "--seed", -7)
+    assert (
+        run(capsys, "generate", tiny_artifacts, "-p", "a kite", "-o", tmp_path / name, *size)[0]
+        == 0
+    )
+    with Image.open(tmp_path / name) as image:
+        assert image.size == (64, 64)
+        assert b"a kite" in image.info["xmp"]
+
+
+def test_generate_to_standard_output(capfdbinary, tiny_artifacts):
+    """`klein-kv generate ... -o - | another program`: the image and nothing else."""
+    size = ("--height", "64", "--width", "64", "--steps", "1", "--seed", "18446744073709551615")
+    assert main(["generate", str(tiny_artifacts), "-p", "x", "-o", "-", *size]) == 0
+    data = capfdbinary.readouterr().out
+    assert data.endswith(b"IEND\xaeB`\x82")
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (64, 64)
+        assert json.loads(image.text["klein_kv"])["seed"] == 2**64 - 1
+
+
+def test_an_image_is_not_written_to_a_terminal(capsys, monkeypatch, tiny_artifacts):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, _, errors = run(capsys, "generate", tiny_artifacts, "-p", "x", "-o", "-")
+    assert code == 1
+    assert "standard output is a terminal" in errors
+
+
+def test_prompts_from_a_file(capsys, monkeypatch, tiny_artifacts, tmp_path):
+    """One image each; the references' keys and values are made once, and used by all."""
+    runs = []
+    start = Session.run
+
+    def note(self, graph, inputs):
+        runs.append(graph)
+        return start(self, graph, inputs)
+
+    monkeypatch.setattr(Session, "run", note)
+    prompts = ["a red kite", "a blue kite, 凧", "no kite"]
+    (tmp_path / "prompts.txt").write_text("\ufeff" + "\n\n".join(prompts), encoding="utf-8")
+    reference = picture(tmp_path / "a.png", 64, 64)
+    size = ("-r", reference, "--steps", 2, "--seed", 3)
+    code, text, errors = run(
+        capsys, "generate", tiny_artifacts, "--prompts", tmp_path / "prompts.txt", *size,
+        "-o", tmp_path / "k.png", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(text)["images"] == [str(tmp_path / f"k-{i}.png") for i in (1, 2, 3)]
+    assert runs.count("first_step") == 1
+    assert runs.count("text_encoder") == 3
+    assert "3/3" in errors
+    assert "2/2" not in errors
+    for i, prompt in enumerate(prompts, 1):
+        with Image.open(tmp_path / f"k-{i}.png") as image:
+            assert json.loads(image.text["klein_kv"])["prompt"] == prompt
+            pixels = image.tobytes()
+    alone = tmp_path / "alone.png"
+    assert run(capsys, "generate", tiny_artifacts, "-p", prompts[2], *size, "-o", alone)[0] == 0
+    with Image.open(alone) as image:
+        assert image.tobytes() == pixels
+
+
+@pytest.mark.parametrize("matte", ["white", "none"])
+def test_matte_of_references(capsys, tiny_artifacts, tmp_path, matte):
+    clear, seen = tmp_path / "clear.png", tmp_path / "seen.png"
+    Image.new("RGBA", (64, 64), (200, 30, 90, 0)).save(clear)
+    Image.new("RGB", (64, 64), "white" if matte == "white" else (200, 30, 90)).save(seen)
+    images = []
+    for reference, *options in ((clear, "--matte", matte), (seen,)):
+        out = tmp_path / "out.png"
+        argv = ("-p", "x", "-r", reference, "--steps", 1, "--seed", 1, "-o", out)
+        assert run(capsys, "generate", tiny_artifacts, *argv, *options)[0] == 0
+        with Image.open(out) as image:
+            images.append(image.tobytes())
+    assert images[0] == images[1]
+
+
+def test_a_larger_limit_for_photos(capsys, monkeypatch, tiny_artifacts, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    reference = picture(tmp_path / "a.png", 640, 480)
+    argv = ("-p", "x", "-r", reference, "--steps", 1, "-o", tmp_path / "out.png")
+    code, _, errors = run(capsys, "generate", tiny_artifacts, *argv)
+    assert (code, "--max-megapixels" in errors) == (1, True)
+    size = ("--height", 64, "--width", 64)
+    assert run(capsys, "generate", tiny_artifacts, *argv, *size, "--max-megapixels", 1)[0] == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_consoles_that_are_not_utf8(tiny_artifacts, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    out = tmp_path / "凧 é 🚢.png"
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "klein_kv.cli",
+                "generate",
+                str(tiny_artifacts),
+                "-p",
+                "凧 é 🚢",
+            ),
+            *("-o", str(out), "--height", "64", "--width", "64", "--steps", "1"),
+        ],
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert out.exists()
+    shown = str(out).encode(encoding, "backslashreplace")
+    assert done.stdout.strip() == shown
+
+
 def test_inspect_lists_every_graph(capsys, tiny_artifacts):
     code, text, _ = run(capsys, "inspect", tiny_artifacts, "--json")
     value = json.loads(text)
@@ -108,7 +225,18 @@ def test_doctor_tells_versions_and_readiness(capsys):
         (("-p", "x", "-r", "{tmp}/cut.png"), "cut short"),
         (("-p", "x", "-r", "{tmp}/bomb.png"), "too large"),
         (("-p", "x", "-r", "{tmp}/text.png"), "not an image"),
-        (("-p", "x", "-o", "{tmp}/out.jpg"), "ends in .png"),
+        (("-p", "x", "-o", "{tmp}/out.gif"), "ends in .png, .jpg, .jpeg or .webp"),
+        (
+            ("-p", "x", "-o", "{tmp}/out.jpg", "--quality", "100"),
+            "quality is 100, expected 20 to 99",
+        ),
+        (("-p", "x", "-o", "{tmp}/out.webp", "--width", "16400", "--height", "64"), "most 16383"),
+        (("-p", "x", "-o", "-", "--num-images", "2"), "standard output takes one image, got 2"),
+        (("-p", "x", "-o", "-", "--json"), "--json goes to standard output too"),
+        (("-p", "x", "-r", "{tmp}/whole.png", "--matte", "mauvish"), "matte is 'mauvish'"),
+        (("--prompts", "{tmp}/none.txt"), "none.txt cannot be read"),
+        (("--prompts", "{tmp}/empty.txt"), "holds no text, expected one prompt per line"),
+        (("--prompts", "{tmp}/whole.png"), "whole.png cannot be read"),
         (("-p", "x", "-o", "{tmp}/nowhere/out.png"), "does not exist"),
     ],
 )
@@ -117,7 +245,8 @@ def test_bad_requests_are_one_line(capsys, tiny_artifacts, tmp_path, argv, messa
     picture(tmp_path / "wide.png", 1000, 100)
     whole = picture(tmp_path / "whole.png", 128, 128).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n  \n", encoding="utf-8")
     if any("bomb" in arg for arg in argv):
         Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     out = () if "-o" in argv else ("-o", tmp_path / "out.png")

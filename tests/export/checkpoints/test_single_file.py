@@ -253,5 +253,6 @@ def test_full_size_headers(tmp_path, full_config, form, gigabytes):
 
 def read_bytes() -> int:
     """Bytes that this process asked the kernel for with read(), so far."""
-    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    counters = dict(line.split(": ") for line in lines)
     return int(counters["rchar"])

@@ -33,7 +33,7 @@ def test_weights_are_mapped_and_those_of_the_checkpoint(tiny_artifacts, tiny_the
     assert all(torch.equal(vae[name], x) for name, x in theirs.items() if x.is_floating_point())
     files = {str(path) for path in (tiny_artifacts / "transformer").glob("*.safetensors")}
     address = tensors["x_embedder.weight"].data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         begin, end = (int(x, 16) for x in line.split()[0].split("-"))
         if begin <= address < end:
             assert line.split(maxsplit=5)[5] in files

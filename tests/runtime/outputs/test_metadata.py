@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from klein_kv import __version__
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.runtime.outputs.metadata import ImageParameters, save_png
+from klein_kv.runtime.outputs.metadata import ImageParameters, image_format, save_image
 
 PARAMETERS = ImageParameters(
     prompt="a red kite over the sea",
@@ -50,7 +50,7 @@ def test_parameters_text() -> None:
 
 def test_what_is_saved(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    save_png(IMAGE, path, PARAMETERS)
+    save_image(IMAGE, path, PARAMETERS)
     texts = text_of(path)
     assert texts["parameters"] == PARAMETERS.text
     assert json.loads(texts["klein_kv"]) == asdict(PARAMETERS)
@@ -65,7 +65,7 @@ def test_what_is_saved(tmp_path: Path) -> None:
 def test_marked_as_made_by_a_model(tmp_path: Path) -> None:
     """The IPTC property, as an XML parser and as Pillow's XMP reader see it."""
     path = tmp_path / "out.png"
-    save_png(IMAGE, path, PARAMETERS)
+    save_image(IMAGE, path, PARAMETERS)
     packet = text_of(path)["XML:com.adobe.xmp"]
     root = ET.fromstring(packet)
     kind = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -81,7 +81,7 @@ def test_marked_as_made_by_a_model(tmp_path: Path) -> None:
 @given(prompt=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_every_language(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
     path = tmp_path_factory.mktemp("png") / "out.png"
-    save_png(IMAGE, path, replace(PARAMETERS, prompt=prompt))
+    save_image(IMAGE, path, replace(PARAMETERS, prompt=prompt))
     texts = text_of(path)
     assert json.loads(texts["klein_kv"])["prompt"] == prompt
     assert texts["parameters"].startswith(prompt)
@@ -89,12 +89,71 @@ def test_every_language(tmp_path_factory: pytest.TempPathFactory, prompt: str) -
 
 def test_text_that_has_no_encoding_is_still_saved(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    save_png(IMAGE, path, replace(PARAMETERS, prompt="\ud800 nul\0 \U0001f6a2"))
+    save_image(IMAGE, path, replace(PARAMETERS, prompt="\ud800 nul\0 \U0001f6a2"))
     assert json.loads(text_of(path)["klein_kv"])["prompt"] == "? nul \U0001f6a2"
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["a kite, 凧 \U0001f6a2", 'quotes " and <tags> & \n\x01\ufffe', "", "long \U0001f6a2 " * 9000],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "PNG"])
+def test_every_format_says_how_it_was_made(tmp_path: Path, suffix: str, prompt: str) -> None:
+    """In EXIF, where web interfaces look in files that are no PNG, and in XMP."""
+    path = tmp_path / f"out.{suffix}"
+    parameters = replace(PARAMETERS, prompt=prompt)
+    smooth = IMAGE.resize((96, 64), Image.Resampling.BICUBIC)
+    save_image(smooth, path, parameters)
+    with Image.open(path) as image:
+        assert image.format == {"jpg": "JPEG", "webp": "WEBP", "PNG": "PNG"}.get(suffix, "JPEG")
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(smooth)).mean() < 8
+        tags, packet = image.getexif(), image.info["xmp"]
+    (entry,) = ET.fromstring(packet).iter(
+        "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
+    )
+    kind = entry.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"]
+    assert kind.endswith("/trainedAlgorithmicMedia")
+    facts = json.loads(entry.attrib["{urn:klein-kv}parameters"])
+    if suffix[0] == "j" and len(prompt) > 5000:  # JPEG's segments hold 64 KiB
+        assert facts["prompt"] == prompt[:4999] + "…"
+        parameters = replace(parameters, prompt=facts["prompt"])
+    assert facts == asdict(parameters)
+    assert tags[ExifTags.Base.Software] == f"klein-kv {__version__}"
+    comment = tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+    assert comment == b"UNICODE\0" + parameters.text.encode("utf-16-be")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_quality(tmp_path: Path, suffix: str) -> None:
+    sizes = []
+    for quality in (20, 60, None, 99):
+        path = tmp_path / f"out.{suffix}"
+        save_image(IMAGE, path, **({} if quality is None else {"quality": quality}))
+        sizes.append(path.stat().st_size)
+    assert sizes == sorted(set(sizes))
+    for quality in (19, 100, 95.0, True):
+        with pytest.raises(RequestError, match=r"quality is .*expected 20 to 99"):
+            save_image(IMAGE, path, quality=quality)
+
+
+def test_colours_of_a_jpeg_have_the_full_resolution(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 31, 64))
+    save_image(image, tmp_path / "out.jpg")
+    with Image.open(tmp_path / "out.jpg") as saved:
+        np.testing.assert_allclose(np.asarray(saved), np.asarray(image), atol=12)
+
+
+@pytest.mark.parametrize(("name", "most"), [("a.webp", 16383), ("a.jpg", 65500), ("a.png", 10**6)])
+def test_longest_side(name: str, most: int) -> None:
+    assert image_format(Path(name), most) in ("WEBP", "JPEG", "PNG")
+    if most < 10**6:
+        with pytest.raises(RequestError, match=f"holds at most {most} pixels .* ends in .png"):
+            image_format(Path(name), most + 1)
+
+
 def test_without_parameters(tmp_path: Path) -> None:
-    save_png(IMAGE, tmp_path / "out.PNG")
+    save_image(IMAGE, tmp_path / "out.PNG")
     with Image.open(tmp_path / "out.PNG") as image:
         assert not image.getexif()
         assert set(image.info) <= {"dpi"}
@@ -103,7 +162,7 @@ def test_without_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("out.jpg", r"a name that ends in \.png"),
+        ("out.gif", r"a name that ends in \.png, \.jpg, \.jpeg or \.webp"),
         ("gone/out.png", "No such file"),
         ("file/out.png", "Not a directory"),
         ("folder.png", "cannot be written"),
@@ -113,7 +172,7 @@ def test_places_where_nothing_is_written(tmp_path: Path, name: str, message: str
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(RequestError, match=message):
-        save_png(IMAGE, tmp_path / name)
+        save_image(IMAGE, tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
 
 
@@ -138,7 +197,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(kind, match="told so"):
-        save_png(IMAGE, path, PARAMETERS)
+        save_image(IMAGE, path, PARAMETERS)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
 
@@ -151,5 +210,5 @@ def test_an_interrupted_write_leaves_nothing(
 
     monkeypatch.setattr(Image.Image, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_png(IMAGE, tmp_path / "out.png")
+        save_image(IMAGE, tmp_path / "out.png")
     assert list(tmp_path.iterdir()) == []
