@@ -69,7 +69,8 @@ class ImageOnnxOps(OnnxOps):
             # the width, which ONNX's shape inference loses at GroupNormalization.
             cells = [self._one("Reshape", x, self._ints(0, 1, -1, features)) for x in (q, k, v)]
             for x in cells:
-                x.type, x.shape = ir.TensorType(self.onnx_dtype), ir.Shape((None, 1, None, features))
+                x.type = ir.TensorType(self.onnx_dtype)
+                x.shape = ir.Shape((None, 1, None, features))
             out = self._one("Attention", *cells)
         return self._one("Reshape", out, self._shape(q, 3, features))
 
