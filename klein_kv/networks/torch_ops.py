@@ -214,8 +214,9 @@ class TorchOps:
         return F.linear(x, *self._layer(name))
 
     def grid_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [x.flatten(1, 2)[:, None] for x in (q, k, v)]  # [B, 1, h * w, C]
-        return F.scaled_dot_product_attention(*heads).view(q.shape)
+        shape = q.shape
+        q, k, v = (x.flatten(1, 2)[:, None] for x in (q, k, v))  # [B, 1, h * w, C]
+        return F.scaled_dot_product_attention(q, k, v).view(shape)
 
     def statistics(self, name: str, eps: float) -> tuple[Tensor, Tensor]:
         mean, variance = (self.weights[f"{name}.running_{x}"] for x in ("mean", "var"))
@@ -225,7 +226,7 @@ class TorchOps:
         return F.pixel_unshuffle(x[:, :channels], 2).permute(0, 2, 3, 1)
 
     def unpatchify(self, x: Tensor, channels: int) -> Tensor:
-        cells = x.unflatten(3, (channels, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        cells = x.reshape(*x.shape[:3], channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return cells.flatten(4, 5).flatten(2, 3)
 
     def permute(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:

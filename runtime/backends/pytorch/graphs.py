@@ -85,7 +85,7 @@ def vae_graph(graph: str, config: ModelConfig, ops: TorchOps) -> Graph:
 
     def decode(x: Inputs) -> Outputs:
         # One image of a batch at a time: memory of one.
-        results = [vae_decoder(ops, config.vae, latents) for latents in x["latents"].split(1)]
+        results = [vae_decoder(ops, config.vae, one) for one in torch.split(x["latents"], 1)]
         images, samples = zip(*results, strict=True)
         return {"image": torch.cat(images).contiguous(), "sample": torch.cat(samples)}
 
