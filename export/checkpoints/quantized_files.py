@@ -51,6 +51,10 @@ _COMPANIONS = {  # and what older files call them
     "scale_input": "input_scale",
 }
 _MARK = "scaled_fp8"
+_OTHERS = {
+    ".weight_scale_inv": "fp8 with a scale per block of 128 x 128 (Qwen's and DeepSeek's releases)",
+    ".absmax": "numbers of four or eight bits of bitsandbytes",
+}
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 _BESIDE = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.")
 """What files with a whole pipeline hold beside the transformer."""
@@ -225,13 +229,14 @@ def _check_formats(path: Path, refs: Mapping[str, WeightRef], metadata: Mapping[
                 f"{path}: {name} is quantized as {kind!r}, expected {', '.join(_FLOAT8)} or nvfp4; "
                 "take another file of this model"
             )
-    for name, ref in refs.items():
-        if name.endswith(".weight_scale_inv"):
-            raise CheckpointError(
-                f"{path}: {name} of shape {ref.shape} holds a scale per block of 128 x 128 (fp8 "
-                "as Qwen and DeepSeek publish it), expected one per tensor or per row; take the "
-                "bf16 weights, or fp8 as ComfyUI writes it"
-            )
+    for name in refs:
+        for end, what in _OTHERS.items():
+            if name.endswith(end):
+                raise CheckpointError(
+                    f"{path}: {name} belongs to {what}, expected fp8 with one scale per tensor or "
+                    "per row, or nvfp4, as Black Forest Labs and ComfyUI write them; take such a "
+                    "file, or the bf16 weights"
+                )
 
 
 def _weight(

@@ -70,8 +70,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"{what} is missing: {path} does not exist; expected a checkpoint in diffusers layout"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        reason = stand_in(path) if path.is_file() else ""
-        raise CheckpointError(f"{what} cannot be read: {path}: {reason or error}") from error
+        raise CheckpointError(
+            f"{what} cannot be read: {path}: {stand_in(path) or error}"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
     return value

@@ -73,8 +73,11 @@ def inside(folder: Path, name: str) -> Path:
 
 def stand_in(path: Path) -> str:
     """What stands where another file was expected, and what to do; "" where nothing is known."""
-    with path.open("rb") as file:
-        head = file.read(400).lstrip().lower()
+    try:
+        with path.open("rb") as file:
+            head = file.read(400).lstrip().lower()
+    except OSError:  # a folder, say
+        return ""
     if head.startswith(b"version https://git-lfs"):
         sizes = [line.split()[-1].decode() for line in head.splitlines() if line[:5] == b"size "]
         return (

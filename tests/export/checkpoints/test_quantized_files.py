@@ -121,6 +121,7 @@ NAME = "blocks.0.linear"
         ("fp8", {"weight_scale": torch.ones(1, 16)}, "one float32 for the tensor, or one per row"),
         ("fp8", {"weight_scale": -torch.ones(16)}, "scales of the rows .* not all positive"),
         ("fp8", {"weight_scale_inv": torch.ones(1, 1)}, "scale per block of 128 x 128"),
+        ("fp8", {"weight.absmax": torch.ones(4)}, "absmax belongs to .* bitsandbytes"),
         ("fp8", {"scale_weight": torch.tensor(1.0)}, "has two scales that mean the same"),
         ("fp8", {"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "expected one float32"),
         ("fp8", {"weight_scale": torch.tensor(0.0)}, "weight_scale is 0.0, expected a positive"),
