@@ -203,7 +203,7 @@ def test_load_not_an_image(tmp_path: Path, content: bytes | str | None, message:
         load_image(path)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "gif", "tiff", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
 def test_load_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
     buffer = io.BytesIO()
