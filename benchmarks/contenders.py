@@ -200,7 +200,7 @@ def open_drawn(args: Any) -> list[Any]:
         device=device,
         transformer=transformer.state_dict(),
         text_encoder=text_encoder.state_dict(),
-        vae=vae,
+        vae=vae.state_dict(),
         **compiling(args),
     )
     ours = KleinKVPipeline(args.artifacts, manifest, backend, prompt_cache_bytes=0)

@@ -37,6 +37,7 @@ from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.unfinished import remove_leftovers
 
 __all__ = ["build_artifacts", "engine_folder"]
 
@@ -123,6 +124,7 @@ def build_artifacts(
         make_task(artifacts, manifest, chosen, graph, recipe, engines)
         for graph in chosen_graphs(graphs, recipe, chosen)
     ]
+    remove_leftovers(folder)
     engines = replace(engines, engines=_reusable(folder, engines, tasks, force))
     pending = [task for task in tasks if task.graph not in engines.engines]
     _check_disk(folder, pending)

@@ -5,7 +5,6 @@ could be taken for a result.
 """
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -42,10 +41,11 @@ from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
-from klein_kv.export.graphs.vae_graphs import vae_graph, vae_parameters
+from klein_kv.export.graphs.vae_graphs import vae_graph
 from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.networks.vae import vae_parameters
 from klein_kv.runtime.lora.changes import TensorChange
 from klein_kv.runtime.lora.lora_file import read_adapter
 from klein_kv.schedule import make_schedule
@@ -57,6 +57,7 @@ _FLOATS = tuple(DTYPES.values())
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # vectors of files that were cast
 # Tensors that checkpoints hold and the graphs do not read.
 _UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
+_UNREAD_VAE = ("bn.num_batches_tracked",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,6 @@ class _Checkpoint:
 
     folder: Path
     config: ModelConfig
-    vae_config: dict[str, Any]
     scheduler: dict[str, Any]
     weights: dict[str, Mapping[str, StoredWeight]]
     parameters: dict[str, dict[str, tuple[int, ...]]]
@@ -174,9 +174,6 @@ def export_checkpoint(
             (folder / part).mkdir()
             placed[part] = place_weights(whole.weights[part], names, dtype, folder / part, part)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
-        # diffusers builds the VAE from it where the torch backend runs it.
-        vae_config = json.dumps(whole.vae_config, indent=1) + "\n"
-        (folder / "vae/config.json").write_text(vae_config, encoding="utf-8")
         licence = copy_licences(source, folder)
         files = _file_records(folder, placed)
         Manifest(
@@ -211,15 +208,12 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
         make_schedule(scheduler, num_inference_steps=4, image_seq_len=4096)
     except ArtifactError as error:
         raise CheckpointError(str(error)) from error
-    vae_shapes = vae_parameters(configs["vae"])
-    # The batch counter of BatchNorm is not used at inference, and not always saved.
-    counters = tuple(name for name in vae_shapes if name.endswith("num_batches_tracked"))
     parameters = {
         "transformer": transformer_parameters(transformer),
         "text_encoder": text_encoder_parameters(text),
-        "vae": {name: shape for name, shape in vae_shapes.items() if name not in counters},
+        "vae": vae_parameters(config.vae),
     }
-    unread = {"transformer": (), "text_encoder": _UNREAD_TEXT, "vae": counters}
+    unread = {"transformer": (), "text_encoder": _UNREAD_TEXT, "vae": _UNREAD_VAE}
     weights: dict[str, Mapping[str, StoredWeight]] = {}
     for part, shapes in parameters.items():
         if part == "transformer" and source.transformer is not None:
@@ -234,7 +228,7 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
                 raise CheckpointError(
                     f"{part}: {name} is {dtype}, expected one of {', '.join(_FLOATS)}"
                 )
-    return _Checkpoint(folder, config, configs["vae"], scheduler, weights, parameters)
+    return _Checkpoint(folder, config, scheduler, weights, parameters)
 
 
 def _with_adapters(
@@ -278,7 +272,7 @@ def _write_graphs(
         elif graph == "text_encoder":
             model = text_encoder_graph(config, dtype, placed["text_encoder"].refs)
         else:
-            model = vae_graph(graph, config, source.vae_config, dtype, placed["vae"].refs)
+            model = vae_graph(graph, config, dtype, placed["vae"].refs)
         nodes[label] = len(model.graph)
         save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)

@@ -12,7 +12,7 @@ import psutil
 
 from klein_kv import __version__
 
-__all__ = ["DISTRIBUTIONS", "examine_machine", "peak_memory"]
+__all__ = ["DISTRIBUTIONS", "examine_machine", "peak_memory", "usable_cpus"]
 
 # Distribution, what it is for, and the extra that brings it.
 DISTRIBUTIONS = (
@@ -57,6 +57,12 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on; all of them where the system does not say."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _version(distribution: str) -> str | None:

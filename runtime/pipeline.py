@@ -96,7 +96,7 @@ class KleinKVPipeline(LoraLoader):
         self.config = manifest.config
         self.backend = backend
         self.graphs = _graphs(manifest, options)
-        self.session = Session(backend, artifacts, manifest, self.graphs, nvtx=options.nvtx)
+        self.session = Session(backend, manifest, self.graphs, nvtx=options.nvtx)
 
         # 2. What is kept.
         budget = options.reference_cache_bytes

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from klein_kv.runtime.backends.backend import (
     GraphMemory,
     WeightChanges,
 )
-from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, load_vae_shapes
+from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
 from klein_kv.runtime.planning.plan_choices import what_fits
@@ -77,7 +76,6 @@ class Session:
     def __init__(
         self,
         backend: Backend,
-        artifacts: Path,
         manifest: Manifest,
         graphs: GraphSet,
         *,
@@ -88,7 +86,6 @@ class Session:
         self.watch: Callable[[str, Mapping[str, Buffer]], None] | None = None
         self._config = manifest.config
         self._graphs = graphs
-        self._vae_shapes = load_vae_shapes(artifacts, graphs)
         self._memory: dict[str, GraphMemory] = {}
         self._loaded: set[str] = set()
         self._last = ""  # the graph that ran last, or "" where room must be made before the next
@@ -281,7 +278,7 @@ class Session:
             component: self._weights(g for g in graphs if component_of(g) == component)
             for component in COMPONENTS
         }
-        return Footprint(self._config, self._graphs, weights, self._vae_shapes)
+        return Footprint(self._config, self._graphs, weights)
 
     def _capacity(self, request: Request) -> int:
         """What can be had, and what this pipeline holds already and the plan counts."""

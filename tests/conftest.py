@@ -18,7 +18,6 @@ from PIL import Image
 from tests.tolerances import MEASURED, TOLERANCES
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from diffusers import Flux2KleinKVPipeline
 
     from klein_kv import KleinKVPipeline
@@ -107,7 +106,7 @@ def _export(made_once: MadeOnce, checkpoint: Path, dtype: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
-    """The tiny checkpoint, exported in float32 (which takes about ten seconds)."""
+    """The tiny checkpoint, exported in float32."""
     return _export(made_once, tiny_checkpoint, "float32")
 
 
@@ -154,30 +153,12 @@ def plain_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def tiny_vae_graph(tiny_artifacts: Path) -> Callable[..., "ir.Model"]:
-    """In place of `vae_graph`, which traces for ten seconds: what it made of the tiny checkpoint.
-
-    Right for any export in float32 that links the same VAE file.
-    """
-    import onnx_ir as ir
-
-    from klein_kv.artifacts.signature import GRAPH_FILES
-
-    def load(graph: str, *_: object) -> "ir.Model":
-        return ir.load(tiny_artifacts / GRAPH_FILES[graph])
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def plain_artifacts(plain_checkpoint: Path, tiny_vae_graph: Callable[..., "ir.Model"]) -> Path:
+def plain_artifacts(plain_checkpoint: Path) -> Path:
     """The plain checkpoint, exported in float32."""
-    from klein_kv.export import exporter
+    from klein_kv.export.exporter import export_checkpoint
 
     target = plain_checkpoint.with_name("artifacts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "vae_graph", tiny_vae_graph)
-        exporter.export_checkpoint(plain_checkpoint, target)
+    export_checkpoint(plain_checkpoint, target)
     return target
 
 

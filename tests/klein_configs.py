@@ -31,7 +31,7 @@ def _klein(double: int, single: int, heads: int, text_hidden: int) -> ModelConfi
                 "rope_theta": 1_000_000,
             }
         ),
-        VaeConfig(latent_channels=32, num_levels=4, batch_norm_eps=1e-4),
+        VaeConfig.from_dict({}),
     )
 
 

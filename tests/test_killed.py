@@ -121,7 +121,7 @@ def test_killed_build(tiny_bf16_artifacts, fresh, kills):
         artifacts = place / "artifacts"
         build_artifacts(artifacts, recipe=recipe, graphs=GRAPHS, progress=False)
         engines = EngineManifest.load(engine_folder(artifacts, "rtx5090", "bf16", "tiny"))
-        assert list(engines.engines) == GRAPHS
+        assert set(engines.engines) == set(GRAPHS)
 
     killed_and_repeated(work, fresh(tiny_bf16_artifacts), kills)
 

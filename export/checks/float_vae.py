@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.networks.vae import VaeDecoder, VaeEncoder
+from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.networks.vae import vae_decoder, vae_encoder
 from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 
 __all__ = ["FloatVae"]
@@ -21,19 +22,18 @@ class FloatVae:
     """Encodes reference images and decodes latents.
 
     Raises:
-        ArtifactError: the folder does not hold the VAE's weights or its configuration.
+        ArtifactError: the folder does not hold the VAE's weights.
     """
 
     def __init__(self, artifacts: Path, manifest: Manifest) -> None:
-        vae = FolderWeights(artifacts, manifest, device="cpu").load("vae").float()
-        self._encoder, self._decoder = VaeEncoder(vae), VaeDecoder(vae)
+        stored = FolderWeights(artifacts, manifest, device="cpu").load("vae")
+        weights = {name: tensor.float() for name, tensor in stored.items()}
+        self._ops, self._config = TorchOps(weights, torch.float32), manifest.config.vae
 
     def encode(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Reference tokens [1, h, w, C] of pixels [1, H, W, 3]."""
-        tokens: NDArray[np.float32] = self._encoder(torch.tensor(image)).numpy()
-        return tokens
+        return vae_encoder(self._ops, self._config, torch.tensor(image)).numpy()
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Images [B, H, W, 3] of latents in grid order [B, h, w, C]."""
-        images: NDArray[np.uint8] = self._decoder(torch.tensor(latents))[0].numpy()
-        return images
+        return vae_decoder(self._ops, self._config, torch.tensor(latents))[0].numpy()

@@ -19,13 +19,13 @@ from klein_kv.artifacts.weights import WeightRef
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
 
-__all__ = ["IR_DTYPES", "OPSET", "OnnxOps", "external_tensor", "part_name"]
+__all__ = ["IR_DTYPES", "MICROSOFT", "OPSET", "OnnxOps", "external_tensor", "part_name"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 OPSET = 23
-_MICROSOFT = "com.microsoft"
+MICROSOFT = "com.microsoft"
 IR_DTYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -76,7 +76,7 @@ class OnnxOps:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
         self._scope = signature.graph
-        self._opsets = {"": OPSET, _MICROSOFT: 1}
+        self._opsets = {"": OPSET, MICROSOFT: 1}
         self.inputs = {spec.name: self._value_from_spec(spec) for spec in signature.inputs}
 
     @property
@@ -281,7 +281,7 @@ class OnnxOps:
             self._one("Reshape", x, self._ints(0, 0, math.prod(x.meta["heads"]))) for x in (q, k, v)
         )
         if self.dtype == "float32" and mask is None and q_heads == kv_heads:
-            return self._one("MultiHeadAttention", q, k, v, domain=_MICROSOFT, num_heads=q_heads)
+            return self._one("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=q_heads)
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         heads = {"q_num_heads": q_heads, "kv_num_heads": kv_heads}
         out = self._one("Attention", *inputs, rank=3, **heads)
@@ -392,7 +392,8 @@ class OnnxOps:
         return self._one("Clip", x, low, high)
 
     def to_float32(self, x: ir.Value) -> ir.Value:
-        return x if self.dtype == "float32" else self._one("Cast", x, to=ir.DataType.FLOAT)
+        wide = self.dtype == "float32" and x.dtype in (None, ir.DataType.FLOAT)
+        return x if wide else self._one("Cast", x, to=ir.DataType.FLOAT)
 
     def to_model_dtype(self, x: ir.Value) -> ir.Value:
         return x if self.dtype == "float32" else self._one("Cast", x, to=self.onnx_dtype)

@@ -1,170 +1,129 @@
-"""The VAE's two graphs, traced from the modules of `klein_kv.networks.vae` on fake tensors."""
+"""The VAE's two graphs, written from their description."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import make_signature
 from klein_kv.artifacts.weights import WeightRef
-from klein_kv.errors import CheckpointError
-from klein_kv.export.graphs.onnx_ops import OPSET, external_tensor
-from klein_kv.networks.vae import VaeDecoder, VaeEncoder, build_vae
+from klein_kv.export.graphs.onnx_ops import MICROSOFT, OnnxOps
+from klein_kv.networks.vae import vae_decoder, vae_encoder
 
-__all__ = ["vae_graph", "vae_parameters"]
-
-_MICROSOFT = "com.microsoft"
+__all__ = ["vae_graph"]
 
 
-def vae_parameters(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a VAE's tensors, by its `vae/config.json` and diffusers' module."""
-    with torch.device("meta"):
-        state = build_vae(config, torch.float32).state_dict()
-    return {name: tuple(value.shape) for name, value in state.items()}
+class ImageOnnxOps(OnnxOps):
+    """`OnnxOps` with the operations on images."""
+
+    def conv2d(self, x: ir.Value, name: str, stride: int = 1) -> ir.Value:
+        weight, bias = self._layer(name)
+        side = self._weights[f"{name}.weight"].shape[-1]
+        first, last = (0, 1) if stride == 2 else (side // 2, side // 2)
+        return self._one(
+            "Conv",
+            x,
+            weight,
+            bias,
+            kernel_shape=[side, side],
+            strides=[stride, stride],
+            pads=[first, first, last, last],
+        )
+
+    def group_norm(self, x: ir.Value, name: str, groups: int, eps: float) -> ir.Value:
+        return self._one(
+            "GroupNormalization", x, *self._layer(name), num_groups=groups, epsilon=eps
+        )
+
+    def upsample(self, x: ir.Value) -> ir.Value:
+        # In float32 (nearest, so exact): ONNX Runtime has no bfloat16 kernel for it.
+        narrow = self.dtype == "bfloat16"
+        wide = self.to_float32(x) if narrow else x
+        scales = self.constant(np.array([1, 1, 2, 2], np.float32))
+        large = self._one(
+            "Resize",
+            wide,
+            None,
+            scales,
+            mode="nearest",
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        )
+        return self.to_model_dtype(large) if narrow else large
+
+    def affine(self, x: ir.Value, name: str) -> ir.Value:
+        weight, bias = self._layer(name)
+        product = self._one("MatMul", x, self._one("Transpose", weight, perm=[1, 0]))
+        out = self._one("Add", product, bias)
+        out.meta["features"] = self._features(f"{name}.weight", None)
+        return out
+
+    def grid_attention(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        features = q.meta["features"]
+        if self.dtype == "float32":
+            cells = [self._one("Reshape", x, self._ints(0, -1, features)) for x in (q, k, v)]
+            out = self._one("MultiHeadAttention", *cells, domain=MICROSOFT, num_heads=1)
+        else:
+            # With the head as an axis: engines.rewrite computes such attention in parts, and needs
+            # the width, which ONNX's shape inference loses at GroupNormalization.
+            cells = [self._one("Reshape", x, self._ints(0, 1, -1, features)) for x in (q, k, v)]
+            for x in cells:
+                x.type = ir.TensorType(self.onnx_dtype)
+                x.shape = ir.Shape((None, 1, None, features))
+            out = self._one("Attention", *cells)
+        return self._one("Reshape", out, self._shape(q, 3, features))
+
+    def statistics(self, name: str, eps: float) -> tuple[ir.Value, ir.Value]:
+        mean, variance = (self._weight(f"{name}.running_{x}") for x in ("mean", "var"))
+        return mean, self._one("Sqrt", self.add(variance, self.to_model_dtype(self._float(eps))))
+
+    def patchify(self, x: ir.Value, channels: int) -> ir.Value:
+        zero, one = self._ints(0), self._ints(1)
+        some = self._one("Slice", x, zero, self._ints(channels), one)
+        columns = self._one("Reshape", some, self._ints(0, 0, 0, -1, 2))  # [B, C, 2 * h, w, 2]
+        turned = self.permute(columns, (0, 3, 1, 4, 2))
+        rows = self._one("Reshape", turned, self._ints(0, 0, 0, 0, -1, 2))  # [B, w, C, 2, h, 2]
+        cells = self.permute(rows, (0, 4, 1, 2, 5, 3))
+        return self._one("Reshape", cells, self._ints(0, 0, 0, 4 * channels))
+
+    def unpatchify(self, x: ir.Value, channels: int) -> ir.Value:
+        cells = self._one("Reshape", x, self._ints(0, 0, 0, channels, 2, 2))
+        sides = self._one("Mul", self._axes(x, 1, 3), self._ints(2))
+        shape = self._one("Concat", self._axes(x, 0, 1), self._ints(channels), sides, axis=0)
+        return self._one("Reshape", self.permute(cells, (0, 3, 1, 4, 2, 5)), shape)
+
+    def permute(self, x: ir.Value, axes: tuple[int, ...]) -> ir.Value:
+        return self._one("Transpose", x, perm=axes)
+
+    def div(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self._one("Div", a, b)
+
+    def clip(self, x: ir.Value, low: float, high: float) -> ir.Value:
+        least, most = (self.to_model_dtype(self._float(bound)) for bound in (low, high))
+        return self._one("Min", self._one("Max", x, least), most)
+
+    def to_uint8(self, x: ir.Value) -> ir.Value:
+        return self._one("Cast", self._one("Round", x), to=ir.DataType.UINT8)
+
+    def _layer(self, name: str) -> tuple[ir.Value, ir.Value]:
+        return self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
 
 
 def vae_graph(
-    graph: str,
-    config: ModelConfig,
-    vae_config: Mapping[str, Any],
-    dtype: str,
-    weights: Mapping[str, WeightRef],
+    graph: str, config: ModelConfig, dtype: str, weights: Mapping[str, WeightRef]
 ) -> ir.Model:
-    """Traces `vae_encoder` or `vae_decoder`; no weight is read.
+    """Writes `vae_encoder` or `vae_decoder`.
 
     Args:
         graph: which of the two.
         config: the checkpoint's configuration.
-        vae_config: its `vae/config.json`.
         dtype: type of activations and weights.
         weights: where the VAE's tensors lie.
     """
-    unit = config.vae.multiple_of
-    height, width = (torch.export.Dim(f"grid_{side}", min=2) for side in ("height", "width"))
-    # The dimensions traced with must differ from each other and from 0 and 1.
-    with FakeTensorMode():
-        vae = build_vae(vae_config, getattr(torch, dtype))
-        if graph == "vae_encoder":
-            module: torch.nn.Module = VaeEncoder(vae)
-            example = torch.zeros(1, 3 * unit, 4 * unit, 3, dtype=torch.uint8)
-            axes: dict[int, Any] = {1: unit * height, 2: unit * width}
-        else:
-            module = VaeDecoder(vae)
-            shape = (2, 3, 4, config.transformer.in_channels)
-            example = torch.zeros(shape, dtype=getattr(torch, dtype))
-            # diffusers' `Upsample2D` makes 64 images and more contiguous, which the graph need not:
-            # without the bound torch traces, finds that condition, and traces again with the bound.
-            axes = {0: torch.export.Dim("batch", max=63), 1: height, 2: width}
-        with _quiet():
-            program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                dynamic_shapes=(axes,),
-                verbose=False,
-            )
-    if program is None:
-        raise CheckpointError(f"{graph}: torch.onnx returned nothing")
-    model = program.model
-    if dtype == "float32":
-        _use_multi_head_attention(model)
-    if dtype == "bfloat16":
-        _resize_as_float32(model.graph)
-    _apply_signature(model, graph, config, dtype)
-    _point_at_weights(model.graph, weights)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what the exporter says of absent torchvision and of its own future."""
-    logger = logging.getLogger("torch.onnx._internal.exporter")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _apply_signature(model: ir.Model, graph: str, config: ModelConfig, dtype: str) -> None:
-    signature = make_signature(graph, config, dtype)
-    model.graph.name = graph
-    for values, specs in (
-        (model.graph.inputs, signature.inputs),
-        (model.graph.outputs, signature.outputs),
-    ):
-        for value, spec in zip(values, specs, strict=True):
-            value.name = spec.name
-            value.shape = ir.Shape(spec.shape)
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None  # traced symbols are not the signature's
-
-
-def _point_at_weights(graph: ir.Graph, weights: Mapping[str, WeightRef]) -> None:
-    for name in list(graph.initializers):
-        value = graph.initializers[name]
-        source = name.removeprefix("vae.")
-        if not value.uses():
-            del graph.initializers[name]
-        elif source in weights:
-            del graph.initializers[name]
-            value.name = source
-            value.const_value = external_tensor(source, weights[source])
-            graph.initializers[source] = value
-
-
-def _resize_as_float32(graph: ir.Graph) -> None:
-    """Casts around `Resize` (nearest, so exact): ONNX Runtime has no bfloat16 kernel for it."""
-    for node in [node for node in graph if node.op_type == "Resize"]:
-        wide = ir.node("Cast", [node.inputs[0]], attributes={"to": ir.DataType.FLOAT})
-        resized = ir.node("Resize", [wide.outputs[0], *node.inputs[1:]], node.attributes)
-        back = ir.node("Cast", resized.outputs, attributes={"to": ir.DataType.BFLOAT16})
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], [wide, resized, back], node.outputs, back.outputs
-        )
-
-
-def _use_multi_head_attention(model: ir.Model) -> None:
-    """Replaces `Attention` by ONNX Runtime's operator, which never holds the score matrix."""
-    graph = model.graph
-    graph.opset_imports[_MICROSOFT] = 1
-    flat = ir.Value(
-        name="sequence_shape", const_value=ir.tensor(np.array([0, 0, -1]), name="sequence_shape")
-    )
-    for node in [node for node in graph if node.op_type == "Attention"]:
-        query = node.inputs[0]
-        heads = None if query is None or query.shape is None else query.shape[1]
-        if not isinstance(heads, int):
-            raise CheckpointError("vae: attention without a known number of heads")
-        new: list[ir.Node] = []
-        sequences = []
-        for value in node.inputs[:3]:
-            new.append(ir.node("Transpose", [value], attributes={"perm": [0, 2, 1, 3]}))
-            new.append(ir.node("Reshape", [new[-1].outputs[0], flat]))
-            sequences.append(new[-1].outputs[0])
-        attributes = {"num_heads": heads}
-        new.append(ir.node("MultiHeadAttention", sequences, attributes, domain=_MICROSOFT))
-        shape = ir.tensor(np.array([0, 0, heads, -1]), name=f"{node.name}_heads")
-        split = ir.Value(name=shape.name, const_value=shape)
-        graph.register_initializer(split)
-        new.append(ir.node("Reshape", [new[-1].outputs[0], split]))
-        new.append(ir.node("Transpose", [new[-1].outputs[0]], attributes={"perm": [0, 2, 1, 3]}))
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], new, node.outputs, new[-1].outputs
-        )
-    if flat.uses():
-        graph.register_initializer(flat)
+    ops = ImageOnnxOps(make_signature(graph, config, dtype), dtype, weights)
+    if graph == "vae_encoder":
+        tokens = vae_encoder(ops, config.vae, ops.inputs["image"])
+        return ops.model([tokens], "Pixels to the transformer's tokens.")
+    outputs = vae_decoder(ops, config.vae, ops.inputs["latents"])
+    return ops.model(outputs, "The transformer's tokens to pixels, and their values in 0..1.")

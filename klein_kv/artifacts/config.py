@@ -280,14 +280,35 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class VaeConfig:
-    """What the runtime needs to know of the VAE (diffusers: `AutoencoderKLFlux2`)."""
+    """Shape of the VAE (diffusers: `AutoencoderKLFlux2.__init__`)."""
 
     latent_channels: int
-    num_levels: int
+    block_out_channels: tuple[int, ...]  # of the encoder's levels, from the image down
+    decoder_block_out_channels: tuple[int, ...]  # of the decoder's, in the same order
+    layers_per_block: int
+    norm_num_groups: int
     batch_norm_eps: float
 
     def __post_init__(self) -> None:
         _check_fields("vae", self)
+        groups = self.norm_num_groups
+        for name in ("block_out_channels", "decoder_block_out_channels"):
+            channels = getattr(self, name)
+            if not channels or any(x < groups or x % groups for x in channels):
+                raise CheckpointError(
+                    f"vae config: {name} is {channels}, expected multiples of norm_num_groups "
+                    f"{groups}"
+                )
+        if len(self.decoder_block_out_channels) != self.num_levels:
+            raise CheckpointError(
+                f"vae config: decoder_block_out_channels is {self.decoder_block_out_channels}, "
+                f"expected {self.num_levels} levels, as the encoder has"
+            )
+
+    @property
+    def num_levels(self) -> int:
+        """Sizes that an image passes through, each half of the one before."""
+        return len(self.block_out_channels)
 
     @property
     def scale_factor(self) -> int:
@@ -306,17 +327,26 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a diffusers `vae/config.json`; a `CheckpointError` tells of another class."""
-        _require(config, "vae", {"_class_name": "AutoencoderKLFlux2", "in_channels": 3})
-        sides: dict[str, Any] = {"patch_size": (2, 2), "block_out_channels": (0, 0, 0, 0)}
-        for name, default in sides.items():
-            value = default if config.get(name) is None else config[name]
-            sides[name] = tuple(value) if isinstance(value, list) else value
-            _check("vae", name, sides[name], tuple)
-        if sides["patch_size"] != (2, 2):
-            raise CheckpointError(f"vae config: patch_size is {sides['patch_size']}, expected 2x2")
-        own = {"num_levels": len(sides["block_out_channels"])}
-        return _read(cls, "vae", {**config, **own}, latent_channels=32, batch_norm_eps=1e-4)
+        """Reads a diffusers `vae/config.json`; a `CheckpointError` if it is not klein's."""
+        own = {"_class_name": "AutoencoderKLFlux2", "in_channels": 3, "out_channels": 3}
+        on = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+        _require(config, "vae", own | {"act_fn": "silu", "patch_size": [2, 2]})
+        _require(config, "vae", dict.fromkeys(on, True))
+        channels = config.get("block_out_channels") or (128, 256, 512, 512)
+        read = _read(
+            cls,
+            "vae",
+            config,
+            latent_channels=32,
+            block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            layers_per_block=2,
+            norm_num_groups=32,
+            batch_norm_eps=1e-4,
+        )
+        blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        _require(config, "vae", {key: [kind] * read.num_levels for key, kind in blocks.items()})
+        return read
 
 
 _SIZES = {2560: "4B, which reads Qwen3-4B", 4096: "9B, which reads Qwen3-8B"}

@@ -51,17 +51,22 @@ def combine_digests(digests: dict[str, str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`; an `ArtifactError` where `name`, or a link there, leaves the folder."""
+    """`folder / name`; an `ArtifactError` where `name`, or a link there, leaves the folder.
+
+    In the hub's cache files are links into the blobs beside the snapshots of their repository
+    (huggingface_hub, "Understand caching"): those are fine.
+    """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise ArtifactError(
             f"{folder}: path {name!r} leaves the folder; expected a relative path inside it"
         )
     path = folder / pure
-    if not path.resolve().is_relative_to(folder.resolve()):
+    real, root = path.resolve(), folder.resolve()
+    blobs = [x.with_name("blobs") for x in root.parents if x.name == "snapshots"]
+    if not real.is_relative_to(root) and real.parent not in blobs:
         raise ArtifactError(
-            f"{path} is a link to {path.resolve()}, outside the folder; copy the file itself there "
-            "(downloads from a hub: with a local folder, not through its cache)"
+            f"{path} is a link to {real}, outside the folder; copy the file itself there"
         )
     return path
 

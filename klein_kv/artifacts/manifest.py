@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig
+from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json
 from klein_kv.artifacts.digest import (
     combine_digests,
     file_digest,
@@ -182,6 +182,9 @@ class Manifest:
         """
         value = _read_manifest(folder)
         try:
+            if "num_levels" in value["config"]["vae"]:  # a folder from before the VAE was described
+                vae = read_json(folder / "vae/config.json", "vae config")
+                value["config"]["vae"] = asdict(VaeConfig.from_dict(vae))
             manifest = cls(
                 model_id=value["model_id"],
                 variant=value["variant"],

@@ -1,12 +1,13 @@
 """The handful of operations that klein's networks are written in.
 
-`transformer.py` and `text_encoder.py` describe the networks once, over this protocol. Two things
-implement it: `torch_ops.TorchOps` computes, and `klein_kv.export.graphs.onnx_ops.OnnxOps` writes
-ONNX nodes. So the graph that is exported and the model that is tested against diffusers cannot
-drift apart, and exporting needs no tracing.
+`transformer.py`, `text_encoder.py` and `vae.py` describe the networks once, over these protocols.
+Two things implement them: `torch_ops.TorchOps` computes, and `klein_kv.export.graphs` (OnnxOps,
+ImageOnnxOps) writes ONNX nodes. So the graph that is exported and the model that is tested against
+diffusers cannot drift apart, and exporting needs no tracing.
 
-Activations are *rows* wherever attention does not need more: a matrix [batch * tokens, features].
-Every linear layer is then one matrix product with the weight in its own [out, in] layout.
+In transformers activations are *rows* wherever attention does not need more: a matrix [batch *
+tokens, features]. Every linear layer is then one matrix product with the weight in its own [out,
+in] layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ops"]
+__all__ = ["ImageOps", "Ops"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -141,7 +142,53 @@ class Ops(Protocol[T]):
         """Clips float16 to its finite range; does nothing in other types."""
 
     def to_float32(self, x: T) -> T:
-        """Casts up; does nothing in float32."""
+        """Casts up; does nothing to float32."""
 
     def to_model_dtype(self, x: T) -> T:
         """Casts to the model's dtype; does nothing in float32."""
+
+
+class ImageOps(Ops[T], Protocol[T]):
+    """What the VAE needs besides: operations on images [B, C, H, W].
+
+    `name` is a layer's, which has a weight and a bias.
+    """
+
+    def conv2d(self, x: T, name: str, stride: int = 1) -> T:
+        """Convolution with a kernel of 3x3 or 1x1 that keeps the size, or halves it.
+
+        With stride 2 the zeros around the image are at its right and lower edges alone.
+        """
+
+    def group_norm(self, x: T, name: str, groups: int, eps: float) -> T:
+        """Group normalisation, scaled and shifted by channel."""
+
+    def upsample(self, x: T) -> T:
+        """Every pixel four times: [B, C, H, W] -> [B, C, 2 * H, 2 * W]."""
+
+    def affine(self, x: T, name: str) -> T:
+        """`x @ weight.T + bias` over the last axis."""
+
+    def grid_attention(self, q: T, k: T, v: T) -> T:
+        """Softmax attention of one head between all cells of a grid [B, h, w, C]."""
+
+    def statistics(self, name: str, eps: float) -> tuple[T, T]:
+        """Mean and standard deviation of a BatchNorm layer's channels: [C]."""
+
+    def patchify(self, x: T, channels: int) -> T:
+        """Cells of 2x2 pixels in the first channels: [B, ..., 2 * h, 2 * w] -> [B, h, w, C * 4]."""
+
+    def unpatchify(self, x: T, channels: int) -> T:
+        """Back: [B, h, w, C * 4] -> [B, C, 2 * h, 2 * w]."""
+
+    def permute(self, x: T, axes: tuple[int, ...]) -> T:
+        """x with its axes in another order."""
+
+    def div(self, a: T, b: T) -> T:
+        """a / b with broadcasting."""
+
+    def clip(self, x: T, low: float, high: float) -> T:
+        """x, but at least `low` and at most `high`."""
+
+    def to_uint8(self, x: T) -> T:
+        """Rounds float32 to whole numbers, halves to even ones, and casts."""

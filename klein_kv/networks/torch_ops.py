@@ -198,6 +198,52 @@ class TorchOps:
     def to_model_dtype(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
+    def conv2d(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight, bias = self._layer(name)
+        if stride == 1:
+            return F.conv2d(x, weight, bias, padding="same")
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride)
+
+    def group_norm(self, x: Tensor, name: str, groups: int, eps: float) -> Tensor:
+        return F.group_norm(x, groups, *self._layer(name), eps)
+
+    def upsample(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    def affine(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, *self._layer(name))
+
+    def grid_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.flatten(1, 2)[:, None] for x in (q, k, v))  # [B, 1, h * w, C]
+        return F.scaled_dot_product_attention(q, k, v).view(shape)
+
+    def statistics(self, name: str, eps: float) -> tuple[Tensor, Tensor]:
+        mean, variance = (self.weights[f"{name}.running_{x}"] for x in ("mean", "var"))
+        return mean, torch.sqrt(variance + eps)
+
+    def patchify(self, x: Tensor, channels: int) -> Tensor:
+        return F.pixel_unshuffle(x[:, :channels], 2).permute(0, 2, 3, 1)
+
+    def unpatchify(self, x: Tensor, channels: int) -> Tensor:
+        cells = x.reshape(*x.shape[:3], channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return cells.flatten(4, 5).flatten(2, 3)
+
+    def permute(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return x.permute(axes)
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        return a / b
+
+    def clip(self, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clip(low, high)
+
+    def to_uint8(self, x: Tensor) -> Tensor:
+        return x.round().to(torch.uint8)
+
+    def _layer(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
 
 @functools.cache
 def _compiled(function: Block) -> Block:

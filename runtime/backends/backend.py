@@ -201,10 +201,10 @@ def open_backend(
 
         return TrtBackend(artifacts, manifest, device=int(ordinal or 0), graphs=graphs)
     if name == "torch":
-        if missing := _missing_for_torch():
+        if not _has_torch():
             raise BackendError(
-                f"backend torch needs {' and '.join(missing)}, which is not installed; install it "
-                "with pip install 'klein-kv[torch]'"
+                "backend torch needs torch, which is not installed; install it with "
+                "pip install 'klein-kv[torch]'"
             )
         from klein_kv.runtime.backends.pytorch.backend import TorchBackend
         from klein_kv.runtime.backends.pytorch.weights import FolderWeights
@@ -224,7 +224,7 @@ def _choose_backend(artifacts: Path, graphs: GraphSet, kind: str) -> str:
 
     if kind != "cpu" and find_engines(artifacts):
         return "tensorrt"
-    if graphs.quantized or graphs.attention or _missing_for_torch():
+    if graphs.quantized or graphs.attention or not _has_torch():
         return "onnxruntime"
     if kind == "cuda":
         import torch
@@ -233,9 +233,8 @@ def _choose_backend(artifacts: Path, graphs: GraphSet, kind: str) -> str:
     return "torch" if graphs.dtype == "bfloat16" else "onnxruntime"
 
 
-def _missing_for_torch() -> list[str]:
-    """Libraries of the torch backend that are not installed."""
-    return [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def keep_changes(kept: dict[str, Callable[[], NDArray[Any]]], changes: WeightChanges) -> None:

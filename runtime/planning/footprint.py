@@ -18,7 +18,6 @@ __all__ = [
     "component_of",
     "file_weights",
     "linear_weights",
-    "load_vae_shapes",
 ]
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -33,8 +32,6 @@ PRECISIONS = {
     "nvfp4": 0.5 + 1 / 16,
 }
 """Bytes per weight of a block's linear layer; nvfp4 has one fp8 scale for 16 weights."""
-
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
 def component_of(graph: str) -> str:
@@ -52,13 +49,11 @@ class Footprint:
         config: the checkpoint's configuration.
         graphs: which graphs run: their types and precisions.
         weights: bytes by component.
-        vae_shapes: weights of "vae_encoder" and "vae_decoder", for estimates.
     """
 
     config: ModelConfig
     graphs: GraphSet
     weights: Mapping[str, int]
-    vae_shapes: Shapes
 
     @property
     def precisions(self) -> dict[str, str]:
@@ -128,8 +123,7 @@ def base_footprint(artifacts: Path, manifest: Manifest) -> Footprint:
     """The exported model in 16 bits, as GPUs run it: float32 is planned as bfloat16."""
     dtype = "bfloat16" if manifest.dtype == "float32" else manifest.dtype
     graphs = GraphSet(manifest.variant, dtype)
-    weights = file_weights(artifacts, manifest, graphs)
-    return Footprint(manifest.config, graphs, weights, load_vae_shapes(artifacts, graphs))
+    return Footprint(manifest.config, graphs, file_weights(artifacts, manifest, graphs))
 
 
 def file_weights(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> dict[str, int]:
@@ -150,16 +144,3 @@ def file_weights(artifacts: Path, manifest: Manifest, graphs: GraphSet) -> dict[
                     tensors[ref] = ref.nbytes * ITEM_SIZE[graphs.dtype] // ITEM_SIZE[ref.dtype]
         weights[component] = sum(tensors.values())
     return weights
-
-
-def load_vae_shapes(artifacts: Path, graphs: GraphSet) -> Shapes:
-    """Shapes of the weights of "vae_encoder" and "vae_decoder".
-
-    Raises:
-        ArtifactError: a table of weights is missing or damaged.
-    """
-    return {
-        graph: {name: ref.shape for name, ref in graph_weights(artifacts, file).items()}
-        for graph, file in graphs.files.items()
-        if graph.startswith("vae_")
-    }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from klein_kv.artifacts.config import ITEM_SIZE
-from klein_kv.networks.vae_layers import vae_scratch
+from klein_kv.networks.vae import vae_scratch
 from klein_kv.runtime.planning.footprint import Footprint
 
 __all__ = ["estimate_scratch"]
@@ -25,8 +25,8 @@ def estimate_scratch(graph: str, footprint: Footprint, sizes: Mapping[str, int])
         return item * batch * sizes["text_tokens"] * width
     if graph.startswith("vae_"):
         return item * vae_scratch(
-            footprint.vae_shapes[graph],
-            config.vae.num_levels,
+            config.vae,
+            graph,
             batch=batch if graph == "vae_decoder" else 1,
             height=sizes["height"],
             width=sizes["width"],

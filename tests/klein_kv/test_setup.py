@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
-from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.cli import main
 from klein_kv.engines import build
 from klein_kv.engines.sizes.recipe import Recipe
@@ -45,19 +43,15 @@ def run(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> Callable[..., tup
 
 
 @pytest.fixture
-def small_work(tiny_bf16_artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage works, on less: a traced VAE, one small sample, two graphs in one shape."""
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage works, on less: one small sample, two graphs in one shape."""
     make_samples = samples.make_samples
 
     def one_sample(count: int, **options: Any) -> Any:
         assert count == 8
         return make_samples(1, **options, size=(64, 64))
 
-    def traced(graph: str, *_: object) -> ir.Model:
-        return ir.load(tiny_bf16_artifacts / GRAPH_FILES[graph])
-
     monkeypatch.setattr(samples, "make_samples", one_sample)
-    monkeypatch.setattr(exporter, "vae_graph", traced)
     monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references", "cached_step"])
     monkeypatch.setattr(Recipe, "load", lambda name: Recipe.from_toml(TINY_PROFILE, name))
 

@@ -84,6 +84,7 @@ TARGETS = {
         Target("rtx5060ti", 120),
         # Workstation, Max-Q and server editions have different clocks: no figures.
         Target("rtx-pro-6000", 120),
+        Target("dgx-spark", 121),
         Target("rtx4090", 89, GPUS["rtx4090"]),
         Target("rtx4080", 89),
         Target("rtx4070", 89),
@@ -93,6 +94,7 @@ TARGETS = {
         Target("rtx3080", 86),
         Target("a6000", 86),
         Target("a10", 86),
+        Target("a100", 80),
     )
 }
 """Targets by name. The compute capabilities: https://developer.nvidia.com/cuda-gpus."""
@@ -101,8 +103,8 @@ TARGETS = {
 _TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
 
 
-LEAST_SM = {"fp8": 89, "nvfp4": 100}
-"""First compute capability that multiplies them: Ada, Blackwell (NVIDIA Model Optimizer)."""
+LEAST_SM = {"bf16": 80, "fp8": 89, "nvfp4": 100}
+"""First compute capability that multiplies them: Ampere, Ada, Blackwell (Model Optimizer)."""
 
 
 def find_target(name: str) -> Target:
@@ -124,10 +126,10 @@ def check_precision(precision: str, target: Target) -> None:
     """Refuses, with a `BuildError`, a precision that the target's GPUs do not compute."""
     least = LEAST_SM.get(precision, 0)
     if target.sm < least:
+        choices = [name for name, sm in LEAST_SM.items() if sm <= target.sm] or ["fp16"]
         raise BuildError(
             f"precision is {precision!r}, which takes compute capability {least / 10:.1f}, and "
-            f"{target.name} has {target.sm / 10:.1f}; choose bf16"
-            + (" or fp8" if target.sm >= LEAST_SM["fp8"] else "")
+            f"{target.name} has {target.sm / 10:.1f}; choose {' or '.join(choices)}"
         )
 
 

@@ -1,8 +1,7 @@
 """Backend "torch": the project's own networks on a CPU or any CUDA GPU, without engines.
 
-Transformer and text encoder are those of `klein_kv.networks`, the VAE is diffusers'. Buffers are
-torch tensors; outputs of one graph are inputs of the next without a copy. On a GPU nothing waits
-for the device but a download, and the upload of what is large.
+Buffers are torch tensors; outputs of one graph are inputs of the next without a copy. On a GPU
+nothing waits for the device but a download, and the upload of what is large.
 """
 
 import contextlib
@@ -78,7 +77,7 @@ class TorchBackend:
         self._weights = weights
         self._compile_blocks = compile_blocks
         self._capture = CudaCapture(device) if cuda_graphs else None
-        self._networks: dict[str, Any] = {}  # by component, while one of its graphs is loaded
+        self._networks: dict[str, TorchOps] = {}  # by component, while one of its graphs is loaded
         self._loaded: dict[str, Graph] = {}
 
     @classmethod
@@ -90,7 +89,7 @@ class TorchBackend:
         device: str | None = None,
         transformer: Mapping[str, torch.Tensor] | None = None,
         text_encoder: Mapping[str, torch.Tensor] | None = None,
-        vae: torch.nn.Module | None = None,
+        vae: Mapping[str, torch.Tensor] | None = None,
         **options: bool,
     ) -> Self:
         """A backend on weights that already lie on the device; nothing is copied.
@@ -102,7 +101,7 @@ class TorchBackend:
             transformer: tensors by the names of diffusers' `Flux2Transformer2DModel.state_dict()`;
                 others are ignored. What is None has graphs that cannot be run.
             text_encoder: tensors by the names of transformers' `Qwen3ForCausalLM.state_dict()`.
-            vae: diffusers' `AutoencoderKLFlux2`.
+            vae: tensors by the names of diffusers' `AutoencoderKLFlux2.state_dict()`.
             options: `compile_blocks` and `cuda_graphs`, as the class takes them.
 
         Raises:
@@ -205,13 +204,11 @@ class TorchBackend:
         component = self._component(graph)
         graphs, config = self._weights.graphs, self._weights.config
         if component not in self._networks:
-            network = self._weights.load(component)
-            if component != "vae":
-                network = TorchOps(network, TORCH_DTYPES[graphs.dtype], self._compile_blocks)
-            self._networks[component] = network
+            weights, dtype = self._weights.load(component), TORCH_DTYPES[graphs.dtype]
+            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks)
         network = self._networks[component]
         if component == "vae":
-            function = vae_graph(graph, network)
+            function = vae_graph(graph, config, network)
         elif component == "text_encoder":
             function = text_encoder_graph(config, network)
         else:

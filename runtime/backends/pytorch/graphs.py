@@ -1,6 +1,6 @@
 """The graphs of `artifacts.signature` as functions of torch tensors: no files, no device policy.
 
-The networks are `klein_kv.networks` computed by `TorchOps`, and diffusers' VAE.
+The networks are those of `klein_kv.networks`, computed by `TorchOps`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ from klein_kv.networks.transformer import (
     denoise_with_references,
     encode_references,
 )
+from klein_kv.networks.vae import vae_decoder, vae_encoder
 
 __all__ = ["Graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
 
@@ -76,17 +77,16 @@ def text_encoder_graph(config: ModelConfig, ops: TorchOps) -> Graph:
     return run
 
 
-def vae_graph(graph: str, vae: torch.nn.Module) -> Graph:
-    """`vae_encoder` or `vae_decoder` of diffusers' `AutoencoderKLFlux2`."""
-    from klein_kv.networks.vae import VaeDecoder, VaeEncoder  # diffusers takes seconds to import
+def vae_graph(graph: str, config: ModelConfig, ops: TorchOps) -> Graph:
+    """`vae_encoder` or `vae_decoder`."""
 
-    if graph == "vae_encoder":
-        encoder = VaeEncoder(vae)
-        return lambda x: {"ref_hidden_states": encoder(x["image"]).contiguous()}
-    decoder = VaeDecoder(vae)
+    def encode(x: Inputs) -> Outputs:
+        return {"ref_hidden_states": vae_encoder(ops, config.vae, x["image"]).contiguous()}
 
-    def run(x: Inputs) -> Outputs:
-        image, sample = decoder(x["latents"])
-        return {"image": image.contiguous(), "sample": sample}
+    def decode(x: Inputs) -> Outputs:
+        # One image of a batch at a time: memory of one.
+        results = [vae_decoder(ops, config.vae, one) for one in torch.split(x["latents"], 1)]
+        images, samples = zip(*results, strict=True)
+        return {"image": torch.cat(images).contiguous(), "sample": torch.cat(samples)}
 
-    return run
+    return encode if graph == "vae_encoder" else decode

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import ModelConfig, read_json
+from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import WeightRef, graph_weights, whole_weights
-from klein_kv.errors import ArtifactError, BackendError, CheckpointError
+from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.networks.vae import vae_parameters
 from klein_kv.runtime.backends.backend import WeightChanges, keep_changes
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
@@ -51,15 +52,13 @@ class FolderWeights:
                 "engines, ONNX Runtime, or `klein-kv verify --precision` to simulate it"
             )
 
-    def load(self, component: str) -> Any:
-        """The tensors of "transformer" or "text_encoder" by name; for "vae" diffusers' module.
+    def load(self, component: str) -> dict[str, torch.Tensor]:
+        """The tensors of "transformer", "text_encoder" or "vae" by name.
 
         Raises:
             ArtifactError: the folder does not hold them as the networks need them.
         """
         tensors, dtype = self._tensors(component), TORCH_DTYPES[self.graphs.dtype]
-        if component == "vae":
-            return self._vae(tensors, dtype)
         try:
             return _checked(component, tensors, self.config, dtype, self.device)
         except BackendError as error:
@@ -86,24 +85,6 @@ class FolderWeights:
                 tensors[name].copy_(map_tensor(refs[name]))
             else:
                 tensors[name].copy_(tensor_from_array(change(), torch.device("cpu")))
-
-    def _vae(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
-        from klein_kv.networks.vae import build_vae  # diffusers takes seconds to import
-
-        tensors["bn.num_batches_tracked"] = torch.tensor(0)  # which no graph reads
-        try:
-            config = read_json(self._artifacts / "vae/config.json", "vae config")
-            with torch.device("meta"):
-                vae = build_vae(config, dtype)
-            vae.load_state_dict(tensors, assign=True)
-        except (CheckpointError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{self._artifacts}/vae: config.json and the weights do not make a VAE: {error}; "
-                "export again"
-            ) from error
-        vae.enable_slicing()  # one image of a batch at a time: memory of one
-        module: torch.nn.Module = vae.requires_grad_(False)
-        return module
 
     def _refs(self, component: str) -> dict[str, WeightRef]:
         table: dict[str, WeightRef] = {}
@@ -132,20 +113,22 @@ class GivenWeights:
     """
 
     def __init__(
-        self, components: Mapping[str, Any], config: ModelConfig, dtype: str, device: str | None
+        self,
+        components: Mapping[str, Mapping[str, torch.Tensor] | None],
+        config: ModelConfig,
+        dtype: str,
+        device: str | None,
     ) -> None:
         self.config = config
         self.graphs = GraphSet("kv", dtype)
         self.device = find_device(device)
         self._components = {
-            name: given
-            if name == "vae"
-            else _checked(name, given, config, TORCH_DTYPES[dtype], self.device)
+            name: _checked(name, given, config, TORCH_DTYPES[dtype], self.device)
             for name, given in components.items()
             if given is not None
         }
 
-    def load(self, component: str) -> Any:
+    def load(self, component: str) -> dict[str, torch.Tensor]:
         """What was given, as `FolderWeights.load` returns it; BackendError: it was not given."""
         if component not in self._components:
             raise BackendError(
@@ -180,6 +163,8 @@ def _checked(
     """
     if component == "transformer":
         shapes = transformer_parameters(config.transformer)
+    elif component == "vae":
+        shapes = vae_parameters(config.vae)
     else:
         shapes = text_encoder_parameters(config.text_encoder)
     for name, shape in shapes.items():

@@ -7,7 +7,6 @@ file into pieces of it, and each piece is copied while the next are read.
 
 import ctypes
 import itertools
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError
+from klein_kv.machine import usable_cpus
 from klein_kv.runtime.backends.trt.cuda import Cuda, Event, aligned
 
 __all__ = ["Staging"]
@@ -65,7 +65,7 @@ class Staging:
             ArtifactError: a file cannot be read, or is too short.
         """
         self.wait()
-        readers = max(2, min(_MOST_READERS, len(os.sched_getaffinity(0))))
+        readers = max(2, min(_MOST_READERS, usable_cpus()))
         size = min(_PIECE, self._nbytes // (2 * readers))
         in_order = sorted(targets, key=lambda ref: (ref.path, ref.offset))
         pieces = ((ref, start) for ref in in_order for start in range(0, ref.nbytes, size))

@@ -442,16 +442,13 @@ def test_quantized_weights_need_a_type_to_become(tiny_checkpoint, tmp_path, kind
     assert not (tmp_path / "out").exists()
 
 
-def test_export_from_the_hub(
-    tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture, tiny_vae_graph, monkeypatch
-):
+def test_export_from_the_hub(tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture):
     """An official fp8 file with its base, out of a cache of links, to an image's latents."""
     state = load_file(tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors")
     path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_state(state), "fp8"))
     file = OFFICIAL[KV_FP8].file
     hub.add(KV_FP8, {file: path.read_bytes(), "LICENSE.md": LICENCE.encode()})
     hub.add_folder(KV, tiny_checkpoint)
-    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
     done = export_checkpoint(KV_FP8, tmp_path / "out", dtype="float32")
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.variant, manifest.dtype) == ("kv", "float32")

@@ -342,7 +342,7 @@ def test_checker_and_readers(
 
 @pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])
 @pytest.mark.parametrize("artifacts", ["tiny_artifacts", "tiny_bf16_artifacts"])
-def test_traced_graphs_hold_no_weights_either(
+def test_vae_graphs_hold_no_weights_either(
     artifacts: str, graph: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(artifacts)

@@ -18,7 +18,6 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import PLAIN_GRAPH_FILES, make_signature
 from klein_kv.artifacts.weights import graph_weights
 from klein_kv.errors import RequestError
-from klein_kv.export import exporter
 from klein_kv.export.exporter import export_checkpoint
 from tests.checkpoints import load_plain_diffusers
 
@@ -101,15 +100,12 @@ def test_every_step_of_diffusers_plain_pipeline(
     assert np.abs(noise).max() > 0.1
 
 
-def test_base_weights_need_guidance(
-    plain_checkpoint, tmp_path, tiny_vae_graph, monkeypatch, caplog
-):
+def test_base_weights_need_guidance(plain_checkpoint, tmp_path, caplog):
     """Undistilled weights are exported, but not without a word."""
     folder = tmp_path / "base"
     shutil.copytree(plain_checkpoint, folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
-    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
     with caplog.at_level(logging.WARNING):
         export_checkpoint(folder, tmp_path / "out")
     assert "is not distilled: it needs classifier-free guidance" in caplog.text

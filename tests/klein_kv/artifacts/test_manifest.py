@@ -83,6 +83,21 @@ def test_saved_and_loaded(tiny_artifacts: Path, tmp_path: Path) -> None:
     assert Manifest.load(tmp_path, check_files=False) == manifest
 
 
+def test_folders_from_before_the_vae_was_described(
+    tiny_artifacts: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """They say three numbers themselves, and the rest in diffusers' file."""
+    value = json.loads((tiny_artifacts / MANIFEST).read_text())
+    few = {"latent_channels": 32, "num_levels": 4, "batch_norm_eps": 1e-4}
+    value["config"]["vae"] = few
+    (tmp_path / MANIFEST).write_text(json.dumps(value))
+    with pytest.raises(ArtifactError, match=r"vae config is missing.*export the checkpoint again"):
+        Manifest.load(tmp_path, check_files=False)
+    (tmp_path / "vae").mkdir()
+    shutil.copy(tiny_checkpoint / "vae/config.json", tmp_path / "vae")
+    assert Manifest.load(tmp_path, check_files=False) == Manifest.load(tiny_artifacts)
+
+
 def test_model_digest_follows_graphs_and_weights_alone(
     folder: Path, edit: Callable[..., None]
 ) -> None:
@@ -143,7 +158,7 @@ def test_another_version(version: Any, folder: Path, edit: Callable[..., None]) 
         lambda value: value.update(config=None),
         lambda value: value.update(config=[]),
         lambda value: value["config"].pop("vae"),
-        lambda value: value["config"]["vae"].pop("num_levels"),
+        lambda value: value["config"]["vae"].pop("norm_num_groups"),
         lambda value: value["config"]["vae"].update(more=1),
         lambda value: value["config"]["transformer"].update(axes_dims_rope=32),
         lambda value: value["config"]["transformer"].update(num_layers=0),

@@ -177,7 +177,7 @@ def test_from_tensors_shares_memory(backend, config, tiny_theirs):
         device="cpu",
         transformer=dict(tiny_theirs.transformer.named_parameters()),  # which have gradients
         text_encoder=tiny_theirs.text_encoder.state_dict(),
-        vae=tiny_theirs.vae,
+        vae=tiny_theirs.vae.state_dict(),
     )
     weight = tiny_theirs.transformer.x_embedder.weight
     held = given._weights.load("transformer")["x_embedder.weight"]

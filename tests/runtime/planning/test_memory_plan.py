@@ -18,16 +18,11 @@ from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.planning.scratch import estimate_scratch
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
-SHAPES = {
-    "vae_encoder": {"encoder.down_blocks.0.resnets.0.conv1.weight": (128, 128, 3, 3)},
-    "vae_decoder": {"decoder.up_blocks.3.resnets.0.conv1.weight": (128, 256, 3, 3)},
-}
 GB = 10**9
 FOOTPRINT = Footprint(
     config=KLEIN_9B,
     graphs=GraphSet("kv", "bfloat16"),
     weights={"text_encoder": 12 * GB, "transformer": 18 * GB, "vae": GB // 5},
-    vae_shapes=SHAPES,
 )
 SCRATCH = dict.fromkeys(GRAPH_FILES, (GB, "engines"))
 KV = 4 * 4096 * 2 * 32 * 4096 * 2  # four references of 4,096 tokens, k and v of 32 blocks

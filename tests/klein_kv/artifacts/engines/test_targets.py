@@ -25,6 +25,8 @@ from klein_kv.errors import BackendError, BuildError
         ("sm_86", 86, "rtx3090"),
         ("rtx-pro-6000", 120, None),
         ("sm121", 121, None),
+        ("dgx-spark", 121, None),
+        ("a100", 80, None),
     ],
 )
 def test_targets_by_name_and_number(name: str, sm: int, gpu: str | None) -> None:
@@ -44,6 +46,18 @@ def test_precisions_by_compute_capability() -> None:
     check_precision("fp8-weight-only", find_target("rtx3090"))  # nothing multiplies fp8
     with pytest.raises(BuildError, match=r"'nvfp4', .* 10\.0, and rtx3090 has 8\.6; choose bf16$"):
         check_precision("nvfp4", find_target("rtx3090"))
+    with pytest.raises(BuildError, match=r"'bf16', .* 8\.0, and sm75 has 7\.5; choose fp16$"):
+        check_precision("bf16", find_target("sm75"))
+
+
+def test_every_target_is_one_that_tensorrt_rtx_builds_for() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX")
+    for target in TARGETS.values():
+        assert (
+            compute_capability(trt, target) == trt.ComputeCapability.__members__[f"SM{target.sm}"]
+        )
+    known = {int(x[2:]) for x in trt.ComputeCapability.__members__ if x.startswith("SM")}
+    assert known - {target.sm for target in TARGETS.values()} <= {75}  # Turing has no bf16
 
 
 def test_library_without_the_capability_names_what_it_has() -> None:
