@@ -214,6 +214,19 @@ def test_load_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
         load_image(path)
 
 
+@pytest.mark.parametrize(
+    ("kept", "left", "message"), [(263, 263, "damaged or cut"), (205, 206, "cannot be read")]
+)
+def test_load_avif_whose_parts_moved(tmp_path: Path, kept: int, left: int, message: str) -> None:
+    """PIL's decoder raises RuntimeError, when it opens such a file or when it reads the pixels."""
+    buffer = io.BytesIO()
+    picture(70, 70).save(buffer, format="avif")
+    content = buffer.getvalue()
+    (tmp_path / "image.avif").write_bytes(content[:kept] + b"\0" * (kept == left) + content[left:])
+    with pytest.raises(RequestError, match=message):
+        load_image(tmp_path / "image.avif")
+
+
 def damaged_bytes(data: st.DataObject) -> bytes:
     """A small file of some format, some of whose bytes are others, gone, or there twice."""
     content = bytearray(data.draw(st.sampled_from(small_files())))
