@@ -46,6 +46,7 @@ _DECODE_ERRORS = (
     LookupError,
     TypeError,
     ArithmeticError,
+    RuntimeError,  # AVIF
     struct.error,
     Image.DecompressionBombError,
 )

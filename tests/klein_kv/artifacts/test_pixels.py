@@ -203,7 +203,7 @@ def test_load_not_an_image(tmp_path: Path, content: bytes | str | None, message:
         load_image(path)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "gif", "tiff", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
 def test_load_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
     buffer = io.BytesIO()
@@ -212,6 +212,19 @@ def test_load_truncated(tmp_path: Path, suffix: str, kept: float) -> None:
     path.write_bytes(buffer.getvalue()[: int(kept * buffer.tell())])
     with pytest.raises(RequestError, match="cut"):
         load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "left", "message"), [(263, 263, "damaged or cut"), (205, 206, "cannot be read")]
+)
+def test_load_avif_whose_parts_moved(tmp_path: Path, kept: int, left: int, message: str) -> None:
+    """PIL's decoder raises RuntimeError, when it opens such a file or when it reads the pixels."""
+    buffer = io.BytesIO()
+    picture(70, 70).save(buffer, format="avif")
+    content = buffer.getvalue()
+    (tmp_path / "image.avif").write_bytes(content[:kept] + b"\0" * (kept == left) + content[left:])
+    with pytest.raises(RequestError, match=message):
+        load_image(tmp_path / "image.avif")
 
 
 def damaged_bytes(data: st.DataObject) -> bytes:
