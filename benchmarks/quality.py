@@ -142,7 +142,7 @@ class PipelineEditor:
     def __call__(self, edit: Edit, seed: int) -> Image.Image:
         width, height = edit.answer.size
         images = list(edit.references) or None
-        out: Any = self.pipe(edit.instruction, images, height=height, width=width, seed=seed)
+        out: Any = self.pipe(edit.instruction, image=images, height=height, width=width, seed=seed)
         picture: Image.Image = out.images[0]
         return picture
 

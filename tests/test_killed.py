@@ -94,9 +94,7 @@ def fresh(tmp_path: Path) -> Callable[[Path | None], Callable[[], Path]]:
     return of
 
 
-def test_killed_export(tiny_checkpoint, tiny_vae_graph, fresh, monkeypatch, kills):
-    monkeypatch.setattr(exporter, "vae_graph", tiny_vae_graph)
-
+def test_killed_export(tiny_checkpoint, fresh, kills):
     def work(place: Path) -> None:
         if not (place / "artifacts").exists():  # the kill may have come late
             export_checkpoint(tiny_checkpoint, place / "artifacts", dtype="bfloat16")

@@ -189,15 +189,15 @@ def test_bfloat16_tensors_are_taken(tiny_ours: KleinKVPipeline) -> None:
         np.testing.assert_array_equal(images[0], expected)
 
 
-def test_attention_kwargs_have_no_effect(
+def test_attention_kwargs_have_no_effect_without_adapters(
     tiny_ours: KleinKVPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = {"height": 128, "width": 128, "num_inference_steps": 1, "seed": 0}
     plain = tiny_ours(PROMPT, **request).images[0]
     with caplog.at_level(logging.WARNING, "klein_kv"):
-        other = tiny_ours(PROMPT, attention_kwargs={"scale": 2}, **request).images[0]
+        other = tiny_ours(PROMPT, attention_kwargs={"scale": 2, "gain": 1}, **request).images[0]
     np.testing.assert_array_equal(plain, other)
-    assert "scale" in caplog.text
+    assert "attention_kwargs ['gain'] have no effect" in caplog.text
 
 
 # --- results ---

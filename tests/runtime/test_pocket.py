@@ -126,9 +126,9 @@ def references_in_another_order(editor: Editor, request: LoopRequest) -> Faulty:
     return request, editor.keys(replace(request, references=tokens))
 
 
-def another_t_of_the_references(editor: Editor, request: LoopRequest) -> Faulty:
+def one_t_for_all_references(editor: Editor, request: LoopRequest) -> Faulty:
     ids = request.reference_ids.clone()
-    ids[:, 0] += 5
+    ids[:, 0] = ids[0, 0]
     return request, editor.keys(replace(request, reference_ids=ids))
 
 
@@ -142,7 +142,7 @@ def other_batch_norm_statistics(editor: Editor, request: LoopRequest) -> Faulty:
         references_at_another_time,
         keys_of_another_block,
         references_in_another_order,
-        another_t_of_the_references,
+        one_t_for_all_references,
         other_batch_norm_statistics,
     ],
 )

@@ -172,8 +172,13 @@ def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) 
     packed = got[2:]
     got_kv = packed if graphs.kv_dtype is None else unpacked(packed, fp8.kv_scales())
     simulated = fp8.simulate(graphs, step | refs)
-    for one, expected in zip([*got[:2], *got_kv], simulated, strict=True):
+    for one, expected in zip(got[:2], simulated[:2], strict=True):
         assert compare(one, expected).relative < TOLERANCE
+    for one, expected in zip(got_kv, simulated[2:], strict=True):
+        if graphs.kv_dtype is None:
+            assert compare(one, expected).relative < TOLERANCE
+        else:  # a number between two of float8 may be rounded to either
+            assert (one != np.asarray(expected)).mean() < 0.01
 
     # The other two graphs give the same bits, keys and values handed on as they are.
     encoded = fp8.run(graphs, "encode_references", refs)

@@ -43,7 +43,7 @@ def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
     return OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
 
 
-@pytest.mark.parametrize("dtype", [*NUMPY_DTYPES])
+@pytest.mark.parametrize("dtype", [x for x in NUMPY_DTYPES if x != "float8_e5m2"])  # files alone
 @pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
 def test_every_type_comes_back_as_it_went(dtype, shape, backend):
     array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
@@ -241,8 +241,8 @@ def test_bfloat16_is_for_gpus(tiny_bf16_artifacts):
     backend = OrtBackend(
         tiny_bf16_artifacts, manifest, 1, device=CUDA_1, onnxruntime=FakeOnnxruntime()
     )
-    ref = next(iter(graph_weights(tiny_bf16_artifacts, GRAPH_FILES["first_step"]).values()))
-    assert backend._place(ref).data_type() == "tensor(bfloat16)"
+    table = graph_weights(tiny_bf16_artifacts, GRAPH_FILES["first_step"])
+    assert backend._place(*next(iter(table.items()))).data_type() == "tensor(bfloat16)"
 
 
 # --- the graphs ---
