@@ -177,7 +177,7 @@ def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) 
     for one, expected in zip(got_kv, simulated[2:], strict=True):
         if graphs.kv_dtype is None:
             assert compare(one, expected).relative < TOLERANCE
-        else:  # a number between two of float8 may be rounded to either
+        else:  # what lies in the middle of two numbers may be rounded to either
             assert (one != np.asarray(expected)).mean() < 0.01
 
     # The other two graphs give the same bits, keys and values handed on as they are.
