@@ -177,8 +177,8 @@ def test_graphs_compute_what_the_simulation_computes(fp8: Quantized, kind: str) 
     for one, expected in zip(got_kv, simulated[2:], strict=True):
         if graphs.kv_dtype is None:
             assert compare(one, expected).relative < TOLERANCE
-        else:  # what lies in the middle of two numbers may be rounded to either
-            assert (one != np.asarray(expected)).mean() < 0.01
+        else:  # what lies in the middle of two numbers may be rounded to either, in every layer
+            assert (one != np.asarray(expected)).mean() < 0.03
 
     # The other two graphs give the same bits, keys and values handed on as they are.
     encoded = fp8.run(graphs, "encode_references", refs)
