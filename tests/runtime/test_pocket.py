@@ -12,7 +12,15 @@ from diffusers import Flux2KleinKVPipeline
 from numpy.typing import NDArray
 
 from benchmarks.pocket.instructions import Meaning
-from benchmarks.pocket.scenes import Edit, Scene, answer, draw_scene, psnr, sample_subjects
+from benchmarks.pocket.scenes import (
+    Edit,
+    Scene,
+    answer,
+    cyanotype,
+    draw_scene,
+    psnr,
+    sample_subjects,
+)
 from benchmarks.quality import VARIANTS, Editor
 from klein_kv import KleinKVPipeline
 from klein_kv.export.checkpoints.fixture import make_fixture
@@ -161,3 +169,21 @@ def test_a_planted_fault_drops_the_score(
         wrong = editor.picture(edit.instruction, *fault(editor, request))
         losses.append(psnr(right, edit.answer) - psnr(wrong, edit.answer))
     assert sum(losses) / len(losses) > 1
+
+
+def test_the_adapter_gives_its_style(
+    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+) -> None:
+    meaning = Meaning("background", "white")
+    picture, right = scenes[0].picture(SIZE), answer(meaning, scenes[:1], SIZE)
+    plain = pipe(meaning.plain, image=[picture], seed=0).images[0]
+    pipe.load_lora_weights(checkpoint / "lora" / "cyanotype.safetensors")
+    styled = pipe(meaning.plain, image=[picture], seed=0).images[0]
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    half = pipe(meaning.plain, image=[picture], seed=0).images[0]
+    pipe.unload_lora_weights()
+    again = pipe(meaning.plain, image=[picture], seed=0).images[0]
+    assert np.array_equal(np.asarray(again), np.asarray(plain))
+    assert psnr(styled, cyanotype(right)) > 18
+    assert psnr(styled, cyanotype(right)) > psnr(half, cyanotype(right)) + 1
+    assert psnr(half, cyanotype(right)) > psnr(plain, cyanotype(right)) + 1
