@@ -3,6 +3,7 @@
 `pytest tests/test_killed.py --kills 50` does so more often.
 """
 
+import math
 import os
 import random
 import shutil
@@ -55,10 +56,12 @@ def files_below(folder: Path) -> set[str]:
 
 def killed_and_repeated(work: Job, fresh: Callable[[], Path], kills: int) -> None:
     """Whatever moment it is killed at, the second run leaves what an undisturbed one leaves."""
-    whole = fresh()
-    begin = time.perf_counter()
-    assert exit_code(start(lambda: work(whole))) == 0
-    seconds, expected = time.perf_counter() - begin, files_below(whole)
+    seconds, expected = math.inf, set[str]()
+    for whole in (fresh(), fresh()):  # the first is slow, and most kills would come too late
+        begin = time.perf_counter()
+        assert exit_code(start(lambda whole=whole: work(whole))) == 0  # type: ignore[misc]
+        seconds = min(seconds, time.perf_counter() - begin)
+        expected = files_below(whole)
     assert not [name for name in expected if "partial-" in name]
     generator = random.Random()
     died = 0
