@@ -135,7 +135,12 @@ def test_signals_clean_up(number, tiny_checkpoint, tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(exporter, "_write_graphs", lambda *_: time.sleep(60))
     target = tmp_path / "artifacts"
     argv = ["export", str(tiny_checkpoint), str(target), "--dtype", "bf16"]
-    pid = start(lambda: main(argv))
+
+    def export() -> int:
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+        return main(argv)
+
+    pid = start(export)
     while not list(tmp_path.glob(".artifacts.partial-*/vae/*.safetensors")):
         time.sleep(0.05)
     os.kill(pid, number)
