@@ -3,6 +3,7 @@
 `pytest tests/test_killed.py --kills 50` does so more often.
 """
 
+import math
 import os
 import random
 import shutil
@@ -55,10 +56,12 @@ def files_below(folder: Path) -> set[str]:
 
 def killed_and_repeated(work: Job, fresh: Callable[[], Path], kills: int) -> None:
     """Whatever moment it is killed at, the second run leaves what an undisturbed one leaves."""
-    whole = fresh()
-    begin = time.perf_counter()
-    assert exit_code(start(lambda: work(whole))) == 0
-    seconds, expected = time.perf_counter() - begin, files_below(whole)
+    seconds, expected = math.inf, set[str]()
+    for whole in (fresh(), fresh()):  # the first is slow, and most kills would come too late
+        begin = time.perf_counter()
+        assert exit_code(start(lambda whole=whole: work(whole))) == 0  # type: ignore[misc]
+        seconds = min(seconds, time.perf_counter() - begin)
+        expected = files_below(whole)
     assert not [name for name in expected if "partial-" in name]
     generator = random.Random()
     died = 0
@@ -130,7 +133,12 @@ def test_signals_clean_up(number, tiny_checkpoint, tmp_path, monkeypatch, capfd)
     monkeypatch.setattr(exporter, "_write_graphs", lambda *_: time.sleep(60))
     target = tmp_path / "artifacts"
     argv = ["export", str(tiny_checkpoint), str(target), "--dtype", "bf16"]
-    pid = start(lambda: main(argv))
+
+    def export() -> int:
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+        return main(argv)
+
+    pid = start(export)
     while not list(tmp_path.glob(".artifacts.partial-*/vae/*.safetensors")):
         time.sleep(0.05)
     os.kill(pid, number)
