@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 
 from benchmarks.pocket.scenes import Edit, cyanotype, psnr
 from benchmarks.quality import VARIANTS, Editor, held_out_edits
-from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.digest import file_digest
+from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.numbers import QuantizedLinear
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.networks.transformer import transformer_parameters
@@ -58,6 +60,11 @@ def write_merged(artifacts: Path, copy: Path, lora: Path, weight: float, kind: s
             with ref.path.open("r+b") as file:
                 file.seek(ref.offset)
                 file.write(np.ascontiguousarray(contents[tensor]()[rows]).tobytes())
+    records = {
+        path.relative_to(copy).as_posix(): FileRecord(path.stat().st_size, file_digest(path))
+        for path in {ref.path for ref in places.values()}
+    }
+    replace(manifest, files=manifest.files | records).save(copy)
 
 
 def pictures(folder: Path, kind: str, edits: Sequence[Edit]) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.checks.torch_loop import LoopRequest, reference_kv
 from klein_kv.export.exporter import export_checkpoint
 from klein_kv.networks.torch_ops import TorchOps
+from klein_kv.schedule import Schedule
 
 SIZE = (192, 192)
 
@@ -144,9 +145,16 @@ def other_batch_norm_statistics(editor: Editor, request: LoopRequest) -> Faulty:
     return request, editor.keys(replace(request, references=request.references * 0.6 + 0.3))
 
 
+def schedule_without_its_end(editor: Editor, request: LoopRequest) -> Faulty:
+    sigmas = request.schedule.sigmas.copy()
+    sigmas[-1] = sigmas[-2]  # where 0 should be
+    return replace(request, schedule=Schedule(sigmas)), editor.keys(request)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
+        schedule_without_its_end,
         references_at_another_time,
         keys_of_another_block,
         references_in_another_order,
