@@ -3,7 +3,6 @@
 `pytest tests/test_killed.py --kills 50` does so more often.
 """
 
-import math
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
@@ -56,27 +56,28 @@ def files_below(folder: Path) -> set[str]:
 
 def killed_and_repeated(work: Job, fresh: Callable[[], Path], kills: int) -> None:
     """Whatever moment it is killed at, the second run leaves what an undisturbed one leaves."""
-    seconds, expected = math.inf, set[str]()
-    for whole in (fresh(), fresh()):  # the first is slow, and most kills would come too late
-        begin = time.perf_counter()
-        assert exit_code(start(lambda whole=whole: work(whole))) == 0  # type: ignore[misc]
-        seconds = min(seconds, time.perf_counter() - begin)
-        expected = files_below(whole)
+    whole = fresh()
+    begin = time.perf_counter()
+    assert exit_code(start(lambda: work(whole))) == 0
+    seconds, expected = time.perf_counter() - begin, files_below(whole)
     assert not [name for name in expected if "partial-" in name]
-    generator = random.Random()
-    died = 0
-    for _ in range(kills):
+    died, generator = 0, random.Random()
+    while died < kills:
         place, delay = fresh(), generator.uniform(0, seconds)
         pid = start(lambda place=place: work(place))  # type: ignore[misc]
-        time.sleep(delay)
+        begin = time.perf_counter()
+        while (ran := time.perf_counter() - begin) < delay:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                seconds = ran  # the first run was slow: kills would come too late
+                break
+            time.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
         died += exit_code(pid) == -signal.SIGKILL
         assert exit_code(start(lambda place=place: work(place))) == 0, delay  # type: ignore[misc]
         assert files_below(place) == expected, delay
         Manifest.load(place / "artifacts")
         shutil.rmtree(place)
-    assert died or kills < 5
-    print(f"killed {died} of {kills} in {seconds:.2f} s")  # noqa: T201 - for long runs
+    print(f"killed {died} times within {seconds:.2f} s")  # noqa: T201 - for long runs
 
 
 @pytest.fixture
