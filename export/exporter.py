@@ -4,7 +4,6 @@ The folder is written aside and renamed when it is whole; an interrupted export 
 could be taken for a result.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -26,15 +25,10 @@ from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
-from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import (
-    JoinedRows,
-    StoredWeight,
-    read_rows,
-    read_single_file,
-)
+from klein_kv.export.checkpoints.single_file import read_single_file
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
+from klein_kv.export.checkpoints.stored_weights import MergedWeight, StoredWeight
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.checkpoints.weight_index import WeightIndex
@@ -46,8 +40,7 @@ from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.vae import vae_parameters
-from klein_kv.runtime.lora.changes import TensorChange
-from klein_kv.runtime.lora.lora_file import read_adapter
+from klein_kv.runtime.lora.lora_file import changes_by_tensor, read_adapter
 from klein_kv.schedule import make_schedule
 
 __all__ = ["ExportResult", "export_checkpoint"]
@@ -237,16 +230,9 @@ def _with_adapters(
     """The transformer's tensors, those that adapters change as `MergedWeight`."""
     shapes = checkpoint.parameters["transformer"]
     weights = dict(checkpoint.weights["transformer"])
-    changes: dict[str, list[tuple[TensorChange, float]]] = {}
-    for path, strength in adapters:
-        for name, own in read_adapter(path, shapes).changes.items():
-            changes.setdefault(name, []).extend((change, strength) for change in own)
-    for name, merged in changes.items():
-        weight = weights[name]
-        parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
-        read = functools.partial(read_rows, weight, 0, shapes[name][0])
-        weights[name] = MergedWeight(weight.dtype, shapes[name], parts, read, tuple(merged))
-    return weights
+    read = [(read_adapter(path, shapes), strength) for path, strength in adapters]
+    merged = changes_by_tensor(read)
+    return weights | {name: MergedWeight(weights[name], merged[name]) for name in merged}
 
 
 def _file_records(folder: Path, placed: Mapping[str, Placement]) -> dict[str, FileRecord]:

@@ -6,66 +6,22 @@ Files with diffusers' own names, or with q, k and v apart, are read too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import TransformerConfig
-from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import CheckpointError
-from klein_kv.export.checkpoints.merged_weight import MergedWeight
 from klein_kv.export.checkpoints.quantized_files import FileWeight, read_weights
+from klein_kv.export.checkpoints.stored_weights import JoinedRows, StoredWeight
 from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.transformer_names import Rows, bfl_rows
 
-__all__ = ["JoinedRows", "StoredWeight", "read_rows", "read_single_file"]
+__all__ = ["read_single_file"]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
 _MODELS = {3072: "klein 4B", 4096: "klein 9B"}
 """Released models by the width of their transformer."""
-
-
-@dataclass(frozen=True, slots=True)
-class JoinedRows:
-    """A tensor made of ranges of rows that do not follow each other in the file."""
-
-    parts: tuple[FileWeight, ...]
-
-    @property
-    def dtype(self) -> str:
-        """Type of the rows."""
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows of all parts, features of each."""
-        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` (exclusive)."""
-        pieces, first = [], 0
-        for part in self.parts:
-            low, high = max(start - first, 0), min(stop - first, part.shape[0])
-            if low < high:
-                pieces.append(read_rows(part, low, high))
-            first += part.shape[0]
-        return np.concatenate(pieces)
-
-
-StoredWeight = FileWeight | JoinedRows | MergedWeight
-"""A tensor as files hold it."""
-
-
-def read_rows(weight: StoredWeight, start: int, stop: int) -> NDArray[Any]:
-    """Rows `start` to `stop` (exclusive); quantized ones in float32."""
-    if isinstance(weight, WeightRef):
-        return np.atleast_1d(map_weight(weight))[start:stop]
-    return weight.read(start, stop)
 
 
 def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight]:

@@ -22,8 +22,7 @@ from klein_kv.artifacts.weights import (
     safetensors_header,
 )
 from klein_kv.errors import CapacityError, CheckpointError
-from klein_kv.export.checkpoints.merged_weight import MergedWeight
-from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight, read_rows
+from klein_kv.export.checkpoints.stored_weights import StoredWeight, read_rows, stored_parts
 
 __all__ = ["Placement", "place_weights", "require_space"]
 
@@ -79,7 +78,7 @@ def place_weights(
     total: Counter[Path] = Counter()
     fit: Counter[Path] = Counter()
     for name, weight in used.items():
-        for part in weight.parts if isinstance(weight, JoinedRows | MergedWeight) else (weight,):
+        for part in stored_parts(weight):
             total[part.path] += math.prod(part.shape)
             fit[part.path] += math.prod(part.shape) * (name in fitting)
     shared = set()

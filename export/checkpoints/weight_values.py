@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.digest import WHOLE_FILE_LIMIT
 from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.errors import CheckpointError
-from klein_kv.export.checkpoints.merged_weight import MergedWeight
-from klein_kv.export.checkpoints.single_file import JoinedRows, StoredWeight
+from klein_kv.export.checkpoints.stored_weights import StoredWeight, stored_parts
 
 __all__ = ["check_values"]
 
@@ -70,7 +69,7 @@ def _check_tail(path: Path, size: int) -> None:
 
 def _parts(weight: StoredWeight) -> tuple[WeightRef, ...]:
     """What lies in files, as it lies there."""
-    parts = weight.parts if isinstance(weight, JoinedRows | MergedWeight) else (weight,)
+    parts = stored_parts(weight)
     return tuple(part if isinstance(part, WeightRef) else part.numbers for part in parts)
 
 

@@ -11,7 +11,8 @@ from klein_kv.artifacts.numbers import is_block_linear
 from klein_kv.artifacts.weights import WeightRef, map_weight
 from klein_kv.errors import RequestError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import StoredWeight, read_rows, read_single_file
+from klein_kv.export.checkpoints.single_file import read_single_file
+from klein_kv.export.checkpoints.stored_weights import StoredWeight, read_rows
 
 __all__ = ["read_quantized_source"]
 

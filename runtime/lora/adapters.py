@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.lora_file import Adapter
-from klein_kv.runtime.lora.merge import WeightedAdapter
+from klein_kv.runtime.lora.lora_file import Adapter, WeightedAdapter
 
 __all__ = ["Adapters", "adapters_digest"]
 

@@ -5,13 +5,14 @@ applied and for one tensor only. The formulas are those of the programs that tra
 PEFT 0.21 (`tuners/lora`), LyCORIS 4.1 (`modules/locon.py`, `loha.py`, `lokr.py`, `full.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Matrix", "TensorChange", "matrix_shape"]
+__all__ = ["Matrix", "TensorChange", "WeightedChanges", "apply_changes", "matrix_shape"]
 
 _ROWS = 64  # that a product is made of at a time
 
@@ -95,6 +96,17 @@ class TensorChange:
         for other in others:  # LoHa
             first_matrix *= other
         return first_matrix
+
+
+WeightedChanges = Sequence[tuple[TensorChange, float]]
+"""Changes of one tensor, each at its strength, in order."""
+
+
+def apply_changes(weight: NDArray[np.float32], changes: WeightedChanges) -> NDArray[np.float32]:
+    """The weight with one change after the other."""
+    for change, strength in changes:
+        weight = change.apply(weight, strength)
+    return weight
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import RequestError
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.lora.adapters import Adapters, adapters_digest
-from klein_kv.runtime.lora.lora_file import read_adapter
-from klein_kv.runtime.lora.merge import WeightedAdapter, WeightMerger
+from klein_kv.runtime.lora.lora_file import WeightedAdapter, read_adapter
+from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.one_at_a_time import one_at_a_time
 from klein_kv.runtime.references.reference_encoder import ReferenceEncoder
 from klein_kv.runtime.session import Session

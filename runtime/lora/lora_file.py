@@ -7,7 +7,7 @@ Labs, OneTrainer, LyCORIS or ComfyUI: LoRA, LoKr, LoHa, each with DoRA; differen
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.changes import Matrix, TensorChange, matrix_shape
+from klein_kv.runtime.lora.changes import Matrix, TensorChange, WeightedChanges, matrix_shape
 from klein_kv.runtime.lora.lora_keys import (
     file_format,
     group_keys,
@@ -29,7 +29,7 @@ from klein_kv.runtime.lora.lora_keys import (
 from klein_kv.runtime.lora.lora_source import LoraSource, open_lora
 from klein_kv.runtime.lora.module_names import Piece, module_table
 
-__all__ = ["Adapter", "describe_lora", "read_adapter"]
+__all__ = ["Adapter", "WeightedAdapter", "changes_by_tensor", "describe_lora", "read_adapter"]
 
 _log = logging.getLogger(__name__)
 _MAX_RANK = 4096
@@ -51,6 +51,18 @@ class Adapter:
     digest: str
     format: str
     ignored: tuple[str, ...] = ()
+
+
+WeightedAdapter = tuple[Adapter, float]
+
+
+def changes_by_tensor(adapters: Iterable[WeightedAdapter]) -> dict[str, WeightedChanges]:
+    """What adapters at their weights do to each tensor, one adapter after the other."""
+    changes: dict[str, list[tuple[TensorChange, float]]] = {}
+    for adapter, strength in adapters:
+        for tensor, own in adapter.changes.items():
+            changes.setdefault(tensor, []).extend((change, strength) for change in own)
+    return dict(changes)
 
 
 def read_adapter(

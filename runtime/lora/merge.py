@@ -29,16 +29,12 @@ from klein_kv.artifacts.quantized_weights import BLOCK_SCALES, load_quantized
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights, map_weight, whole_weights
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.changes import TensorChange
-from klein_kv.runtime.lora.lora_file import Adapter
+from klein_kv.runtime.lora.changes import WeightedChanges, apply_changes
+from klein_kv.runtime.lora.lora_file import WeightedAdapter, changes_by_tensor
 
-__all__ = ["WeightMerger", "WeightedAdapter"]
+__all__ = ["WeightMerger"]
 
 _log = logging.getLogger(__name__)
-
-WeightedAdapter = tuple[Adapter, float]
-
-_Changes = list[tuple[TensorChange, float]]
 
 
 class WeightMerger:
@@ -62,10 +58,7 @@ class WeightMerger:
         Names and types are those of weight tables (`WeightChanges`). What is returned raises
         RequestError where a weight stops being finite in its type.
         """
-        changes: dict[str, _Changes] = {}
-        for adapter, strength in adapters:
-            for tensor, own in adapter.changes.items():
-                changes.setdefault(tensor, []).extend((change, strength) for change in own)
+        changes = changes_by_tensor(adapters)
         memory = threading.local()  # a thread asks for the parts of one tensor in turn
 
         def content(tensor: str, name: str) -> NDArray[Any]:
@@ -108,12 +101,10 @@ class WeightMerger:
         """What adapters are merged into."""
         return map_weight(self._own[tensor])
 
-    def _merged(self, tensor: str, changes: _Changes) -> dict[str, NDArray[Any]]:
+    def _merged(self, tensor: str, changes: WeightedChanges) -> dict[str, NDArray[Any]]:
         """A tensor, and its block scales if it has some, by their names in weight tables."""
         own = self._base(tensor)
-        weight: NDArray[np.float32] = own.astype(np.float32)
-        for change, strength in changes:
-            weight = change.apply(weight, strength)
+        weight = apply_changes(own.astype(np.float32), changes)
         layer = self._quantized.get(tensor)
         with np.errstate(over="ignore"):
             stored = weight if layer is not None else weight.astype(self._dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight, read_weights
-from klein_kv.export.checkpoints.single_file import read_rows
+from klein_kv.export.checkpoints.stored_weights import read_rows
 from tests.bfl_files import dequantized, quantize, tiled
 
 # [out, in]: whole tiles of block scales; rows and columns that need padding; one row.

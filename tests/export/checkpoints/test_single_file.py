@@ -19,7 +19,8 @@ from klein_kv.artifacts.config import (
 from klein_kv.errors import CheckpointError
 from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import JoinedRows, read_rows, read_single_file
+from klein_kv.export.checkpoints.single_file import read_single_file
+from klein_kv.export.checkpoints.stored_weights import JoinedRows, read_rows
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.networks.transformer import transformer_parameters
 from tests.bfl_files import bfl_state, dequantized, quantize, save_single_file, write_sparse
