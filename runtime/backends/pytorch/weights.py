@@ -74,11 +74,15 @@ class FolderWeights:
         """Gives tensors of the transformer another content: loaded ones in place, others later."""
         keep_changes(self._changes, changes)
         if loaded:
-            self._write(loaded, changes)
+            self._write(loaded, changes, self._refs("transformer"))
 
-    def _write(self, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
-        """Writes into tensors what they should hold now."""
-        refs = self._refs("transformer")
+    def _write(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        names: Iterable[str],
+        refs: Mapping[str, WeightRef],
+    ) -> None:
+        """Writes into tensors what they should hold now; `refs` is where their own content lies."""
         for name in names:
             change = self._changes.get(name)
             if change is None:
@@ -95,10 +99,11 @@ class FolderWeights:
 
     def _tensors(self, component: str) -> dict[str, torch.Tensor]:
         # In the order of the files, which are read as they are copied.
-        refs = sorted(self._refs(component).items(), key=lambda x: (x[1].path, x[1].offset))
-        tensors = {name: map_tensor(ref) for name, ref in refs}
+        refs = self._refs(component)
+        in_order = sorted(refs.items(), key=lambda x: (x[1].path, x[1].offset))
+        tensors = {name: map_tensor(ref) for name, ref in in_order}
         if component == "transformer":
-            self._write(tensors, self._changes)
+            self._write(tensors, self._changes, refs)
         if self.device.type == "cpu":
             return tensors
         staging = Staging(self.device)
