@@ -12,7 +12,7 @@ import argparse
 import html
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from benchmarks.pocket.scenes import (
 )
 from benchmarks.quality import VARIANTS, Editor
 from klein_kv import KleinKVPipeline
+from klein_kv.runtime import ReferenceSet
 
 SIZE = (192, 192)
 _ROWS = (  # what is asked, of which of the scenes
@@ -74,6 +75,25 @@ def _scenes() -> dict[str, Scene]:
     }
 
 
+def _make_row(
+    pipe: KleinKVPipeline,
+    meaning: Meaning,
+    own: Sequence[Scene],
+    note: str,
+    seed: int,
+    known: ReferenceSet | None = None,
+    restyle: Callable[[Image.Image], Image.Image] = lambda picture: picture,
+) -> Row:
+    """An edit of scenes, timed; of `known` references nothing is encoded again."""
+    pictures = [scene.picture(SIZE) for scene in own]
+    given = {"image": pictures or None} if known is None else {"references": known}
+    start = time.perf_counter()
+    out = pipe(meaning.plain, height=192, width=192, seed=seed, **given)
+    took = time.perf_counter() - start
+    right = restyle(answer(meaning, own, SIZE))
+    return Row(meaning.plain, note, pictures, out.images[0], right, took * 1000)
+
+
 def make_rows(demo: Path) -> list[Row]:
     scenes = _scenes()
     rows = []
@@ -81,33 +101,17 @@ def make_rows(demo: Path) -> list[Row]:
         pipe("at night", image=[scenes["a"].picture(SIZE)], seed=0)  # loads everything
         for seed, (meaning, names) in enumerate(_ROWS):
             own = [scenes[name] for name in names]
-            pictures = [scene.picture(SIZE) for scene in own]
-            start = time.perf_counter()
-            out = pipe(meaning.plain, image=pictures or None, height=192, width=192, seed=seed)
-            took = time.perf_counter() - start
             note = ("no reference", "one reference", f"{len(own)} references")[min(len(own), 2)]
-            right = answer(meaning, own, SIZE)
-            rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
+            rows.append(_make_row(pipe, meaning, own, note, seed))
         own = [scenes[name] for name in "ecab"]
-        pictures = [scene.picture(SIZE) for scene in own]
-        known = pipe.encode_references(pictures)  # before anybody has written a prompt
+        # Before anybody has written a prompt.
+        known = pipe.encode_references([scene.picture(SIZE) for scene in own])
         for meaning in (Meaning("square", "orange"), Meaning("square", "gray")):
-            start = time.perf_counter()
-            out = pipe(meaning.plain, references=known, height=192, width=192, seed=3)
-            took = time.perf_counter() - start
-            right = answer(meaning, own, SIZE)
-            note = "references known before"
-            rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
+            rows.append(_make_row(pipe, meaning, own, "references known before", 3, known))
         pipe.load_lora_weights(demo / "checkpoint" / "lora" / "cyanotype.safetensors")
-        own = [scenes[name] for name in "ac"]
+        note, own = "with the cyanotype LoRA", [scenes[name] for name in "ac"]
         for meaning, used in ((Meaning("background", "white"), own[:1]), (Meaning("swap"), own)):
-            pictures = [scene.picture(SIZE) for scene in used]
-            start = time.perf_counter()
-            out = pipe(meaning.plain, image=pictures, height=192, width=192, seed=4)
-            took = time.perf_counter() - start
-            right = cyanotype(answer(meaning, used, SIZE))
-            note = "with the cyanotype LoRA"
-            rows.append(Row(meaning.plain, note, pictures, out.images[0], right, took * 1000))
+            rows.append(_make_row(pipe, meaning, used, note, 4, restyle=cyanotype))
     meaning, own = Meaning("background", "purple"), [scenes["d"]]
     edit = Edit(meaning, meaning.plain, (own[0].picture(SIZE),), answer(meaning, own, SIZE))
     for name in ("fp32", "fp8", "nvfp4"):

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from benchmarks.pocket.denoiser import Positions, forward, make_transformer
+from benchmarks.pocket.denoiser import forward, make_transformer
 from benchmarks.pocket.edits import Latents, Pool, PromptBank
 from benchmarks.pocket.parts import load_parts
 from benchmarks.pocket.scenes import cyanotype, load_subjects
 from benchmarks.pocket.state import load_averaged
-from benchmarks.pocket.train import REFERENCES, TOKENS, Times
+from benchmarks.pocket.train import Batches
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +69,10 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(factors, betas=(0.9, 0.98), weight_decay=0.0)
     bank = PromptBank(parts.prompts, random, forms=6)
     pools = {size: Pool(size, latents, subjects, random, cyanotype) for size in set(SIZES)}
-    times = {size: Times(size[0] * size[1] // 256) for size in pools}
+    batches = Batches(bank, pools, SIZES, random)
     started, step, losses = time.monotonic(), 0, list[float]()
     while (share := (time.monotonic() - started) / (60 * arguments.minutes)) < 1:
-        size = SIZES[random.integers(len(SIZES))]
-        count_refs = int(random.choice(list(REFERENCES), p=list(REFERENCES.values())))
-        tokens = size[0] * size[1] // 256
-        count = max(2, TOKENS // (tokens * (1 + count_refs) + PromptBank.TOKENS + bank.SAMPLED))
-        edits = pools[size].batch(count_refs, count, fresh=max(1, count // 4))
-        answers = torch.stack([edit.answer for edit in edits]).float()
-        references = answers[:, :0]
-        if count_refs:
-            references = torch.stack([torch.cat(edit.references) for edit in edits]).float()
-        text, lines, log_count = bank.batch([edit.meaning for edit in edits])
-        positions = Positions.of(lines, log_count, (size[1] // 16, size[0] // 16), count_refs)
-        at = times[size].draw(count, random)
+        _, (answers, references, text, positions, at) = batches.draw()
         noise = torch.randn_like(answers)
         noisy = torch.lerp(answers, noise, at[:, None, None])
         with parametrize.cached():

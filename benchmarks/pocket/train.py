@@ -15,7 +15,9 @@ answer, as when sampling: it learns to mend what it did, not to copy what it is 
 import argparse
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from benchmarks.pocket.denoiser import Positions, forward, make_transformer
 from benchmarks.pocket.edits import Latents, Pool, PromptBank
 from benchmarks.pocket.muon import Muon
 from benchmarks.pocket.parts import load_parts
-from benchmarks.pocket.scenes import draw_scene, load_subjects
+from benchmarks.pocket.scenes import Size, draw_scene, load_subjects
 from benchmarks.pocket.state import load_state, save_state
 from klein_kv.export.checkpoints.random_model import make_scheduler
 from klein_kv.schedule import make_schedule
@@ -49,6 +51,47 @@ class Times:
         steps = random.choice(list(STEPS), count, p=list(STEPS.values()))
         times = np.array([random.choice(self.sigmas[number]) for number in steps])
         return torch.from_numpy(np.clip(times + random.uniform(-0.012, 0.012, count), 0, 1)).float()
+
+
+class Batch(NamedTuple):
+    """Edits of one size and number of references, as `forward` reads them."""
+
+    answers: Tensor  # [B, tokens, 128]
+    references: Tensor  # [B, tokens of all, 128]
+    text: Tensor
+    positions: Positions
+    at: Tensor  # times [B]
+
+
+class Batches:
+    """Draws batches of edits; sizes that are named more often come more often."""
+
+    def __init__(
+        self,
+        bank: PromptBank,
+        pools: Mapping[Size, Pool],
+        sizes: Sequence[Size],
+        random: np.random.Generator,
+    ) -> None:
+        self.bank, self.pools, self.sizes, self.random = bank, pools, sizes, random
+        self.times = {size: Times(size[0] * size[1] // 256) for size in pools}
+
+    def draw(self) -> tuple[int, Batch]:
+        """The number of references, and the batch."""
+        random, bank = self.random, self.bank
+        size = self.sizes[random.integers(len(self.sizes))]
+        count_refs = int(random.choice(list(REFERENCES), p=list(REFERENCES.values())))
+        tokens = size[0] * size[1] // 256
+        count = max(2, TOKENS // (tokens * (1 + count_refs) + PromptBank.TOKENS + bank.SAMPLED))
+        edits = self.pools[size].batch(count_refs, count, fresh=max(1, count // 4))
+        answers = torch.stack([edit.answer for edit in edits]).float()
+        references = answers[:, :0]
+        if count_refs:
+            references = torch.stack([torch.cat(edit.references) for edit in edits]).float()
+        text, lines, log_count = bank.batch([edit.meaning for edit in edits])
+        positions = Positions.of(lines, log_count, (size[1] // 16, size[0] // 16), count_refs)
+        at = self.times[size].draw(count, random)
+        return count_refs, Batch(answers, references, text, positions, at)
 
 
 def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -102,7 +145,7 @@ def train(arguments: argparse.Namespace) -> None:
     bank = PromptBank(parts.prompts, random)
     sizes = [tuple(map(int, text.split("x"))) for text in arguments.sizes]
     pools = {size: Pool(size, latents, subjects.training, random) for size in set(sizes)}
-    times = {size: Times(size[0] * size[1] // 256) for size in pools}
+    batches = Batches(bank, pools, sizes, random)
     compiled = torch.compile(forward, dynamic=True) if arguments.compile else forward
     logger.info("rank %d: ready at step %d, %.1f min", rank, step, spent / 60)
 
@@ -114,27 +157,13 @@ def train(arguments: argparse.Namespace) -> None:
         share = float(passed) / (arguments.minutes * 60)
         if share >= 1:
             break
-        size = sizes[random.integers(len(sizes))]
-        count_refs = int(random.choice(list(REFERENCES), p=list(REFERENCES.values())))
-        tokens = size[0] * size[1] // 256
-        count = max(2, TOKENS // (tokens * (1 + count_refs) + PromptBank.TOKENS + bank.SAMPLED))
-        edits = pools[size].batch(count_refs, count, fresh=max(1, count // 4))
-        answers = torch.stack([edit.answer for edit in edits]).float()
-        references = (
-            torch.stack([torch.cat(edit.references) for edit in edits]).float()
-            if count_refs
-            else answers.new_zeros(count, 0, 128)
-        )
-        text, lines, log_count = bank.batch([edit.meaning for edit in edits])
-        grid = size[1] // 16, size[0] // 16
-        positions = Positions.of(lines, log_count, grid, count_refs)
+        count_refs, (answers, references, text, positions, at) = batches.draw()
         run = compiled if count_refs else forward
-        at = times[size].draw(count, random)
         noise = torch.randn_like(answers)
         shown = answers
         if random.random() < arguments.own:
             with torch.no_grad():
-                guess = noise - run(model, noise, torch.ones(count), references, text, positions)
+                guess = noise - run(model, noise, torch.ones(len(at)), references, text, positions)
             shown = torch.where(at[:, None, None] < 0.99, guess, answers)
         wide = at[:, None, None]
         noisy = (1 - wide) * shown + wide * noise
