@@ -22,7 +22,7 @@ DISTRIBUTIONS = (
     ("tensorrt", "builds and runs engines for data-centre GPUs", "tensorrt"),
     ("cuda-python", "device memory and streams for engines", "rtx"),
     ("torch", "runs artifacts on a CPU or a CUDA GPU, export, verify", "torch"),
-    ("diffusers", "VAE of the torch backend, export, verify", "torch"),
+    ("diffusers", "fixture checkpoints, verify", "export"),
     ("transformers", "export of the tokenizer, verify", "export"),
     ("onnx", "export", "export"),
     ("onnx_ir", "export", "export"),
@@ -35,7 +35,6 @@ def examine_machine() -> dict[str, Any]:
     """Versions, bytes of memory, GPUs with their drivers, and whether a backend is installed."""
     packages = {name: _version(name) for name, _, _ in DISTRIBUTIONS}
     memory = psutil.virtual_memory()
-    torch_ready = packages["torch"] and packages["diffusers"]
     return {
         "klein_kv": __version__,
         "python": platform.python_version(),
@@ -45,7 +44,7 @@ def examine_machine() -> dict[str, Any]:
         "memory_available_bytes": memory.available,
         "gpus": _gpus(),
         "packages": packages,
-        "ready": bool(packages["onnxruntime"] or packages["onnxruntime-gpu"] or torch_ready),
+        "ready": any(packages[name] for name in ("onnxruntime", "onnxruntime-gpu", "torch")),
     }
 
 
