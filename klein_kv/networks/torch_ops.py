@@ -241,6 +241,15 @@ class TorchOps:
     def to_uint8(self, x: Tensor) -> Tensor:
         return x.round().to(torch.uint8)
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def largest(self, x: Tensor, least: Tensor) -> Tensor:
+        return torch.maximum(x.abs().max(), least)
+
+    def round_to_float8(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clip(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
     def _layer(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
 
