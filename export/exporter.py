@@ -268,6 +268,7 @@ def _write_graphs(
         nodes[label] = len(model.graph)
         save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
+    (folder / "latents").mkdir()
     for graph, file in SMALL_GRAPH_FILES.items():
         save_graph(small_graph(graph, config, dtype), folder / file)
     return nodes

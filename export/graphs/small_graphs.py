@@ -5,6 +5,7 @@ import onnx_ir as ir
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import make_signature
 from klein_kv.export.graphs.onnx_ops import OnnxOps
+from klein_kv.networks.latents import blend
 from klein_kv.networks.merge import merge_lora
 
 __all__ = ["small_graph"]
@@ -29,4 +30,6 @@ class MergeOnnxOps(OnnxOps):
 def small_graph(graph: str, config: ModelConfig, dtype: str) -> ir.Model:
     """Writes a graph of `SMALL_GRAPH_FILES`; `dtype` is the artifacts' floating point type."""
     ops = MergeOnnxOps(make_signature(graph, config, dtype), dtype, {})
+    if graph == "blend":
+        return ops.model([blend(ops, **ops.inputs)], "Latents where a mask is 1, else an image.")
     return ops.model(merge_lora(ops, **ops.inputs), "Rows of a weight with a LoRA merged in.")

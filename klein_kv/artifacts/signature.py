@@ -58,11 +58,12 @@ VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 """Kinds of weights, and the graphs of each."""
 
 SMALL_GRAPH_FILES = {
+    "blend": "latents/blend.onnx",
     "merge_lora": "transformer/merge_lora.onnx",
     "merge_lora_fp8": "transformer/merge_lora_fp8.onnx",
 }
 """Graphs without weights beside the networks', of every variant. A folder from before there was one
-lacks it; what it does is then done on the host."""
+lacks it: what `merge_lora` does is then done on the host, what needs `blend` is refused."""
 
 
 class KVFormat(StrEnum):
@@ -331,6 +332,13 @@ def make_signature(
         TensorSpec("noise_pred", dtype, latents),
         TensorSpec("latents", dtype, latents),
     )
+    blend_inputs = (
+        TensorSpec("hidden_states", dtype, latents),
+        TensorSpec("image_latents", dtype, (1, *latents[1:])),
+        TensorSpec("noise", dtype, latents),
+        TensorSpec("mask", dtype, (*latents[:2], 1)),
+        TensorSpec("sigma", "float32", (1,)),
+    )
     prompt = ("batch", "text_tokens")
     pixels = ("height", "width", 3)
     grid = ("grid_height", "grid_width", net.in_channels)
@@ -364,6 +372,7 @@ def make_signature(
                 TensorSpec("sample", dtype, ("batch", 3, "height", "width")),
             ),
         ),
+        "blend": (blend_inputs, step_outputs[1:]),
         "merge_lora": (merge, (TensorSpec("merged", dtype, ("rows", "columns")), largest)),
         "merge_lora_fp8": (
             (*merge, TensorSpec("scale", "float32", (1,))),

@@ -211,7 +211,7 @@ class TorchBackend:
         if component not in self._networks:
             weights = self._weights.load(component) if component else {}
             dtype = TORCH_DTYPES[graphs.dtype]
-            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks)
+            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks, self.device)
         network = self._networks[component]
         if not component:
             function = small_graph(graph, network)

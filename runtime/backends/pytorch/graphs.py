@@ -11,6 +11,7 @@ import torch
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.networks.kv_float8 import dequantize_references, quantize_references
+from klein_kv.networks.latents import blend
 from klein_kv.networks.merge import merge_lora
 from klein_kv.networks.text_encoder import encode_text
 from klein_kv.networks.torch_ops import TorchOps
@@ -100,4 +101,7 @@ def small_graph(graph: str, ops: TorchOps) -> Graph:
         merged, largest = merge_lora(ops, **x)
         return {"merged": merged, "largest": largest}
 
-    return {"merge_lora": merge}[graph]
+    def mix(x: Inputs) -> Outputs:
+        return {"latents": blend(ops, **x)}
+
+    return {"blend": mix, "merge_lora": merge}[graph]
