@@ -217,7 +217,7 @@ def _sources(footprint: Footprint, request: Request) -> int:
             footprint.graphs.signature(name, footprint.config).inputs,
             request.sizes(name, footprint.config),
         )
-        for name in {*steps[:1], *({"text_encoder", "vae_encoder"} & set(request.stages))}
+        for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}
     )
 
 

@@ -22,6 +22,7 @@ from klein_kv.runtime.backends.backend import Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.backends.pytorch.cuda_graphs import CudaCapture, StepGraphs
 from klein_kv.runtime.backends.pytorch.graphs import (
     Graph,
+    small_graph,
     text_encoder_graph,
     transformer_graph,
     vae_graph,
@@ -191,10 +192,14 @@ class TorchBackend:
         return float(start.elapsed_time(end)) / 1e3
 
     def _component(self, graph: str) -> str:
-        files = self._weights.graphs.files
-        if graph not in files:
-            raise ArtifactError(f"there is no graph {graph!r}, expected one of {', '.join(files)}")
-        return files[graph].partition("/")[0]
+        """Whose weights a graph reads; "" of the small ones."""
+        graphs = self._weights.graphs
+        if graph in graphs.small_files:
+            return ""
+        if graph not in graphs.files:
+            expected = ", ".join(graphs.files)
+            raise ArtifactError(f"there is no graph {graph!r}, expected one of {expected}")
+        return graphs.files[graph].partition("/")[0]
 
     def _graph(self, graph: str) -> Graph:
         """A graph, loaded if need be."""
@@ -204,10 +209,13 @@ class TorchBackend:
         component = self._component(graph)
         graphs, config = self._weights.graphs, self._weights.config
         if component not in self._networks:
-            weights, dtype = self._weights.load(component), TORCH_DTYPES[graphs.dtype]
-            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks)
+            weights = self._weights.load(component) if component else {}
+            dtype = TORCH_DTYPES[graphs.dtype]
+            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks, self.device)
         network = self._networks[component]
-        if component == "vae":
+        if not component:
+            function = small_graph(graph, network)
+        elif component == "vae":
             function = vae_graph(graph, config, network)
         elif component == "text_encoder":
             function = text_encoder_graph(config, network)

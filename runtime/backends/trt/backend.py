@@ -112,7 +112,7 @@ class TrtBackend:
         self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
         self._key_inputs = {
             graph: key_inputs(self._graphs.signature(graph, self._config))
-            for graph in self._graphs.files
+            for graph in manifest.held_graphs(self._graphs)
         }
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
@@ -281,7 +281,7 @@ class TrtBackend:
             ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
         }
         if not weights:  # inside the engine
-            held = graph_weights(self._artifacts, self._graphs.files[graph])
+            held = graph_weights(self._artifacts, self._graphs.file(graph))
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
         return GraphMemory(weights, fixed_buffers=True)
 
@@ -358,7 +358,7 @@ class TrtBackend:
         """Bytes of the weights that lie in an engine itself."""
         if folder.manifest.record(graph).weights:
             return 0
-        held = graph_weights(self._artifacts, self._graphs.files[graph])
+        held = graph_weights(self._artifacts, self._graphs.file(graph))
         return sum(ref.nbytes for ref in held.values())
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:

@@ -197,7 +197,7 @@ class FakeEngine:
         self.signature: Signature = trt.graphs.signature(graph, trt.manifest.config)
         self.unit = trt.manifest.config.vae.multiple_of
         self.device = trt.cuda.device
-        weights = graph_weights(trt.artifacts, trt.graphs.files[graph])
+        weights = graph_weights(trt.artifacts, trt.graphs.file(graph))
         shared = trt.shared.get(graph, not graph.startswith("vae"))
         self.weights = weights if shared else {}
         self.names = [spec.name for spec in (*self.signature.inputs, *self.signature.outputs)]
@@ -269,7 +269,7 @@ class FakeEngine:
         for name, value in self._values.items():
             options.add_initializer(name, value)
         return onnxruntime.InferenceSession(
-            str(self.trt.artifacts / self.trt.graphs.files[self.graph]),
+            str(self.trt.artifacts / self.trt.graphs.file(self.graph)),
             options,
             providers=["CPUExecutionProvider"],
         )
