@@ -191,7 +191,7 @@ class Session:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that weights, scratch, and keys and values of a request take; of mapped files none."""
+        """Bytes of weights, scratch, and keys and values of a request; mapped files count none."""
         return self._weights(self._loaded) + self._kept_scratch + self._kept_kv
 
     # A request --------------------------------------------------------------------------------

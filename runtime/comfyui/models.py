@@ -82,7 +82,7 @@ class _Network(torch.nn.Module):
     """Stands for the pipeline where ComfyUI expects a network; its name is in ComfyUI's log."""
 
 
-class _HeldModel(ModelPatcher):  # type: ignore[misc] # ComfyUI is not typed
+class _HeldModel(ModelPatcher):
     """One artifact folder, open or not."""
 
     def __init__(self, choice: ModelChoice) -> None:

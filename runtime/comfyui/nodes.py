@@ -1,6 +1,5 @@
 """The nodes, in ComfyUI's V3 form: classes without state, told of by `comfy_entrypoint`."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from klein_kv.runtime.comfyui.models import (
 )
 from klein_kv.runtime.comfyui.pictures import image_from_pixels, pictures_from_image
 from klein_kv.runtime.comfyui.run_facts import RunFacts
+from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 
 __all__ = ["comfy_entrypoint"]
@@ -181,7 +181,11 @@ class KleinKVEdit(io.ComfyNode):
             inputs=[
                 _Model.Input("model"),
                 io.String.Input(
-                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What to do."
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to do.",
                 ),
                 io.Int.Input(
                     "width",
@@ -191,9 +195,7 @@ class KleinKVEdit(io.ComfyNode):
                     step=16,
                     tooltip="Pixels, a multiple of 16; 0: the first reference's, else 1024.",
                 ),
-                io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=16, tooltip="As width."
-                ),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="As width."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -206,6 +208,21 @@ class KleinKVEdit(io.ComfyNode):
                     "steps", default=4, min=1, max=50, tooltip="klein is distilled for 4."
                 ),
                 _References.Input("references", optional=True, tooltip="What is edited."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the first reference changes; the rest stays.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    optional=True,
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Below 1 the steps start from the first reference with noise: 0.75 "
+                    "runs three of four.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image"),
@@ -223,8 +240,16 @@ class KleinKVEdit(io.ComfyNode):
         seed: int,
         steps: int,
         references: tuple[Image.Image, ...] = (),
+        mask: torch.Tensor | None = None,
+        strength: float = 1.0,
     ) -> io.NodeOutput:
         """See `io.ComfyNode`; what is wrong is a KleinKVError."""
+        starts_from_image = mask is not None or strength < 1
+        if starts_from_image and not references:
+            raise RequestError(
+                "a mask, or a strength below 1, is given and no references, expected the image to "
+                "change as image_1 of Klein KV References"
+            )
         pipe = open_model(model)
         bar = ProgressBar(steps)
         previews = PREVIEW in pipe.manifest.files
@@ -233,22 +258,31 @@ class KleinKVEdit(io.ComfyNode):
             preview = None
             if previews:
                 preview = ("JPEG", pipe.preview(tensors["denoised"])[0], None)
-            bar.update_absolute(i + 1, steps, preview)
+            bar.update_absolute(i + 1, pipe.num_timesteps, preview)
             model_management.throw_exception_if_processing_interrupted()
 
-        pixels = pipe(
-            prompt,
-            image=list(references),
-            width=width or None,
-            height=height or None,
-            seed=seed,
-            num_inference_steps=steps,
-            output_type="np",
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=["denoised"] if previews else [],
-        ).images
+        request: dict[str, Any] = {
+            "prompt": prompt,
+            "width": width or None,
+            "height": height or None,
+            "seed": seed,
+            "num_inference_steps": steps,
+            "output_type": "np",
+            "callback_on_step_end": after_step,
+            "callback_on_step_end_tensor_inputs": ["denoised"] if previews else [],
+        }
+        if starts_from_image:
+            request |= {
+                "image": references[0],
+                "image_reference": list(references[1:]),
+                "mask_image": None if mask is None else mask.float().cpu().numpy(),
+                "strength": strength,
+            }
+            made: Any = KleinKVInpaintPipeline.from_pipe(pipe)(**request)
+        else:
+            made = pipe(**request, image=list(references))
         facts = RunFacts.of(pipe, model.precision, len(references))
-        return io.NodeOutput(image_from_pixels(pixels), facts)
+        return io.NodeOutput(image_from_pixels(made.images), facts)
 
 
 class KleinKVInfo(io.ComfyNode):
@@ -274,12 +308,12 @@ class KleinKVInfo(io.ComfyNode):
         return io.NodeOutput(run.text, ui=ui.PreviewText(run.text))
 
 
-class _Extension(ComfyExtension):  # type: ignore[misc] # ComfyUI is not typed
+class _Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [KleinKVModel, KleinKVLora, KleinKVReferences, KleinKVEdit, KleinKVInfo]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
     """What ComfyUI calls when it loads the pack."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     return _Extension()
