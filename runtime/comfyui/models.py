@@ -69,7 +69,8 @@ def open_model(choice: ModelChoice) -> KleinKVPipeline:
     """
     key = replace(choice, adapters=())
     if key not in _held:
-        _held[key] = _HeldModel(key)
+        size = _weight_bytes(Manifest.load(key.folder, check_files=False), key.precision)
+        _held[key] = _HeldModel(key, size)
     held = _held[key]
     model_management.load_models_gpu([held])
     if held.pipe is None:
@@ -85,12 +86,11 @@ class _Network(torch.nn.Module):
 class _HeldModel(ModelPatcher):
     """One artifact folder, open or not."""
 
-    def __init__(self, choice: ModelChoice) -> None:
-        size = _weight_bytes(Manifest.load(choice.folder, check_files=False), choice.precision)
+    def __init__(self, choice: ModelChoice, size: int) -> None:
         device = model_management.get_torch_device()
         self._choice = choice
         self.pipe: KleinKVPipeline | None = None
-        super().__init__(_Network(), device, torch.device("cpu"), size=max(size, 1))
+        super().__init__(_Network(), device, torch.device("cpu"), size=size)
 
     def model_size(self) -> int:
         return max(int(self.size), self.loaded_size())

@@ -211,7 +211,8 @@ class KleinKVEdit(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the first reference changes; the rest stays.",
+                    tooltip="White where the first reference changes; the rest stays. A black "
+                    "one, as Load Image gives it for opaque pictures, counts as none.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -244,6 +245,8 @@ class KleinKVEdit(io.ComfyNode):
         strength: float = 1.0,
     ) -> io.NodeOutput:
         """See `io.ComfyNode`; what is wrong is a KleinKVError."""
+        if mask is not None and not mask.any():  # a picture without one
+            mask = None
         starts_from_image = mask is not None or strength < 1
         if starts_from_image and not references:
             raise RequestError(
