@@ -177,8 +177,8 @@ def test_models_leave_for_each_other(comfyui: ComfyUI, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("name", "inputs", "error", "words"),
     [
-        ("Model", {"artifacts": "gone"}, ValueError, "wrong"),
-        ("Lora", {"lora_name": "gone.safetensors"}, ValueError, "wrong"),
+        ("Model", {"artifacts": "gone"}, RequestError, "no artifact folder 'gone'"),
+        ("Lora", {"lora_name": "gone.safetensors"}, FileNotFoundError, "gone.safetensors"),
         ("Edit", {"width": 100}, RequestError, "width is 100, expected a multiple of 16"),
         ("Edit", {"steps": 0}, ValueError, "wrong"),
         ("References", {"image_1": torch.zeros(5, 8, 8, 3)}, RequestError, "5 reference images"),
@@ -200,7 +200,17 @@ def test_bad_inputs_are_told(
         node(name, **(usual[name] | inputs))
 
 
-def test_a_precision_that_is_not_there_is_told(node: Callable[..., Any]) -> None:
-    (model,) = node("Model", artifacts="pocket", backend="auto", precision="fp8")
-    with pytest.raises(KleinKVError, match="klein-kv quantize ARTIFACTS --recipe fp8"):
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"precision": "fp8"}, "klein-kv quantize ARTIFACTS --recipe fp8"),
+        ({"backend": "other"}, "backend is 'other', expected one of auto"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told(
+    node: Callable[..., Any], choice: dict[str, str], words: str
+) -> None:
+    usual = {"artifacts": "pocket", "backend": "auto", "precision": "own"}
+    (model,) = node("Model", **(usual | choice))
+    with pytest.raises(KleinKVError, match=words):
         node("Edit", model=model, prompt="", width=0, height=0, seed=0, steps=4)

@@ -165,10 +165,6 @@ class Combo:
             super().__init__(id, display_name, optional, tooltip, lazy)
             assert isinstance(options, list)
             assert default is None or default in options
-            self.options = options
-
-        def refused(self, value: Any) -> bool:
-            return value not in self.options
 
 
 class Schema:
