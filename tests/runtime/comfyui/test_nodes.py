@@ -1,6 +1,7 @@
 """The nodes over a stand-in for ComfyUI, on pocket: what they make, show, keep and give up."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.pocket.scenes import answer, cyanotype, draw_scene, psnr, sample
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import KleinKVError, RequestError
 from tests.runtime.comfyui.conftest import ComfyUI
+from tests.runtime.comfyui.workflows import WORKFLOWS, prompt_from_workflow
 
 SIZE = (192, 192)
 NIGHT, SWAP = Meaning("night"), Meaning("swap")
@@ -214,3 +216,24 @@ def test_a_model_that_is_not_there_is_told(
     (model,) = node("Model", **(usual | choice))
     with pytest.raises(KleinKVError, match=words):
         node("Edit", model=model, prompt="", width=0, height=0, seed=0, steps=4)
+
+
+@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.json")), ids=lambda x: x.stem)
+def test_workflows_fit_the_nodes(comfyui: ComfyUI, file: Path) -> None:
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    ours = [x for x in workflow["nodes"] if x["type"].startswith("KleinKV")]
+    nodes = {x["type"]: getattr(comfyui.nodes, x["type"]).define_schema() for x in ours}
+    info = {name: {"input": {"required": widgets_of(x)}} for name, x in nodes.items()}
+    for node in prompt_from_workflow({**workflow, "nodes": ours}, info).values():
+        inputs = {x.id: x for x in nodes[node["class_type"]].inputs}
+        assert node["inputs"].keys() <= inputs.keys()
+        assert {x.id for x in inputs.values() if not x.optional} <= node["inputs"].keys()
+        for name, value in node["inputs"].items():  # a list is a link
+            assert isinstance(value, list) or not inputs[name].refused(value)
+
+
+def widgets_of(schema: Any) -> dict[str, Any]:
+    """Inputs as `/object_info` has them."""
+    return {
+        x.id: (x.Parent.io_type, {"control_after_generate": x.id == "seed"}) for x in schema.inputs
+    }

@@ -27,13 +27,13 @@ from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import answer, cyanotype, draw_scene, psnr, sample_subjects
 from klein_kv.cli import main
 from tests.runtime.comfyui.conftest import STAND_INS
+from tests.runtime.comfyui.workflows import WORKFLOWS, prompt_from_workflow
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ""))  # noqa: TID251 - tests alone
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)  # noqa: TID251
 pytestmark = pytest.mark.skipif(
     not (COMFYUI / "main.py").is_file(), reason="COMFYUI_PATH names no checkout of ComfyUI"
 )
-WORKFLOWS = Path(__file__).parents[3] / "runtime" / "comfyui" / "workflows"
 OF_THE_STAND_IN = {"start_in", "call", "_typed", "refused", "__init_subclass__", "__hash__"}
 
 
@@ -119,29 +119,6 @@ def get(address: str, body: Any = None) -> Any:
     with urllib.request.urlopen(urllib.request.Request(address, data)) as answer:
         content = answer.read()
     return json.loads(content) if content else None
-
-
-def prompt_from_workflow(workflow: dict[str, Any], nodes: dict[str, Any]) -> dict[str, Any]:
-    """What the page makes of a workflow: inputs by name, from links and widgets."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        info = nodes[node["type"]]["input"]
-        linked = {x["name"]: links[x["link"]] for x in node["inputs"] if x["link"]}
-        sockets = {x["name"] for x in node["inputs"]}
-        inputs: dict[str, Any] = {}
-        values = iter(node["widgets_values"])
-        for name, (_kind, *more) in (info["required"] | info.get("optional", {})).items():
-            if name in linked:
-                inputs[name] = linked[name]
-            elif name not in sockets:
-                inputs[name] = next(values)
-                options = more[0] if more else {}
-                if options.get("control_after_generate") or options.get("image_upload"):
-                    next(values)
-        assert list(values) == [], f"{node['type']} has widgets that the node does not"
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
 
 
 Run = Callable[..., tuple[Image.Image, str]]
