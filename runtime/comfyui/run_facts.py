@@ -65,7 +65,7 @@ class RunFacts:
                 self.timings.to_text(),
                 f"references: {how}",
                 f"memory: {size_text(self.held)} of weights and work space (mapped files not "
-                f"counted), {self.store.entries} reference sets in {size_text(self.store.bytes)} "
-                f"of {size_text(self.budget)}",
+                f"counted); reference sets kept: {self.store.entries}, "
+                f"{size_text(self.store.bytes)} of at most {size_text(self.budget)}",
             )
         )

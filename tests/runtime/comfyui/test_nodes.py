@@ -74,7 +74,7 @@ def test_edits_are_right_and_the_second_one_is_a_hit(comfyui: ComfyUI, edit: Edi
     assert "references: hit" in text
     assert "4 cached steps" in text
     assert "first step" not in text
-    assert "1 reference sets" in text
+    assert "reference sets kept: 1" in text
     assert not same(first, second)
     assert [x[:2] for x in comfyui.utils.shown] == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
     assert psnr(comfyui.utils.shown[3][2], first) > 20
