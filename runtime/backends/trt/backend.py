@@ -10,6 +10,7 @@ CUDA and TensorRT, and check that every name used exists in the installed bindin
 
 import contextlib
 import functools
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import BackendError, BuildError
 from klein_kv.runtime.backends.backend import (
     Buffer,
+    DeviceContent,
     GraphMemory,
     WeightChanges,
     keep_changes,
@@ -109,7 +111,7 @@ class TrtBackend:
         self._weights: weakref.WeakValueDictionary[WeightRef, DeviceBuffer] = (
             weakref.WeakValueDictionary()  # of loaded ones, which hold them
         )
-        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._changes: dict[str, Callable[[], Any]] = {}
         self._key_inputs = {
             graph: key_inputs(self._graphs.signature(graph, self._config))
             for graph in manifest.held_graphs(self._graphs)
@@ -178,6 +180,12 @@ class TrtBackend:
     def upload(self, array: NDArray[Any]) -> Buffer:
         with self._memory:
             return self._memory.upload(array)
+
+    def upload_weight(self, ref: WeightRef) -> Buffer:
+        with self._memory:
+            buffer = self._memory.allocate(ref.shape, ref.dtype)
+            self._memory.staging.upload_weights({ref: buffer.pointer})
+            return buffer
 
     def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
         places, nbytes = place_kv(
@@ -255,6 +263,15 @@ class TrtBackend:
         if own:
             self._memory.staging.upload_weights(own)
 
+        on_device = [x for x in changed if isinstance(self._changes[x], DeviceContent)]
+        for tensor in on_device:
+            content = self._changes[tensor]()
+            for pointer, _, rows in changed.pop(tensor):
+                self._write(pointer, content, rows)
+        if on_device:
+            content = None
+            self._memory.trim()  # of what passed
+
         def make(whole: str) -> list[tuple[int, NDArray[Any]]]:
             return [(at, self._changes[name]()[rows]) for at, name, rows in changed[whole]]
 
@@ -264,6 +281,16 @@ class TrtBackend:
                 for parts in pool.map(make, tensors[start : start + at_once]):
                     for pointer, array in parts:
                         self._memory.staging.upload(pointer, array)
+
+    def _write(self, pointer: int, content: NDArray[Any] | DeviceBuffer, rows: slice) -> None:
+        """Writes rows of a tensor's content to a place."""
+        if not isinstance(content, DeviceBuffer):
+            self._memory.staging.upload(pointer, content[rows])
+            return
+        start, stop, _ = rows.indices(content.shape[0])
+        row = math.prod(content.shape[1:])
+        part = content.view((stop - start, *content.shape[1:]), start * row)
+        self._memory.copy(pointer, part.pointer, part.nbytes)
 
     def available_memory(self) -> int:
         with self._memory:
