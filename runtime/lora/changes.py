@@ -147,10 +147,8 @@ def as_product(
         stop = start + len(right)
         up[target[0] : target[1], start:stop], down[start:stop] = left, right
         start = stop
-    largest = [np.abs(factor).max(initial=0).astype(np.float64) for factor in (up, down)]
-    if not rank * largest[0] * largest[1] < np.finfo(np.float32).max / 2:
-        return None
-    return up, down
+    bound = float(np.linalg.norm(up)) * float(np.linalg.norm(down))  # of any number of the product
+    return (up, down) if bound < np.finfo(np.float32).max / 2 else None
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, ...]:

@@ -108,6 +108,7 @@ class TrtBackend:
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
+        self._table = functools.cache(functools.partial(graph_weights, artifacts))  # by file
         self._weights: weakref.WeakValueDictionary[WeightRef, DeviceBuffer] = (
             weakref.WeakValueDictionary()  # of loaded ones, which hold them
         )
@@ -234,7 +235,7 @@ class TrtBackend:
         # At the same addresses: engines, contexts and captured graphs stay as they are.
         names: dict[WeightRef, str] = {}
         for graph, file in self._graphs.files.items():
-            refs = graph_weights(self._artifacts, file)
+            refs = self._table(file)
             touched = {ref: name for name, ref in refs.items() if split_part(name)[0] in changes}
             if touched and self._embeds_weights(graph):
                 raise BackendError(
@@ -308,7 +309,7 @@ class TrtBackend:
             ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
         }
         if not weights:  # inside the engine
-            held = graph_weights(self._artifacts, self._graphs.file(graph))
+            held = self._table(self._graphs.file(graph))
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
         return GraphMemory(weights, fixed_buffers=True)
 
@@ -385,7 +386,7 @@ class TrtBackend:
         """Bytes of the weights that lie in an engine itself."""
         if folder.manifest.record(graph).weights:
             return 0
-        held = graph_weights(self._artifacts, self._graphs.file(graph))
+        held = self._table(self._graphs.file(graph))
         return sum(ref.nbytes for ref in held.values())
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
