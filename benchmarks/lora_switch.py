@@ -91,6 +91,7 @@ def switch(work: Path, rank: int, rounds: int) -> dict[str, Any]:
         with trt.counting() as counts:
             backend.replace_weights(merger.contents([(adapter, 1.0 + i)]))
         seconds.append(time.thread_time() - start)
+    backend.close()
     weights: list[WeightRef] = read
     base = sum(ref.nbytes for ref in weights)
     moved = {

@@ -5,7 +5,7 @@ Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA
 """
 
 import importlib.util
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -40,21 +40,20 @@ Buffer = Any
 WeightChanges = Mapping[str, Callable[[], Any] | None]
 """For tensors, by their names in weight tables without rows, what gives another content, whole and
 in the type of the table, or None for the content of the file. It is asked for one tensor after the
-other, and again where a graph is loaded again. What comes is an array; of a `DeviceContent` it may
-be a buffer."""
+other, and again where a graph is loaded again. It gives an array, or is a `DeviceContent`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceContent:
-    """Content that graphs of the backend make: to be asked for in the thread that changes weights.
+    """Content that graphs of the backend make, piece by piece; a `WeightMaker` alone is given it.
 
-    A `WeightMaker` alone is given such.
+    It is asked for in the thread that changes weights, each piece once the one before is written.
     """
 
-    make: Callable[[], Any]
+    make: Callable[[], Iterator[tuple[slice, Any]]]
 
-    def __call__(self) -> Any:
-        """An array or a buffer."""
+    def __call__(self) -> Iterator[tuple[slice, Any]]:
+        """Rows of the tensor, and what they hold: a buffer or an array. Later ones count."""
         return self.make()
 
 

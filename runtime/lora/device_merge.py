@@ -1,10 +1,10 @@
 """Products of factors merged into weights where graphs read them: on a GPU, by a graph of its own.
 
-The weight comes from its file once, through pinned memory; the sum is made a few million numbers at
-a time, and stays on the device.
+A weight comes from its file, once, through pinned memory; the sum stays on the device, where it is
+made a few million numbers at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from klein_kv.networks.merge import rows_at_once
 from klein_kv.runtime.backends.backend import Backend, Buffer, WeightMaker
 
 __all__ = ["DeviceMerger"]
+
+_READ_BYTES = 64 << 20  # of a weight that lie on the device at once
 
 
 class DeviceMerger:
@@ -35,13 +37,16 @@ class DeviceMerger:
         ref: WeightRef,
         factors: tuple[NDArray[np.float32], NDArray[np.float32]],
         scale: float | None,
-    ) -> tuple[Buffer, float]:
-        """A weight [rows, columns] with a product added, and its largest magnitude in float32.
+    ) -> Generator[tuple[slice, Buffer], None, float]:
+        """Gives rows of a weight [rows, columns] with a product added, as `DeviceContent` does.
 
         Args:
             ref: where the weight lies, in the model's type.
             factors: [rows, rank] and [rank, columns], with one of the ranks of `networks.merge`.
             scale: of the result in float8; None for the model's type.
+
+        Returns:
+            The largest magnitude in float32.
 
         Raises:
             CapacityError: the device has no memory for it.
@@ -50,27 +55,25 @@ class DeviceMerger:
         assert isinstance(backend, WeightMaker)  # noqa: S101 - else it `can` nothing
         rows, columns = ref.shape
         rank, step = len(down), rows_at_once(columns)
-        weight, ups = backend.upload_weight(ref), backend.upload(up)
+        read = step * max(1, _READ_BYTES * rows // (ref.nbytes * step))
+        ups = backend.upload(up)
         fixed = {"down": backend.upload(down)}
         if scale is not None:
             fixed["scale"] = backend.upload(np.array([scale], np.float32))
         largest = backend.upload(np.zeros(1, np.float32))
-
-        def parts() -> Iterator[Buffer]:
-            nonlocal largest
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                inputs = {
-                    "weight": backend.view(weight, (count, columns), start * columns),
-                    "up": backend.view(ups, (count, rank), start * rank),
-                    "largest_before": largest,
-                }
-                outputs = backend.run(_graph(scale), inputs | fixed)
-                largest = outputs["largest"]
-                yield outputs["merged"]
-
-        merged = backend.assemble((rows, columns), parts())
-        return merged, float(backend.download(largest)[0])
+        for start in range(0, rows, step):
+            if start % read == 0:
+                weight = backend.upload_weight(ref.rows(start, min(start + read, rows)))
+            count = min(step, rows - start)
+            inputs = {
+                "weight": backend.view(weight, (count, columns), start % read * columns),
+                "up": backend.view(ups, (count, rank), start * rank),
+                "largest_before": largest,
+            }
+            outputs = backend.run(_graph(scale), inputs | fixed)
+            largest = outputs["largest"]
+            yield slice(start, start + count), outputs["merged"]
+        return float(backend.download(largest)[0])
 
     def _has(self, graph: str) -> bool:
         try:

@@ -8,10 +8,9 @@ constant. What they stand for is no place to start: it lies on a grid, and round
 small change back.
 """
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,19 +122,24 @@ class WeightMerger:
             and all(change.is_product for change, _ in changes)
         )
 
-    def _merged_on_device(self, tensor: str, changes: WeightedChanges) -> Any:
-        """A tensor as a buffer; as an array where it does not fit there, or into its type."""
+    def _merged_on_device(
+        self, tensor: str, changes: WeightedChanges
+    ) -> Iterator[tuple[slice, Any]]:
+        """A tensor in pieces; whole, by numpy, where it does not fit there, or into its type."""
         ref, layer = self._own[tensor], self._quantized.get(tensor)
         scale = None if layer is None else layer.weight_scale
         factors = as_product(changes, ref.shape[0], RANKS)
         if factors is not None and self._device is not None:
-            with contextlib.suppress(CapacityError):
-                merged, largest = self._device.merge(ref, factors, scale)
+            try:
+                largest = yield from self._device.merge(ref, factors, scale)
+            except CapacityError as error:
+                _log.info("%s is merged on the host: %s", tensor, error)
+            else:
                 if self._fits(largest, scale):
                     if layer is not None:
                         self._check_source(tensor, layer, self._base(tensor))
-                    return merged
-        return self._merged(tensor, changes)[tensor]  # tells what does not fit
+                    return
+        yield slice(None), self._merged(tensor, changes)[tensor]  # tells what does not fit
 
     def _fits(self, largest: float, scale: float | None) -> bool:
         if scale is not None:

@@ -14,7 +14,7 @@ from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.vae import vae_parameters
-from klein_kv.runtime.backends.backend import WeightChanges, keep_changes
+from klein_kv.runtime.backends.backend import DeviceContent, WeightChanges, keep_changes
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
     Staging,
@@ -85,9 +85,11 @@ class FolderWeights:
         for name in names:
             change = self._changes.get(name)
             content = map_tensor(refs[name]) if change is None else change()
-            if not isinstance(content, torch.Tensor):
-                content = tensor_from_array(content, torch.device("cpu"))
-            tensors[name].copy_(content)
+            pieces = content if isinstance(change, DeviceContent) else [(slice(None), content)]
+            for rows, piece in pieces:
+                if not isinstance(piece, torch.Tensor):
+                    piece = tensor_from_array(piece, torch.device("cpu"))
+                tensors[name][rows].copy_(piece)
 
     def _refs(self, component: str) -> dict[str, WeightRef]:
         table: dict[str, WeightRef] = {}

@@ -10,7 +10,6 @@ CUDA and TensorRT, and check that every name used exists in the installed bindin
 
 import contextlib
 import functools
-import math
 import os
 import weakref
 from collections import OrderedDict
@@ -266,11 +265,11 @@ class TrtBackend:
 
         on_device = [x for x in changed if isinstance(self._changes[x], DeviceContent)]
         for tensor in on_device:
-            content = self._changes[tensor]()
-            for pointer, _, rows in changed.pop(tensor):
-                self._write(pointer, content, rows)
+            places = changed.pop(tensor)
+            for rows, content in self._changes[tensor]():
+                for pointer, _, place in places:
+                    self._write(pointer, place, rows, content)
         if on_device:
-            content = None
             self._memory.trim()  # of what passed
 
         def make(whole: str) -> list[tuple[int, NDArray[Any]]]:
@@ -283,15 +282,22 @@ class TrtBackend:
                     for pointer, array in parts:
                         self._memory.staging.upload(pointer, array)
 
-    def _write(self, pointer: int, content: NDArray[Any] | DeviceBuffer, rows: slice) -> None:
-        """Writes rows of a tensor's content to a place."""
-        if not isinstance(content, DeviceBuffer):
-            self._memory.staging.upload(pointer, content[rows])
+    def _write(
+        self, pointer: int, place: slice, rows: slice, content: NDArray[Any] | DeviceBuffer
+    ) -> None:
+        """Writes `rows` of a tensor to where its rows `place` lie, as far as they are the same."""
+        first, at = rows.start or 0, place.start or 0
+        last = first + content.shape[0]
+        start, stop = max(first, at), last if place.stop is None else min(last, place.stop)
+        if start >= stop:
             return
-        start, stop, _ = rows.indices(content.shape[0])
-        row = math.prod(content.shape[1:])
-        part = content.view((stop - start, *content.shape[1:]), start * row)
-        self._memory.copy(pointer, part.pointer, part.nbytes)
+        row = content.nbytes // content.shape[0]
+        target = pointer + (start - at) * row
+        if isinstance(content, DeviceBuffer):
+            source = content.pointer + (start - first) * row
+            self._memory.copy(target, source, (stop - start) * row)
+        else:
+            self._memory.staging.upload(target, content[start - first : stop - first])
 
     def available_memory(self) -> int:
         with self._memory:

@@ -14,9 +14,11 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import CapacityError
+from klein_kv.networks import merge
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.backends.backend import DeviceContent
 from klein_kv.runtime.backends.trt.backend import TrtBackend
+from klein_kv.runtime.lora import device_merge
 from klein_kv.runtime.lora.lora_file import WeightedAdapter, read_adapter
 from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -91,13 +93,25 @@ def steps_apart(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "precision"),
-    [("tiny_bf16_artifacts", None), ("tiny_fp16_artifacts", None), ("artifacts", "fp8")],
+    ("folder", "precision", "pieces"),
+    [
+        ("tiny_bf16_artifacts", None, False),
+        ("tiny_fp16_artifacts", None, True),
+        ("artifacts", "fp8", True),
+    ],
 )
 def test_engines_merge_as_the_host_does(
-    folder: str, precision: str | None, tmp_path: Path, request: pytest.FixtureRequest
+    folder: str,
+    precision: str | None,
+    pieces: bool,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sums are made in another order: now and then the next number; never more."""
+    if pieces:  # as of large weights
+        monkeypatch.setattr(merge, "_MOST_NUMBERS", 1 << 11)
+        monkeypatch.setattr(device_merge, "_READ_BYTES", 1 << 14)
     card = Card(request.getfixturevalue(folder), tmp_path, precision)
     before, adapters = card.held(), card.adapters()
     contents, expected = card.merger().contents(adapters), card.expected(adapters)
@@ -107,6 +121,7 @@ def test_engines_merge_as_the_host_does(
     scalars = sum(4 if x not in card.merger()._quantized else 8 for x in own)
 
     uploaded = card.uploaded(lambda: card.backend.replace_weights(contents))
+    assert (len(card.trt.runs) > 2 * len(own)) == pieces
     assert uploaded == sum(x.nbytes for x in own.values()) + 4 * RANK * numbers + scalars
     steps = []
     for name, array in card.held().items():
