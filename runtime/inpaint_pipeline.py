@@ -30,7 +30,7 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
     """
 
     @one_at_a_time
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override] # noqa: D417 - the rest is documented there
         self,
         prompt: str | list[str] | None = None,
         image: Image.Image | None = None,
@@ -91,6 +91,8 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
                 f"output_type is {output_type!r}, expected 'pil' with padding_mask_crop: what was "
                 "made is laid over the image"
             )
+        if image is None:
+            raise RequestError("image is None, expected the PIL image that is to be changed")
         unit, picture = self.config.vae.multiple_of, to_rgb(image, self.encoder.matte)
         start, crop = make_start(
             picture,
@@ -105,6 +107,8 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
         arguments = CallArguments(
             prompt=prompt,
             image=image_reference,
+            height=start.pixels.shape[1],
+            width=start.pixels.shape[2],
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
             num_images_per_prompt=num_images_per_prompt,

@@ -3,8 +3,8 @@
 `first_step` takes the references' tokens and leaves their keys and values on the device; every
 later step is `cached_step` on those buffers. With keys and values at hand from the start, or
 without references (R = 0), all steps are `cached_step`. Plain weights have nothing to keep: each of
-their steps is `plain_step`, which takes the references' tokens. Where a part of an image is to stay,
-`blend` follows every step.
+their steps is `plain_step`, which takes the references' tokens. `blend` follows every step where a
+part of an image is to stay.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def mask_tokens(
     pixels = np.concatenate([_pixels(one, size, box) for one in masks]) >= 0.5
     cells = pixels.reshape(len(pixels), height // unit, unit, width // unit, unit)
     middle = slice(unit // 2 - 1, unit // 2 + 1)
-    means = cells[:, :, middle, :, middle].mean(axis=(2, 4), dtype=np.float32)
+    means: NDArray[np.float32] = cells[:, :, middle, :, middle].mean((2, 4), np.float32)
     return means.reshape(len(means), -1, 1)
 
 
@@ -140,9 +140,15 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     inner_height = image.height * width // image.width if wide else height
     inner = image.resize((inner_width, inner_height), Image.Resampling.LANCZOS)
     left, top = width // 2 - inner_width // 2, height // 2 - inner_height // 2
-    around = ((top, height - top - inner_height), (left, width - left - inner_width))
-    pixels = np.asarray(inner)
-    return Image.fromarray(np.pad(pixels, (*around, (0, 0))[: pixels.ndim], mode="edge"))
+    whole = Image.new(image.mode, (width, height))
+    whole.paste(inner, (left, top))
+    if top:
+        for edge, at in ((0, 0), (inner_height, top + inner_height)):
+            whole.paste(inner.resize((width, top), box=(0, edge, width, edge)), (0, at))
+    elif left:
+        for edge, at in ((0, 0), (inner_width, left + inner_width)):
+            whole.paste(inner.resize((left, height), box=(edge, 0, edge, height)), (at, 0))
+    return whole
 
 
 def lay_back(

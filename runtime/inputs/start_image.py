@@ -122,7 +122,8 @@ def make_start(
         mask: see `mask_tokens`; None for all of it.
         size: height and width to work at, whole tokens.
         unit: pixels of a token's side.
-        strength: see `StartImage`, as `noised`.
+        strength: see `StartImage`.
+        noised: see `StartImage`.
         padding: works on the region of the mask alone, with so many pixels around it.
         blur: radius in pixels of a Gaussian blur of the mask.
 

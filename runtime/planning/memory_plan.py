@@ -24,7 +24,7 @@ __all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 RESERVED = 600_000_000
 """Bytes that the CUDA context and the library's code take; an estimate, not measured."""
 
-_WITH_KV = ("first_step", "cached_step", "encode_references")
+_WITH_KV = ("first_step", "cached_step", "blend", "encode_references")
 
 
 def size_text(nbytes: int) -> str:

@@ -185,7 +185,7 @@ class ReferenceEncoder:
             unit = self._config.vae.multiple_of
             sizes = ((unit, unit * references.num_tokens),)
         kv = self._graphs.variant == "kv"
-        new = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
+        new: tuple[str, ...] = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
         if known:  # a start image is mixed with noise all the same
             new = ("vae_encoder",) if "blend" in request.stages else ()
         at = "text_encoder" in request.stages

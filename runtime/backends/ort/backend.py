@@ -126,7 +126,7 @@ class OrtBackend:
         self._sessions: dict[str, Any] = {}
         self._weights: weakref.WeakValueDictionary[WeightRef, Any] = weakref.WeakValueDictionary()
         self._bound: dict[str, dict[str, Any]] = {}  # by graph, its weights by name
-        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._changes: dict[str, Callable[[], Any]] = {}
         self._loading = threading.Lock()
 
     def prepare(

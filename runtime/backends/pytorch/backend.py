@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory, WeightChanges
@@ -29,7 +30,9 @@ from klein_kv.runtime.backends.pytorch.graphs import (
 )
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
+    Staging,
     array_from_tensor,
+    map_tensor,
     tensor_from_array,
 )
 from klein_kv.runtime.backends.pytorch.weights import FolderWeights, GivenWeights
@@ -129,6 +132,11 @@ class TorchBackend:
     def upload(self, array: NDArray[Any]) -> Buffer:
         with self._torch("upload"):
             return tensor_from_array(array, self.device)
+
+    def upload_weight(self, ref: WeightRef) -> Buffer:
+        with self._torch("upload"):
+            tensor = map_tensor(ref)
+            return tensor if self.device.type == "cpu" else Staging(self.device).copy(tensor)
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         with self._torch("download"):

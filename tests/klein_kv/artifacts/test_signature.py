@@ -58,6 +58,16 @@ EXPECTED = {
             "sample": ("bfloat16", ("batch", 3, "height", "width")),
         },
     ),
+    "blend": (
+        {
+            "hidden_states": ("bfloat16", ("batch", "image_tokens", 128)),
+            "image_latents": ("bfloat16", (1, "image_tokens", 128)),
+            "noise": ("bfloat16", ("batch", "image_tokens", 128)),
+            "mask": ("bfloat16", ("batch", "image_tokens", 1)),
+            "sigma": NUMBER,
+        },
+        {"latents": ("bfloat16", ("batch", "image_tokens", 128))},
+    ),
     "merge_lora": (MERGE, {"merged": ("bfloat16", ("rows", "columns")), "largest": NUMBER}),
     "merge_lora_fp8": (
         MERGE | {"scale": NUMBER},
