@@ -45,8 +45,14 @@ def edit(comfyui: ComfyUI, node: Callable[..., Any]) -> Edit:
     """Runs a workflow; gives the picture and what the info node says."""
     comfyui.utils.shown.clear()
 
-    def run(meaning: Meaning, *pictures: Image.Image, lora: float = 0, **more: Any) -> Any:
-        (model,) = node("Model", artifacts="pocket", backend="onnxruntime", precision="own")
+    def run(
+        meaning: Meaning,
+        *pictures: Image.Image,
+        backend: str = "onnxruntime",
+        lora: float = 0,
+        **more: Any,
+    ) -> Any:
+        (model,) = node("Model", artifacts="pocket", backend=backend, precision="own")
         if lora:
             adapter = {"lora_name": "cyanotype.safetensors", "strength": float(lora)}
             (model,) = node("Lora", model=model, **adapter)
@@ -83,9 +89,10 @@ def test_edits_are_right_and_the_second_one_is_a_hit(comfyui: ComfyUI, edit: Edi
     assert "references: none" in text
 
 
-def test_the_picture_is_the_pipelines_own(edit: Edit, pocket_artifacts: Path) -> None:
-    ours, _ = edit(NIGHT, PICTURES[0], seed=5, steps=2)
-    with KleinKVPipeline.from_pretrained(pocket_artifacts, backend="onnxruntime") as pipe:
+def test_the_picture_is_the_pipelines_own(backend: str, edit: Edit, pocket_artifacts: Path) -> None:
+    ours, text = edit(NIGHT, PICTURES[0], backend=backend, seed=5, steps=2)
+    assert f"pocket, {backend}" in text
+    with KleinKVPipeline.from_pretrained(pocket_artifacts, backend=backend) as pipe:
         request = {"seed": 5, "num_inference_steps": 2}
         direct = pipe(NIGHT.plain, image=PICTURES[0], **request).images[0]
     assert psnr(ours, direct) > 50
