@@ -79,7 +79,7 @@ def open_model(choice: ModelChoice) -> KleinKVPipeline:
     return held.pipe
 
 
-class _Network(torch.nn.Module):
+class KleinKV(torch.nn.Module):
     """Stands for the pipeline where ComfyUI expects a network; its name is in ComfyUI's log."""
 
 
@@ -90,7 +90,7 @@ class _HeldModel(ModelPatcher):
         device = model_management.get_torch_device()
         self._choice = choice
         self.pipe: KleinKVPipeline | None = None
-        super().__init__(_Network(), device, torch.device("cpu"), size=size)
+        super().__init__(KleinKV(), device, torch.device("cpu"), size=size)
 
     def model_size(self) -> int:
         return max(int(self.size), self.loaded_size())
