@@ -19,6 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.inputs.masks import mask_tokens
@@ -323,6 +324,8 @@ def test_artifacts_without_the_graph(
     manifest["files"] = {x: y for x, y in manifest["files"].items() if not x.startswith("latents/")}
     (folder / "klein.json").write_text(json.dumps(manifest))
     pipe = KleinKVInpaintPipeline.from_pipe(load_ours(folder))
+    again = Manifest.load(tiny_artifacts)
+    assert pipe.manifest.model_digest == again.model_digest, "saved references stay valid"
     request = {"prompt": "", "image": picture(64, 64), "num_inference_steps": 2, "seed": 0}
     pipe(strength=1, **request)
     for changes in ({"strength": 0.5}, {"mask_image": np.ones((64, 64))}):
