@@ -266,6 +266,8 @@ def test_warming_up_runs_what_a_call_runs(
     pipe = KleinKVInpaintPipeline.from_pretrained(tiny_artifacts)
     pipe.set_progress_bar_config(disable=True)
     runs = watch(pipe)
+    with pytest.raises(RequestError, match="at most the area of 1024x1024"):
+        pipe.warm_up(1024, 1040)
     pipe.warm_up(96, 128, [(64, 80)], max_sequence_length=16)
     warm = [run.graph for run in runs if run.graph != "encode_references"]
     runs.clear()
