@@ -211,7 +211,7 @@ def test_engines_of_an_earlier_build_are_named(
 ) -> None:
     machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path, sizes=sizes_of([])))
     pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
-    with pytest.raises(ArtifactError, match="no engine of blend, only of .*klein-kv build"):
+    with pytest.raises(ArtifactError, match=r"no engine of blend, only of .*klein-kv build"):
         pipe("a kite", image=pictures[0], strength=0.5)
 
 
