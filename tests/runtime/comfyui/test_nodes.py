@@ -101,7 +101,7 @@ def test_the_picture_is_the_pipelines_own(backend: str, edit: Edit, pocket_artif
 def test_a_mask_keeps_what_is_black(edit: Edit) -> None:
     mask = torch.zeros(1, *SIZE)
     mask[:, :, 96:] = 1
-    picture, _ = edit(NIGHT, PICTURES[0], mask=mask)
+    picture, _ = edit(NIGHT, PICTURES[0], mask=mask, steps=2)
     left, right = (0, 0, 80, 192), (112, 0, 192, 192)
     night = answer(NIGHT, SCENES[:1], SIZE)
     assert psnr(picture.crop(left), PICTURES[0].crop(left)) > 25
@@ -122,28 +122,28 @@ def test_a_strength_below_1_shortens_the_run(comfyui: ComfyUI, edit: Edit) -> No
 
 def test_adapters_are_those_of_the_chain(edit: Edit) -> None:
     right = cyanotype(answer(NIGHT, SCENES[:1], SIZE))
-    plain, _ = edit(NIGHT, PICTURES[0])
-    styled, text = edit(NIGHT, PICTURES[0], lora=1)
+    plain, _ = edit(NIGHT, PICTURES[0], steps=1)
+    styled, text = edit(NIGHT, PICTURES[0], steps=1, lora=1)
     assert "references: miss" in text  # they belong to the adapters
-    again, text = edit(NIGHT, PICTURES[0])
+    again, text = edit(NIGHT, PICTURES[0], steps=1)
     assert "references: hit" in text
     assert same(plain, again)
     assert psnr(styled, right) > psnr(plain, right) + 3
 
 
-def test_interrupted_between_steps(comfyui: ComfyUI, edit: Edit) -> None:
+def test_interrupted_after_any_step(comfyui: ComfyUI, edit: Edit) -> None:
     class Stop(list[Any]):
         def append(self, item: Any) -> None:
             super().append(item)
             comfyui.management.interrupt_current_processing()
 
-    whole, _ = edit(NIGHT, PICTURES[0], seed=1, steps=3)
+    whole, _ = edit(NIGHT, PICTURES[0], seed=1, steps=1)
     shown, comfyui.utils.shown = comfyui.utils.shown, Stop()
     with pytest.raises(comfyui.management.InterruptProcessingException):
-        edit(NIGHT, PICTURES[0], seed=1, steps=3)
+        edit(NIGHT, PICTURES[0], seed=1, steps=1)
     stopped, comfyui.utils.shown = comfyui.utils.shown, shown
     assert len(stopped) == 1
-    again, _ = edit(NIGHT, PICTURES[0], seed=1, steps=3)
+    again, _ = edit(NIGHT, PICTURES[0], seed=1, steps=1)
     assert same(again, whole)
 
 
