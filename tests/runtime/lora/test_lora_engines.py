@@ -203,12 +203,13 @@ def test_what_a_device_does_not_merge_the_host_does(
     assert all(words in warning for words, warning in zip(told, warnings, strict=True))
 
 
+@pytest.mark.parametrize("size", [1e6, 1e30])
 def test_a_weight_that_its_type_cannot_hold_is_an_error(
-    tiny_fp16_artifacts: Path, tmp_path: Path
+    size: float, tiny_fp16_artifacts: Path, tmp_path: Path
 ) -> None:
     card = Card(tiny_fp16_artifacts, tmp_path)
     with pytest.raises(RequestError, match=f"{ONE} larger than float16"):
-        card.backend.replace_weights(card.merger().contents(card.one(size=1e6)))
+        card.backend.replace_weights(card.merger().contents(card.one(size=size)))
 
 
 def edit(pipe: KleinKVPipeline) -> Any:
