@@ -30,7 +30,7 @@ from klein_kv.artifacts.numbers import (
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES, load_quantized
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights, map_weight, whole_weights
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import BackendError, CapacityError, RequestError
 from klein_kv.networks.merge import RANKS
 from klein_kv.runtime.backends.backend import Backend, DeviceContent
 from klein_kv.runtime.lora.changes import WeightedChanges, apply_changes, as_product
@@ -134,6 +134,9 @@ class WeightMerger:
                 largest = yield from self._device.merge(ref, factors, scale)
             except CapacityError as error:
                 _log.info("%s is merged on the host: %s", tensor, error)
+            except BackendError as error:
+                _log.warning("adapters are merged on the host from now on: %s", error)
+                self._device = None
             else:
                 if self._fits(largest, scale):
                     if layer is not None:
