@@ -130,8 +130,8 @@ def as_product(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """The factors of changes that are products, together: [rows, r] and [r, in].
 
-    They are padded with zeros to one of the ranks, of which the last suffices. None where the product
-    might not be finite.
+    They are padded with zeros to one of the ranks, of which the last suffices. None where the
+    product might not be finite.
     """
     parts = [(change.target, *change.factors(strength)) for change, strength in changes]
     total = sum(len(down) for _, _, down in parts)
