@@ -130,14 +130,12 @@ def as_product(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """The factors of changes that are products, together: [rows, r] and [r, in].
 
-    They are padded with zeros to one of the ranks. None where these do not suffice, or the product
-    might not be finite.
+    They are padded with zeros to one of the ranks, of which the last suffices. None where the
+    product might not be finite.
     """
     parts = [(change.target, *change.factors(strength)) for change, strength in changes]
     total = sum(len(down) for _, _, down in parts)
-    rank = next((rank for rank in ranks if rank >= total), None)
-    if rank is None:
-        return None
+    rank = next(rank for rank in ranks if rank >= total)
     up = np.zeros((rows, rank), np.float32)
     down = np.zeros((rank, parts[0][2].shape[1]), np.float32)
     start = 0

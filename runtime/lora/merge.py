@@ -120,6 +120,7 @@ class WeightMerger:
             and (layer is None or layer.block_scales is None)
             and self._device.can(None if layer is None else layer.weight_scale)
             and all(change.is_product for change, _ in changes)
+            and sum(change.rank or 0 for change, _ in changes) <= RANKS[-1]
         )
 
     def _merged_on_device(
