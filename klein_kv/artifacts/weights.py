@@ -244,25 +244,27 @@ def refs_from_places(
 
     It tells of a file outside the folder, a missing one, or one that does not hold the tensor.
     """
-    refs, sizes = {}, {}
+    refs: dict[str, WeightRef] = {}
+    files: dict[str, tuple[Path, int]] = {}  # few, of many tensors
     for name, place in places.items():
         try:
-            path = inside(folder, place.file)
-            if path not in sizes:
-                sizes[path] = path.stat().st_size
+            if place.file not in files:
+                path = inside(folder, place.file)
+                files[place.file] = path, path.stat().st_size
+            path, size = files[place.file]
             expected = tensor_bytes(place.dtype, place.shape)
         except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
             kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
             raise ArtifactError(f"{table} cannot be read: {kind}: {error}; export again") from error
         if (
-            not 0 <= place.offset <= sizes[path] - place.nbytes
+            not 0 <= place.offset <= size - place.nbytes
             or place.nbytes != expected
             or min((0, *place.shape)) < 0
         ):
             raise ArtifactError(
                 f"{table}: {name} of shape {place.shape} and dtype {place.dtype} is said to take "
                 f"bytes {place.offset} to {place.offset + place.nbytes} of {path.name}, which has "
-                f"{sizes[path]}; export again"
+                f"{size}; export again"
             )
         refs[name] = WeightRef(path, place.offset, place.nbytes, place.dtype, place.shape)
     return refs

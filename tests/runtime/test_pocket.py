@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -125,6 +125,30 @@ def test_diffusers_makes_the_same_picture(
     assert psnr(ours, theirs) > 60
 
 
+class Swap(NamedTuple):
+    """Two objects that change places, and what a faultless run makes of that."""
+
+    edit: Edit
+    request: LoopRequest
+    right: Image.Image
+
+
+@pytest.fixture(scope="module")
+def editor(pocket_artifacts: Path) -> Editor:
+    return Editor(pocket_artifacts, VARIANTS["fp32"])
+
+
+@pytest.fixture(scope="module")
+def swaps(editor: Editor, scenes: list[Scene]) -> list[Swap]:
+    def make(pair: list[Scene]) -> Swap:
+        edit = edit_of(Meaning("swap"), pair)
+        request = editor.request(edit, seed=0)
+        right = editor.picture(edit.instruction, request, editor.keys(request))
+        return Swap(edit, request, right)
+
+    return [make(scenes[:2]), make(scenes[2:])]
+
+
 # Faults that random weights could not show: each makes request and keys, wrongly.
 Faulty = tuple[LoopRequest, list[torch.Tensor]]
 
@@ -177,17 +201,10 @@ def schedule_without_its_end(editor: Editor, request: LoopRequest) -> Faulty:
     ],
 )
 def test_a_planted_fault_drops_the_score(
-    fault: Callable[[Editor, LoopRequest], Faulty], pocket_artifacts: Path, scenes: list[Scene]
+    fault: Callable[[Editor, LoopRequest], Faulty], editor: Editor, swaps: list[Swap]
 ) -> None:
-    editor = Editor(pocket_artifacts, VARIANTS["fp32"])
-    edits = [
-        edit_of(Meaning("swap"), scenes[:2]),
-        edit_of(Meaning("swap"), scenes[2:]),
-    ]
     losses = []
-    for edit in edits:
-        request = editor.request(edit, seed=0)
-        right = editor.picture(edit.instruction, request, editor.keys(request))
+    for edit, request, right in swaps:
         wrong = editor.picture(edit.instruction, *fault(editor, request))
         losses.append(psnr(right, edit.answer) - psnr(wrong, edit.answer))
     assert sum(losses) / len(losses) > 1

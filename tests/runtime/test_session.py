@@ -21,7 +21,14 @@ from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt
 
 ROOMY = 1 << 34
-REQUEST = {"prompt": "a kite", "height": 128, "width": 160, "seed": 3, "output_type": "np"}
+REQUEST = {
+    "prompt": "a kite",
+    "height": 128,
+    "width": 160,
+    "seed": 3,
+    "output_type": "np",
+    "max_sequence_length": 64,
+}
 
 
 class Machine:

@@ -262,7 +262,9 @@ class FakeEngine:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = 1
-        options.enable_mem_reuse = False  # planning it is most of the time that loading takes
+        # Most engines run a few times: loading them takes longer than all their runs.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_mem_reuse = False
         self._values = {
             name: ort_value(array_at(addresses[name], ref.shape, ref.dtype))
             for name, ref in self.weights.items()
