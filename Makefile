@@ -5,12 +5,15 @@ KLEIN_KV := $(BIN)/klein-kv
 DEMO ?= demo
 TYPING := build/typing
 
+# Python compiles what it imports, once: a fraction of what pip would compile.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
 	touch $@
 
 # Two processes of up to 4 GB; a file's tests stay together, with what they share.
@@ -26,7 +29,7 @@ lint: .venv/.installed
 	ln -s $(CURDIR)/klein_kv/* $(TYPING)/klein_kv/
 	ln -s $(CURDIR)/export $(CURDIR)/engines $(CURDIR)/runtime $(TYPING)/klein_kv/
 	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(CURDIR)/$(BIN)/python -p klein_kv
+		-n 2 --cache-dir $(CURDIR)/.mypy_cache --python-executable $(CURDIR)/$(BIN)/python -p klein_kv
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/edit.py

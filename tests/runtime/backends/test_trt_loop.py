@@ -26,7 +26,14 @@ from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.backends.fake_trt import FakeTrt
 
 STEPS = ("first_step", "cached_step", "encode_references")
-REQUEST = {"prompt": "a kite", "height": 128, "width": 160, "seed": 3, "output_type": "np"}
+REQUEST = {
+    "prompt": "a kite",
+    "height": 128,
+    "width": 160,
+    "seed": 3,
+    "output_type": "np",
+    "max_sequence_length": 64,
+}
 Shape = tuple[int, ...]
 
 
@@ -87,7 +94,7 @@ class Machine:
 def sizes_of(references: list[Shape], height: int = 128, width: int = 160) -> dict[str, dict]:
     """Sizes of all symbols of the tiny model, for engines of one shape."""
     rows, columns = height // 16, width // 16
-    common = {"batch": 1, "text_tokens": 512, "image_tokens": rows * columns}
+    common = {"batch": 1, "text_tokens": 64, "image_tokens": rows * columns}
     common |= {"grid_height": rows, "grid_width": columns, "height": height, "width": width}
     common["ref_tokens"] = sum((h // 16) * (w // 16) for h, w in references)
     sizes = dict.fromkeys(("text_encoder", "vae_decoder", *STEPS), common)
@@ -178,7 +185,7 @@ def test_shapes_in_turn_do_not_disturb_each_other(tiny_artifacts, engines, pictu
 
 def test_warming_up_compiles_for_the_shape_at_once(tiny_artifacts, engines, pictures):
     machine = Machine(tiny_artifacts, engines)
-    machine.pipe.warm_up(128, 160, [(96, 128)] * 2)
+    machine.pipe.warm_up(128, 160, [(96, 128)] * 2, max_sequence_length=64)
     _, counts = machine.quiet(pictures[:2])
     assert counts["captures"] == counts["compilations"] == counts["loads"] == 0
     assert counts["replays"] == 8  # text, two references, four steps, and the image
@@ -193,7 +200,7 @@ def test_an_edit_inside_a_mask_stays_on_the_device(
     machine.pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
     theirs = KleinKVInpaintPipeline.from_pipe(tiny_ours)
     whole = {"height": None, "width": None, "strength": 0.75}
-    machine.pipe.warm_up(96, 128)
+    machine.pipe.warm_up(96, 128, max_sequence_length=64)
     for i, split in enumerate((40, 70)):
         mask = Image.new("L", (128, 96))
         mask.paste(255, (split, 0, 128, 96))
@@ -230,7 +237,7 @@ def test_batches_and_repeated_prompts_stay_on_the_device(
     to_host = [nbytes for kind, nbytes in machine.cuda.copies[copies:] if kind == 2]
     assert counts["waits"] == 0
     # The images as floats, and the text for its cache, both when all is done.
-    assert to_host == [4 * made.size, 4 * 2 * 512 * 3 * 32]
+    assert to_host == [4 * made.size, 4 * 2 * 64 * 3 * 32]
     expect = expected(pictures[2:4], **(request | {"prompt": ["sun", "rain"]}))
     np.testing.assert_allclose(made, expect, atol=1e-5)
 
