@@ -1,0 +1,1 @@
+"""The same service in front of many GPUs, by Ray Serve."""
