@@ -158,7 +158,7 @@ class Engine(Protocol):
         """Makes keys and values, for edits to come."""
 
     def gauges(self) -> dict[str, float]:
-        """Figures for /metrics: queue depth, jobs under way, the reference store's bytes, hits..."""
+        """Figures for /metrics: queue depth, jobs under way, the store's bytes, hits and so on."""
 
     async def drain(self, timeout_s: float) -> None:
         """Takes on nothing more, and returns when all is done or the time is over."""
