@@ -8,7 +8,7 @@ from typing import Any
 
 from klein_kv.runtime.serving.errors import ServiceError
 
-__all__ = ["Answer", "as_json", "done", "failed", "frame"]
+__all__ = ["Answer", "as_json", "done", "failed", "frame", "http_status"]
 
 # Runware's own names where there are some; its client sorts others by how they begin and end.
 _CODES = {
@@ -84,8 +84,8 @@ def as_json(document: dict[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def headers(answers: Sequence[Answer]) -> tuple[int, dict[str, str]]:
-    """HTTP's status and headers of several answers: 200 if one went well."""
+def http_status(answers: Sequence[Answer]) -> tuple[int, dict[str, str]]:
+    """HTTP's status, and headers, of several answers: 200 if one went well."""
     if not answers or any(answer.error is None for answer in answers):
         return 200, {}
     first = answers[0]
