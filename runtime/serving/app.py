@@ -22,6 +22,10 @@ from klein_kv.runtime.serving.front import Fetch, Front
 from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.runware.routes import runware_routes
+from klein_kv.runtime.serving.runware.service import RunwareService
+from klein_kv.runtime.serving.runware.store import PATH
+from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
 from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
@@ -40,10 +44,16 @@ _HEADERS = {
 }
 
 
-def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None) -> FastAPI:
-    """Puts the service together.
+def make_app(
+    engine: Engine,
+    settings: ServeSettings,
+    fetch: Fetch | None = None,
+    send: Fetcher | None = None,
+) -> FastAPI:
+    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
 
-    `app.state.front` is what all routes share; `app.state.public` are paths that need no key.
+    `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
+    ask for it themselves; one that ends in "/" stands for all below it.
     """
     front = Front(
         engine=engine,
@@ -52,25 +62,21 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         shelf=ReferenceShelf(settings.shelf_bytes),
         metrics=Metrics(engine.gauges),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or _no_urls,
+        fetch=fetch or Fetcher(settings.url_hosts).get,
     )
     app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
     app.state.front = front
-    app.state.public = {"/health/live"}
+    app.state.public = {"/health/live", PATH, f"{PATH}/images/"}
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
+    service = RunwareService(front, send or Fetcher(settings.send_hosts))
+    app.include_router(runware_routes(front, service))
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Gate, front=front, public=app.state.public)
     return app
-
-
-async def _no_urls(_url: str, param: str) -> bytes:
-    raise ServiceError(
-        "url_refused", "images are not fetched from URLs here; send a file or a data URI", param
-    )
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
@@ -115,6 +121,10 @@ class Gate:
         else:
             await self.app(scope, receive, send)
 
+    def _is_public(self, path: str) -> bool:
+        below = tuple(public for public in self.public if public.endswith("/"))
+        return path in self.public or path.startswith(below)
+
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if self.front.keys.open:
@@ -143,7 +153,7 @@ class Gate:
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
-            elif scope["path"] not in self.public:
+            elif not self._is_public(scope["path"]):
                 self.front.keys.check(headers)
             body = CountedBody(receive, headers, self.front.settings, self.budget)
             await self.app(scope, body, sending)

@@ -55,13 +55,17 @@ class Kept(Generic[V]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def fits(self, nbytes: int) -> bool:
+        """Whether so much is not too much for one owner."""
+        return nbytes <= self._own_limits[0]
+
     def put(self, key: str, value: V, *, owner: str, nbytes: int, ttl_s: float) -> None:
         """Keeps a value under a key that nothing is kept under.
 
         Raises:
             ServiceError: it alone is more than the owner may have.
         """
-        if nbytes > self._own_limits[0]:
+        if not self.fits(nbytes):
             raise ServiceError(
                 "payload_too_large", "the images are larger than what is kept on this server"
             )

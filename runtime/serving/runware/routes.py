@@ -170,7 +170,8 @@ def _digest(key: str) -> str:
 def _no_key() -> ServiceError:
     return ServiceError(
         "invalid_api_key",
-        "the API key is missing or wrong; send Authorization: Bearer KEY, or an authentication task",
+        "the API key is missing or wrong; send Authorization: Bearer KEY, or a first task "
+        "authentication with apiKey",
         "apiKey",
     )
 

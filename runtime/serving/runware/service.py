@@ -1,11 +1,12 @@
 """Runware's tasks, done: one answer for each, however it came."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,15 @@ _log = logging.getLogger(__name__)
 _MOST_RUNNING = 64  # tasks that are answered later
 _MOST_RUNNING_OF_ONE = 32  # the same of one owner
 _MOST_WEBHOOKS = 256
-_WEBHOOK_PAUSES_S = (1.0, 5.0)  # before another try
+_WEBHOOK_PAUSES_S = (0.0, 1.0, 5.0)  # before each try
+_SOON_S = 1.0
 _AGAIN_S = 0.5  # between looks at a full queue
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
     digest: str  # of the task as it came
-    work: asyncio.Task[None]
+    work: asyncio.Task[Answer]
     owner: str
 
 
@@ -64,36 +66,34 @@ class RunwareService:
 
     async def answer(self, task: object, caller: Caller) -> Answer:
         """Does a task, or refuses it; never raises but when it is cancelled."""
-        try:
-            if not isinstance(task, dict):
-                raise ServiceError("invalid_body", "a task is no JSON object")
-            kind = task.get("taskType")
-            if kind == "imageInference":
-                return await self._inference(task, caller)
-            if kind in ("imageUpload", "mediaStorage"):
-                return await self._store(task, caller, kind)
-            if kind == "getResponse":
-                return self._get_response(task, caller)
-            if kind == "ping":
-                return done({"taskType": "ping", "pong": True})
-            raise ServiceError(
-                "unsupported_parameter" if isinstance(kind, str) else "missing_required_parameter",
-                "taskType is none of imageInference, imageUpload, mediaStorage, getResponse, "
-                "authentication, ping",
-                "taskType",
-            )
-        except ServiceError as error:
-            return failed(task, error)
-        except Exception:
-            _log.exception("a task failed")
-            return failed(task, ServiceError("internal_error", "something went wrong here"))
+        return await _answered(task, self._do(task, caller))
 
     async def close(self) -> None:
         """Gives up what runs."""
-        work = [running.work for running in self._running.values()] + list(self._background)
+        running = [running.work for running in self._running.values()]
+        work: list[asyncio.Task[Any]] = [*running, *self._background]
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+
+    async def _do(self, task: object, caller: Caller) -> Answer:
+        if not isinstance(task, dict):
+            raise ServiceError("invalid_body", "a task is no JSON object")
+        kind = task.get("taskType")
+        if kind == "imageInference":
+            return await self._inference(task, caller)
+        if kind in ("imageUpload", "mediaStorage"):
+            return await self._store(task, caller, kind)
+        if kind == "getResponse":
+            return self._get_response(task, caller)
+        if kind == "ping":
+            return done({"taskType": "ping", "pong": True})
+        raise ServiceError(
+            "unsupported_parameter" if isinstance(kind, str) else "missing_required_parameter",
+            "taskType is none of imageInference, imageUpload, mediaStorage, getResponse, "
+            "authentication, ping",
+            "taskType",
+        )
 
     # imageInference -----------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class RunwareService:
                     "conflict", "another task has this taskUUID; make a new one", "taskUUID"
                 )
             # Sent again, since the first answer was lost on the way.
-            return known.answer if isinstance(known, _Done) else _accepted(task)
+            return known.answer if isinstance(known, _Done) else await _first(known.work, task)
         if not task.later:
             return await self._finished(sent, task, caller)
         own = sum(running.owner == caller.owner for running in self._running.values())
@@ -124,11 +124,11 @@ class RunwareService:
             )
         work = asyncio.create_task(self._later(sent, task, caller, key, digest))
         self._running[key] = _Running(digest, work, caller.owner)
-        return _accepted(task)
+        return await _first(work, task)
 
     async def _later(
         self, sent: Mapping[str, Any], task: ImageTask, caller: Caller, key: str, digest: str
-    ) -> None:
+    ) -> Answer:
         try:
             answer = await self._finished(sent, task, caller)
             answer = Answer(
@@ -136,35 +136,25 @@ class RunwareService:
                 None if answer.error is None else answer.error | {"status": "error"},
                 answer.status,
             )
+            document = await self._front.in_thread(as_json, frame([answer]))
+            nbytes, ttl_s = len(document), self._front.settings.kept_s
+            if not self._results.fits(nbytes):
+                too_large = ServiceError("payload_too_large", "the images are too many to be kept")
+                answer, nbytes = failed(sent, too_large), 0
             kept = _Done(digest, answer)
-            nbytes = await self._front.in_thread(lambda: len(as_json(frame([answer]))))
-            try:
-                self._keep_result(key, kept, caller, nbytes)
-            except ServiceError as error:
-                self._keep_result(key, _Done(digest, failed(sent, error)), caller, 1000)
+            self._results.put(key, kept, owner=caller.owner, nbytes=nbytes, ttl_s=ttl_s)
+            return answer
         finally:
             del self._running[key]
 
-    def _keep_result(self, key: str, result: _Done, caller: Caller, nbytes: int) -> None:
-        ttl_s = self._front.settings.kept_s
-        self._results.put(key, result, owner=caller.owner, nbytes=nbytes, ttl_s=ttl_s)
-
-    async def _finished(
-        self, sent: Mapping[str, Any], task: ImageTask, caller: Caller
-    ) -> Answer:
+    async def _finished(self, sent: Mapping[str, Any], task: ImageTask, caller: Caller) -> Answer:
         """What became of a task; a webhook hears of it as well."""
-        try:
-            answer = done(*await self._items(task, caller))
-        except ServiceError as error:
-            answer = failed(sent, error)
-        except Exception:
-            _log.exception("a task failed")
-            answer = failed(sent, ServiceError("internal_error", "something went wrong here"))
+        answer = await _answered(sent, self._made(task, caller))
         if task.webhook is not None and len(self._background) < _MOST_WEBHOOKS:
             self._in_background(self._notify(task.webhook, answer))
         return answer
 
-    async def _items(self, task: ImageTask, caller: Caller) -> list[dict[str, Any]]:
+    async def _made(self, task: ImageTask, caller: Caller) -> Answer:
         front = self._front
         param = "inputs.referenceImages"
         uploads = [
@@ -191,7 +181,7 @@ class RunwareService:
             images = await self._edit(job, wait=task.later, end=end)
             for i, pixels in enumerate(images):
                 items.append(await self._item(task, job, i, pixels, caller))
-        return items
+        return done(*items)
 
     async def _edit(self, job: EditJob, *, wait: bool, end: float) -> tuple[Pixels, ...]:
         """Makes images; who asks for them later has the time to wait for a place in the queue."""
@@ -263,25 +253,30 @@ class RunwareService:
             self.images.drop(content, caller, param)
             return done(item | {"mediaUUID": content})
         if operation != "upload":
-            raise ServiceError("invalid_value", "operation is neither upload nor delete", "operation")
+            raise ServiceError(
+                "invalid_value", "operation is neither upload nor delete", "operation"
+            )
         front, settings = self._front, self._front.settings
         data = await front.bytes_of(Upload(content, param))
         await front.in_thread(  # is it a reference?
-            prepare_upload, data, settings.max_pixels, front.engine.facts.unit, settings.matte, param
+            prepare_upload,
+            data,
+            settings.max_pixels,
+            front.engine.facts.unit,
+            settings.matte,
+            param,
         )
         image, url = self.images.put(data, None, caller, settings.kept_s)
         return done(item | {f"{param}UUID": image, f"{param}URL": url})
 
     async def _notify(self, url: str, answer: Answer) -> None:
         body = await self._front.in_thread(as_json, frame([answer]))
-        for pause in (*_WEBHOOK_PAUSES_S, None):
-            try:
-                return await self._send.post_json(url, body, "webhookURL")
-            except ServiceError:
-                if pause is None:
-                    _log.warning("a webhook was not delivered")
-                else:
-                    await asyncio.sleep(pause)
+        for pause in _WEBHOOK_PAUSES_S:
+            await asyncio.sleep(pause)
+            with contextlib.suppress(ServiceError):
+                await self._send.post_json(url, body, "webhookURL")
+                return
+        _log.warning("a webhook was not delivered")
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -289,5 +284,23 @@ class RunwareService:
         task.add_done_callback(self._background.discard)
 
 
-def _accepted(task: ImageTask) -> Answer:
+async def _answered(task: object, work: Awaitable[Answer]) -> Answer:
+    """What came of it; an error is told in words of ours."""
+    try:
+        return await work
+    except ServiceError as error:
+        return failed(task, error)
+    except Exception:  # noqa: BLE001 - logged
+        _log.exception("a task failed")
+        return failed(task, ServiceError("internal_error", "the task failed"))
+
+
+async def _first(work: asyncio.Task[Answer], task: ImageTask) -> Answer:
+    """What is said at first: that a task was taken on, or the result, if it comes soon enough.
+
+    Runware's client asks after a second, and takes a result that comes before that.
+    """
+    finished, _ = await asyncio.wait({work}, timeout=_SOON_S)
+    if finished:
+        return work.result()
     return done({"taskType": "imageInference", "taskUUID": task.uuid})

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.security.addresses import is_public
-from klein_kv.runtime.serving.security.fetch import Fetcher, is_host_pattern
+from klein_kv.runtime.serving.security.addresses import is_host_pattern, is_public
+from klein_kv.runtime.serving.security.fetch import Fetcher
 
 PUBLIC = "93.184.215.14"
 NAME = "images.example.com"
