@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
 
@@ -59,15 +60,16 @@ class Server:
     """A running service.
 
     Attributes:
-        port: on 127.0.0.1.
+        url: of it, and those of Runware's tasks and WebSocket.
         loop: its event loop, in another thread.
+        http: a client.
     """
 
     def __init__(self, port: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.port = port
         self.loop = loop
         self.url = f"http://127.0.0.1:{port}"
         self.runware = f"{self.url}/runware/v1"
+        self.http = httpx.Client(trust_env=False, timeout=10)
         self.socket = f"ws://127.0.0.1:{port}/runware/v1"
 
 
@@ -92,7 +94,9 @@ def serving(engine: Engine, fetch: Fetcher | None = None, **settings: Any) -> It
     try:
         while not server.started:
             thread.join(0.01)
-        yield Server(listening.getsockname()[1], started[0])
+        found = Server(listening.getsockname()[1], started[0])
+        with found.http:
+            yield found
     finally:
         server.should_exit = True
         thread.join(10)
