@@ -62,7 +62,7 @@ def make_app(
         shelf=ReferenceShelf(settings.shelf_bytes),
         metrics=Metrics(engine.gauges),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or Fetcher(settings.url_hosts).get,
+        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
     )
     app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
     app.state.front = front
@@ -136,26 +136,28 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        body = CountedBody(receive, headers, self.front.settings, self.budget)
         request_id = f"req_{secrets.token_hex(12)}"
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400:
+                    await body.discard()
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        headers = Headers(scope=scope)
-        body: CountedBody | None = None
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
             elif not self._is_public(scope["path"]):
                 self.front.keys.check(headers)
-            body = CountedBody(receive, headers, self.front.settings, self.budget)
+            body.check_length()
             await self.app(scope, body, sending)
         except ClientGoneError:
             status = 499  # nginx' number; nobody is there to read it
@@ -167,8 +169,7 @@ class Gate:
             if not status:
                 await error_response(_service_error(error))(scope, receive, sending)
         finally:
-            if body is not None:
-                body.done()
+            body.done()
             route = getattr(scope.get("route"), "path", "other")
             self.front.metrics.requests.labels(route, str(status)).inc()
             self.front.metrics.seconds.labels(route).observe(time.perf_counter() - start)

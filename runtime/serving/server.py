@@ -66,6 +66,7 @@ async def _serve(
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
         timeout_keep_alive=30,
+        ws_max_size=settings.max_body_bytes,
     )
     server = _Server(config, loop, stop)
     serving = asyncio.ensure_future(server.serve([listening]))

@@ -86,17 +86,17 @@ class ServeSettings:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected more than 0")
         if not 0 <= self.port < 65536:
             raise RequestError(f"port is {self.port}, expected 0 to 65535")
-        for host in (*self.url_hosts, *self.send_hosts):
-            if not is_host_pattern(host):
-                raise RequestError(
-                    f"{host!r} is no host, expected a name such as images.example.com, "
-                    "*.example.com for all below it, or * for all"
-                )
         if any(len(key) < _LEAST_KEY or not key.isascii() for key in self.api_keys):
             raise RequestError(
                 f"an API key is shorter than {_LEAST_KEY} characters or not ASCII; make one with "
                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
+        for host in (*self.url_hosts, *self.send_hosts):
+            if not is_host_pattern(host):
+                raise RequestError(
+                    f"{host!r} is no host, expected for example images.example.com, or "
+                    "*.example.com for all names below it"
+                )
         if not (self.api_keys or self.open_to_all or is_loopback(self.host)):
             raise RequestError(
                 f"host is {self.host!r}, which others can reach, and there is no API key; give one "

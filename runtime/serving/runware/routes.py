@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 _MOST_TASKS = 32  # of one message
 _MOST_AT_ONCE = 32  # of one connection
 _MOST_CONNECTIONS = 64
+_MOST_UNKNOWN = 8
 _LARGEST_WITHOUT_KEY = 1 << 20  # bytes of a request whose key is in a task
 _LARGEST_FIRST = 4096  # characters of the message that authenticates
 _SECONDS_TO_AUTHENTICATE = 10.0
@@ -77,9 +79,12 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
     async def tasks(request: Request) -> Response:
         """A list of tasks, each answered for itself."""
         try:
-            return await _post(request, front, service)
+            answers = await _post(request, front, service)
         except ServiceError as error:
-            return _response([failed(None, error)])
+            answers = [failed(None, error)]
+        status, headers = http_status(answers)
+        body = await front.in_thread(as_json, frame(answers))
+        return Response(body, status, headers, "application/json")
 
     @routes.get(PATH + "/images/{name}/{file}", include_in_schema=False)
     async def image(name: str, file: str) -> Response:
@@ -94,7 +99,7 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
     return routes
 
 
-async def _post(request: Request, front: Front, service: RunwareService) -> Response:
+async def _post(request: Request, front: Front, service: RunwareService) -> list[Answer]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a page of another site may not send without asking
         raise ServiceError("invalid_body", "expected a list of tasks as application/json")
@@ -104,7 +109,7 @@ async def _post(request: Request, front: Front, service: RunwareService) -> Resp
         body += part
         if owner is None and len(body) > _LARGEST_WITHOUT_KEY:
             raise _no_key()
-    tasks = _tasks(bytes(body))
+    tasks = await front.in_thread(_tasks, bytes(body))
     answers: list[Answer] = []
     if isinstance(tasks[0], dict) and tasks[0].get("taskType") == "authentication":
         owner = _owner_of(front, tasks[0].get("apiKey"))
@@ -114,17 +119,11 @@ async def _post(request: Request, front: Front, service: RunwareService) -> Resp
         raise _no_key()
     caller = Caller(owner, _base(request.base_url.scheme, request.headers))
     work = asyncio.gather(*(service.answer(task, caller) for task in tasks))
-    answers += await unless_gone(request, _awaited(work))
-    return _response(answers)
+    return answers + await unless_gone(request, _awaited(work))
 
 
 async def _awaited(work: "asyncio.Future[list[Answer]]") -> list[Answer]:
     return await work
-
-
-def _response(answers: list[Answer]) -> Response:
-    status, headers = http_status(answers)
-    return Response(as_json(frame(answers)), status, headers, "application/json")
 
 
 def _tasks(text: str | bytes) -> list[Any]:
@@ -183,21 +182,31 @@ def _base(scheme: str, headers: Headers) -> str:
 
 
 class _Connections:
-    """WebSockets, at most so many."""
+    """WebSockets, at most so many, and few whose first message is not here yet.
+
+    Attributes:
+        held: characters of all messages whose tasks are under way.
+    """
 
     def __init__(self, front: Front, service: RunwareService) -> None:
-        self._front = front
-        self._service = service
+        self.front = front
+        self.service = service
+        self.held = 0
+        self.unknown = 0
         self._open = 0
+
+    def admits(self, size: int) -> bool:
+        """Whether a message of so many characters is not too much."""
+        return self.held + size <= self.front.settings.max_bodies_bytes
 
     async def serve(self, socket: WebSocket) -> None:
         """One connection from its first message to its end."""
-        if self._open >= _MOST_CONNECTIONS:
+        if self._open >= _MOST_CONNECTIONS or self.unknown >= _MOST_UNKNOWN:
             await socket.close(1013)  # before it is accepted: HTTP 403
             return
         self._open += 1
         try:
-            await _Connection(socket, self._front, self._service).serve()
+            await _Connection(socket, self).serve()
         except WebSocketDisconnect:
             pass
         finally:
@@ -207,16 +216,21 @@ class _Connections:
 class _Connection:
     """One client. What it waits for ends with it; what it may ask for later does not."""
 
-    def __init__(self, socket: WebSocket, front: Front, service: RunwareService) -> None:
+    def __init__(self, socket: WebSocket, connections: _Connections) -> None:
         self._socket = socket
-        self._front = front
-        self._service = service
+        self._all = connections
+        self._front = connections.front
+        self._service = connections.service
         self._sending = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         try:
-            caller = await self._authenticated()
+            self._all.unknown += 1
+            try:
+                caller = await self._authenticated()
+            finally:
+                self._all.unknown -= 1
             if caller is None:
                 return
             while True:
@@ -262,20 +276,26 @@ class _Connection:
 
     async def _take(self, text: str, caller: Caller) -> None:
         try:
-            tasks = _tasks(text)
+            tasks = await self._front.in_thread(_tasks, text)
         except ServiceError as error:
             await self._send(failed(None, error))
             return
+        size = len(text) // len(tasks)
         for task in tasks:
             if isinstance(task, dict) and task.get("taskType") == "authentication":
                 continue
-            if len(self._work) >= _MOST_AT_ONCE:
-                busy = "too many tasks of this connection are under way"
+            if len(self._work) >= _MOST_AT_ONCE or not self._all.admits(size):
+                busy = "too many tasks are under way"
                 await self._send(failed(task, ServiceError("queue_full", busy)))
                 continue
+            self._all.held += size
             work = asyncio.create_task(self._do(task, caller))
             self._work.add(work)
-            work.add_done_callback(self._work.discard)
+            work.add_done_callback(functools.partial(self._done, size))
+
+    def _done(self, size: int, work: asyncio.Task[None]) -> None:
+        self._work.discard(work)
+        self._all.held -= size
 
     async def _do(self, task: object, caller: Caller) -> None:
         answer = await self._service.answer(task, caller)
@@ -284,5 +304,6 @@ class _Connection:
 
     async def _send(self, answer: Answer) -> None:
         """One task's answer a message: the client reads no items beside errors."""
+        text = (await self._front.in_thread(as_json, frame([answer]))).decode()
         async with self._sending:
-            await self._socket.send_text(as_json(frame([answer])).decode())
+            await self._socket.send_text(text)

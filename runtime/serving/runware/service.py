@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import uuid
 from collections.abc import Awaitable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from klein_kv.runtime.serving.errors import ServiceError
@@ -105,7 +104,9 @@ class RunwareService:
             if url is not None:
                 self._send.check(url, param)
         key = f"{caller.owner} {task.uuid}"
-        digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
+        digest = ""
+        if task.later:
+            digest = await self._front.in_thread(_digest, task, "seed" in sent)
         if known := self._running.get(key) or self._results.get(key):
             if known.digest != digest or not task.later:
                 raise ServiceError(
@@ -293,6 +294,15 @@ async def _answered(task: object, work: Awaitable[Answer]) -> Answer:
     except Exception:  # noqa: BLE001 - logged
         _log.exception("a task failed")
         return failed(task, ServiceError("internal_error", "the task failed"))
+
+
+def _digest(task: ImageTask, seeded: bool) -> str:
+    """Tells a task from another one; a seed that was drawn here is no part of it."""
+    rest = replace(task, references=(), seed=task.seed if seeded else 0)
+    state = hashlib.sha256(f"{rest} {seeded}".encode())
+    for reference in task.references:
+        state.update(hashlib.sha256(reference.encode("utf-8", "surrogatepass")).digest())
+    return state.hexdigest()
 
 
 async def _first(work: asyncio.Task[Answer], task: ImageTask) -> Answer:

@@ -7,9 +7,10 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -20,11 +21,13 @@ from PIL import Image
 from runware import Runware, RunwareError
 
 from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
 from klein_kv.runtime.serving.runware import service
 from klein_kv.runtime.serving.security.fetch import Fetcher
-from tests.runtime.serving.runware.local_server import FakeEngine, Server, busy, serving
+from klein_kv.runtime.serving.settings import ServeSettings
+from tests.runtime.serving.conftest import KEY, SteeredEngine, serve_in_thread
 
-KEYS = ("a-key-of-the-tests-1", "a-key-of-the-tests-2")
+KEYS = (KEY, "another key of the tests, long enough")
 PLAIN = {
     "taskType": "imageInference",
     "model": "runware:400@6",
@@ -36,24 +39,56 @@ PLAIN = {
 }
 
 
-@pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine()
+class PaintingEngine(SteeredEngine):
+    """Red is the seed, green that of the first reference, blue the steps."""
+
+    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
+        result = await super().edit(job)
+        images = [image.copy() for image in result.images]
+        green = job.references[0][0, 0, 1] if job.references else 0
+        for i, image in enumerate(images):
+            image[:] = (job.seed + i) % 256, green, job.steps
+        return EditResult(tuple(images), job.seed, False, 0.0)
+
+
+@dataclass
+class Server:
+    """A service, its engine, and a client that has no key."""
+
+    url: str
+    engine: Any
+    http: httpx.Client
+
+    @property
+    def runware(self) -> str:
+        return f"{self.url}/runware/v1"
+
+    @property
+    def socket(self) -> str:
+        return self.runware.replace("http", "ws")
+
+
+@contextmanager
+def serving(engine: Engine, calls: Fetcher | None = None, **settings: Any) -> Iterator[Server]:
+    with httpx.Client(trust_env=False, timeout=10) as http:
+        for served in serve_in_thread(engine, ServeSettings(**settings), calls):
+            yield Server(served.url, engine, http)
 
 
 @pytest.fixture(scope="module")
-def server(engine: FakeEngine) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     limits: dict[str, Any] = {"kept_bytes": 1 << 20, "max_images": 3, "max_body_bytes": 1 << 21}
-    out = Fetcher(("*",), loopback=True)
-    with serving(engine, out, api_keys=KEYS, **limits) as server:
+    calls = Fetcher(("*",), loopback=True)
+    with serving(PaintingEngine(), calls, api_keys=KEYS, **limits) as server:
         yield server
 
 
-@pytest.fixture(autouse=True)
-def _clean(engine: FakeEngine) -> None:
-    engine.jobs.clear()
-    engine.errors.clear()
-    engine.cancelled = 0
+@pytest.fixture
+def engine(server: Server) -> PaintingEngine:
+    """The server's, as if it were new."""
+    vars(server.engine).update(vars(PaintingEngine()))
+    engine: PaintingEngine = server.engine
+    return engine
 
 
 class Sink:
@@ -102,10 +137,14 @@ def sink() -> Iterator[Sink]:
     thread.join()
 
 
-def png(green: int, side: int = 64) -> bytes:
+def file_of(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side, side), (0, green, 0)).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
+
+
+def png(green: int) -> bytes:
+    return file_of(Image.new("RGB", (64, 64), (0, green, 0)))
 
 
 def pixel(data: bytes) -> tuple[int, ...]:
@@ -148,6 +187,21 @@ def get(server: Server, url: str) -> httpx.Response:
     return server.http.get(url)  # without a key
 
 
+def failing(*errors: Exception) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Has an engine fail so often, and then no more."""
+    left = list(errors)
+
+    async def act() -> None:
+        if left:
+            raise left.pop(0)
+
+    return act
+
+
+def busy() -> ServiceError:
+    return ServiceError("queue_full", "the queue is full", retry_after_s=0.01)
+
+
 def new(**fields: Any) -> dict[str, Any]:
     return PLAIN | {"taskUUID": str(uuid.uuid4())} | fields
 
@@ -158,7 +212,7 @@ both = pytest.mark.parametrize("transport", ["rest", "websocket"])
 @both
 @pytest.mark.parametrize("delivery", ["sync", "async"])
 def test_client_gets_images(
-    server: Server, engine: FakeEngine, transport: str, delivery: str
+    server: Server, engine: PaintingEngine, transport: str, delivery: str
 ) -> None:
     fields = {"numberResults": 5, "deliveryMethod": delivery, "includeCost": True, "steps": 6}
     items = run(server, transport, lambda c: c.run(PLAIN | fields))
@@ -178,15 +232,11 @@ def test_client_gets_images(
 
 @both
 def test_client_polls_for_what_takes_longer(
-    server: Server, engine: FakeEngine, transport: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, engine: PaintingEngine, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "_SOON_S", 0.01)
-    gate = engine.gate = asyncio.Event()
-    server.loop.call_soon_threadsafe(server.loop.call_later, 0.2, gate.set)
-    try:
-        (item,) = run(server, transport, lambda c: c.run(PLAIN | {"outputType": "base64Data"}))
-    finally:
-        engine.gate = None
+    engine.act = lambda: asyncio.sleep(0.2)
+    (item,) = run(server, transport, lambda c: c.run(PLAIN | {"outputType": "base64Data"}))
     assert item["status"] == "success"
     assert pixel(base64.b64decode(item["imageBase64Data"])) == (7, 0, 4)
 
@@ -204,7 +254,7 @@ def test_formats(server: Server, kind: str, name: str) -> None:
 
 
 @both
-def test_uploads_are_references(server: Server, engine: FakeEngine, transport: str) -> None:
+def test_uploads_are_references(server: Server, engine: PaintingEngine, transport: str) -> None:
     data = base64.b64encode(png(200)).decode()
 
     async def work(c: Runware) -> Any:
@@ -242,7 +292,7 @@ def test_uploads_are_references(server: Server, engine: FakeEngine, transport: s
 )
 def test_client_is_told_what_is_wrong(
     server: Server,
-    engine: FakeEngine,
+    engine: PaintingEngine,
     transport: str,
     fields: dict[str, Any],
     code: str,
@@ -254,15 +304,15 @@ def test_client_is_told_what_is_wrong(
 
 
 @both
-def test_errors_of_the_engine(server: Server, engine: FakeEngine, transport: str) -> None:
-    engine.errors = [ServiceError("out_of_memory", "no memory")]
+def test_errors_of_the_engine(server: Server, engine: PaintingEngine, transport: str) -> None:
+    engine.act = failing(ServiceError("out_of_memory", "no memory"))
     assert refusal(server, transport, deliveryMethod="sync").code == "serverError"
-    engine.errors = [RuntimeError("secret at 0x7fffdeadbeef")]
+    engine.act = failing(RuntimeError("secret at 0x7fffdeadbeef"))
     error = refusal(server, transport, deliveryMethod="async")
     assert (error.code, error.message) == ("serverError", "the task failed")
-    engine.errors = [busy()]  # who asks later has the time to wait
+    engine.act = failing(busy())  # who asks later has the time to wait
     assert run(server, transport, lambda c: c.run(PLAIN))[0]["seed"] == 7
-    engine.errors = [busy()]
+    engine.act = failing(busy())
     answer = post(server, [new()])
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
@@ -290,7 +340,9 @@ def test_tasks_stand_for_themselves(server: Server) -> None:
     assert plain.status_code == 400
 
 
-def test_a_task_that_is_sent_again_is_not_done_again(server: Server, engine: FakeEngine) -> None:
+def test_a_task_that_is_sent_again_is_not_done_again(
+    server: Server, engine: PaintingEngine
+) -> None:
     task = new(deliveryMethod="async")
     first, again = (post(server, [task]).json() for _ in range(2))
     assert first == again
@@ -307,7 +359,7 @@ def test_a_task_that_is_sent_again_is_not_done_again(server: Server, engine: Fak
     assert stolen.json()["errors"][0]["code"] == "imageNotFound"
 
 
-def test_images_end(server: Server, engine: FakeEngine) -> None:
+def test_images_end(server: Server) -> None:
     def exists(url: str) -> bool:
         answer = get(server, url)
         assert answer.status_code in (200, 404)
@@ -318,20 +370,10 @@ def test_images_end(server: Server, engine: FakeEngine) -> None:
     assert exists(url)
     for wrong in (url[:-1], url.replace(".png", ".jpg"), url[:-6] + "xx.png", url + "/x"):
         assert not exists(wrong)
-    engine_side = {"width": 512, "height": 512, "numberResults": 3, "outputFormat": "PNG"}
-    noise = np.random.default_rng(0)
-    made = engine.edit
-
-    async def noisy(job: Any, on_preview: Any = None) -> Any:
-        result = await made(job, on_preview)
-        images = [noise.integers(0, 255, image.shape, np.uint8) for image in result.images]
-        return type(result)(tuple(images), result.seed, False, 0.0)
-
-    engine.edit = noisy  # type: ignore[method-assign]
-    try:
-        answer = post(server, [new(**engine_side)]).json()
-    finally:
-        del engine.edit  # type: ignore[attr-defined]
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
+    noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
+    upload = {"taskType": "imageUpload", "taskUUID": str(uuid.uuid4()), "image": noisy}
+    answer = post(server, [upload]).json()
     assert answer["errors"][0]["code"] == "maxSizeExceeded"  # one is more than half of what is kept
 
 
@@ -356,7 +398,7 @@ def test_webhooks_and_uploads(server: Server, sink: Sink, monkeypatch: pytest.Mo
     assert pixel(get(server, item["imageURL"]).content) == (7, 9, 4)
 
 
-def test_nothing_without_a_key(server: Server, engine: FakeEngine) -> None:
+def test_nothing_without_a_key(server: Server, engine: PaintingEngine) -> None:
     for key in (None, "wrong", KEYS[0][:-1]):
         answer = post(server, [new()], key)
         assert answer.status_code == 401
@@ -416,8 +458,14 @@ def test_a_connection_speaks_runwares_protocol(server: Server) -> None:
     assert pong["data"][0]["pong"]
 
 
-def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: FakeEngine) -> None:
-    engine.gate = asyncio.Event()
+def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: PaintingEngine) -> None:
+    gate = Event()
+
+    async def wait() -> None:
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+
+    engine.act = wait
     login = [{"taskType": "authentication", "apiKey": KEYS[0]}]
     later = new(deliveryMethod="async")
 
@@ -449,18 +497,17 @@ def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: Fake
             time.sleep(0.01)
         asked = [{"taskType": "getResponse", "taskUUID": later["taskUUID"]}]
         assert post(server, asked).json()["data"][0]["status"] == "processing"
-        server.loop.call_soon_threadsafe(engine.gate.set)
+        gate.set()
         while (answer := post(server, asked).json()["data"][0])["status"] == "processing":
             time.sleep(0.01)
         assert answer["status"] == "success"
         assert engine.cancelled == 33
     finally:
-        server.loop.call_soon_threadsafe(engine.gate.set)
-        engine.gate = None
+        gate.set()
 
 
 def test_pages_of_other_sites_are_kept_out() -> None:
-    with serving(FakeEngine()) as server:
+    with serving(PaintingEngine()) as server:
         login = [{"taskType": "authentication", "apiKey": "any"}]
         assert "data" in talk(server, login)[0]
         assert "data" in talk(server, login, origin=server.url)[0]
