@@ -25,7 +25,7 @@ from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
 from klein_kv.runtime.serving.runware import service
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.settings import ServeSettings
-from tests.runtime.serving.conftest import KEY, SteeredEngine, serve_in_thread
+from tests.runtime.serving.conftest import KEY, Served, SteeredEngine, serve_in_thread
 
 KEYS = (KEY, "another key of the tests, long enough")
 PLAIN = {
@@ -147,9 +147,13 @@ def png(green: int) -> bytes:
     return file_of(Image.new("RGB", (64, 64), (0, green, 0)))
 
 
-def pixel(data: bytes) -> tuple[int, ...]:
+def pixels(data: bytes) -> Any:
     with Image.open(io.BytesIO(data)) as image:
-        return tuple(np.asarray(image)[0, 0])
+        return np.array(image)
+
+
+def pixel(data: bytes) -> tuple[int, ...]:
+    return tuple(pixels(data)[0, 0])
 
 
 @asynccontextmanager
@@ -215,11 +219,13 @@ def test_client_gets_images(
     server: Server, engine: PaintingEngine, transport: str, delivery: str
 ) -> None:
     fields = {"numberResults": 5, "deliveryMethod": delivery, "includeCost": True, "steps": 6}
+    fields["lora"] = [{"model": "style", "weight": -0.5}]
     items = run(server, transport, lambda c: c.run(PLAIN | fields))
     assert [item["seed"] for item in items] == [7, 8, 9, 10, 11]
     assert {item["cost"] for item in items} == {0}
     assert len({item["imageUUID"] for item in items}) == 5
     assert [job.num_images for job in engine.jobs] == [3, 2]  # the operator's limit of a job
+    assert engine.jobs[0].loras == (("style", -0.5),)
     for item in items:
         got = get(server, item["imageURL"])
         assert got.headers["content-type"] == "image/png"
@@ -518,3 +524,29 @@ def test_pages_of_other_sites_are_kept_out() -> None:
         assert server.http.post(server.runware, json=[new()], headers=headers).status_code == 403
         answer = post(server, [new(webhookURL="https://example.com/")], None)  # off unless allowed
         assert answer.json()["errors"][0]["code"] == "invalidURL"
+
+
+def test_pocket_makes_the_same_image_for_both_apis(
+    pocket_service: Served, png: Callable[..., bytes]
+) -> None:
+    data = base64.b64encode(png()).decode()
+    fields = {"positivePrompt": "make it night", "width": 192, "height": 192, "steps": 2}
+
+    async def work(c: Runware) -> Any:
+        (upload,) = await c.image_upload({"image": data})
+        return await c.run(PLAIN | fields | {"inputs": {"referenceImages": [upload["imageUUID"]]}})
+
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        server = Server(pocket_service.url, None, http)
+        (item,) = run(server, "rest", work)
+        ours = pixels(get(server, item["imageURL"]).content)
+        body = {
+            "prompt": "make it night",
+            "images": [{"image_url": f"data:image/png;base64,{data}"}],
+        }
+        body |= {"seed": 7, "size": "192x192", "num_inference_steps": 2}
+        headers = {"authorization": f"Bearer {KEY}"}
+        answer = http.post(f"{server.url}/v1/images/edits", json=body, headers=headers).json()
+    theirs = pixels(base64.b64decode(answer["data"][0]["b64_json"]))
+    assert ours.shape == (192, 192, 3)
+    assert np.array_equal(ours, theirs)
