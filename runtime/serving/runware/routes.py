@@ -27,6 +27,7 @@ from klein_kv.runtime.serving.runware.answers import (
 )
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH, Caller
+from klein_kv.runtime.serving.runware.tasks import is_uuid
 
 __all__ = ["runware_routes"]
 
@@ -223,6 +224,7 @@ class _Connection:
         self._service = connections.service
         self._sending = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
+        self._session = str(uuid.uuid4())
 
     async def serve(self) -> None:
         try:
@@ -263,16 +265,18 @@ class _Connection:
                 raise _no_key()
             owner = _owner_of(self._front, first.get("apiKey"))
             session = first.get("connectionSessionUUID")
-            if not (isinstance(session, str) and len(session) == 36):
-                session = str(uuid.uuid4())
-            item = {"taskType": "authentication", "connectionSessionUUID": session}
-            await self._send(done(item))
+            if isinstance(session, str) and is_uuid(session):
+                self._session = session
+            await self._send(self._hello())
             return Caller(owner, base)
         except (ServiceError, TimeoutError) as error:
             refusal = error if isinstance(error, ServiceError) else _no_key()
             await self._send(failed({"taskType": "authentication"}, refusal))
             await self._socket.close(1008)
             return None
+
+    def _hello(self) -> Answer:
+        return done({"taskType": "authentication", "connectionSessionUUID": self._session})
 
     async def _take(self, text: str, caller: Caller) -> None:
         try:
@@ -282,8 +286,6 @@ class _Connection:
             return
         size = len(text) // len(tasks)
         for task in tasks:
-            if isinstance(task, dict) and task.get("taskType") == "authentication":
-                continue
             if len(self._work) >= _MOST_AT_ONCE or not self._all.admits(size):
                 busy = "too many tasks are under way"
                 await self._send(failed(task, ServiceError("queue_full", busy)))
@@ -298,7 +300,10 @@ class _Connection:
         self._all.held -= size
 
     async def _do(self, task: object, caller: Caller) -> None:
-        answer = await self._service.answer(task, caller)
+        if isinstance(task, dict) and task.get("taskType") == "authentication":
+            answer = self._hello()  # again; it stays whose it is
+        else:
+            answer = await self._service.answer(task, caller)
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             await self._send(answer)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.runware.kept import Kept
+from klein_kv.runtime.serving.runware.tasks import is_uuid
 
 __all__ = ["PATH", "Caller", "ImageStore", "KeptImage"]
 
@@ -68,7 +69,7 @@ class ImageStore:
         if reference.startswith(own):
             name, _, file = reference.removeprefix(own).partition("/")
             image = self.at(name, file)
-        elif len(reference) == 36 and reference.count("-") == 4:
+        elif is_uuid(reference):
             image = self._kept.get(reference.lower())
             image = image if image is not None and image.owner == caller.owner else None
         else:
