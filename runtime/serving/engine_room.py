@@ -25,6 +25,7 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import (
+    DeviceLostError,
     Edited,
     PipelineRunner,
     StoppedError,
@@ -190,12 +191,15 @@ class EngineRoom:
         with self._changed:
             if self._state == "starting":
                 self._state = "ready"
+        _log.info("ready")
         while (ticket := self._next()) is not None:
             start = time.monotonic()
             failure = self._serve(runner, ticket, start)
             self._store_gauges = runner.gauges()
             if failure is not None and not self._survives(runner):
-                self._fail(failure)
+                lost = DeviceLostError(f"the device is lost ({type(failure).__name__}: {failure})")
+                lost.__cause__ = failure
+                self._fail(lost)
                 return
         runner.close()
 

@@ -1,6 +1,5 @@
 """Whatever is sent, the service refuses it in words of its own; `--fuzz N` sends more of it."""
 
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ import schemathesis
 import websockets.sync.client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.errors import Unsatisfiable
 
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.runware.tasks import _FIELDS, MODEL, image_task
@@ -225,8 +223,7 @@ def test_what_openapi_describes(many: settings, steered: Served) -> None:
     schema = schemathesis.openapi.from_url(f"{steered.url}/openapi.json")
     routes = [found.ok() for found in schema.get_all_operations()]
     assert {route.path for route in routes} >= {"/runware/v1", *IMAGES}
-    modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
-    few = settings(many, max_examples=max(1, many.max_examples // 10))
+    few = settings(many, max_examples=max(1, many.max_examples // 5))
 
     def check(case: schemathesis.Case) -> None:
         answer = case.call()
@@ -234,6 +231,6 @@ def test_what_openapi_describes(many: settings, steered: Served) -> None:
         assert not LEAKS.search(answer.text)
 
     for route in routes:
-        for mode in modes:
-            with contextlib.suppress(Unsatisfiable):  # nothing is beside what takes nothing
-                few(given(route.as_strategy(generation_mode=mode))(check))()
+        right = route.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+        wrong = route.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+        few(given(right | wrong if route.method == "post" else right)(check))()
