@@ -70,7 +70,7 @@ def make_app(
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
-    service = RunwareService(front, send or Fetcher(settings.send_hosts))
+    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
     app.include_router(runware_routes(front, service))
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)

@@ -105,12 +105,8 @@ async def _post(request: Request, front: Front, service: RunwareService) -> list
     if kind != "application/json":  # what a page of another site may not send without asking
         raise ServiceError("invalid_body", "expected a list of tasks as application/json")
     owner = _owner(front, request.headers)
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if owner is None and len(body) > _LARGEST_WITHOUT_KEY:
-            raise _no_key()
-    tasks = await front.in_thread(_tasks, bytes(body))
+    most = front.settings.max_body_bytes if owner is not None else _LARGEST_WITHOUT_KEY
+    tasks = await front.in_thread(_tasks, await _body(request, most))
     answers: list[Answer] = []
     if isinstance(tasks[0], dict) and tasks[0].get("taskType") == "authentication":
         owner = _owner_of(front, tasks[0].get("apiKey"))
@@ -123,11 +119,20 @@ async def _post(request: Request, front: Front, service: RunwareService) -> list
     return answers + await unless_gone(request, _awaited(work))
 
 
+async def _body(request: Request, most: int) -> bytearray:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise _no_key()  # the limit of all requests is counted before this
+    return body
+
+
 async def _awaited(work: "asyncio.Future[list[Answer]]") -> list[Answer]:
     return await work
 
 
-def _tasks(text: str | bytes) -> list[Any]:
+def _tasks(text: str | bytearray) -> list[Any]:
     try:
         tasks = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -236,12 +241,13 @@ class _Connection:
             if caller is None:
                 return
             while True:
-                text = await self._socket.receive_text()
-                if len(text) > self._front.settings.max_body_bytes:
-                    await self._socket.close(1009)
-                    return
-                await self._take(text, caller)
-        except (KeyError, RuntimeError):  # bytes instead of text, or closed while sending
+                # No name for the message: it would be kept until the next one.
+                await self._take(await self._socket.receive_text(), caller)
+        except (
+            KeyError,
+            TypeError,
+            RuntimeError,
+        ):  # bytes instead of text, or closed while sending
             if self._socket.client_state is WebSocketState.CONNECTED:
                 await self._socket.close(1003)
         finally:
@@ -279,6 +285,9 @@ class _Connection:
         return done({"taskType": "authentication", "connectionSessionUUID": self._session})
 
     async def _take(self, text: str, caller: Caller) -> None:
+        if len(text) > self._front.settings.max_body_bytes:
+            await self._socket.close(1009)
+            raise WebSocketDisconnect(1009)
         try:
             tasks = await self._front.in_thread(_tasks, text)
         except ServiceError as error:

@@ -77,7 +77,8 @@ def serving(engine: Engine, calls: Fetcher | None = None, **settings: Any) -> It
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    limits: dict[str, Any] = {"kept_bytes": 1 << 20, "max_images": 3, "max_body_bytes": 1 << 21}
+    limits: dict[str, Any] = {"kept_bytes": 1 << 20, "max_images": 3}
+    limits |= {"max_body_bytes": 1 << 21, "max_bodies_bytes": 1 << 22}
     calls = Fetcher(("*",), loopback=True)
     with serving(PaintingEngine(), calls, api_keys=KEYS, **limits) as server:
         yield server
@@ -143,8 +144,8 @@ def file_of(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def png(green: int) -> bytes:
-    return file_of(Image.new("RGB", (64, 64), (0, green, 0)))
+def png(green: int, side: int = 64) -> bytes:
+    return file_of(Image.new("RGB", (side, side), (0, green, 0)))
 
 
 def pixels(data: bytes) -> Any:
@@ -198,6 +199,14 @@ def failing(*errors: Exception) -> Callable[[], Coroutine[Any, Any, None]]:
     async def act() -> None:
         if left:
             raise left.pop(0)
+
+    return act
+
+
+def waiting(gate: Event) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def act() -> None:
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
 
     return act
 
@@ -464,14 +473,32 @@ def test_a_connection_speaks_runwares_protocol(server: Server) -> None:
     assert pong["data"][0]["pong"]
 
 
+def test_what_waits_is_counted(
+    server: Server, engine: PaintingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_SOON_S", 0.01)
+    gate = Event()
+    engine.act = waiting(gate)
+
+    def later(key: str, **fields: Any) -> str:
+        answer = post(server, [new(deliveryMethod="async", **fields)], key).json()
+        return str(answer["errors"][0]["code"]) if "errors" in answer else "taken"
+
+    try:
+        assert [later(KEYS[0]) for _ in range(33)] == ["taken"] * 32 + ["rateLimitExceeded"]
+        large = base64.b64encode(png(1, 1024)).decode()  # 3 MiB of pixels each
+        assert [later(KEYS[1], referenceImages=[large]) for _ in range(2)] == ["taken"] * 2
+        assert later(KEYS[1]) == "rateLimitExceeded"
+        assert later(KEYS[1], referenceImages=["!"]) == "rateLimitExceeded"
+    finally:
+        gate.set()
+    while later(KEYS[1]) != "taken":
+        time.sleep(0.01)
+
+
 def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: PaintingEngine) -> None:
     gate = Event()
-
-    async def wait() -> None:
-        while not gate.is_set():
-            await asyncio.sleep(0.01)
-
-    engine.act = wait
+    engine.act = waiting(gate)
     login = [{"taskType": "authentication", "apiKey": KEYS[0]}]
     later = new(deliveryMethod="async")
 
