@@ -50,6 +50,7 @@ async def _serve(
     queue: int,
     drain_timeout_s: float,
 ) -> None:
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     failures: list[BaseException] = []

@@ -383,7 +383,13 @@ def test_images_end(server: Server) -> None:
     (item,) = post(server, [new()]).json()["data"]
     url = item["imageURL"]
     assert exists(url)
-    for wrong in (url[:-1], url.replace(".png", ".jpg"), url[:-6] + "xx.png", url + "/x"):
+    for wrong in (
+        url[:-1],
+        url.replace(".png", ".jpg"),
+        url[:-6] + "xx.png",
+        url + "/x",
+        url + "%ff",
+    ):
         assert not exists(wrong)
     noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
     noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
