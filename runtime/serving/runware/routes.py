@@ -230,6 +230,7 @@ class _Connection:
         self._sending = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
         self._session = str(uuid.uuid4())
+        self._rest: list[Any] = []  # of the first message
 
     async def serve(self) -> None:
         try:
@@ -240,6 +241,7 @@ class _Connection:
                 self._all.unknown -= 1
             if caller is None:
                 return
+            await self._start(self._rest, caller, 0)
             while True:
                 # No name for the message: it would be kept until the next one.
                 await self._take(await self._socket.receive_text(), caller)
@@ -266,7 +268,7 @@ class _Connection:
                 text = await self._socket.receive_text()
             if len(text) > _LARGEST_FIRST:
                 raise _no_key()
-            first = _tasks(text)[0]
+            first, *self._rest = _tasks(text)
             if not isinstance(first, dict) or first.get("taskType") != "authentication":
                 raise _no_key()
             owner = _owner_of(self._front, first.get("apiKey"))
@@ -293,7 +295,9 @@ class _Connection:
         except ServiceError as error:
             await self._send(failed(None, error))
             return
-        size = len(text) // len(tasks)
+        await self._start(tasks, caller, len(text) // len(tasks))
+
+    async def _start(self, tasks: list[Any], caller: Caller, size: int) -> None:
         for task in tasks:
             if len(self._work) >= _MOST_AT_ONCE or not self._all.admits(size):
                 busy = "too many tasks are under way"

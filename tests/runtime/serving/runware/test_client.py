@@ -441,7 +441,7 @@ def test_nothing_without_a_key(server: Server, engine: PaintingEngine) -> None:
 
 
 def talk(server: Server, *messages: Any, **options: Any) -> list[Any]:
-    """One answer to each message; the last is the code with which the server closed, if it did."""
+    """One answer to each message, and what comes then: the code of a closed connection, or more."""
 
     async def main() -> list[Any]:
         got: list[Any] = []
@@ -451,7 +451,7 @@ def talk(server: Server, *messages: Any, **options: Any) -> list[Any]:
                     text = isinstance(message, str | bytes)
                     await socket.send(message if text else json.dumps(message))
                     got.append(json.loads(await socket.recv()))
-                await asyncio.wait_for(socket.recv(), 0.2)
+                got.append(json.loads(await asyncio.wait_for(socket.recv(), 0.2)))
             except websockets.ConnectionClosed as error:
                 got.append(error.rcvd.code if error.rcvd else None)
             except TimeoutError:
@@ -473,6 +473,8 @@ def test_a_connection_speaks_runwares_protocol(server: Server) -> None:
         answer, code = talk(server, first)
         assert (set(answer), code) == ({"errors"}, 1008)
     assert talk(server, login, b"bytes")[1:] == [1003]
+    hello, pong = talk(server, [*login, {"taskType": "ping"}])
+    assert pong == {"data": [{"taskType": "ping", "pong": True}]}
     assert talk(server, login, "x" * (3 << 20))[1:] == [1009]
     headers = {"authorization": f"Bearer {KEYS[1]}"}
     (pong,) = talk(server, [{"taskType": "ping"}], additional_headers=headers)
