@@ -185,7 +185,8 @@ def refusal(server: Server, transport: str, **fields: Any) -> RunwareError:
 
 def post(server: Server, tasks: Any, key: str | None = KEYS[0], **options: Any) -> httpx.Response:
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    return server.http.post(server.runware, json=tasks, headers=headers, **options)
+    headers["content-type"] = "application/json"
+    return server.http.post(server.runware, content=json.dumps(tasks), headers=headers, **options)
 
 
 def get(server: Server, url: str) -> httpx.Response:
@@ -391,6 +392,9 @@ def test_images_end(server: Server) -> None:
         url + "%ff",
     ):
         assert not exists(wrong)
+    for wrong in (url[:-1], url + "\ud800"):
+        answer = post(server, [new(referenceImages=[wrong])]).json()
+        assert answer["errors"][0]["code"] == "imageNotFound"
     noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
     noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
     upload = {"taskType": "imageUpload", "taskUUID": str(uuid.uuid4()), "image": noisy}
