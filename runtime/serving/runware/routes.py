@@ -8,11 +8,11 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from starlette.datastructures import Headers
-from starlette.websockets import WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocketDisconnect
 
 from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.errors import ServiceError
@@ -239,25 +239,28 @@ class _Connection:
                 caller = await self._authenticated()
             finally:
                 self._all.unknown -= 1
-            if caller is None:
-                return
             await self._start(self._rest, caller, 0)
             while True:
                 # No name for the message: it would be kept until the next one.
-                await self._take(await self._socket.receive_text(), caller)
-        except (
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ):  # bytes instead of text, or closed while sending
-            if self._socket.client_state is WebSocketState.CONNECTED:
-                await self._socket.close(1003)
+                await self._take(await self._received(), caller)
         finally:
             for task in self._work:
                 task.cancel()
 
-    async def _authenticated(self) -> Caller | None:
-        """Accepts, and hears who it is; None where that failed and the client was told."""
+    async def _received(self) -> str:
+        """The next message; raises `WebSocketDisconnect` when there is none."""
+        message = await self._socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        text = message.get("text")
+        return text if isinstance(text, str) else await self._leave(1003)
+
+    async def _leave(self, code: int) -> NoReturn:
+        await self._socket.close(code)
+        raise WebSocketDisconnect(code)
+
+    async def _authenticated(self) -> Caller:
+        """Accepts, and hears who it is; where that fails, the client is told, and left."""
         base = _base(self._socket.url.scheme, self._socket.headers)
         await self._socket.accept()
         try:
@@ -265,7 +268,7 @@ class _Connection:
             if owner is not None and not self._front.keys.open:
                 return Caller(owner, base)
             async with asyncio.timeout(_SECONDS_TO_AUTHENTICATE):
-                text = await self._socket.receive_text()
+                text = await self._received()
             if len(text) > _LARGEST_FIRST:
                 raise _no_key()
             first, *self._rest = _tasks(text)
@@ -280,16 +283,14 @@ class _Connection:
         except (ServiceError, TimeoutError) as error:
             refusal = error if isinstance(error, ServiceError) else _no_key()
             await self._send(failed({"taskType": "authentication"}, refusal))
-            await self._socket.close(1008)
-            return None
+            await self._leave(1008)
 
     def _hello(self) -> Answer:
         return done({"taskType": "authentication", "connectionSessionUUID": self._session})
 
     async def _take(self, text: str, caller: Caller) -> None:
         if len(text) > self._front.settings.max_body_bytes:
-            await self._socket.close(1009)
-            raise WebSocketDisconnect(1009)
+            await self._leave(1009)
         try:
             tasks = await self._front.in_thread(_tasks, text)
         except ServiceError as error:
@@ -317,11 +318,14 @@ class _Connection:
             answer = self._hello()  # again; it stays whose it is
         else:
             answer = await self._service.answer(task, caller)
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        with contextlib.suppress(WebSocketDisconnect):
             await self._send(answer)
 
     async def _send(self, answer: Answer) -> None:
         """One task's answer a message: the client reads no items beside errors."""
         text = (await self._front.in_thread(as_json, frame([answer]))).decode()
         async with self._sending:
-            await self._socket.send_text(text)
+            try:
+                await self._socket.send_text(text)
+            except RuntimeError:  # Starlette's word for a connection that is closed
+                raise WebSocketDisconnect(1006) from None

@@ -86,7 +86,11 @@ class ImageStore:
         if image is None:
             return None
         expected = f"{image.secret}.{_SUFFIXES[image.kind]}"
-        return image if hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace")) else None
+        return (
+            image
+            if hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace"))
+            else None
+        )
 
     def drop(self, name: str, caller: Caller, param: str) -> None:
         """Forgets a file of this caller's.
