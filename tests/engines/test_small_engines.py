@@ -20,10 +20,17 @@ from tests.klein_configs import KLEIN_9B
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
 
-@pytest.mark.parametrize("target", ["rtx5090", "rtx4090"])
-@pytest.mark.parametrize(("graph", "traffic"), [("merge_lora", 24), ("merge_lora_fp8", 27)])
+@pytest.mark.parametrize(
+    ("graph", "target", "traffic"),
+    [
+        ("merge_lora", "rtx5090", 24),
+        ("merge_lora", "sm86", 24),
+        ("merge_lora_fp8", "rtx5090", 27),
+        ("merge_lora_fp8", "rtx4090", 27),
+    ],
+)
 def test_merge_is_one_float32_product_and_few_passes(
-    graph: str, traffic: int, target: str, tmp_path: Path
+    graph: str, target: str, traffic: int, tmp_path: Path
 ) -> None:
     """`traffic`: bytes that kernels read and write for one number of the weight."""
     save_graph(small_graph(graph, KLEIN_9B, "bfloat16"), tmp_path / "merge.onnx")
