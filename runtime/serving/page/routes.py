@@ -1,0 +1,39 @@
+"""The page at `/`: a few files, read once, under a policy that lets nothing from elsewhere in."""
+
+from importlib import resources
+
+from fastapi import APIRouter, Response
+
+__all__ = ["page_routes"]
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_FILES = ("index.html", "page.css", "page.js", "api.js", "history.js", "tray.js", "icon.svg")
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def page_routes() -> APIRouter:
+    """Gives `/`, and the files that it loads from `/page/`. They hold no secret: no key is asked."""
+    router = APIRouter(include_in_schema=False)
+    folder = resources.files(__package__)
+
+    def add(path: str, name: str) -> None:
+        content = (folder / name).read_bytes()
+        media_type = _TYPES[name.rpartition(".")[2]]
+
+        async def answer() -> Response:
+            return Response(content, media_type=media_type, headers=_HEADERS)
+
+        router.add_api_route(path, answer, methods=["GET", "HEAD"], name=name)
+
+    add("/", "index.html")
+    for name in _FILES[1:]:
+        add(f"/page/{name}", name)
+    return router
