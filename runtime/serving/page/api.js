@@ -40,24 +40,19 @@ export async function model() {
   return data[0];
 }
 
-function form(fields, pictures) {
+/** Uploads pictures as one ordered set, whose keys and values are made at once for these LoRAs. */
+export async function upload(pictures, lora, signal) {
   const body = new FormData();
-  for (const [name, value] of Object.entries(fields)) body.append(name, value);
   for (const [index, picture] of pictures.entries()) body.append("image[]", picture, `${index}`);
-  return body;
-}
-
-/** Uploads pictures as one ordered set whose keys and values are made at once. */
-export async function upload(pictures, signal) {
-  const response = await call("v1/references", { method: "POST", body: form({}, pictures), signal });
-  return response.json();
+  for (const { name, weight } of lora) body.append("lora", `${name}:${weight}`);
+  return (await call("v1/references", { method: "POST", body, signal })).json();
 }
 
 /** Makes an image; `onPartial` gets what it is by now. Aborting the signal cancels it over there. */
 export async function make(fields, references, signal, onPartial) {
   const wanted = { ...fields, stream: true, partial_images: 3 };
   const path = references ? "v1/images/edits" : "v1/images/generations";
-  if (references) wanted.references = references;
+  if (references) wanted.references = [references];
   const response = await call(path, {
     method: "POST",
     headers: { "Content-Type": "application/json" },

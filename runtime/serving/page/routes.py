@@ -7,14 +7,14 @@ from fastapi import APIRouter, Response
 __all__ = ["page_routes"]
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-_FILES = ("index.html", "page.css", "page.js", "api.js", "history.js", "tray.js", "icon.svg")
+_SCRIPTS = ("page.js", "api.js", "elements.js", "history.js", "stage.js", "tray.js")
 _HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' blob: data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -34,6 +34,6 @@ def page_routes() -> APIRouter:
         router.add_api_route(path, answer, methods=["GET", "HEAD"], name=name)
 
     add("/", "index.html")
-    for name in _FILES[1:]:
+    for name in ("page.css", "icon.svg", *_SCRIPTS):
         add(f"/page/{name}", name)
     return router

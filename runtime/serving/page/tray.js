@@ -1,5 +1,8 @@
 // The reference pictures, in their order: added, moved by drag or arrow keys, removed.
 
+import { at, element, fail, say } from "./elements.js";
+import { url } from "./stage.js";
+
 const MOST = 4;
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
 
@@ -15,22 +18,19 @@ async function readable(file) {
 export class Tray {
   #list;
   #add;
-  #pictures = []; // {blob, url, item}
+  #pictures = []; // {blob, item}
   #dragged = null;
 
-  /** `changed` is called after every change, `say` with a sentence for screen readers. */
-  constructor(list, { changed, say, fail }) {
+  #changed;
+
+  /** `changed` is called after every change. */
+  constructor(list, changed) {
     this.#list = list;
-    this.changed = changed;
-    this.say = say;
-    this.fail = fail;
-    this.#add = document.createElement("li");
-    this.#add.className = "add";
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = "Add";
+    this.#changed = changed;
+    const button = Object.assign(element("button", "Add"), { type: "button" });
+    this.#add = Object.assign(element("li", button), { className: "add" });
     button.setAttribute("aria-label", "Add reference pictures");
-    button.onclick = () => document.getElementById("files").click();
+    button.onclick = () => at("files").click();
     this.#add.append(button);
     list.addEventListener("keydown", (event) => this.#key(event));
     list.addEventListener("pointerdown", (event) => this.#grab(event));
@@ -45,51 +45,38 @@ export class Tray {
     return this.#pictures.map((picture) => picture.blob);
   }
 
-  get urls() {
-    return this.#pictures.map((picture) => picture.url);
-  }
-
   /** Adds image files, as many as there is room for. */
   async add(files) {
-    const images = [...files].filter((file) => file.type.startsWith("image/"));
-    if (images.length < files.length) this.fail("Only pictures can be references.");
+    const images = files.filter((file) => file.type.startsWith("image/"));
+    if (images.length < files.length) fail("Only pictures can be references.");
     for (const file of images) {
       if (this.#pictures.length === MOST) {
-        this.fail(`There is room for ${MOST} references: remove one first.`);
+        fail(`There is room for ${MOST} references: remove one first.`);
         break;
       }
       try {
         this.#pictures.push(this.#picture(await readable(file)));
       } catch {
-        this.fail(`This browser cannot read ${file.name}. Save it as PNG or JPEG first.`);
+        fail(`This browser cannot read ${file.name}. Save it as PNG or JPEG first.`);
       }
     }
     this.#draw();
-    this.changed();
+    this.#changed();
   }
 
   /** Puts these in place of what is there. */
   set(blobs) {
-    for (const picture of this.#pictures) URL.revokeObjectURL(picture.url);
     this.#pictures = blobs.map((blob) => this.#picture(blob));
     this.#draw();
-    this.changed();
+    this.#changed();
   }
 
   #picture(blob) {
-    const item = document.createElement("li");
-    item.className = "tile";
-    item.tabIndex = 0;
-    const image = new Image();
-    image.src = URL.createObjectURL(blob);
-    image.alt = "";
-    image.draggable = false;
-    const remove = document.createElement("button");
-    remove.type = "button";
-    remove.textContent = "×";
-    const picture = { blob, url: image.src, item };
+    const image = Object.assign(new Image(), { src: url(blob), alt: "", draggable: false });
+    const remove = Object.assign(element("button", "×"), { type: "button" });
+    const item = element("li", image, remove);
+    const picture = { blob, item: Object.assign(item, { className: "tile", tabIndex: 0 }) };
     remove.onclick = () => this.#remove(picture);
-    item.append(image, remove);
     return picture;
   }
 
@@ -106,11 +93,10 @@ export class Tray {
   #remove(picture) {
     const index = this.#pictures.indexOf(picture);
     this.#pictures.splice(index, 1);
-    URL.revokeObjectURL(picture.url);
     this.#draw();
-    this.say(`Reference ${index + 1} removed.`);
+    say(`Reference ${index + 1} removed.`);
     (this.#pictures[index]?.item ?? this.#add.firstChild).focus();
-    this.changed();
+    this.#changed();
   }
 
   #move(picture, to) {
@@ -119,8 +105,8 @@ export class Tray {
     this.#pictures.splice(to, 0, ...this.#pictures.splice(from, 1));
     this.#draw();
     picture.item.focus();
-    this.say(`Now reference ${to + 1} of ${this.#pictures.length}.`);
-    this.changed();
+    say(`Now reference ${to + 1} of ${this.#pictures.length}.`);
+    this.#changed();
   }
 
   #of(element) {
