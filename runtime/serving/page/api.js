@@ -40,25 +40,30 @@ export async function model() {
   return data[0];
 }
 
+function form(fields, pictures) {
+  const body = new FormData();
+  for (const [name, values] of Object.entries(fields)) {
+    for (const value of [values].flat()) body.append(name, value);
+  }
+  for (const [index, picture] of pictures.entries()) body.append("image[]", picture, `${index}`);
+  return body;
+}
+
 /** Uploads pictures as one ordered set, whose keys and values are made at once for these LoRAs. */
 export async function upload(pictures, lora, signal) {
-  const body = new FormData();
-  for (const [index, picture] of pictures.entries()) body.append("image[]", picture, `${index}`);
-  for (const { name, weight } of lora) body.append("lora", `${name}:${weight}`);
+  const body = form({ lora }, pictures);
   return (await call("v1/references", { method: "POST", body, signal })).json();
 }
 
-/** Makes an image; `onPartial` gets what it is by now. Aborting the signal cancels it over there. */
-export async function make(fields, references, signal, onPartial) {
-  const wanted = { ...fields, stream: true, partial_images: 3 };
-  const path = references ? "v1/images/edits" : "v1/images/generations";
-  if (references) wanted.references = [references];
-  const response = await call(path, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(wanted),
-    signal,
-  });
+/**
+ * Makes an image; `onPartial` gets what it is by now. `references` are ids of sets, `pictures` are
+ * sent with it. Aborting the signal cancels it over there.
+ */
+export async function make(fields, references, pictures, signal, onPartial) {
+  const edits = references.length || pictures.length;
+  const body = form({ ...fields, references, stream: true, partial_images: 3 }, pictures);
+  const path = edits ? "v1/images/edits" : "v1/images/generations";
+  const response = await call(path, { method: "POST", body, signal });
   for await (const event of events(response.body)) {
     if (event.error) throw new Refused(event.error.message, event.error.code);
     if (event.type.endsWith(".partial_image")) onPartial(picture(event), event.partial_image_index);

@@ -7,6 +7,7 @@ import { onStage, preview, show, url } from "./stage.js";
 import { Tray } from "./tray.js";
 
 const history = new History();
+let plain = false; // the model knows no reference resources: pictures go with every edit
 const tray = new Tray(at("tray"), referencesChanged);
 let running = null; // {abort, since} of the image that is being made
 let sent = null; // {abort, answer: Promise} of the references as they stand
@@ -18,6 +19,7 @@ async function connect() {
   try {
     const model = await api.model();
     at("model").textContent = model.id;
+    plain = model.variant === "plain";
     showLoras(model.loras ?? []);
   } catch (error) {
     at("model").textContent = error.status === 503 ? "The model is loading…" : error.message;
@@ -47,8 +49,9 @@ function referencesChanged() {
 
 function sendSoon() {
   forgetSent();
-  status(tray.blobs.length ? "Sending…" : "");
-  if (tray.blobs.length) waiting = setTimeout(send, 200);
+  const any = tray.blobs.length && !plain;
+  status(any ? "Sending…" : "");
+  if (any) waiting = setTimeout(send, 200);
 }
 
 function status(text, state = "") {
@@ -102,9 +105,10 @@ function wanted() {
 
 async function make(fields, abort, again = true) {
   try {
-    const id = tray.blobs.length ? (await send().answer).id : "";
-    abort.signal.throwIfAborted();
-    return await api.make(fields, id, abort.signal, (blob, index) => {
+    const pictures = plain ? tray.blobs : [];
+    const ids = tray.blobs.length && !plain ? [(await send().answer).id] : [];
+    abort.signal.throwIfAborted(); // while they were sent
+    return await api.make(fields, ids, pictures, abort.signal, (blob, index) => {
       at("progress").value = (index + 1) / 4;
       preview(blob);
     });
@@ -113,6 +117,12 @@ async function make(fields, abort, again = true) {
     forgetSent(); // so did the server
     return make(fields, abort, false);
   }
+}
+
+function stopped(signal) {
+  return new Promise((_, reject) => {
+    signal.onabort = () => reject(signal.reason);
+  });
 }
 
 async function run() {
@@ -126,7 +136,8 @@ async function run() {
     at("headline").textContent = `${elapsed().toFixed(1)} s`;
   }, 100);
   try {
-    const { image, references_known: known, timings = {} } = await make(fields, abort);
+    const { image, references_known: known, timings = {} } =
+      await Promise.race([make(fields, abort), stopped(abort.signal)]);
     const entry = { fields, references, image, known, timings, total: elapsed() };
     await history.add(entry);
     drawHistory();
@@ -134,7 +145,7 @@ async function run() {
     say("The image is ready.");
   } catch (error) {
     show(null, tray.blobs[0]);
-    if (abort.signal.aborted) say("Cancelled.");
+    if (error.name === "AbortError") say("Cancelled.");
     else refused(error);
   } finally {
     clearInterval(clock);
@@ -179,8 +190,9 @@ function bringBack(entry) {
   const choice = (value) => at("shapes").querySelector(`[value="${value}"]`);
   (choice(fields.size) ?? choice("custom")).checked = true;
   if (size() !== fields.size) [at("width").value, at("height").value] = fields.size.split("x");
+  const weights = Object.fromEntries(fields.lora.map((text) => text.split(":")));
   for (const slider of sliders()) {
-    slider.value = fields.lora.find((x) => x.name === slider.name)?.weight ?? 0;
+    slider.value = weights[slider.name] ?? 0;
     slider.oninput();
   }
   const same = references.every((blob, index) => tray.blobs[index] === blob);
@@ -196,9 +208,7 @@ function bringBack(entry) {
 const locked = () => at("lock").getAttribute("aria-pressed") === "true";
 const lock = (yes) => at("lock").setAttribute("aria-pressed", yes);
 const sliders = () => [...at("loras").querySelectorAll("input")];
-const loras = () => sliders()
-  .map((slider) => ({ name: slider.name, weight: Number(slider.value) }))
-  .filter(({ weight }) => weight);
+const loras = () => sliders().filter((x) => Number(x.value)).map((x) => `${x.name}:${x.value}`);
 
 function size() {
   const { value } = at("shapes").querySelector(":checked");
@@ -226,8 +236,7 @@ function summarize() {
   const custom = at("shapes").querySelector(":checked").value === "custom";
   at("custom").hidden = !custom;
   at("width").disabled = at("height").disabled = !custom;
-  const weights = loras().map(({ name, weight }) => `${name} ${weight}`);
-  const parts = [size().replace("x", " × "), `${at("steps").value} steps`, ...weights];
+  const parts = [size().replace("x", " × "), `${at("steps").value} steps`, ...loras()];
   at("summary").textContent = parts.join(" · ");
 }
 
@@ -265,7 +274,7 @@ at("key-form").onsubmit = (event) => {
   at("key-form").hidden = true;
   fail("");
   connect();
-  if (tray.blobs.length) send();
+  sendSoon();
 };
 at("files").onchange = () => tray.add([...at("files").files]).then(() => (at("files").value = ""));
 document.onkeydown = (event) => {

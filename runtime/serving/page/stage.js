@@ -87,14 +87,14 @@ function describe({ fields, image, references, known, timings, total }) {
   const list = element("ul");
   bar.className = "bar";
   for (const [index, [label, names]] of STAGES.entries()) {
-    const values = names.flatMap((key) => timings[key] ?? []);
-    const value = values.reduce((sum, each) => sum + each, 0);
+    const value = names.reduce((sum, each) => sum + (timings[each] ?? 0), 0);
     if (value < 0.0005) continue;
     const [piece, dot] = [element("i"), element("i")];
     piece.className = dot.className = `part${index}`;
     piece.style.flexGrow = value * 1000;
     bar.append(piece);
-    const count = label.endsWith("steps") ? `${values.length} ` : "";
+    const all = fields.num_inference_steps;
+    const count = label.endsWith("steps") ? `${all - Boolean(timings.first_step)} ` : "";
     list.append(element("li", dot, `${count}${label} `, element("b", seconds(value))));
   }
   at("stages").replaceChildren(...(list.children.length ? [bar, list] : []));
