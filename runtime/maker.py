@@ -45,7 +45,8 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     # 1. Check everything, and settle the sizes.
     if ask.references is not None:
         pipe.encoder.check(ask.references)
-    prepared = pipe.encoder.prepare(ask.images) if ask.images else None
+    given = ask.image if isinstance(ask.image, PreparedReferences) else ask.images
+    prepared = pipe.encoder.prepare(given) if given else None
     wanted: ReferenceSet | PreparedReferences | None = ask.references or prepared
     noise = None if ask.latents is None else host_array(ask.latents, "latents", dtype)
     first = None if wanted is None else wanted.first_size
