@@ -21,6 +21,7 @@ from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Fetch, Front
 from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
+from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
@@ -56,10 +57,11 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
     )
     app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
     app.state.front = front
-    app.state.public = {"/health/live"}
+    app.state.public = {"/health/live", *PAGE_PATHS}
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
+    app.include_router(page_routes())
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)

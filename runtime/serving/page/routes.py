@@ -4,23 +4,28 @@ from importlib import resources
 
 from fastapi import APIRouter, Response
 
-__all__ = ["page_routes"]
+__all__ = ["PAGE_PATHS", "page_routes"]
 
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _SCRIPTS = ("page.js", "api.js", "elements.js", "history.js", "stage.js", "tray.js")
+_FILES = {"/": "index.html"} | {
+    f"/page/{name}": name for name in ("page.css", "icon.svg", *_SCRIPTS)
+}
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
+    "cache-control": "no-cache",
+    "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
+    "referrer-policy": "same-origin",
 }
+
+PAGE_PATHS = frozenset(_FILES)
+"""They hold no secret: the page itself asks for the key."""
 
 
 def page_routes() -> APIRouter:
-    """Gives `/`, and the files that it loads from `/page/`. They hold no secret: no key is asked."""
+    """Gives `/`, and what it loads from `/page/`."""
     router = APIRouter(include_in_schema=False)
     folder = resources.files(__package__)
 
@@ -33,7 +38,6 @@ def page_routes() -> APIRouter:
 
         router.add_api_route(path, answer, methods=["GET", "HEAD"], name=name)
 
-    add("/", "index.html")
-    for name in ("page.css", "icon.svg", *_SCRIPTS):
-        add(f"/page/{name}", name)
+    for path, name in _FILES.items():
+        add(path, name)
     return router
