@@ -139,7 +139,7 @@ async function run() {
     const { image, references_known: known, timings = {} } =
       await Promise.race([make(fields, abort), stopped(abort.signal)]);
     const entry = { fields, references, image, known, timings, total: elapsed() };
-    await history.add(entry);
+    history.add(entry);
     drawHistory();
     show(entry);
     say("The image is ready.");
@@ -228,7 +228,7 @@ function showLoras(names) {
       slider.style.setProperty("--to", `${Math.max(50, 50 + weight * 12.5)}%`);
     };
     slider.oninput();
-    return element("label", element("span", name), output, slider);
+    return element("label", element("span", name), slider, output);
   }));
 }
 
