@@ -23,6 +23,7 @@ from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
 from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
@@ -53,7 +54,7 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         shelf=ReferenceShelf(settings.shelf_bytes),
         metrics=Metrics(engine.gauges),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or _no_urls,
+        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
     )
     app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
     app.state.front = front
@@ -67,12 +68,6 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Gate, front=front, public=app.state.public)
     return app
-
-
-async def _no_urls(_url: str, param: str) -> bytes:
-    raise ServiceError(
-        "url_refused", "images are not fetched from URLs here; send a file or a data URI", param
-    )
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
@@ -128,26 +123,28 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        body = CountedBody(receive, headers, self.front.settings, self.budget)
         request_id = f"req_{secrets.token_hex(12)}"
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400:
+                    await body.discard()
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        headers = Headers(scope=scope)
-        body: CountedBody | None = None
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
             elif scope["path"] not in self.public:
                 self.front.keys.check(headers)
-            body = CountedBody(receive, headers, self.front.settings, self.budget)
+            body.check_length()
             await self.app(scope, body, sending)
         except ClientGoneError:
             status = 499  # nginx' number; nobody is there to read it
@@ -159,8 +156,7 @@ class Gate:
             if not status:
                 await error_response(_service_error(error))(scope, receive, sending)
         finally:
-            if body is not None:
-                body.done()
+            body.done()
             route = getattr(scope.get("route"), "path", "other")
             self.front.metrics.requests.labels(route, str(status)).inc()
             self.front.metrics.seconds.labels(route).observe(time.perf_counter() - start)

@@ -19,7 +19,7 @@ __all__ = ["EditFields", "ReferenceFields", "Sent", "checked", "read_fields"]
 MAX_FIELDS = 64
 _LISTS = ("image", "url", "references", "lora")
 _LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
-_IN_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_SMALL = 65536
 
 
 class Sent:
@@ -87,11 +87,13 @@ async def read_fields(request: Request, front: Front) -> Sent:
     """
     sent = Sent()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == _IN_FORMS[0]:
+    if kind == "multipart/form-data":
         await _read_multipart(request, sent, front.settings)
     elif kind in ("application/json", ""):
         body = await request.body()
-        for name, value in (await front.in_thread(_json_object, body)).items():
+        small = len(body) < _SMALL
+        values = _json_object(body) if small else await front.in_thread(_json_object, body)
+        for name, value in values.items():
             if value is not None:
                 sent.add(name, value)
     else:

@@ -77,12 +77,8 @@ async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Resp
 
 async def _make(front: Front, ask: Ask) -> Response:
     result = await front.edit(ask.job)
-    files = [
-        await front.in_thread(_encoded, front, ask, image, i)
-        for i, image in enumerate(result.images)
-    ]
-    body = await front.in_thread(_document, front, ask, result, files)
-    return Response(body, media_type="application/json", headers=_facts(result))
+    body = await front.in_thread(_document, front, ask, result)
+    return Response(body, media_type="application/json", headers=_facts(ask, result))
 
 
 def _completed(front: Front, ask: Ask, kind: str) -> Any:
@@ -149,8 +145,11 @@ def _encoded(front: Front, ask: Ask, image: Pixels, index: int) -> str:
     )
 
 
-def _document(front: Front, ask: Ask, result: EditResult, files: list[str]) -> bytes:
-    data = [{"b64_json": file, "seed": result.seed + i} for i, file in enumerate(files)]
+def _document(front: Front, ask: Ask, result: EditResult) -> bytes:
+    data = [
+        {"b64_json": _encoded(front, ask, image, i), "seed": result.seed + i}
+        for i, image in enumerate(result.images)
+    ]
     described = _described(front, ask, result.images[0])
     return json.dumps({"created": ask.created, "data": data, **described}).encode()
 
@@ -176,10 +175,10 @@ def _described(front: Front, ask: Ask, image: Pixels) -> dict[str, Any]:
     }
 
 
-def _facts(result: EditResult) -> dict[str, str]:
+def _facts(ask: Ask, result: EditResult) -> dict[str, str]:
     known = "known" if result.references_known else "new"
     total = result.stages_s.get("total", 0.0)
     return {
-        "x-references": known,
+        "x-references": known if ask.job.references else "none",
         "server-timing": f"queue;dur={result.queued_s * 1e3:.1f}, gpu;dur={total * 1e3:.1f}",
     }

@@ -20,11 +20,7 @@ class BodyBudget:
 
 
 class CountedBody:
-    """The `receive` of one request, which refuses bodies that are too large or too slow.
-
-    Raises:
-        ServiceError: the request says itself that its body is too large.
-    """
+    """The `receive` of one request, which refuses bodies that are too large or too slow."""
 
     def __init__(
         self, receive: Receive, headers: Headers, settings: ServeSettings, budget: BodyBudget
@@ -36,7 +32,15 @@ class CountedBody:
         self._bytes = 0
         self._more = True
         self._end: float | None = None
-        said = headers.get("content-length", "0")
+        self._headers = headers
+
+    def check_length(self) -> None:
+        """Refuses what says itself that it is too large.
+
+        Raises:
+            ServiceError: "payload_too_large".
+        """
+        said = self._headers.get("content-length", "0")
         if not (said.isascii() and said.isdigit()):
             raise ServiceError("invalid_body", "content-length is no number")
         if len(said) > 18 or int(said) > self._most:
@@ -51,17 +55,12 @@ class CountedBody:
         """
         if not self._more:
             return await self._receive()
-        loop = asyncio.get_running_loop()
-        if self._end is None:
-            self._end = loop.time() + self._seconds
         try:
-            async with asyncio.timeout_at(self._end):
-                message = await self._receive()
+            message = await self._next()
         except TimeoutError:
             raise ServiceError(
                 "body_timeout", f"the request did not arrive within {self._seconds:g} s"
             ) from None
-        self._more = message["type"] == "http.request" and message.get("more_body", False)
         size = len(message.get("body", b""))
         self._bytes += size
         self._budget.used += size
@@ -72,16 +71,26 @@ class CountedBody:
         return message
 
     async def discard(self) -> None:
-        """Reads what is left of a body that was refused, up to once more its limit.
+        """Reads what is left of a request that is refused, up to once more the limit.
 
-        Without that the connection ends before the client has read why.
+        Without that the connection may end before the client has read why. One that asked first
+        (`Expect: 100-continue`) has sent nothing.
         """
-        self._most *= 2
+        asked = "100-continue" in self._headers.get("expect", "").lower()
+        left = 0 if asked and not self._bytes else self._most
         try:
-            while self._more:
-                await self()
-        except ServiceError:
+            while self._more and left > 0:
+                left -= len((await self._next()).get("body", b""))
+        except TimeoutError:
             return
+
+    async def _next(self) -> Message:
+        if self._end is None:
+            self._end = asyncio.get_running_loop().time() + self._seconds
+        async with asyncio.timeout_at(self._end):
+            message = await self._receive()
+        self._more = message["type"] == "http.request" and message.get("more_body", False)
+        return message
 
     def done(self) -> None:
         """Gives the bytes back."""
