@@ -123,25 +123,6 @@ def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pocket_checkpoint(made_once: MadeOnce) -> Path:
-    """The trained pocket checkpoint."""
-    from klein_kv.export.checkpoints.fixture import make_fixture
-
-    return made_once("pocket", lambda folder: make_fixture(folder / "pocket", "pocket")) / "pocket"
-
-
-@pytest.fixture(scope="session")
-def pocket_artifacts(made_once: MadeOnce, pocket_checkpoint: Path) -> Path:
-    """The same, exported in float32."""
-    from klein_kv.export.exporter import export_checkpoint
-
-    def make(folder: Path) -> None:
-        export_checkpoint(pocket_checkpoint, folder / "pocket", variant="kv", dtype="float32")
-
-    return made_once("pocket-fp32", make) / "pocket"
-
-
-@pytest.fixture(scope="session")
 def klein_export(made_once: MadeOnce) -> "KleinExport":
     """klein's real shapes in files with holes, exported in bfloat16."""
     from klein_kv.export.checkpoints.fixture import make_fixture

@@ -1,10 +1,7 @@
 """The page in a real browser, on a server that really edits: pocket, on a CPU."""
 
-import asyncio
 import re
 import shutil
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import Scene, answer, draw_scene, psnr, sample_subjects
-from klein_kv import KleinKVPipeline
-from klein_kv.runtime.serving.app import make_app
-from klein_kv.runtime.serving.engine_room import EngineRoom
-from klein_kv.runtime.serving.runner import PipelineRunner
 from klein_kv.runtime.serving.settings import ServeSettings
+from tests.runtime.serving.conftest import Served, serve_in_thread
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -30,50 +23,13 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome")
 
 SIZE = (128, 128)
-KEY = "a-key-of-the-tests"
 REFUSED = "Failed to load resource"
 
 
-@dataclass(frozen=True)
-class Service:
-    """An engine with two fronts: one for everybody, one for who has the key."""
-
-    room: EngineRoom
-    address: str
-    locked: str
-
-
 @pytest.fixture(scope="module")
-def service(pocket_checkpoint: Path, pocket_artifacts: Path) -> Iterator[Service]:
-    def open_runner() -> PipelineRunner:
-        pipe = KleinKVPipeline.from_pretrained(
-            pocket_artifacts, backend="onnxruntime", device="cpu", threads=1
-        )
-        lora = pocket_checkpoint / "lora" / "cyanotype.safetensors"
-        return PipelineRunner(lambda: pipe, loras={"cyanotype": lora})
-
-    room = EngineRoom(open_runner)
-    settings = (ServeSettings(), ServeSettings(api_keys=(KEY,)))
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in settings]
-    servers = [
-        uvicorn.Server(uvicorn.Config(make_app(room, each), log_level="warning", lifespan="off"))
-        for each in settings
-    ]
-
-    async def serve() -> None:
-        pairs = zip(servers, sockets, strict=True)
-        await asyncio.gather(*(server.serve([listening]) for server, listening in pairs))
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    first, second = (f"http://127.0.0.1:{each.getsockname()[1]}" for each in sockets)
-    yield Service(room, first, second)
-    for server in servers:
-        server.should_exit = True
-    thread.join()
-    room.close()
-    for each in sockets:
-        each.close()
+def service(pocket_service: Served) -> Iterator[Served]:
+    """The same engine, for everybody."""
+    yield from serve_in_thread(pocket_service.engine, ServeSettings())
 
 
 @pytest.fixture(scope="module")
@@ -143,20 +99,30 @@ class Visit:
 
 
 @pytest.fixture
-def visit(service: Service, browser: "Browser", request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """The page as it is after loading; a marker's keywords are the browser's."""
+def visit(
+    service: Served, pocket_service: Served, browser: "Browser", request: pytest.FixtureRequest
+) -> Iterator[Visit]:
+    """The page as it is after loading; a parameter says what the browser's context is like."""
     context = browser.new_context(**getattr(request, "param", {}))
     visited = Visit(context.new_page())
-    visited.open(service.address)
+    visited.open(service.url)
     yield visited
     context.close()
     assert visited.complaints == []
-    allowed = (service.address, service.locked, "blob:", "data:")
+    allowed = (service.url, pocket_service.url, "blob:", "data:")
     assert all(url.startswith(allowed) for url in visited.requests)
 
 
 def test_edits_of_known_references(visit: Visit, scenes: list[Scene], files: list[Path]) -> None:
     visit.add(files[0])
+    visit.page.evaluate(
+        """() => {
+          const image = document.getElementById("image");
+          window.previews = 0;
+          new MutationObserver(() => (window.previews += image.className === "soft"))
+            .observe(image, { attributeFilter: ["src"] });
+        }"""
+    )
     for meaning in (Meaning("night"), Meaning("background", "green")):
         visit.make(meaning.plain)
         result = visit.result()
@@ -168,6 +134,7 @@ def test_edits_of_known_references(visit: Visit, scenes: list[Scene], files: lis
         assert visit.at("divider").is_visible()
         assert f"Seed: {visit.at('seed').input_value()}" in result.info["parameters"]
     assert visit.page.locator("#strip li").count() == 2
+    assert visit.page.evaluate("previews") == 6
 
 
 def test_references_are_moved_by_keys_and_by_mouse(visit: Visit, files: list[Path]) -> None:
@@ -224,20 +191,20 @@ def test_refusals_are_shown(visit: Visit, files: list[Path], tmp_path: Path) -> 
     visit.complaints.clear()
 
 
-def test_escape_cancels_on_the_server(visit: Visit, service: Service, files: list[Path]) -> None:
-    cancelled = service.room.gauges()["cancelled_total"]
+def test_escape_cancels_on_the_server(visit: Visit, service: Served, files: list[Path]) -> None:
+    cancelled = service.engine.gauges()["cancelled_total"]
     visit.add(files[0])
     visit.at("steps").fill("50")
     visit.at("prompt").fill("at night")
     visit.page.keyboard.press("Control+Enter")
     visit.at("run").filter(has_text="Cancel").wait_for()
-    while not service.room.gauges()["in_flight"]:
+    while not service.engine.gauges()["in_flight"]:
         visit.page.wait_for_timeout(20)
     visit.page.keyboard.press("Escape")
     visit.at("run").filter(has_text="Make image").wait_for()
-    while service.room.gauges()["in_flight"]:
+    while service.engine.gauges()["in_flight"]:
         visit.page.wait_for_timeout(20)
-    assert service.room.gauges()["cancelled_total"] == cancelled + 1
+    assert service.engine.gauges()["cancelled_total"] == cancelled + 1
     assert visit.at("fault").is_hidden()
     assert visit.at("history").is_hidden()
 
@@ -261,9 +228,11 @@ def test_telephone(visit: Visit, files: list[Path]) -> None:
     assert wide == []
 
 
-def test_a_server_with_keys_asks_for_one(visit: Visit, service: Service, files: list[Path]) -> None:
-    visit.page.goto(service.locked)
-    for key in ("not-the-key-of-the-tests", KEY):
+def test_a_server_with_keys_asks_for_one(
+    visit: Visit, pocket_service: Served, files: list[Path]
+) -> None:
+    visit.page.goto(pocket_service.url)
+    for key in ("not the key of the tests", pocket_service.key):
         visit.at("key").wait_for()
         visit.at("key").fill(key)
         visit.page.keyboard.press("Enter")
