@@ -16,16 +16,20 @@ export class Refused extends Error {
   }
 }
 
-async function call(path, options = {}) {
-  const headers = { ...options.headers };
-  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
-  let response;
+/** Waits for the network; what a browser says when that fails helps nobody. */
+async function reached(promise) {
   try {
-    response = await fetch(path, { ...options, headers });
+    return await promise;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused("The server cannot be reached. Is it still running?", "unreachable");
   }
+}
+
+async function call(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+  const response = await reached(fetch(path, { ...options, headers }));
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
   const wait = response.headers.get("retry-after");
@@ -76,7 +80,7 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reached(reader.read());
     if (done) return;
     const parts = (text + value).split(/\r?\n\r?\n/);
     text = parts.pop();

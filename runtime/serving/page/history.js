@@ -1,6 +1,8 @@
-// What was made in this browser, newest first. Stays in IndexedDB, or in memory where there is none.
+// What was made in this browser, newest first: in IndexedDB, or in memory where there is none.
 
 const MOST = 40;
+let database = null;
+export let entries = [];
 
 function done(request) {
   return new Promise((resolve, reject) => {
@@ -9,46 +11,36 @@ function done(request) {
   });
 }
 
-export class History {
-  #database = null;
+const store = (mode) => database.transaction("made", mode).objectStore("made");
+
+/** Reads what earlier visits left. */
+export async function open() {
+  try {
+    const request = indexedDB.open("klein-kv", 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("made", { keyPath: "id" });
+    database = await done(request);
+    entries = [...entries, ...(await done(store("readonly").getAll())).reverse()];
+  } catch {
+    database = null; // a private window: the entries last as long as the page
+  }
+}
+
+async function write(...changes) {
+  try {
+    if (database) for (const change of changes) await done(change(store("readwrite")));
+  } catch {
+    database = null; // no space left: likewise
+  }
+}
+
+/** Puts one in front; the oldest goes. */
+export function add(entry) {
+  entries.unshift(Object.assign(entry, { id: Date.now() }));
+  const old = entries.splice(MOST);
+  return write((made) => made.put(entry), ...old.map(({ id }) => (made) => made.delete(id)));
+}
+
+export function clear() {
   entries = [];
-
-  /** Reads what earlier visits left. */
-  async open() {
-    try {
-      const request = indexedDB.open("klein-kv", 1);
-      request.onupgradeneeded = () => request.result.createObjectStore("made", { keyPath: "id" });
-      this.#database = await done(request);
-      this.entries = (await done(this.#store("readonly").getAll())).reverse();
-    } catch {
-      this.#database = null; // a private window: the entries last as long as the page
-    }
-  }
-
-  #store(mode) {
-    return this.#database.transaction("made", mode).objectStore("made");
-  }
-
-  async #write(change) {
-    try {
-      if (this.#database) await change(this.#store("readwrite"));
-    } catch {
-      this.#database = null; // no space left: likewise
-    }
-  }
-
-  /** Puts one in front; the oldest goes. */
-  async add(entry) {
-    entry.id = Date.now();
-    this.entries.unshift(entry);
-    await this.#write((store) => done(store.put(entry)));
-    for (const old of this.entries.splice(MOST)) {
-      await this.#write((store) => done(store.delete(old.id)));
-    }
-  }
-
-  async clear() {
-    this.entries = [];
-    await this.#write((store) => done(store.clear()));
-  }
+  return write((made) => made.clear());
 }

@@ -2,13 +2,11 @@
 
 import * as api from "./api.js";
 import { at, element, fail, say, seconds } from "./elements.js";
-import { History } from "./history.js";
+import * as history from "./history.js";
 import { onStage, preview, show, url } from "./stage.js";
-import { Tray } from "./tray.js";
+import * as tray from "./tray.js";
 
-const history = new History();
 let plain = false; // the model knows no reference resources: pictures go with every edit
-const tray = new Tray(at("tray"), referencesChanged);
 let running = null; // {abort, since} of the image that is being made
 let sent = null; // {abort, answer: Promise} of the references as they stand
 let waiting; // timer: pictures that come together are sent together
@@ -22,7 +20,8 @@ async function connect() {
     plain = model.variant === "plain";
     showLoras(model.loras ?? []);
   } catch (error) {
-    at("model").textContent = error.status === 503 ? "The model is loading…" : error.message;
+    const known = { 401: "Waiting for a key", 503: "The model is loading…" };
+    at("model").textContent = known[error.status] ?? error.message;
     if (error.status === 401) askForKey();
     else setTimeout(connect, 3000);
   }
@@ -41,15 +40,13 @@ function refused(error) {
 // References go up while the prompt is still being typed, so that an edit finds them known
 
 function referencesChanged() {
-  const { length } = tray.blobs;
-  at("count").textContent = length ? `${length} of 4` : "up to four";
   sendSoon();
-  if (!running) show(null, tray.blobs[0]);
+  if (!running) show(null, tray.blobs()[0]);
 }
 
 function sendSoon() {
   forgetSent();
-  const any = tray.blobs.length && !plain;
+  const any = tray.blobs().length > 0 && !plain;
   status(any ? "Sending…" : "");
   if (any) waiting = setTimeout(send, 200);
 }
@@ -71,7 +68,7 @@ function send() {
   if (sent) return sent;
   const abort = new AbortController();
   const started = performance.now();
-  const mine = (sent = { abort, answer: api.upload(tray.blobs, loras(), abort.signal) });
+  const mine = (sent = { abort, answer: api.upload(tray.blobs(), loras(), abort.signal) });
   status("Reading the references…", "busy");
   mine.answer.then(
     ({ known }) => {
@@ -105,8 +102,8 @@ function wanted() {
 
 async function make(fields, abort, again = true) {
   try {
-    const pictures = plain ? tray.blobs : [];
-    const ids = tray.blobs.length && !plain ? [(await send().answer).id] : [];
+    const pictures = plain ? tray.blobs() : [];
+    const ids = tray.blobs().length && !plain ? [(await send().answer).id] : [];
     abort.signal.throwIfAborted(); // while they were sent
     return await api.make(fields, ids, pictures, abort.signal, (blob, index) => {
       at("progress").value = (index + 1) / 4;
@@ -126,11 +123,12 @@ function stopped(signal) {
 }
 
 async function run() {
-  const [fields, references, abort] = [wanted(), tray.blobs, new AbortController()];
+  const [fields, references, abort] = [wanted(), tray.blobs(), new AbortController()];
   running = { abort, since: performance.now() };
   fail("");
   show(null, references[0]);
   busy(true);
+  say("Making the image.");
   const elapsed = () => (performance.now() - running.since) / 1000;
   const clock = setInterval(() => {
     at("headline").textContent = `${elapsed().toFixed(1)} s`;
@@ -142,9 +140,9 @@ async function run() {
     history.add(entry);
     drawHistory();
     show(entry);
-    say("The image is ready.");
+    say(`The image is ready after ${seconds(entry.total)}.`);
   } catch (error) {
-    show(null, tray.blobs[0]);
+    show(null, tray.blobs()[0]);
     if (error.name === "AbortError") say("Cancelled.");
     else refused(error);
   } finally {
@@ -195,9 +193,7 @@ function bringBack(entry) {
     slider.value = weights[slider.name] ?? 0;
     slider.oninput();
   }
-  const same = references.every((blob, index) => tray.blobs[index] === blob);
-  if (!same || references.length !== tray.blobs.length) tray.set(references);
-  else sendSoon();
+  tray.set(references);
   fail("");
   summarize();
   show(entry);
@@ -240,12 +236,9 @@ function summarize() {
   at("summary").textContent = parts.join(" · ");
 }
 
-function theme(name) {
-  if (name) document.documentElement.dataset.theme = name;
-}
-
 // What people do
 
+at("tray").addEventListener("change", referencesChanged);
 at("composer").onsubmit = (event) => {
   event.preventDefault();
   if (!running) run();
@@ -263,9 +256,10 @@ at("further").onclick = () => {
 };
 at("forget").onclick = () => history.clear().then(drawHistory);
 at("theme").onclick = () => {
-  const dark = getComputedStyle(document.body).getPropertyValue("--dark") === "1";
+  const { theme } = document.documentElement.dataset;
+  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   localStorage.setItem("klein-kv-theme", dark ? "light" : "dark");
-  theme(dark ? "light" : "dark");
+  document.documentElement.dataset.theme = dark ? "light" : "dark";
 };
 at("change-key").onclick = askForKey;
 at("key-form").onsubmit = (event) => {
@@ -296,12 +290,13 @@ document.ondragleave = (event) => {
   if (!event.relatedTarget) at("curtain").hidden = true;
 };
 document.ondrop = (event) => {
-  event.preventDefault();
   at("curtain").hidden = true;
+  if (!event.dataTransfer.files.length) return;
+  event.preventDefault();
   tray.add([...event.dataTransfer.files]);
 };
 
-theme(localStorage.getItem("klein-kv-theme"));
+document.documentElement.dataset.theme = localStorage.getItem("klein-kv-theme") ?? "";
 at("settings").open = matchMedia("(min-width: 60rem)").matches;
 referencesChanged();
 summarize();

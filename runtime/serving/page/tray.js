@@ -5,6 +5,37 @@ import { url } from "./stage.js";
 
 const MOST = 4;
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
+const STEPS = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
+const list = at("tray");
+const adding = Object.assign(element("button", "Add"), { type: "button" });
+const addItem = Object.assign(element("li", adding), { className: "add" });
+let tiles = []; // list items, each with its `blob`
+let dragged = null; // {tile, x, y, moving}
+
+export const blobs = () => tiles.map((tile) => tile.blob);
+
+/** Adds image files, as many as there is room for. */
+export async function add(files) {
+  fail("");
+  for (const file of files) {
+    if (tiles.length === MOST) {
+      fail(`There is room for ${MOST} references: remove one first.`);
+      break;
+    }
+    try {
+      tiles.push(tileOf(await readable(file)));
+    } catch {
+      fail(`This browser cannot read ${file.name}. Save it as PNG or JPEG first.`);
+    }
+  }
+  changed();
+}
+
+/** Puts these in place of what is there. */
+export function set(pictures) {
+  tiles = pictures.map(tileOf);
+  changed();
+}
 
 /** The file, or a PNG of it where the server would not read its format. */
 async function readable(file) {
@@ -15,136 +46,69 @@ async function readable(file) {
   return canvas.convertToBlob();
 }
 
-export class Tray {
-  #list;
-  #add;
-  #pictures = []; // {blob, item}
-  #dragged = null;
-
-  #changed;
-
-  /** `changed` is called after every change. */
-  constructor(list, changed) {
-    this.#list = list;
-    this.#changed = changed;
-    const button = Object.assign(element("button", "Add"), { type: "button" });
-    this.#add = Object.assign(element("li", button), { className: "add" });
-    button.setAttribute("aria-label", "Add reference pictures");
-    button.onclick = () => at("files").click();
-    this.#add.append(button);
-    list.addEventListener("keydown", (event) => this.#key(event));
-    list.addEventListener("pointerdown", (event) => this.#grab(event));
-    list.addEventListener("pointermove", (event) => this.#drag(event));
-    for (const end of ["pointerup", "pointercancel"]) {
-      list.addEventListener(end, () => this.#release());
-    }
-    this.#draw();
-  }
-
-  get blobs() {
-    return this.#pictures.map((picture) => picture.blob);
-  }
-
-  /** Adds image files, as many as there is room for. */
-  async add(files) {
-    const images = files.filter((file) => file.type.startsWith("image/"));
-    if (images.length < files.length) fail("Only pictures can be references.");
-    for (const file of images) {
-      if (this.#pictures.length === MOST) {
-        fail(`There is room for ${MOST} references: remove one first.`);
-        break;
-      }
-      try {
-        this.#pictures.push(this.#picture(await readable(file)));
-      } catch {
-        fail(`This browser cannot read ${file.name}. Save it as PNG or JPEG first.`);
-      }
-    }
-    this.#draw();
-    this.#changed();
-  }
-
-  /** Puts these in place of what is there. */
-  set(blobs) {
-    this.#pictures = blobs.map((blob) => this.#picture(blob));
-    this.#draw();
-    this.#changed();
-  }
-
-  #picture(blob) {
-    const image = Object.assign(new Image(), { src: url(blob), alt: "", draggable: false });
-    const remove = Object.assign(element("button", "×"), { type: "button" });
-    const item = element("li", image, remove);
-    const picture = { blob, item: Object.assign(item, { className: "tile", tabIndex: 0 }) };
-    remove.onclick = () => this.#remove(picture);
-    return picture;
-  }
-
-  #draw() {
-    for (const [index, { item }] of this.#pictures.entries()) {
-      item.dataset.number = index + 1;
-      item.setAttribute("aria-label", `Reference ${index + 1} of ${this.#pictures.length}`);
-      item.lastChild.setAttribute("aria-label", `Remove reference ${index + 1}`);
-    }
-    const items = this.#pictures.map((picture) => picture.item);
-    this.#list.replaceChildren(...items, ...(items.length < MOST ? [this.#add] : []));
-  }
-
-  #remove(picture) {
-    const index = this.#pictures.indexOf(picture);
-    this.#pictures.splice(index, 1);
-    this.#draw();
-    say(`Reference ${index + 1} removed.`);
-    (this.#pictures[index]?.item ?? this.#add.firstChild).focus();
-    this.#changed();
-  }
-
-  #move(picture, to) {
-    const from = this.#pictures.indexOf(picture);
-    if (to < 0 || to >= this.#pictures.length || to === from) return;
-    this.#pictures.splice(to, 0, ...this.#pictures.splice(from, 1));
-    this.#draw();
-    picture.item.focus();
-    say(`Now reference ${to + 1} of ${this.#pictures.length}.`);
-    this.#changed();
-  }
-
-  #of(element) {
-    const item = element?.closest?.(".tile");
-    return this.#pictures.find((picture) => picture.item === item);
-  }
-
-  #key(event) {
-    const picture = this.#of(event.target);
-    if (!picture || event.target !== picture.item) return;
-    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
-    if (step) this.#move(picture, this.#pictures.indexOf(picture) + step);
-    else if (event.key === "Delete" || event.key === "Backspace") this.#remove(picture);
-    else return;
-    event.preventDefault();
-  }
-
-  #grab(event) {
-    if (event.button || event.target.closest("button")) return;
-    const picture = this.#of(event.target);
-    if (picture) this.#dragged = { picture, x: event.clientX, y: event.clientY, moving: false };
-  }
-
-  #drag(event) {
-    const dragged = this.#dragged;
-    if (!dragged) return;
-    if (!dragged.moving) {
-      if (Math.hypot(event.clientX - dragged.x, event.clientY - dragged.y) < 6) return;
-      dragged.moving = true;
-      this.#list.setPointerCapture(event.pointerId);
-      dragged.picture.item.classList.add("dragged");
-    }
-    const over = this.#of(document.elementFromPoint(event.clientX, event.clientY));
-    if (over && over !== dragged.picture) this.#move(dragged.picture, this.#pictures.indexOf(over));
-  }
-
-  #release() {
-    this.#dragged?.picture.item.classList.remove("dragged");
-    this.#dragged = null;
-  }
+function tileOf(blob) {
+  const image = Object.assign(new Image(), { src: url(blob), alt: "", draggable: false });
+  const button = Object.assign(element("button", "×"), { type: "button" });
+  const tile = Object.assign(element("li", image, button), { className: "tile", tabIndex: 0, blob });
+  button.onclick = () => remove(tile);
+  return tile;
 }
+
+function changed() {
+  for (const [index, tile] of tiles.entries()) {
+    tile.dataset.number = index + 1;
+    tile.setAttribute("aria-label", `Reference ${index + 1} of ${tiles.length}`);
+    tile.lastChild.setAttribute("aria-label", `Remove reference ${index + 1}`);
+  }
+  list.replaceChildren(...tiles, ...(tiles.length < MOST ? [addItem] : []));
+  at("count").textContent = tiles.length ? `${tiles.length} of ${MOST}` : "up to four";
+  list.dispatchEvent(new Event("change"));
+}
+
+function remove(tile) {
+  const index = tiles.indexOf(tile);
+  tiles.splice(index, 1);
+  fail("");
+  changed();
+  say(`Reference ${index + 1} removed.`);
+  (tiles[index] ?? adding).focus();
+}
+
+function move(tile, to) {
+  if (!(to in tiles)) return;
+  tiles.splice(to, 0, ...tiles.splice(tiles.indexOf(tile), 1));
+  changed();
+  tile.focus();
+  say(`Now reference ${to + 1} of ${tiles.length}.`);
+}
+
+list.onkeydown = (event) => {
+  const tile = tiles.find((each) => each === event.target);
+  if (!tile) return;
+  if (event.key in STEPS) move(tile, tiles.indexOf(tile) + STEPS[event.key]);
+  else if (event.key === "Delete" || event.key === "Backspace") remove(tile);
+  else return;
+  event.preventDefault();
+};
+list.onpointerdown = ({ button, target, clientX: x, clientY: y }) => {
+  const tile = target.closest(".tile");
+  if (tile && !button && !target.closest("button")) dragged = { tile, x, y, moving: false };
+};
+list.onpointermove = ({ pointerId, clientX: x, clientY: y }) => {
+  if (!dragged) return;
+  if (!dragged.moving) {
+    if (Math.hypot(x - dragged.x, y - dragged.y) < 6) return;
+    dragged.moving = true;
+    list.setPointerCapture(pointerId);
+    dragged.tile.classList.add("dragged");
+  }
+  const over = document.elementFromPoint(x, y)?.closest(".tile");
+  if (over && over !== dragged.tile) move(dragged.tile, tiles.indexOf(over));
+};
+list.onpointerup = list.onpointercancel = () => {
+  dragged?.tile.classList.remove("dragged");
+  dragged = null;
+};
+adding.setAttribute("aria-label", "Add reference pictures");
+adding.onclick = () => at("files").click();
+changed();
