@@ -174,8 +174,8 @@ class EngineRoom:
                 retry_after_s=max(0.1, waiting * self._seconds),
             )
         known = self.facts.loras
-        if unknown := [name for name, _ in job.loras if name not in known]:
-            raise ServiceError("invalid_value", f"there is no LoRA {unknown[0]!r:.80}", "lora")
+        if any(name not in known for name, _ in job.loras):
+            raise ServiceError("invalid_value", "there is no such LoRA", "lora")
 
     # What the thread does -----------------------------------------------------------------------
 

@@ -124,6 +124,17 @@ class Front:
                 "model_not_found", f"there is no such model, expected {own!r}", "model"
             )
 
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Refuses names that the operator did not register.
+
+        Raises:
+            ServiceError: "invalid_value".
+        """
+        known = self.engine.facts.loras
+        if any(name not in known for name, _ in loras):
+            names = ", ".join(known) or "none"
+            raise ServiceError("invalid_value", f"there is no such LoRA; expected: {names}", "lora")
+
     def timeout_s(self, headers: Headers, field: float | None = None) -> float:
         """Seconds that a request gives its answer: a field, the header `x-timeout-s`, or ours.
 

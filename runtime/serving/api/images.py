@@ -71,7 +71,8 @@ def image_routes(front: Front) -> APIRouter:
 async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Response:
     ask = await _ask(request, front, sent)
     if ask.fields.stream:
-        return await stream_images(front, ask.job, ask.fields, kind, _completed(front, ask, kind))
+        completed = _completed(front, ask, kind)
+        return await stream_images(request, front, ask.job, ask.fields, kind, completed)
     return await unless_gone(request, _make(front, ask))
 
 
@@ -110,8 +111,7 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
         raise ServiceError(
             "invalid_value", "image and references are given, expected one of them", "references"
         )
-    if unknown := [name for name, _ in fields.lora if name not in facts.loras]:
-        raise ServiceError("invalid_value", f"there is no LoRA {unknown[0][:64]!r}", "lora")
+    front.check_loras(fields.lora)
     if fields.references:
         images, digest = await front.shelved(fields.references)
     else:

@@ -250,7 +250,7 @@ def test_errors_are_told_in_words_of_the_service() -> None:
                 await room.edit(job())
             assert refused.value.code == code
             assert "/secret" not in refused.value.message
-        with pytest.raises(ServiceError, match="no LoRA 'c'"):
+        with pytest.raises(ServiceError, match="no such LoRA"):
             await room.edit(job(loras=(("c", 1.0),)))
         assert (await room.edit(job())).images
 
