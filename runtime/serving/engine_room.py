@@ -190,6 +190,7 @@ class EngineRoom:
         with self._changed:
             if self._state == "starting":
                 self._state = "ready"
+        _log.info("ready")
         while (ticket := self._next()) is not None:
             start = time.monotonic()
             failure = self._serve(runner, ticket, start)

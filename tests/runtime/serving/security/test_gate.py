@@ -194,7 +194,7 @@ def test_answers_say_nothing_of_the_inside(steered: Served, png: Png) -> None:
         {"json": {"prompt": "a", "lora": "/root/x.safetensors", "image": uri}},
         {"json": {"prompt": "a", "n": 10**400}},
         {"content": b"\xff\xfe", "headers": {"content-type": "application/json"}},
-        {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=\xff"}},
+        {"content": b"x", "headers": {"content-type": b"multipart/form-data; boundary=\xff"}},
         {"content": b"x", "headers": {"content-type": "text/plain"}},
     ]
     for body in bodies:
