@@ -162,7 +162,7 @@ function busy(yes) {
   if (!yes) return;
   at("frame").hidden = false;
   at("empty").hidden = true;
-  at("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  at("facts").scrollIntoView({ block: "nearest", behavior: "smooth" }); // on telephones
 }
 
 // History

@@ -88,7 +88,7 @@ function describe({ fields, image, references, known, timings, total }) {
   bar.className = "bar";
   for (const [index, [label, names]] of STAGES.entries()) {
     const value = names.reduce((sum, each) => sum + (timings[each] ?? 0), 0);
-    if (value < 0.0005) continue;
+    if (value < total / 100) continue;
     const [piece, dot] = [element("i"), element("i")];
     piece.className = dot.className = `part${index}`;
     piece.style.flexGrow = value * 1000;
