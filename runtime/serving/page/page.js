@@ -106,6 +106,7 @@ async function make(fields, abort, again = true) {
     const ids = tray.blobs().length && !plain ? [(await send().answer).id] : [];
     abort.signal.throwIfAborted(); // while they were sent
     return await api.make(fields, ids, pictures, abort.signal, (blob, index) => {
+      if (abort.signal.aborted) return;
       at("progress").value = (index + 1) / 4;
       preview(blob);
     });
@@ -254,7 +255,12 @@ at("further").onclick = () => {
   tray.set([onStage().image]);
   at("prompt").select();
 };
-at("forget").onclick = () => history.clear().then(drawHistory);
+at("forget").onclick = () => {
+  if (confirm("Remove all images of the history from this browser?")) {
+    history.clear();
+    drawHistory();
+  }
+};
 at("theme").onclick = () => {
   const { theme } = document.documentElement.dataset;
   const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

@@ -47,8 +47,9 @@ export function show(entry, reference) {
   at("headline").textContent = "";
   at("stages").replaceChildren();
   at("image").className = "";
-  at("image").alt = entry ? `Result: ${entry.fields.prompt}` : "The first reference";
+  at("image").alt = entry ? `Result: ${entry.fields.prompt}` : blob ? "The first reference" : "";
   if (blob) place(blob);
+  else at("image").removeAttribute("src");
   if (entry) describe(entry);
   compare(entry?.references.length === 1 ? 1 : 0);
   for (const item of at("strip").children) {

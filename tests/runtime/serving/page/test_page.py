@@ -171,6 +171,7 @@ def test_history_brings_everything_back(visit: Visit, files: list[Path]) -> None
     visit.at("run").click()
     visit.page.locator("#strip li").nth(1).wait_for()
     assert np.array_equal(np.asarray(visit.result()), np.asarray(before))
+    visit.page.on("dialog", lambda dialog: dialog.accept())
     visit.at("forget").click()
     visit.at("history").wait_for(state="hidden")
 
@@ -214,11 +215,14 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobil
 
 @pytest.mark.parametrize("visit", [PHONE], indirect=True, ids=["phone"])
 def test_telephone(visit: Visit, files: list[Path]) -> None:
-    visit.add(*files)
     visit.at("settings").locator("summary").click()
     visit.page.get_by_text("Custom").click()
     visit.at("width").fill("128")
     visit.at("height").fill("160")
+    circle = Meaning("shape", "blue", "circle", "yellow")
+    visit.make(circle.plain)  # of a prompt alone
+    assert psnr(visit.result().convert("RGB"), answer(circle, [], (128, 160))) > 20
+    visit.add(*files)
     visit.make("image 1, image 2 and image 3 in a row on a yellow background")
     assert visit.result().size == (128, 160)
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
