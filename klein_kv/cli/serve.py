@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from klein_kv.cli.arguments import AddVerb, Result, add_backend, gigabytes, size
@@ -81,7 +82,7 @@ def _serve(args: argparse.Namespace) -> Result:
     import uvicorn  # noqa: F401 - the extra is missed before anything is loaded
 
     from klein_kv.runtime.pipeline import KleinKVPipeline
-    from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
+    from klein_kv.runtime.serving.runner import DeviceLostError, PipelineRunner, WarmUp
     from klein_kv.runtime.serving.server import serve
     from klein_kv.runtime.serving.settings import ServeSettings
 
@@ -118,12 +119,16 @@ def _serve(args: argparse.Namespace) -> Result:
         )
 
     loras, sizes = dict(args.lora), tuple(WarmUp(*x) for x in args.warm_up)
-    serve(
-        lambda: PipelineRunner(open_pipeline, sizes, loras),
-        settings,
-        queue=args.queue,
-        drain_timeout_s=args.drain_timeout,
-    )
+    try:
+        serve(
+            lambda: PipelineRunner(open_pipeline, sizes, loras),
+            settings,
+            queue=args.queue,
+            drain_timeout_s=args.drain_timeout,
+        )
+    except DeviceLostError as error:
+        print(f"klein-kv serve: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # to take down what lies on such a device may never end
     return {}, "", 0
 
 

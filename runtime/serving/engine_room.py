@@ -25,6 +25,7 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import (
+    DeviceLostError,
     Edited,
     PipelineRunner,
     StoppedError,
@@ -196,7 +197,9 @@ class EngineRoom:
             failure = self._serve(runner, ticket, start)
             self._store_gauges = runner.gauges()
             if failure is not None and not self._survives(runner):
-                self._fail(failure)
+                lost = DeviceLostError(f"the device is lost ({type(failure).__name__}: {failure})")
+                lost.__cause__ = failure
+                self._fail(lost)
                 return
         runner.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
@@ -17,6 +17,7 @@ from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, Engi
 from klein_kv.runtime.timings import Timings
 
 __all__ = [
+    "DeviceLostError",
     "Edited",
     "PipelineRunner",
     "StoppedError",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+
+class DeviceLostError(BackendError):
+    """The device does not answer any more, or nothing works on it: only a new process helps."""
 
 
 class StoppedError(Exception):

@@ -12,6 +12,7 @@ from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.runner import PipelineRunner
+from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings
 
 __all__ = ["serve"]
@@ -32,7 +33,8 @@ def serve(
 
     Raises:
         RequestError: the address cannot be listened on.
-        BaseException: what ended the engine room, if that did.
+        DeviceLostError: the device does not answer any more: the process should be a new one.
+        KleinKVError: the pipeline could not be opened.
     """
     listening = _listen(settings)
     try:
@@ -59,11 +61,11 @@ async def _serve(
     room = EngineRoom(open_runner, queue, failed)
     config = uvicorn.Config(
         make_app(room, settings),
-        http="h11",
+        http=PunctualProtocol,
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=settings.max_connections,
+        limit_concurrency=2 * settings.max_connections,  # the app refuses earlier, and in JSON
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
         timeout_keep_alive=30,
     )

@@ -16,7 +16,7 @@ from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.job_queue import MOST_OVERTAKEN, JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
-from klein_kv.runtime.serving.runner import Edited, StoppedError, preview_steps
+from klein_kv.runtime.serving.runner import DeviceLostError, Edited, StoppedError, preview_steps
 
 STEPS = 4
 
@@ -276,7 +276,8 @@ def test_a_device_that_does_not_answer_ends_the_room(alive: bool) -> None:
 
     errors: list[Exception] = [RuntimeError(str(i)) for i in range(3)]
     stub = in_room(test, alive=alive, on_failed=failures.append, errors=errors)
-    assert [str(error) for error in failures] == ["2" if alive else "0"]
+    assert [str(error.__cause__) for error in failures] == ["2" if alive else "0"]
+    assert isinstance(failures[0], DeviceLostError)
     assert not stub.closed  # a device that is gone may never come back from that
 
 

@@ -264,8 +264,10 @@ def test_openai_is_told_what_is_wrong(
         ),
     ],
 )
-def test_edits_refuse(steered: Served, form: dict[str, Any], code: str, param: str | None) -> None:
-    response = httpx.post(f"{steered.url}/v1/images/edits", **form)
+def test_edits_refuse(
+    http: httpx.Client, steered: Served, form: dict[str, Any], code: str, param: str | None
+) -> None:
+    response = http.post(f"{steered.url}/v1/images/edits", **form)
     assert response.status_code in (400, 404)
     error = response.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -335,14 +337,14 @@ def test_closing_a_stream_cancels_the_job(steered: Served) -> None:
     assert steered.engine.cancelled == 1
 
 
-def test_deadlines_come_from_field_and_header(steered: Served) -> None:
+def test_deadlines_come_from_field_and_header(http: httpx.Client, steered: Served) -> None:
     ask = {"prompt": "a", "size": "128x128"}
     url = f"{steered.url}/v1/images/generations"
-    httpx.post(url, json=ask | {"timeout": 5})
-    httpx.post(url, json=ask, headers={"x-timeout-s": "7.5"})
-    httpx.post(url, json=ask | {"timeout": 1e9})
+    http.post(url, json=ask | {"timeout": 5})
+    http.post(url, json=ask, headers={"x-timeout-s": "7.5"})
+    http.post(url, json=ask | {"timeout": 1e9})
     assert [job.timeout_s for job in steered.engine.jobs] == [5, 7.5, 600]
-    refused = httpx.post(url, json=ask, headers={"x-timeout-s": "soon"})
+    refused = http.post(url, json=ask, headers={"x-timeout-s": "soon"})
     assert refused.json()["error"]["param"] == "x-timeout-s"
 
 
@@ -362,19 +364,19 @@ def test_references_are_a_resource(steered: Served, png: Png) -> None:
         assert http.get(f"/v1/references/{first['id']}").status_code == 404
 
 
-def test_models_and_health(steered: Served) -> None:
+def test_models_and_health(http: httpx.Client, steered: Served) -> None:
     client = client_of(steered)
     assert [model.id for model in client.models.list()] == ["org/steered"]
     assert client.models.retrieve("steered").id == "org/steered"
     assert client.images.generate(prompt="a", model="gpt-image-1", size="128x128").data
-    assert httpx.get(f"{steered.url}/health/ready").status_code == 200
-    metrics = httpx.get(f"{steered.url}/metrics").text
+    assert http.get(f"{steered.url}/health/ready").status_code == 200
+    metrics = http.get(f"{steered.url}/metrics").text
     assert 'klein_kv_requests_total{code="200",route="/v1/models/{name:path}"}' in metrics
     assert "klein_kv_engine_queue_depth 3.0" in metrics
     steered.engine.ready = False
-    response = httpx.get(f"{steered.url}/health/ready")
+    response = http.get(f"{steered.url}/health/ready")
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
-    assert httpx.get(f"{steered.url}/health/live").json() == {"status": "live"}
+    assert http.get(f"{steered.url}/health/live").json() == {"status": "live"}
 
 
 def test_litellm_edits_and_generates(steered: Served, png: Png) -> None:
