@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { at, element, fail, say, seconds } from "./elements.js";
 import * as history from "./history.js";
+import * as mask from "./mask.js";
 import { onStage, preview, show, url } from "./stage.js";
 import * as tray from "./tray.js";
 
@@ -41,6 +42,7 @@ function refused(error) {
 
 function referencesChanged() {
   sendSoon();
+  mask.on(tray.blobs()[0]);
   if (!running) show(null, tray.blobs()[0]);
 }
 
@@ -100,12 +102,13 @@ function wanted() {
   };
 }
 
-async function make(fields, abort, again = true) {
+async function make(fields, masked, abort, again = true) {
   try {
     const pictures = plain ? tray.blobs() : [];
     const ids = tray.blobs().length && !plain ? [(await send().answer).id] : [];
     abort.signal.throwIfAborted(); // while they were sent
-    return await api.make(fields, ids, pictures, abort.signal, (blob, index) => {
+    const all = masked ? { ...fields, mask: masked } : fields;
+    return await api.make(all, ids, pictures, abort.signal, (blob, index) => {
       if (abort.signal.aborted) return;
       at("progress").value = (index + 1) / 4;
       preview(blob);
@@ -113,7 +116,7 @@ async function make(fields, abort, again = true) {
   } catch (error) {
     if (!again || error.code !== "reference_not_found") throw error;
     forgetSent(); // so did the server
-    return make(fields, abort, false);
+    return make(fields, masked, abort, false);
   }
 }
 
@@ -126,6 +129,7 @@ function stopped(signal) {
 async function run() {
   const [fields, references, abort] = [wanted(), tray.blobs(), new AbortController()];
   running = { abort, since: performance.now() };
+  mask.paint(false);
   fail("");
   show(null, references[0]);
   busy(true);
@@ -135,9 +139,10 @@ async function run() {
     at("headline").textContent = `${elapsed().toFixed(1)} s`;
   }, 100);
   try {
+    const masked = await mask.file();
     const { image, references_known: known, timings = {} } =
-      await Promise.race([make(fields, abort), stopped(abort.signal)]);
-    const entry = { fields, references, image, known, timings, total: elapsed() };
+      await Promise.race([make(fields, masked, abort), stopped(abort.signal)]);
+    const entry = { fields, references, masked, image, known, timings, total: elapsed() };
     history.add(entry);
     drawHistory();
     show(entry);
@@ -195,6 +200,7 @@ function bringBack(entry) {
     slider.oninput();
   }
   tray.set(references);
+  if (entry.masked) mask.on(references[0]).then(() => mask.restore(entry.masked));
   fail("");
   summarize();
   show(entry);
@@ -249,6 +255,10 @@ at("composer").oninput = summarize;
 at("composer").addEventListener("invalid", (event) => {
   if (at("settings").contains(event.target)) at("settings").open = true;
 }, true);
+at("paint").onclick = () => {
+  show(null, tray.blobs()[0]);
+  mask.paint(at("paint").getAttribute("aria-pressed") === "false");
+};
 at("lock").onclick = () => lock(!locked());
 at("seed").onchange = () => lock(at("seed").value !== "");
 at("further").onclick = () => {

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 __all__ = ["PAGE_PATHS", "page_routes"]
 
-_SCRIPTS = ("page.js", "api.js", "elements.js", "history.js", "stage.js", "tray.js")
+_SCRIPTS = ("page.js", "api.js", "elements.js", "history.js", "mask.js", "stage.js", "tray.js")
 _FILES = {"/": "index.html"} | {
     f"/page/{name}": name for name in ("page.css", "icon.svg", *_SCRIPTS)
 }

@@ -43,6 +43,7 @@ export function show(entry, reference) {
   const blob = entry?.image ?? reference;
   at("empty").hidden = Boolean(blob);
   at("frame").hidden = !blob;
+  at("mask").hidden = Boolean(entry);
   at("actions").hidden = !entry;
   at("headline").textContent = "";
   at("stages").replaceChildren();
