@@ -126,6 +126,22 @@ def test_openai_streams_previews_of_an_edit(pocket: openai.OpenAI, scene: Scene)
     assert np.array_equal(pixels(both.data[1].b64_json), final)  # image i has seed + i
 
 
+def test_openai_masks_what_changes(pocket: openai.OpenAI, scene: Scene) -> None:
+    picture = scene.picture((SIDE, SIDE))
+    hole = picture.convert("RGBA")
+    hole.paste((0, 0, 0, 0), (SIDE // 2, 0, SIDE, SIDE))
+    made = pocket.images.edit(
+        image=png_of(picture),
+        mask=png_of(hole),
+        prompt=Meaning("background", "red").plain,
+        extra_body={"seed": 0},
+    )
+    assert made.data is not None
+    moved = np.abs(pixels(made.data[0].b64_json).astype(float) - np.asarray(picture))
+    half = SIDE // 2
+    assert moved[:, half:].mean() > 4 * moved[:, : half - 8].mean()
+
+
 def test_an_abandoned_job_stops_between_steps(pocket_service: Served, png: Png) -> None:
     client = client_of(pocket_service, max_retries=0, timeout=0.5)
     room = pocket_service.engine

@@ -16,7 +16,11 @@ from PIL import Image
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.security.images_in import bytes_from_base64, prepare_upload
+from klein_kv.runtime.serving.security.images_in import (
+    bytes_from_base64,
+    prepare_mask,
+    prepare_upload,
+)
 from klein_kv.runtime.serving.settings import ServeSettings
 from tests.runtime.serving.conftest import KEY, Served, SteeredEngine, serve_in_thread
 
@@ -181,6 +185,23 @@ def test_an_upload_is_turned_upright(png: Png) -> None:
     exif[0x0112] = 6
     Image.open(io.BytesIO(png(128, 64))).save(file, "JPEG", exif=exif)
     assert prepare_upload(file.getvalue(), 10**6, 16, "white").shape == (128, 64, 3)
+
+
+def test_a_mask_is_what_is_transparent_or_white() -> None:
+    white = Image.new("L", (64, 80))
+    white.paste(255, (0, 0, 32, 80))
+    hole = Image.new("RGBA", (64, 80), (9, 9, 9, 255))
+    hole.paste((9, 9, 9, 0), (0, 0, 32, 80))
+    solid = Image.merge("RGBA", [white] * 3 + [Image.new("L", (64, 80), 255)])
+    masks = [prepare_mask(saved(x, "PNG"), 10**6, 16, (80, 64)) for x in (white, hole, solid)]
+    for mask in masks:
+        assert mask.shape == (80, 64)
+        assert (mask[:, :32] == 255).all()
+        assert not mask[:, 32:].any()
+    for image in (Image.new("L", (64, 64), 255), Image.new("L", (64, 80))):
+        with pytest.raises(ServiceError) as refused:
+            prepare_mask(saved(image, "PNG"), 10**6, 16, (80, 64))
+        assert (refused.value.code, refused.value.param) == ("invalid_value", "mask")
 
 
 @pytest.mark.parametrize(
