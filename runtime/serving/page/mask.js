@@ -6,6 +6,7 @@ const canvas = at("mask");
 const pen = canvas.getContext("2d");
 const PAINT = "#e0592a";
 let picture = null; // blob of the reference that is painted on
+let painting = false;
 let last = null; // where the brush was
 
 /** Makes this the picture that the mask is for; a mask of another one is forgotten. */
@@ -20,16 +21,25 @@ export async function on(blob) {
   if (blob === picture) Object.assign(canvas, { width, height }); // which empties it
 }
 
-function marked(yes) {
-  at("unmask").hidden = !yes;
-  at("paint").textContent = yes ? "Change the mask" : "Paint a mask";
-}
-
 /** Starts painting, or ends it. */
 export function paint(yes) {
+  painting = yes;
   at("frame").classList.toggle("painting", yes);
-  at("paint").setAttribute("aria-pressed", yes);
   at("brush").parentElement.hidden = !yes;
+  if (yes) at("frame").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  name();
+}
+
+export const isPainting = () => painting;
+
+function marked(yes) {
+  at("unmask").hidden = !yes;
+  name();
+}
+
+function name() {
+  const other = at("unmask").hidden ? "Paint a mask" : "Change the mask";
+  at("paint").textContent = painting ? "Done" : other;
 }
 
 /** The mask as a file of the picture's size, transparent where it may change; null for none. */

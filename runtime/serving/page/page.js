@@ -257,7 +257,7 @@ at("composer").addEventListener("invalid", (event) => {
 }, true);
 at("paint").onclick = () => {
   show(null, tray.blobs()[0]);
-  mask.paint(at("paint").getAttribute("aria-pressed") === "false");
+  mask.paint(!mask.isPainting());
 };
 at("lock").onclick = () => lock(!locked());
 at("seed").onchange = () => lock(at("seed").value !== "");

@@ -79,8 +79,9 @@ class Visit:
         self.at("files").set_input_files(files)
         self.at("tray-status").filter(has_text="Known").wait_for()
 
-    def make(self, prompt: str) -> None:
-        """Makes an image, and waits for it."""
+    def make(self, prompt: str, seed: str = "0") -> None:
+        """Makes an image, and waits for it; the seed "" takes a new one."""
+        self.at("seed").fill(seed)
         entries = self.page.locator("#strip li").count()
         self.at("prompt").fill(prompt)
         self.page.keyboard.press("Control+Enter")
@@ -158,11 +159,39 @@ def test_references_are_moved_by_keys_and_by_mouse(visit: Visit, files: list[Pat
     assert visit.at("count").text_content() == "1 of 4"
 
 
+def test_a_painted_mask_keeps_the_rest(
+    visit: Visit, scenes: list[Scene], files: list[Path]
+) -> None:
+    visit.add(files[0])
+    visit.at("paint").click()
+    visit.at("brush").fill("160")
+    mouse, box = visit.page.mouse, visit.at("mask").bounding_box()
+    mouse.move(box["x"], box["y"])
+    mouse.down()
+    mouse.move(box["x"], box["y"] + box["height"], steps=9)
+    mouse.up()
+    visit.make(Meaning("night").plain)
+    reference = scenes[0].picture(SIZE)
+    left, right = (0, 0, 24, SIZE[1]), (SIZE[0] // 2, 0, *SIZE)
+    for again in (False, True):  # the second one with the mask of the history
+        result = visit.result().convert("RGB")
+        night = answer(Meaning("night"), scenes[:1], SIZE)
+        assert psnr(result.crop(right), reference.crop(right)) > 20
+        changed = result.crop(left)
+        assert psnr(changed, night.crop(left)) > psnr(changed, reference.crop(left)) + 5
+        if not again:
+            visit.page.reload()
+            visit.page.locator("#strip button").click()
+            visit.at("unmask").wait_for()
+            visit.make(Meaning("night").plain)
+
+
 def test_history_brings_everything_back(visit: Visit, files: list[Path]) -> None:
     visit.add(*files[:2])
     visit.at("loras").locator("input").fill("1.5")
-    visit.make("the subject of image 1 on the background of image 2")
+    visit.make("the subject of image 1 on the background of image 2", seed="")
     before, seed = visit.result(), visit.at("seed").input_value()
+    assert seed
     visit.page.reload()
     visit.page.locator("#strip button").click()
     assert len(visit.order()) == 2
