@@ -13,7 +13,7 @@ export function url(blob) {
 const STAGES = [
   ["queue", ["queued"]],
   ["prompt", ["text"]],
-  ["references", ["vae_encode", "encode_references"]],
+  ["encoding", ["vae_encode", "encode_references"]],
   ["first step", ["first_step"]],
   ["cached steps", ["cached_steps"]],
   ["steps", ["plain_steps"]],
