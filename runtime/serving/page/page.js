@@ -1,7 +1,7 @@
 // The page: what is asked for on the left, what came of it on the right.
 
 import * as api from "./api.js";
-import { at, element, fail, say, seconds } from "./elements.js";
+import { at, button, element, fail, picture, say, seconds } from "./elements.js";
 import * as history from "./history.js";
 import * as mask from "./mask.js";
 import { onStage, preview, show, url } from "./stage.js";
@@ -176,11 +176,9 @@ function busy(yes) {
 function drawHistory() {
   at("history").hidden = !history.entries.length;
   at("strip").replaceChildren(...history.entries.map((entry) => {
-    const image = Object.assign(new Image(), { src: url(entry.image), alt: "", loading: "lazy" });
-    const button = Object.assign(element("button", image), { title: entry.fields.prompt });
-    button.setAttribute("aria-label", `Bring back: ${entry.fields.prompt}`);
-    button.onclick = () => bringBack(entry);
-    return Object.assign(element("li", button), { entry });
+    const image = picture(url(entry.image));
+    const back = button(`Bring back: ${entry.fields.prompt}`, () => bringBack(entry), image);
+    return Object.assign(element("li", back), { entry, title: entry.fields.prompt });
   }));
 }
 

@@ -1,6 +1,6 @@
 // The result on its stage: the image, its reference behind a divider, and where the time went.
 
-import { at, element, seconds } from "./elements.js";
+import { at, button, element, picture, seconds } from "./elements.js";
 
 const urls = new WeakMap(); // blob -> object URL
 
@@ -63,8 +63,8 @@ function compare(number) {
   const blob = shown?.references[number - 1];
   at("before").hidden = at("divider").hidden = !blob;
   if (blob) at("before").src = url(blob);
-  for (const [index, button] of [...at("compare").children].entries()) {
-    button.setAttribute("aria-pressed", index + 1 === number);
+  for (const [index, each] of [...at("compare").children].entries()) {
+    each.setAttribute("aria-pressed", index + 1 === number);
   }
 }
 
@@ -79,11 +79,8 @@ function describe({ fields, image, references, known, timings, total }) {
   }
   at("headline").append(element("span", `seed ${fields.seed}`));
   at("compare").replaceChildren(...references.map((blob, index) => {
-    const button = element("button", Object.assign(new Image(), { src: url(blob), alt: "" }));
-    button.type = "button";
-    button.setAttribute("aria-label", `Compare with reference ${index + 1}`);
-    button.onclick = () => compare(compared === index + 1 ? 0 : index + 1);
-    return button;
+    const toggle = () => compare(compared === index + 1 ? 0 : index + 1);
+    return button(`Compare with reference ${index + 1}`, toggle, picture(url(blob)));
   }));
   const bar = element("div");
   const list = element("ul");

@@ -1,13 +1,13 @@
 // The reference pictures, in their order: added, moved by drag or arrow keys, removed.
 
-import { at, element, fail, say } from "./elements.js";
+import { at, button, element, fail, picture, say } from "./elements.js";
 import { url } from "./stage.js";
 
 const MOST = 4;
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
 const STEPS = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
 const list = at("tray");
-const adding = Object.assign(element("button", "Add"), { type: "button" });
+const adding = button("Add reference pictures", () => at("files").click(), "Add");
 const addItem = Object.assign(element("li", adding), { className: "add" });
 let tiles = []; // list items, each with its `blob`
 let dragged = null; // {tile, x, y, moving}
@@ -47,11 +47,8 @@ async function readable(file) {
 }
 
 function tileOf(blob) {
-  const image = Object.assign(new Image(), { src: url(blob), alt: "", draggable: false });
-  const button = Object.assign(element("button", "×"), { type: "button" });
-  const tile = Object.assign(element("li", image, button), { className: "tile", tabIndex: 0, blob });
-  button.onclick = () => remove(tile);
-  return tile;
+  const tile = element("li", picture(url(blob)), button("", () => remove(tile), "×"));
+  return Object.assign(tile, { className: "tile", tabIndex: 0, blob });
 }
 
 function changed() {
@@ -90,9 +87,9 @@ list.onkeydown = (event) => {
   else return;
   event.preventDefault();
 };
-list.onpointerdown = ({ button, target, clientX: x, clientY: y }) => {
+list.onpointerdown = ({ button: which, target, clientX: x, clientY: y }) => {
   const tile = target.closest(".tile");
-  if (tile && !button && !target.closest("button")) dragged = { tile, x, y, moving: false };
+  if (tile && !which && !target.closest("button")) dragged = { tile, x, y, moving: false };
 };
 list.onpointermove = ({ pointerId, clientX: x, clientY: y }) => {
   if (!dragged) return;
@@ -109,6 +106,4 @@ list.onpointerup = list.onpointercancel = () => {
   dragged?.tile.classList.remove("dragged");
   dragged = null;
 };
-adding.setAttribute("aria-label", "Add reference pictures");
-adding.onclick = () => at("files").click();
 changed();

@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,12 @@ class Visit:
         with Image.open(download.value.path()) as image:
             image.load()
         return image
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 15
+        while not condition():
+            assert time.monotonic() < end
+            self.page.wait_for_timeout(20)
 
     def order(self) -> list[Any]:
         """Of the references: their object URLs, by which each is known."""
@@ -228,12 +235,10 @@ def test_escape_cancels_on_the_server(visit: Visit, service: Served, files: list
     visit.at("prompt").fill("at night")
     visit.page.keyboard.press("Control+Enter")
     visit.at("run").filter(has_text="Cancel").wait_for()
-    while not service.engine.gauges()["in_flight"]:
-        visit.page.wait_for_timeout(20)
+    visit.wait_until(lambda: service.engine.gauges()["in_flight"] == 1)
     visit.page.keyboard.press("Escape")
     visit.at("run").filter(has_text="Make image").wait_for()
-    while service.engine.gauges()["in_flight"]:
-        visit.page.wait_for_timeout(20)
+    visit.wait_until(lambda: service.engine.gauges()["in_flight"] == 0)
     assert service.engine.gauges()["cancelled_total"] == cancelled + 1
     assert visit.at("fault").is_hidden()
     assert visit.at("history").is_hidden()
