@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -79,7 +80,12 @@ async def _serve(
     stopped.cancel()
     if not failures:
         _log.info("draining")
-        await room.drain(drain_timeout_s)
+        end = loop.time() + drain_timeout_s
+        drained = asyncio.ensure_future(room.drain(drain_timeout_s))
+        await asyncio.wait((drained, serving), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()  # where a second signal came
+        # Images that were made still have to be encoded and sent.
+        config.timeout_graceful_shutdown = math.ceil(max(_LAST_ANSWERS_S, end - loop.time()))
     server.should_exit = True
     await serving
     if failures:
