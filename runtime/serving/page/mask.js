@@ -6,17 +6,22 @@ const canvas = at("mask");
 const pen = canvas.getContext("2d");
 const PAINT = "#e0592a";
 let picture = null; // blob of the reference that is painted on
+let ready = Promise.resolve(); // when the canvas has the picture's size
 let painting = false;
 let last = null; // where the brush was
 
 /** Makes this the picture that the mask is for; a mask of another one is forgotten. */
-export async function on(blob) {
-  if (blob === picture) return;
+export function on(blob) {
+  if (blob === picture) return ready;
   picture = blob;
   paint(false);
   at("masking").hidden = !blob;
   marked(false);
-  if (!blob) return;
+  ready = blob ? empty(blob) : Promise.resolve();
+  return ready;
+}
+
+async function empty(blob) {
   const { width, height } = await createImageBitmap(blob);
   if (blob === picture) Object.assign(canvas, { width, height }); // which empties it
 }
@@ -47,8 +52,9 @@ export function file() {
   return at("unmask").hidden ? null : inverse(canvas).convertToBlob();
 }
 
-/** Puts an earlier `file` in place. */
+/** Puts an earlier `file`, or none, in place of the mask. */
 export async function restore(blob) {
+  if (!blob) return clear();
   const bitmap = await createImageBitmap(blob);
   Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
   pen.drawImage(inverse(bitmap), 0, 0);
@@ -87,7 +93,9 @@ function draw({ offsetX, offsetY }) {
   marked(true);
 }
 
-at("unmask").onclick = () => {
+function clear() {
   pen.clearRect(0, 0, canvas.width, canvas.height);
   marked(false);
-};
+}
+
+at("unmask").onclick = clear;

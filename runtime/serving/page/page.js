@@ -198,7 +198,7 @@ function bringBack(entry) {
     slider.oninput();
   }
   tray.set(references);
-  if (entry.masked) mask.on(references[0]).then(() => mask.restore(entry.masked));
+  mask.on(references[0]).then(() => mask.restore(entry.masked));
   fail("");
   summarize();
   show(entry);
