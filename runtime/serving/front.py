@@ -85,7 +85,7 @@ class Front:
                 uploads[0].param,
             )
         unit = self.engine.facts.unit
-        images = [await self._prepare(upload, unit) for upload in uploads]
+        images = await asyncio.gather(*(self._prepare(upload, unit) for upload in uploads))
         return tuple(images), await self.in_thread(digest_of, images)
 
     async def mask(self, upload: Upload, first: Pixels) -> Pixels:
