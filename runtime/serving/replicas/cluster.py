@@ -135,8 +135,8 @@ class RayReplica:
         """See `ReplicaHandle`."""
         if timeout_s > 0:
             with contextlib.suppress(ReplicaLostError, TimeoutError):
-                closing = self._ask(self._actor.close.remote(timeout_s))
-                await asyncio.wait_for(closing, timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._ask(self._actor.close.remote(timeout_s))
         self._ray.kill(self._actor)
 
     async def _ask(self, answer: Any) -> Any:

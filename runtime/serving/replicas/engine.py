@@ -245,7 +245,8 @@ class RayEngine:
         if place.handle is None:
             await self._open(place)
             return
-        status = await asyncio.wait_for(place.handle.status(), _ANSWER_WITHIN_S)
+        async with asyncio.timeout(_ANSWER_WITHIN_S):
+            status = await place.handle.status()
         place.up, place.gauges = status.ready, status.gauges
 
     async def _keep(self, place: _Place) -> None:
