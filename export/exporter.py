@@ -7,7 +7,7 @@ could be taken for a result.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph
+from klein_kv.export.preview import save_preview_matrix
 from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
@@ -168,18 +169,20 @@ def export_checkpoint(
             placed[part] = place_weights(whole.weights[part], names, dtype, folder / part, part)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         licence = copy_licences(source, folder)
-        files = _file_records(folder, placed)
-        Manifest(
+        manifest = Manifest(
             model_id=" + ".join([source.name, *(f"{x.name}:{weight:g}" for x, weight in adapters)]),
             variant=variant,
             dtype=dtype,
             config=whole.config,
             scheduler=whole.scheduler,
             prompt=prompt,
-            files=files,
+            files={},
             licence=licence,
             distilled=source.is_distilled,
-        ).save(folder)
+        )
+        save_preview_matrix(folder, manifest)
+        files = _file_records(folder, placed)
+        replace(manifest, files=files).save(folder)
         shared = {path for part in placed.values() for path in part.shared}
         written = sum(r.bytes for name, r in files.items() if folder / name not in shared)
         written += (folder / MANIFEST).stat().st_size

@@ -31,6 +31,7 @@ class LoopInputs:
     Attributes:
         references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
         kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
+        noise_pred: of the step that just ran; None while one runs.
     """
 
     latents: Buffer  # [B, S, C]
@@ -40,6 +41,7 @@ class LoopInputs:
     txt_ids: Buffer  # int64 [T, 4]
     references: dict[str, Buffer] | None = None
     kv: dict[str, Buffer] = field(default_factory=dict)
+    noise_pred: Buffer | None = None  # [B, S, C]
 
 
 def loop_inputs(
@@ -106,8 +108,10 @@ def denoise_loop(
             feeds |= inputs.references
         outputs = backend.run(graph, feeds)
         inputs.latents = outputs.pop("latents")
-        del outputs["noise_pred"]
+        inputs.noise_pred = outputs.pop("noise_pred")
         if graph == "first_step":
             inputs.kv, inputs.references = outputs, None
-        if after_step is not None and after_step(i, inputs):
+        stop = after_step is not None and after_step(i, inputs)
+        inputs.noise_pred = None
+        if stop:
             break

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.references.reference_set import ReferenceSet
 from klein_kv.runtime.session import Session
-from klein_kv.schedule import make_schedule
+from klein_kv.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -45,7 +46,8 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     # 1. Check everything, and settle the sizes.
     if ask.references is not None:
         pipe.encoder.check(ask.references)
-    prepared = pipe.encoder.prepare(ask.images) if ask.images else None
+    given = ask.image if isinstance(ask.image, PreparedReferences) else ask.images
+    prepared = pipe.encoder.prepare(given) if given else None
     wanted: ReferenceSet | PreparedReferences | None = ask.references or prepared
     noise = None if ask.latents is None else host_array(ask.latents, "latents", dtype)
     first = None if wanted is None else wanted.first_size
@@ -122,7 +124,7 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
             pipe.current_timestep = float(schedule.timesteps[i])
             bar.update()
             if ask.callback_on_step_end is not None:
-                _call_back(pipe, i, state, ask)
+                _call_back(pipe, i, state, ask, schedule, shape)
             return pipe._interrupt
 
         denoise_loop(session, schedule, inputs, pipe.graphs, after_step)
@@ -191,7 +193,14 @@ def _repeated(session: Session, prompt: EncodedPrompt, times: int) -> Buffer:
     return session.assemble((batch * times, length, width), rows)
 
 
-def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArguments) -> None:
+def _call_back(
+    pipe: "KleinKVPipeline",
+    i: int,
+    state: LoopInputs,
+    ask: CallArguments,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+) -> None:
     """Calls the caller, who may change latents and text, or ask this pipeline for an image."""
     session, callback = pipe.session, ask.callback_on_step_end
     assert callback is not None  # noqa: S101 - asked before
@@ -199,7 +208,12 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
     state.latents = session.assemble(state.latents_shape, [state.latents])
     buffers = {"latents": state.latents, "prompt_embeds": state.text}
     names = ask.callback_on_step_end_tensor_inputs or ()
-    tensors: dict[str, NDArray[Any]] = {name: session.download(buffers[name]) for name in names}
+    tensors = {
+        name: _denoised(session, state, schedule, i, shape)
+        if name == "denoised"
+        else session.download(buffers[name])
+        for name in names
+    }
     adapters = pipe._merged
     with session.interrupted():
         answer = callback(pipe, i, pipe.current_timestep or 0.0, tensors) or {}
@@ -220,3 +234,18 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
             )
         buffers[name] = session.upload(array)
     state.latents, state.text = buffers["latents"], buffers["prompt_embeds"]
+
+
+def _denoised(
+    session: Session, state: LoopInputs, schedule: Schedule, i: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The image that step i foresees, as latents [B, C, h, w]: all noise taken off at once.
+
+    Flow matching: x = (1 - sigma) * image + sigma * noise, of which noise - image is predicted.
+    """
+    assert state.noise_pred is not None  # noqa: S101 - the step just ran
+    latents, noise_pred = (
+        session.download(x).astype(np.float32) for x in (state.latents, state.noise_pred)
+    )
+    tokens: NDArray[np.float32] = latents - schedule.sigmas[i + 1] * noise_pred  # [B, S, C]
+    return tokens.transpose(0, 2, 1).reshape(shape)

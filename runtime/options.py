@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _DEFAULT_LATENT_SIDE = 128
-_CALLBACK_TENSORS = ("latents", "prompt_embeds")
+_CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised")
 
 P = ParamSpec("P")
 R = TypeVar("R")

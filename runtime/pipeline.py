@@ -33,10 +33,15 @@ from klein_kv.runtime.options import (
     prompt_may_come_first,
     texts_of,
 )
+from klein_kv.runtime.outputs.preview import Previews
 from klein_kv.runtime.planning.memory import default_prompt_bytes
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
-from klein_kv.runtime.references.reference_encoder import ReferenceEncoder, blank_references
+from klein_kv.runtime.references.reference_encoder import (
+    PreparedReferences,
+    ReferenceEncoder,
+    blank_references,
+)
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
 from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
@@ -126,10 +131,13 @@ class KleinKVPipeline(LoraLoader):
         if manifest.variant == "kv":
             self.no_references = no_references(self.session, self.config.transformer, self.graphs)
 
-        # 4. Adapters, none yet.
+        # 4. What comes out before the end.
+        self._previews = Previews(artifacts, manifest)
+
+        # 5. Adapters, none yet.
         self._start_without_adapters()
 
-        # 5. The call under way, or the last one.
+        # 6. The call under way, or the last one.
         self.timings = Timings()
         self.num_timesteps = 0
         self.current_timestep: float | None = None
@@ -223,7 +231,9 @@ class KleinKVPipeline(LoraLoader):
         return self.session.download(encoded.buffer).copy()
 
     @one_at_a_time
-    def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
+    def encode_references(
+        self, image: Image.Image | Sequence[Image.Image] | PreparedReferences
+    ) -> ReferenceSet:
         """Keys and values of reference images, in order, before any prompt is known.
 
         Pass them as `references=`, or the images again: either costs only cached steps.
@@ -238,7 +248,9 @@ class KleinKVPipeline(LoraLoader):
                 f"{self.artifacts} holds plain weights, whose references take part in every step; "
                 "pass them as image=, or use KV weights"
             )
-        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        images: Any = image
+        if not isinstance(image, PreparedReferences):
+            images = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         self._merge_adapters()
@@ -298,6 +310,17 @@ class KleinKVPipeline(LoraLoader):
                 make_images(self, arguments, warming_up=True)
             return timings()
 
+    def preview(self, latents: NDArray[Any]) -> list[Image.Image]:
+        """Pictures of up to 512 pixels a side of latents [B, C, H / 16, W / 16], without the VAE.
+
+        Made for "denoised" of `callback_on_step_end_tensor_inputs`, in a callback or any thread.
+
+        Raises:
+            ArtifactError: the folder was exported before there were previews.
+            RequestError: latents of another shape.
+        """
+        return self._previews.make(latents)
+
     @prompt_may_come_first
     @one_at_a_time
     def __call__(
@@ -346,7 +369,8 @@ class KleinKVPipeline(LoraLoader):
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step;
                 may return a dict with new "latents" [B, S, C] or "prompt_embeds". Tensors are
                 numpy arrays.
-            callback_on_step_end_tensor_inputs: which tensors the callback gets.
+            callback_on_step_end_tensor_inputs: which tensors the callback gets: those two, or
+                "denoised", the image foreseen so far (see `preview`), [B, C, H / 16, W / 16].
             max_sequence_length: prompt tokens.
             text_encoder_out_layers: hidden states of the text encoder, among the exported ones.
             references: a set from `encode_references`, in place of `image`.

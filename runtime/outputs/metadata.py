@@ -144,9 +144,14 @@ def write_image(
     kind: str = "PNG",
     parameters: ImageParameters | None = None,
     quality: int = QUALITY,
+    compress_level: int = 6,
 ) -> None:
-    """Writes an image as "PNG", "JPEG" or "WEBP"; `quality` is that of the latter two."""
-    options: dict[str, Any] = {} if kind == "PNG" else {"quality": quality}
+    """Writes an image as "PNG", "JPEG" or "WEBP"; `quality` is that of the latter two.
+
+    `compress_level` is zlib's, for PNG: 0 to 9.
+    """
+    png = kind == "PNG"
+    options: dict[str, Any] = {"compress_level": compress_level} if png else {"quality": quality}
     if kind == "JPEG":
         options["subsampling"] = "4:4:4"
     if parameters is not None:

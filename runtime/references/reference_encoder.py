@@ -70,12 +70,14 @@ class ReferenceEncoder:
         self._store = store
         self._matte = matte
 
-    def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
-        """Checks and crops one image or more; computes nothing yet.
+    def prepare(self, images: Sequence[Image.Image] | PreparedReferences) -> PreparedReferences:
+        """Checks and crops one image or more; computes nothing yet. What is prepared stays so.
 
         Raises:
             RequestError: see `pixels.prepare_reference`.
         """
+        if isinstance(images, PreparedReferences):
+            return replace(images, digest=self.origin.digest(images.images))
         unit = self._config.vae.multiple_of
         pixels = tuple(prepare_reference(image, unit, self._matte) for image in images)
         digest = images_digest(pixels)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
 from numpy.typing import NDArray
+from PIL import Image
 
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import (
@@ -195,3 +196,28 @@ def test_the_adapter_gives_its_style(
     assert psnr(styled, cyanotype(right)) > 18
     assert psnr(styled, cyanotype(right)) > psnr(half, cyanotype(right)) + 1
     assert psnr(half, cyanotype(right)) > psnr(plain, cyanotype(right)) + 1
+
+
+def test_previews_come_to_resemble_the_image(pipe: KleinKVPipeline, scenes: list[Scene]) -> None:
+    previews: list[Image.Image] = []
+    noisy: list[Image.Image] = []
+
+    def look(_pipe: Any, _i: int, _t: float, tensors: dict[str, Any]) -> None:
+        previews.extend(pipe.preview(tensors["denoised"]))
+        grid = tensors["latents"].transpose(0, 2, 1).reshape(tensors["denoised"].shape)
+        noisy.extend(pipe.preview(grid))
+
+    image = pipe(
+        Meaning("night").plain,
+        image=[scenes[0].picture(SIZE)],
+        seed=0,
+        callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=["denoised", "latents"],
+    ).images[0]
+    assert [preview.size for preview in previews] == 4 * [SIZE]
+    assert all(psnr(preview, image) > 25 for preview in previews)
+    assert all(psnr(preview, image) < 15 for preview in noisy[:-1])
+    to_the_last = [psnr(preview, previews[-1]) for preview in previews[:-1]]
+    assert to_the_last == sorted(to_the_last)
+    assert to_the_last[0] > 35
+    assert np.array_equal(np.asarray(noisy[-1]), np.asarray(previews[-1]))

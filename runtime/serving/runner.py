@@ -1,0 +1,212 @@
+"""What the GPU's thread does with a job: the one place where the service calls the pipeline."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from klein_kv.errors import CapacityError, RequestError
+from klein_kv.runtime.pipeline import KleinKVPipeline
+from klein_kv.runtime.references.reference_encoder import PreparedReferences
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.timings import Timings
+
+__all__ = ["Edited", "PipelineRunner", "StoppedError", "WarmUp"]
+
+_log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """Nobody waits for the job any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """An edit whose engines are loaded and compiled before the service is ready.
+
+    Attributes:
+        width, height: pixels.
+        references: how many, of the same size.
+    """
+
+    width: int
+    height: int
+    references: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Edited:
+    """What a job gave, before it is made into an `EditResult`."""
+
+    images: list[Image.Image] = field(default_factory=list)
+    references_known: bool = False
+    stages_s: dict[str, float] = field(default_factory=dict)
+
+
+class PipelineRunner:
+    """A pipeline that is opened and used by one thread.
+
+    Args:
+        open_pipeline: opens it.
+        warm_ups: sizes to warm up.
+        loras: files of adapters by the name under which requests know them.
+
+    Attributes:
+        facts: what was opened.
+    """
+
+    def __init__(
+        self,
+        open_pipeline: Callable[[], KleinKVPipeline],
+        warm_ups: tuple[WarmUp, ...] = (),
+        loras: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.pipe = pipe = open_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        for name, file in (loras or {}).items():
+            pipe.load_lora_weights(file, adapter_name=name)
+        pipe.set_adapters([], [])
+        self._loras: tuple[tuple[str, float], ...] = ()
+        self.facts = EngineFacts(
+            model=pipe.manifest.model_id,
+            model_digest=pipe.manifest.graphs_digest(pipe.graphs),
+            variant=pipe.manifest.variant,
+            unit=pipe.config.vae.multiple_of,
+            backend=pipe.backend.name,
+            loras=tuple(loras or ()),
+        )
+        for size in warm_ups:
+            references = [(size.height, size.width)] * size.references
+            taken = pipe.warm_up(size.height, size.width, references)
+            _log.info("warmed up %dx%d: %s", size.width, size.height, taken.to_text())
+
+    def edit(
+        self, job: EditJob, wanted: Callable[[], bool], on_latents: Callable[[int, Any], None]
+    ) -> Edited:
+        """Makes the images of a job, one after the other: image i has the noise of `seed + i`.
+
+        Args:
+            job: what to make.
+            wanted: asked after every step.
+            on_latents: called with the index of a step and its latents, where previews are wanted.
+
+        Raises:
+            StoppedError: the job was not `wanted` any more.
+            ServiceError: "out_of_memory", or "invalid_value" for what the pipeline refuses.
+        """
+
+        def after_step(_pipe: Any, _step: int, _timestep: float, _tensors: Any) -> None:
+            if not wanted():
+                raise StoppedError
+
+        del on_latents
+        self._use(job.loras)
+        done = Edited()
+        for i in range(job.num_images):
+            result = self.pipe(
+                prompt=job.prompt,
+                image=_prepared(job),
+                height=job.height,
+                width=job.width,
+                num_inference_steps=job.steps,
+                seed=job.seed + i,
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=(),
+            )
+            assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
+            timings = self.pipe.timings
+            if i == 0:
+                done.references_known = bool(job.references) and not timings.vae_encode
+            done.images += result.images
+            _add(done.stages_s, timings)
+        return done
+
+    def encode(self, job: EncodeJob) -> EncodeResult:
+        """Makes keys and values, or finds them."""
+        self._use(job.loras)
+        store = self.pipe.reference_store
+        before = store.stats.misses
+        references = self.pipe.encode_references(_prepared(job))
+        return EncodeResult(
+            known=store.stats.misses == before,
+            nbytes=references.nbytes,
+            tokens=references.num_tokens,
+        )
+
+    def free(self) -> None:
+        """Gives up what is kept between requests."""
+        self.pipe.reference_store.clear()
+        self.pipe.prompt_cache.clear()
+
+    def works(self) -> bool:
+        """Whether the device still answers: after some errors it never does again."""
+        try:
+            sent = np.arange(4, dtype=np.float32)
+            session = self.pipe.session
+            return bool((session.download(session.upload(sent)) == sent).all())
+        except Exception:  # noqa: BLE001 - whatever a library raises
+            _log.exception("the device does not answer any more")
+            return False
+
+    def gauges(self) -> dict[str, float]:
+        """What the reference store holds and did."""
+        stats = self.pipe.reference_store.stats
+        return {
+            "reference_store_bytes": stats.bytes,
+            "reference_store_entries": stats.entries,
+            "reference_store_hits": stats.hits,
+            "reference_store_misses": stats.misses,
+            "reference_store_restored": stats.restored,
+            "reference_store_evictions": stats.evictions,
+        }
+
+    def close(self) -> None:
+        """Frees the pipeline."""
+        self.pipe.close()
+
+    def _use(self, loras: tuple[tuple[str, float], ...]) -> None:
+        if loras != self._loras:
+            self.pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
+            self._loras = loras
+
+
+def refusal(error: Exception) -> ServiceError | None:
+    """What a caller is told of an error of the pipeline; None where nobody foresaw it."""
+    if is_out_of_memory(error):
+        return ServiceError(
+            "out_of_memory",
+            "there is not enough memory for this request; ask for a smaller image, or fewer "
+            "references",
+            retry_after_s=5,
+        )
+    if isinstance(error, RequestError):
+        return ServiceError("invalid_value", "the model refuses these arguments")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in words of ours or of a library below."""
+    if isinstance(error, CapacityError | MemoryError):
+        return True
+    words = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or any(
+        sign in words for sign in ("out of memory", "failed to allocate", "bad allocation")
+    )
+
+
+def _prepared(job: EditJob | EncodeJob) -> Any:
+    """References with their digest, so that nothing is resized or hashed on this thread."""
+    if not job.references:
+        return None
+    return PreparedReferences(tuple(x[None] for x in job.references), job.digest, "")
+
+
+def _add(seconds: dict[str, float], timings: Timings) -> None:
+    for name, value in timings.to_dict().items():
+        total = sum(value) if isinstance(value, tuple) else value
+        seconds[name] = seconds.get(name, 0.0) + total

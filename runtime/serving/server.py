@@ -1,0 +1,114 @@
+"""Listens until a signal comes, and ends when all that was taken on is done."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from klein_kv.errors import RequestError
+from klein_kv.runtime.serving.app import make_app
+from klein_kv.runtime.serving.engine_room import EngineRoom
+from klein_kv.runtime.serving.runner import PipelineRunner
+from klein_kv.runtime.serving.settings import ServeSettings
+
+__all__ = ["serve"]
+
+_log = logging.getLogger(__name__)
+
+_LAST_ANSWERS_S = 3
+
+
+def serve(
+    open_runner: Callable[[], PipelineRunner],
+    settings: ServeSettings,
+    *,
+    queue: int = 16,
+    drain_timeout_s: float = 30.0,
+) -> None:
+    """Serves a pipeline until SIGTERM or SIGINT; what was taken on by then is done.
+
+    Raises:
+        RequestError: the address cannot be listened on.
+        BaseException: what ended the engine room, if that did.
+    """
+    listening = _listen(settings)
+    try:
+        asyncio.run(_serve(open_runner, settings, listening, queue, drain_timeout_s))
+    finally:
+        listening.close()
+
+
+async def _serve(
+    open_runner: Callable[[], PipelineRunner],
+    settings: ServeSettings,
+    listening: socket.socket,
+    queue: int,
+    drain_timeout_s: float,
+) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        loop.call_soon_threadsafe(stop.set)
+
+    room = EngineRoom(open_runner, queue, failed)
+    config = uvicorn.Config(
+        make_app(room, settings),
+        http="h11",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        timeout_keep_alive=30,
+    )
+    server = _Server(config, loop, stop)
+    serving = asyncio.ensure_future(server.serve([listening]))
+    host, port = listening.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    _log.info("listening on http://%s:%d, not ready yet", host, port)
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not failures:
+        _log.info("draining")
+        await room.drain(drain_timeout_s)
+    server.should_exit = True
+    await serving
+    if failures:
+        raise failures[0]
+    await asyncio.to_thread(room.close)
+
+
+class _Server(uvicorn.Server):
+    """A first signal asks for the end, a second one does not wait for it."""
+
+    def __init__(
+        self, config: uvicorn.Config, loop: asyncio.AbstractEventLoop, stop: asyncio.Event
+    ) -> None:
+        super().__init__(config)
+        self._loop = loop
+        self._stop = stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
+        """See uvicorn."""
+        if self._stop.is_set():
+            self.should_exit = self.force_exit = True
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    host = settings.host.strip("[]")
+    try:
+        family = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, settings.port), family=family, backlog=128)
+    except OSError as error:
+        raise RequestError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}); choose "
+            "another --host or --port"
+        ) from error
