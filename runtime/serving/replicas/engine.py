@@ -9,11 +9,8 @@ Nothing here knows of Ray; cluster.py does.
 import asyncio
 import contextlib
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field
 
 from klein_kv.errors import BackendError, KleinKVError
 from klein_kv.runtime.serving.errors import ServiceError
@@ -43,7 +40,6 @@ _log = logging.getLogger(__name__)
 _ASK_EVERY_S = 1.0
 _ANSWER_WITHIN_S = 30.0
 _LONGEST_PAUSE_S = 60.0
-_CLOSE_WITHIN_S = 10.0
 _TRY_AGAIN_S = 0.05
 _CROWD = 4
 """A set's replica with so many jobs is passed over for one with fewer: keys and values made once
@@ -67,143 +63,148 @@ class _Run:
     """A job on its way from replica to replica.
 
     Attributes:
-        ends: when its result is of no use any more, in the event loop's time.
         shown: previews that were handed on.
         taken: replicas that had it when they were lost, and the one that has it now.
     """
 
     job: Job
     on_preview: OnPreview | None
-    ends: float
     shown: int = 0
     taken: int = 0
 
 
 class RayEngine:
-    """See the module and `jobs.Engine`. Made by `open`, on the event loop that it is used on."""
+    """Implements `Engine`. Made on the event loop that it is used on; opens all replicas at once.
 
-    def __init__(self, make_replica: Callable[[str], ReplicaHandle], count: int) -> None:
+    Args:
+        make_replica: starts the process of the replica of this name.
+        count: replicas.
+        on_failed: called with what keeps a replica from being opened for the first time; later
+            on it is tried again and again.
+    """
+
+    def __init__(
+        self,
+        make_replica: Callable[[str], ReplicaHandle],
+        count: int,
+        on_failed: Callable[[BaseException], None],
+    ) -> None:
         self._make_replica = make_replica
+        self._on_failed = on_failed
         self._places = {name: _Place(name) for name in (f"replica-{i}" for i in range(count))}
         self._facts: EngineFacts | None = None
-        self._keepers: list[asyncio.Task[None]] = []
-        self._draining = False
-
-    @classmethod
-    async def open(cls, make_replica: Callable[[str], ReplicaHandle], count: int) -> Self:
-        """Opens so many replicas at once.
-
-        Args:
-            make_replica: starts the process of the replica of this name.
-            count: how many.
-
-        Raises:
-            BackendError: one that cannot be opened, or holds another model than the others.
-        """
-        engine = cls(make_replica, count)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for place in engine._places.values():
-                    group.create_task(engine._open(place))
-        except* (KleinKVError, ReplicaLostError, TimeoutError) as errors:
-            await engine.close()
-            raise BackendError(f"{errors.exceptions[0]}") from errors
-        engine._keepers = [asyncio.create_task(engine._keep(x)) for x in engine._places.values()]
-        return engine
+        self._opened = self._draining = False
+        self._under_way: set[asyncio.Timeout] = set()
+        self._loop = asyncio.get_running_loop()
+        self._keeping = asyncio.ensure_future(self._work())
 
     @property
     def ready(self) -> bool:
-        """A replica is up, and nobody drains."""
-        return not self._draining and any(place.up for place in self._places.values())
+        """All replicas were up once and one is now, and nobody drains."""
+        return (
+            self._opened and not self._draining and any(place.up for place in self._places.values())
+        )
 
     @property
     def facts(self) -> EngineFacts:
-        """Of every replica."""
+        """Of every replica.
+
+        Raises:
+            ServiceError: "not_ready" before one is open.
+        """
         if self._facts is None:
-            raise ServiceError("not_ready", "no replica is open yet", retry_after_s=5)
+            raise _not_ready()
         return self._facts
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        """Makes images."""
+        """See `Engine`."""
         result = await self._do(job, on_preview)
         assert isinstance(result, EditResult)  # noqa: S101 - what a replica answers to an EditJob
         return result
 
     async def encode(self, job: EncodeJob) -> EncodeResult:
-        """Makes keys and values, where edits of this set will be sent."""
+        """See `Engine`. Edits of this set will be sent to the same replica."""
         result = await self._do(job, None)
         assert isinstance(result, EncodeResult)  # noqa: S101 - likewise
         return result
 
     def gauges(self) -> dict[str, float]:
-        """Sums over the replicas that are up, as of a second ago."""
-        total: Counter[str] = Counter()
-        for gauges in self.replica_gauges().values():
-            total.update(gauges)  # type: ignore[arg-type] # floats add up as well
-        return dict(total)
-
-    def replica_gauges(self) -> dict[str, dict[str, float]]:
-        """The same of each replica by its name, and whether it is up, and how often it was lost."""
-        return {
-            name: (place.gauges if place.up else {})
-            | {"replica_up": float(place.up), "replicas_lost_total": float(place.lost)}
-            for name, place in self._places.items()
-        }
+        """Those of every replica that is up, as of a second ago; and which are up or were lost."""
+        figures: dict[str, float] = {}
+        for name, place in self._places.items():
+            known = place.gauges if place.up else {}
+            known = known | {"replica_up": place.up, "replica_lost_total": place.lost}
+            figures |= {f"{gauge}@{name}": value for gauge, value in known.items()}
+        return figures
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes on nothing more, and returns when all is done or the time is over."""
+        """See `Engine`; what is not done by then is answered with "draining"."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while any(place.jobs for place in self._places.values()):
-                    await asyncio.sleep(_TRY_AGAIN_S)
+        end = self._loop.time() + timeout_s
+        while self._under_way and self._loop.time() < end:
+            await asyncio.sleep(_TRY_AGAIN_S)
+        for limit in self._under_way:
+            limit.reschedule(0)
+        await asyncio.sleep(0)  # those who wait are told
 
-    async def close(self) -> None:
-        """Ends all replicas, whatever they do."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ends all replicas. Called in another thread than the event loop's."""
+        asyncio.run_coroutine_threadsafe(self._close(timeout_s), self._loop).result()
+
+    async def _close(self, timeout_s: float) -> None:
         self._draining = True
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keeping.cancel()
+        await asyncio.gather(self._keeping, return_exceptions=True)
         handles = [x.handle for x in self._places.values() if x.handle is not None]
-        await asyncio.gather(*(handle.close(_CLOSE_WITHIN_S) for handle in handles))
+        await asyncio.gather(*(handle.close(timeout_s) for handle in handles))
+
+    # Jobs -----------------------------------------------------------------------------------------
 
     async def _do(self, job: Job, on_preview: OnPreview | None) -> Result:
         if self._draining:
-            raise ServiceError("draining", "the service is shutting down", retry_after_s=5)
-        clock = asyncio.get_running_loop().time
-        run = _Run(
-            job, on_preview, clock() + (math.inf if job.timeout_s is None else job.timeout_s)
-        )
+            raise _draining()
+        if not self.ready:
+            raise _not_ready()
+        ends = None if job.timeout_s is None else self._loop.time() + job.timeout_s
+        try:
+            async with asyncio.timeout_at(ends) as limit:
+                self._under_way.add(limit)
+                try:
+                    return await self._somewhere(_Run(job, on_preview))
+                finally:
+                    self._under_way.remove(limit)
+        except TimeoutError:
+            if self._draining:
+                raise _draining() from None
+            raise ServiceError("deadline", "the deadline of the request has passed") from None
+
+    async def _somewhere(self, run: _Run) -> Result:
         while True:
-            refusal = ServiceError("not_ready", "no replica is up at present", retry_after_s=5)
-            for place in self._order(job):
-                if job.timeout_s is not None:
-                    run.job = replace(job, timeout_s=max(0.0, run.ends - clock()))
+            refusal = _not_ready()
+            for place in self._order(run.job):
                 try:
                     return await self._at(place, run)
                 except ReplicaLostError as error:
                     place.up = False
                     _log.warning("%s was lost with a job: %s", place.name, error)
                     if run.taken > 1:  # the job itself may be what kills them
-                        raise ServiceError("internal_error", "the job failed twice") from error
+                        raise ServiceError("internal_error", "the request failed twice") from error
                 except ServiceError as error:
                     if error.code != "queue_full":
                         raise
                     refusal = error
             if not run.taken:
                 raise refusal
-            if clock() > run.ends:
-                raise ServiceError("deadline", "the result did not come in time")
-            await asyncio.sleep(_TRY_AGAIN_S)  # it was taken on: it waits for a place
+            await asyncio.sleep(_TRY_AGAIN_S)  # it was taken on once: it waits for a place
 
     def _order(self, job: Job) -> list[_Place]:
         """Replicas to be asked, one after the other."""
-        up = [name for name, place in self._places.items() if place.up]
+        up = [place for place in self._places.values() if place.up]
         key = job.digest or (str(job.loras) if job.loras else "")
         if not key:
-            return sorted((self._places[name] for name in up), key=lambda place: place.jobs)
-        places = [self._places[name] for name in ranked(key, up)]
-        return sorted(places, key=lambda place: place.jobs >= _CROWD)
+            return sorted(up, key=lambda place: place.jobs)
+        ranks = ranked(key, [place.name for place in up])
+        return sorted((self._places[x] for x in ranks), key=lambda place: place.jobs >= _CROWD)
 
     async def _at(self, place: _Place, run: _Run) -> Result:
         if place.handle is None:
@@ -229,24 +230,32 @@ class RayEngine:
         finally:
             place.jobs -= 1
 
+    # Replicas -------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        places = self._places.values()
+        try:
+            await asyncio.gather(*(self._open(place) for place in places))
+            self._opened = True
+            await asyncio.gather(*(self._keep(place) for place in places))
+        except Exception as error:  # noqa: BLE001 - of every kind: it is told
+            known = isinstance(error, KleinKVError)
+            self._on_failed(error if known else BackendError(f"a replica is lost: {error}"))
+
     async def _open(self, place: _Place) -> None:
         place.handle = self._make_replica(place.name)
         facts = await place.handle.open()
-        if self._facts is None:
-            self._facts = facts
-        elif facts != self._facts:
+        self._facts = self._facts or facts
+        if facts != self._facts:
             raise BackendError(
-                f"{place.name} has {facts}, the others have {self._facts}; expected the same "
+                f"{place.name} has {facts}, another one has {self._facts}; expected the same "
                 "artifacts on every machine"
             )
-        await self._ask(place)
+        await self._ask(place, place.handle)
 
-    async def _ask(self, place: _Place) -> None:
-        if place.handle is None:
-            await self._open(place)
-            return
+    async def _ask(self, place: _Place, handle: ReplicaHandle) -> None:
         async with asyncio.timeout(_ANSWER_WITHIN_S):
-            status = await place.handle.status()
+            status = await handle.status()
         place.up, place.gauges = status.ready, status.gauges
 
     async def _keep(self, place: _Place) -> None:
@@ -255,7 +264,11 @@ class RayEngine:
         while True:
             await asyncio.sleep(pause)
             try:
-                await self._ask(place)
+                if place.handle is None:
+                    await self._open(place)
+                    _log.warning("%s is replaced", place.name)
+                else:
+                    await self._ask(place, place.handle)
                 pause = _ASK_EVERY_S
             except (ReplicaLostError, TimeoutError, KleinKVError) as error:
                 _log.warning("%s is lost and will be replaced: %s", place.name, error)
@@ -265,3 +278,11 @@ class RayEngine:
                     await place.handle.close(0)
                     place.handle = None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _not_ready() -> ServiceError:
+    return ServiceError("not_ready", "the service is not ready", retry_after_s=2)
+
+
+def _draining() -> ServiceError:
+    return ServiceError("draining", "the service is about to end", retry_after_s=2)

@@ -11,6 +11,7 @@ import pytest
 from klein_kv.errors import BackendError
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.replicas import engine as engine_module
 from klein_kv.runtime.serving.replicas.engine import RayEngine
 from klein_kv.runtime.serving.replicas.events import (
@@ -117,12 +118,15 @@ Scenario = Callable[[RayEngine, Fleet], Coroutine[Any, Any, None]]
 def play(scenario: Scenario, replicas: int = 3, **options: Any) -> None:
     async def run() -> None:
         fleet = Fleet(**options)
-        engine = await RayEngine.open(fleet.make, replicas)
+        failures: list[BaseException] = []
+        engine = RayEngine(fleet.make, replicas, failures.append)
         try:
             async with asyncio.timeout(10):
+                await until(lambda: engine.ready)
                 await scenario(engine, fleet)
         finally:
-            await engine.close()
+            await asyncio.to_thread(engine.close)
+        assert not failures
         assert all(replica.closed for replica in fleet)
 
     asyncio.run(run())
@@ -193,8 +197,8 @@ def test_a_lost_replica_loses_no_job_and_its_name_comes_back() -> None:
         assert len(await asyncio.gather(*tasks)) == 3
         assert shown == [0, 1]  # not those of the second replica again
         assert home.closed
-        assert engine.replica_gauges()[home.name]["replicas_lost_total"] == 1
-        await until(lambda: engine.replica_gauges()[home.name]["replica_up"] == 1)
+        assert engine.gauges()[f"replica_lost_total@{home.name}"] == 1
+        await until(lambda: engine.gauges()[f"replica_up@{home.name}"] == 1)
         go(fleet)
         await engine.edit(edit("b"))
         assert fleet.now[home.name].done == ["b"]
@@ -285,26 +289,54 @@ def test_draining_ends_what_was_begun_and_takes_nothing_more() -> None:
         assert not drain.done()
         go(fleet)
         await drain
-        assert task.done()
+        assert (await task).seed == 0
 
     play(scenario)
 
 
-def test_gauges_are_summed() -> None:
+def test_what_is_not_done_in_time_is_told_so() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        task = asyncio.create_task(engine.edit(edit()))
+        home = await fleet.where()
+        await engine.drain(0.01)
+        with pytest.raises(ServiceError) as error:
+            await task
+        assert error.value.code == "draining"
+        assert home.jobs == 0
+
+    play(scenario)
+
+
+def test_figures_are_told_by_replica() -> None:
     async def scenario(engine: RayEngine, fleet: Fleet) -> None:
         tasks = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
-        await until(lambda: engine.gauges()["queue_depth"] == 3)
-        assert engine.gauges()["replica_up"] == 3
-        assert all(x["queue_depth"] == 1 for x in engine.replica_gauges().values())
+        await until(lambda: all(engine.gauges()[f"queue_depth@replica-{i}"] == 1 for i in range(3)))
+        text = Metrics(engine.gauges).text().decode()
+        assert 'klein_kv_engine_replica_up{replica="replica-2"} 1.0' in text
+        assert text.count("# TYPE klein_kv_engine_queue_depth gauge") == 1
         go(fleet)
         await asyncio.gather(*tasks)
 
     play(scenario)
 
 
-def test_replicas_of_different_models_are_refused() -> None:
+@pytest.mark.parametrize("fault", ["digest", "lost"])
+def test_a_replica_that_cannot_be_opened_ends_the_start(fault: str) -> None:
     def make(name: str) -> FakeReplica:
-        return FakeReplica(name, facts=replace(FACTS, model_digest=name))
+        replica = FakeReplica(name)
+        if fault == "digest":
+            replica.facts = replace(FACTS, model_digest=name)
+        elif name == "replica-1":
+            replica.dead.set()
+        return replica
 
-    with pytest.raises(BackendError, match="expected the same artifacts"):
-        asyncio.run(RayEngine.open(make, 2))
+    async def run() -> None:
+        failures: list[BaseException] = []
+        engine = RayEngine(make, 2, failures.append)
+        await until(lambda: bool(failures))
+        assert not engine.ready
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(BackendError, match="same artifacts" if fault == "digest" else "killed"):
+            raise failures[0]
+
+    asyncio.run(run())
