@@ -22,6 +22,7 @@ from klein_kv.runtime.serving.front import Fetch, Front
 from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
 from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
@@ -52,7 +53,7 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         shelf=ReferenceShelf(settings.shelf_bytes),
         metrics=Metrics(engine.gauges),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or _no_urls,
+        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
     )
     app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
     app.state.front = front
@@ -65,12 +66,6 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Gate, front=front, public=app.state.public)
     return app
-
-
-async def _no_urls(_url: str, param: str) -> bytes:
-    raise ServiceError(
-        "url_refused", "images are not fetched from URLs here; send a file or a data URI", param
-    )
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

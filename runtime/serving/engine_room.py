@@ -210,14 +210,14 @@ class EngineRoom:
             return None
         try:
             try:
-                made = _run(runner, ticket)
+                made = self._run(runner, ticket)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 _log.warning("out of memory: kept references are given up, and the job runs again")
                 self._counts["out_of_memory"] += 1
                 runner.free()
-                made = _run(runner, ticket)
+                made = self._run(runner, ticket)
         except StoppedError:
             return None
         except Exception as error:  # noqa: BLE001 - told in words of ours
@@ -236,6 +236,22 @@ class EngineRoom:
         self._seconds += (seconds - self._seconds) * (_SMOOTHING if self._seconds else 1.0)
         self._after.submit(self._finish, ticket, made, start - ticket.queued_at)
         return None
+
+    def _run(self, runner: PipelineRunner, ticket: Ticket) -> Edited | EncodeResult:
+        job = ticket.job
+        if isinstance(job, EncodeJob):
+            return runner.encode(job)
+
+        def on_denoised(step: int, latents: Any) -> None:
+            self._after.submit(self._show, runner, ticket, step, latents)
+
+        return runner.edit(job, lambda: ticket.wanted, on_denoised)
+
+    def _show(self, runner: PipelineRunner, ticket: Ticket, step: int, latents: Any) -> None:
+        picture = runner.preview(latents) if ticket.wanted else None
+        if picture is not None and ticket.on_preview is not None:
+            pixels, on_preview = np.asarray(picture), ticket.on_preview
+            self._on_loop(ticket, lambda: on_preview(step, pixels))
 
     def _finish(self, ticket: Ticket, made: Edited | EncodeResult, queued_s: float) -> None:
         if isinstance(made, Edited) and isinstance(ticket.job, EditJob):
@@ -277,17 +293,13 @@ class EngineRoom:
             else:
                 ticket.result.set_result(answer)
 
+        self._on_loop(ticket, tell)
+
+    def _on_loop(self, ticket: Ticket, call: Callable[[], None]) -> None:
         try:
-            ticket.loop.call_soon_threadsafe(tell)
+            ticket.loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop is closed: nobody waits
             _log.debug("an answer came after its loop had ended")
-
-
-def _run(runner: PipelineRunner, ticket: Ticket) -> Edited | EncodeResult:
-    job = ticket.job
-    if isinstance(job, EncodeJob):
-        return runner.encode(job)
-    return runner.edit(job, lambda: ticket.wanted, lambda _step, _latents: None)
 
 
 def _not_ready() -> ServiceError:

@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
 from klein_kv.runtime.timings import Timings
 
-__all__ = ["Edited", "PipelineRunner", "StoppedError", "WarmUp"]
+__all__ = [
+    "Edited",
+    "PipelineRunner",
+    "StoppedError",
+    "WarmUp",
+    "is_out_of_memory",
+    "preview_steps",
+    "refusal",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -86,25 +94,28 @@ class PipelineRunner:
             _log.info("warmed up %dx%d: %s", size.width, size.height, taken.to_text())
 
     def edit(
-        self, job: EditJob, wanted: Callable[[], bool], on_latents: Callable[[int, Any], None]
+        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
     ) -> Edited:
         """Makes the images of a job, one after the other: image i has the noise of `seed + i`.
 
         Args:
             job: what to make.
             wanted: asked after every step.
-            on_latents: called with the index of a step and its latents, where previews are wanted.
+            on_denoised: called with the index of a step and the latents that it foresees, after the
+                steps that previews are wanted of.
 
         Raises:
             StoppedError: the job was not `wanted` any more.
             ServiceError: "out_of_memory", or "invalid_value" for what the pipeline refuses.
         """
+        shown = preview_steps(job.steps, job.previews)
 
-        def after_step(_pipe: Any, _step: int, _timestep: float, _tensors: Any) -> None:
+        def after_step(_pipe: Any, step: int, _timestep: float, tensors: Any) -> None:
             if not wanted():
                 raise StoppedError
+            if step in shown:
+                on_denoised(step, tensors["denoised"])
 
-        del on_latents
         self._use(job.loras)
         done = Edited()
         for i in range(job.num_images):
@@ -116,7 +127,7 @@ class PipelineRunner:
                 num_inference_steps=job.steps,
                 seed=job.seed + i,
                 callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=(),
+                callback_on_step_end_tensor_inputs=("denoised",) if shown else (),
             )
             assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
             timings = self.pipe.timings
@@ -137,6 +148,14 @@ class PipelineRunner:
             nbytes=references.nbytes,
             tokens=references.num_tokens,
         )
+
+    def preview(self, denoised: Any) -> Image.Image | None:
+        """A picture of foreseen latents, in any thread; None where artifacts cannot make one."""
+        try:
+            return self.pipe.preview(denoised)[0]
+        except ArtifactError as error:
+            _log.warning("no previews: %s", error)
+            return None
 
     def free(self) -> None:
         """Gives up what is kept between requests."""
@@ -173,6 +192,12 @@ class PipelineRunner:
         if loras != self._loras:
             self.pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
             self._loras = loras
+
+
+def preview_steps(steps: int, count: int) -> set[int]:
+    """Indices of at most `count` steps, evenly spread, the last one left out."""
+    chosen = {round(k * steps / (count + 1)) - 1 for k in range(1, count + 1)}
+    return {step for step in chosen if 0 <= step < steps - 1}
 
 
 def refusal(error: Exception) -> ServiceError | None:

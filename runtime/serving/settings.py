@@ -4,6 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from klein_kv.errors import RequestError
+from klein_kv.runtime.serving.security.fetch import is_host_pattern
 
 __all__ = ["ServeSettings", "is_loopback"]
 
@@ -83,6 +84,12 @@ class ServeSettings:
                 f"an API key is shorter than {_LEAST_KEY} characters or not ASCII; make one with "
                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
+        for host in self.url_hosts:
+            if not is_host_pattern(host):
+                raise RequestError(
+                    f"{host!r} is no host, expected for example images.example.com, or "
+                    "*.example.com for all names below it"
+                )
         if not (self.api_keys or self.open_to_all or is_loopback(self.host)):
             raise RequestError(
                 f"host is {self.host!r}, which others can reach, and there is no API key; give one "
