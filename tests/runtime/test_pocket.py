@@ -24,9 +24,7 @@ from benchmarks.pocket.scenes import (
 )
 from benchmarks.quality import VARIANTS, Editor
 from klein_kv import KleinKVPipeline
-from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.checks.torch_loop import LoopRequest, reference_kv
-from klein_kv.export.exporter import export_checkpoint
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.schedule import Schedule
 
@@ -34,22 +32,8 @@ SIZE = (192, 192)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pocket") / "checkpoint"
-    make_fixture(folder, "pocket")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def artifacts(checkpoint: Path) -> Path:
-    folder = checkpoint.parent / "fp32"
-    export_checkpoint(checkpoint, folder, variant="kv", dtype="float32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(artifacts: Path) -> KleinKVPipeline:
-    with KleinKVPipeline.from_pretrained(artifacts, backend="onnxruntime") as pipeline:
+def pipe(pocket_artifacts: Path) -> KleinKVPipeline:
+    with KleinKVPipeline.from_pretrained(pocket_artifacts, backend="onnxruntime") as pipeline:
         yield pipeline
 
 
@@ -100,9 +84,9 @@ def test_one_changed_reference_is_seen(pipe: KleinKVPipeline, scenes: list[Scene
 
 
 def test_diffusers_makes_the_same_picture(
-    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+    pipe: KleinKVPipeline, pocket_checkpoint: Path, scenes: list[Scene]
 ) -> None:
-    judge = Flux2KleinKVPipeline.from_pretrained(checkpoint)
+    judge = Flux2KleinKVPipeline.from_pretrained(pocket_checkpoint)
     judge.set_progress_bar_config(disable=True)
     edit = edit_of(Meaning("swap"), scenes[:2])
     noise = np.random.default_rng(1).standard_normal((1, 128, 12, 12)).astype(np.float32)
@@ -164,9 +148,9 @@ def schedule_without_its_end(editor: Editor, request: LoopRequest) -> Faulty:
     ],
 )
 def test_a_planted_fault_drops_the_score(
-    fault: Callable[[Editor, LoopRequest], Faulty], artifacts: Path, scenes: list[Scene]
+    fault: Callable[[Editor, LoopRequest], Faulty], pocket_artifacts: Path, scenes: list[Scene]
 ) -> None:
-    editor = Editor(artifacts, VARIANTS["fp32"])
+    editor = Editor(pocket_artifacts, VARIANTS["fp32"])
     edits = [
         edit_of(Meaning("swap"), scenes[:2]),
         edit_of(Meaning("swap"), scenes[2:]),
@@ -181,12 +165,12 @@ def test_a_planted_fault_drops_the_score(
 
 
 def test_the_adapter_gives_its_style(
-    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+    pipe: KleinKVPipeline, pocket_checkpoint: Path, scenes: list[Scene]
 ) -> None:
     meaning = Meaning("background", "white")
     picture, right = scenes[0].picture(SIZE), answer(meaning, scenes[:1], SIZE)
     plain = pipe(meaning.plain, image=[picture], seed=0).images[0]
-    pipe.load_lora_weights(checkpoint / "lora" / "cyanotype.safetensors")
+    pipe.load_lora_weights(pocket_checkpoint / "lora" / "cyanotype.safetensors")
     styled = pipe(meaning.plain, image=[picture], seed=0).images[0]
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
     half = pipe(meaning.plain, image=[picture], seed=0).images[0]
