@@ -10,42 +10,43 @@ import uvicorn
 
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
-from klein_kv.runtime.serving.engine_room import EngineRoom
-from klein_kv.runtime.serving.runner import PipelineRunner
+from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["serve"]
+__all__ = ["OpenEngine", "serve"]
 
 _log = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 3
 
 
+OpenEngine = Callable[[Callable[[BaseException], None]], Engine]
+"""Opens an engine on the event loop, at once; what it gets is called with what ends the engine."""
+
+
 def serve(
-    open_runner: Callable[[], PipelineRunner],
+    open_engine: OpenEngine,
     settings: ServeSettings,
     *,
-    queue: int = 16,
     drain_timeout_s: float = 30.0,
 ) -> None:
-    """Serves a pipeline until SIGTERM or SIGINT; what was taken on by then is done.
+    """Serves an engine until SIGTERM or SIGINT; what was taken on by then is done.
 
     Raises:
         RequestError: the address cannot be listened on.
-        BaseException: what ended the engine room, if that did.
+        BaseException: what ended the engine, if that did.
     """
     listening = _listen(settings)
     try:
-        asyncio.run(_serve(open_runner, settings, listening, queue, drain_timeout_s))
+        asyncio.run(_serve(open_engine, settings, listening, drain_timeout_s))
     finally:
         listening.close()
 
 
 async def _serve(
-    open_runner: Callable[[], PipelineRunner],
+    open_engine: OpenEngine,
     settings: ServeSettings,
     listening: socket.socket,
-    queue: int,
     drain_timeout_s: float,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -56,9 +57,9 @@ async def _serve(
         failures.append(error)
         loop.call_soon_threadsafe(stop.set)
 
-    room = EngineRoom(open_runner, queue, failed)
+    engine = open_engine(failed)
     config = uvicorn.Config(
-        make_app(room, settings),
+        make_app(engine, settings),
         http="h11",
         access_log=False,
         log_level="warning",
@@ -77,12 +78,12 @@ async def _serve(
     stopped.cancel()
     if not failures:
         _log.info("draining")
-        await room.drain(drain_timeout_s)
+        await engine.drain(drain_timeout_s)
     server.should_exit = True
     await serving
     if failures:
         raise failures[0]
-    await asyncio.to_thread(room.close)
+    await asyncio.to_thread(engine.close)
 
 
 class _Server(uvicorn.Server):

@@ -16,10 +16,11 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, Self
 
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.runtime.serving.jobs import EngineFacts
+from klein_kv.runtime.serving.replicas.engine import RayEngine
 from klein_kv.runtime.serving.replicas.events import Event, Job, ReplicaLostError, Status
 from klein_kv.runtime.serving.replicas.replica import Replica
 from klein_kv.runtime.serving.runner import PipelineRunner
@@ -40,10 +41,8 @@ class RayCluster:
         open_runner: see `Replica`.
         queue: jobs that may wait at each replica.
         count: replicas; None for one per GPU.
-        gpus: whether each takes a GPU, or they share the CPUs.
-
-    Attributes:
-        count: replicas that there are to be.
+        device: "cpu" has replicas share the CPUs; otherwise each has a GPU of its own, which is
+            "cuda" there.
 
     Raises:
         BackendError: Ray is not installed, cannot be reached, refuses the token, or has too few
@@ -57,9 +56,10 @@ class RayCluster:
         open_runner: Callable[[], PipelineRunner],
         queue: int,
         count: int | None = None,
-        *,
-        gpus: bool = True,
+        device: str | None = None,
     ) -> None:
+        if device not in (None, "cpu", "cuda"):
+            raise RequestError(f"device is {device!r}, which Ray chooses; expected 'cuda' or 'cpu'")
         if "://" in address:
             raise RequestError(
                 f"the address of Ray is {address!r}, expected 'local', or HOST:PORT of a cluster "
@@ -79,26 +79,36 @@ class RayCluster:
             ray.init(address, logging_level=logging.WARNING, **options)
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise BackendError(f"Ray at {address} cannot be used: {error}") from error
-        there = ray.cluster_resources().get("GPU" if gpus else "CPU", 0)
-        self.count = int(there) if count is None else count
-        if self.count < 1 or (gpus and self.count > there):
+        kind = "CPU" if device == "cpu" else "GPU"
+        there = self._ray.cluster_resources().get(kind, 0)
+        self._count = int(there) if count is None else count
+        if self._count < 1 or (kind == "GPU" and self._count > there):
             self.close()
             raise BackendError(
-                f"{self.count} replicas were asked for where Ray at {address} has {there:g} GPUs; "
-                "expected a GPU for each, or --device cpu"
+                f"{self._count} replicas were asked for where Ray at {address} has {there:g} "
+                f"{kind}s; expected a GPU for each, or --device cpu and a number of --replicas"
             )
-        share = {"num_gpus": 1} if gpus else {"num_cpus": min(1.0, there / self.count)}
+        share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": min(1.0, there / self._count)}
         self._actors = ray.remote(**share, max_restarts=0, max_task_retries=0)(Replica)
         self._arguments = open_runner, queue
 
-    def make_replica(self, name: str) -> "RayReplica":
-        """Starts the process of a replica, and returns at once."""
-        del name  # Ray knows an actor by its id: a name would be taken until the lost one is gone
+    def open_engine(self, on_failed: Callable[[BaseException], None]) -> RayEngine:
+        """Replicas as one engine, on the running event loop."""
+        return RayEngine(self._start, self._count, on_failed)
+
+    def _start(self, name: str) -> "RayReplica":
+        del name  # Ray's own names stay taken for a while after a loss
         return RayReplica(self._ray, self._actors.remote(*self._arguments))
 
     def close(self) -> None:
         """Ends all replicas, and Ray where it was started here."""
         self._ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class RayReplica:
