@@ -180,7 +180,7 @@ class RayEngine:
 
     async def _somewhere(self, run: _Run) -> Result:
         while True:
-            refusal = _not_ready()
+            refusal: ServiceError | None = None
             for place in self._order(run.job):
                 try:
                     return await self._at(place, run)
@@ -192,9 +192,9 @@ class RayEngine:
                 except ServiceError as error:
                     if error.code != "queue_full":
                         raise
-                    refusal = error
+                    refusal = refusal or error  # its home's
             if not run.taken:
-                raise refusal
+                raise refusal or _not_ready()
             await asyncio.sleep(_TRY_AGAIN_S)  # it was taken on once: it waits for a place
 
     def _order(self, job: Job) -> list[_Place]:

@@ -73,12 +73,10 @@ class Status:
     Attributes:
         ready: `Engine.ready`.
         gauges: `Engine.gauges`.
-        pid: of its process.
     """
 
     ready: bool
     gauges: dict[str, float]
-    pid: int
 
 
 class ReplicaLostError(Exception):

@@ -50,7 +50,7 @@ class Replica:
 
     async def status(self) -> Status:
         """How it is."""
-        return Status(self._room.ready, self._room.gauges(), os.getpid())
+        return Status(self._room.ready, self._room.gauges())
 
     async def do(self, job: Job) -> AsyncGenerator[Event, None]:
         """Does a job. Before this returns or is cancelled, the job is done or taken back."""

@@ -49,7 +49,7 @@ class FakeReplica:
     async def status(self) -> Status:
         if self.dead.is_set():
             raise ReplicaLostError("killed")
-        return Status(self.ready, {"queue_depth": float(self.jobs)}, 0)
+        return Status(self.ready, {"queue_depth": float(self.jobs)})
 
     async def close(self, timeout_s: float) -> None:
         self.closed = True
