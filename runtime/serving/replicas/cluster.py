@@ -85,7 +85,7 @@ class RayCluster:
         if self._count < 1 or (kind == "GPU" and self._count > there):
             self.close()
             raise BackendError(
-                f"{self._count} replicas were asked for where Ray at {address} has {there:g} "
+                f"{self._count} replicas do not fit where Ray at {address} has {there:g} "
                 f"{kind}s; expected a GPU for each, or --device cpu and a number of --replicas"
             )
         share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": min(1.0, there / self._count)}
