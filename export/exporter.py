@@ -23,7 +23,12 @@ from klein_kv.artifacts.config import (
 )
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
-from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
+from klein_kv.artifacts.signature import (
+    SMALL_GRAPH_FILES,
+    VARIANTS,
+    distinct_graphs,
+    graph_sets,
+)
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
 from klein_kv.export.checkpoints.single_file import read_single_file
@@ -34,6 +39,7 @@ from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
+from klein_kv.export.graphs.small_graphs import small_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph
 from klein_kv.export.preview import save_preview_matrix
@@ -265,4 +271,7 @@ def _write_graphs(
         nodes[label] = len(model.graph)
         save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
+    (folder / "latents").mkdir()
+    for graph, file in SMALL_GRAPH_FILES.items():
+        save_graph(small_graph(graph, config, dtype), folder / file)
     return nodes

@@ -22,6 +22,7 @@ from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.inputs.prompt_encoder import PromptEncoder
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
+from klein_kv.runtime.inputs.start_image import StartImage
 from klein_kv.runtime.loop import no_references
 from klein_kv.runtime.lora.loader import LoraLoader
 from klein_kv.runtime.maker import make_images
@@ -178,6 +179,16 @@ class KleinKVPipeline(LoraLoader):
             backend.close()
             raise
 
+    @classmethod
+    def from_pipe(cls, pipe: "KleinKVPipeline") -> Self:
+        """The same pipeline as one of this class: weights, engines, caches and adapters are one.
+
+        Calls of both wait for each other, and closing one closes the other.
+        """
+        other = cls.__new__(cls)
+        other.__dict__ = pipe.__dict__
+        return other
+
     def close(self) -> None:
         """Frees everything that the pipeline holds; it cannot be used afterwards.
 
@@ -302,6 +313,7 @@ class KleinKVPipeline(LoraLoader):
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             seed=0,
+            start=self._warm_start(height, width),
         )
         with self.session.record() as timings:
             self._merge_adapters()
@@ -401,6 +413,11 @@ class KleinKVPipeline(LoraLoader):
             references=references,
             seed=seed,
         )
+        images = self._make(arguments, attention_kwargs)
+        return KleinKVOutput(images) if return_dict else (images,)
+
+    def _make(self, arguments: CallArguments, attention_kwargs: dict[str, Any] | None) -> Any:
+        """Images of one call, with the adapters that it is to have; notes where the time went."""
         if unknown := sorted((attention_kwargs or {}).keys() - {"scale"}):
             _log.warning("attention_kwargs %s have no effect", unknown)
         with self.session.record() as timings:
@@ -408,7 +425,11 @@ class KleinKVPipeline(LoraLoader):
             images = make_images(self, arguments)
             self.timings = timings()
         self._warn_of_adapters()
-        return KleinKVOutput(images) if return_dict else (images,)
+        return images
+
+    def _warm_start(self, _height: int | None, _width: int | None) -> StartImage | None:
+        """What the calls that `warm_up` stands for start from, beside noise."""
+        return None
 
 
 def _graphs(manifest: Manifest, options: RuntimeOptions) -> GraphSet:

@@ -112,7 +112,8 @@ class Session:
             self._make_room(stage)
             if self._eager:
                 self._prepare_graph(graph)
-        self._last = graph
+        if memory.weights:  # what has none needs no room, nor does what runs after it
+            self._last = graph
         with self._loading(graph), self._span(graph):
             outputs = self.backend.run(graph, inputs)
         if stage is not None and memory.keeps_scratch:

@@ -124,7 +124,7 @@ def _check_graphs(
 ) -> None:
     """Every graph against its reference, then the transformer's against each other."""
     results: dict[str, dict[str, Array]] = {}
-    for graph in pipe.graphs.files:
+    for graph in runs.graphs:
         with report.check(f"{graph} runs"):
             inputs = runs.inputs(graph)  # before a graph can write into them
             results[graph] = runs.run(graph)
@@ -151,7 +151,7 @@ def _check_graphs(
         with report.check("cached_step leaves K/V as it was") as check:
             check.hold(compare_outputs(pipe, "encode_references", runs.kept_kv(), kv, EXACT))
     with report.check("graphs are released"):  # the loop plans its memory itself
-        for graph in pipe.graphs.files:
+        for graph in runs.graphs:
             pipe.backend.release(graph)
 
 

@@ -85,6 +85,9 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("encode_references", "bfloat16"): Tolerance(3e-2, 7.5e-3),
     ("text_encoder", "bfloat16"): Tolerance(8e-2, 2.8e-2),
     ("vae_encoder", "bfloat16"): Tolerance(5e-2, 1.5e-2),
+    ("blend", "float32"): Tolerance(1e-6, 0),
+    ("blend", "float16"): Tolerance(2e-3, 4.2e-4),
+    ("blend", "bfloat16"): Tolerance(1e-2, 2.4e-3),
     # The two ways to the first step: bit for bit.
     ("first_step = references + cached", "float32"): EXACT,
     ("first_step = references + cached", "float16"): EXACT,
@@ -125,6 +128,8 @@ def run_tolerance(what: str, dtype: str, config: ModelConfig) -> Tolerance:
 
 def output_tolerance(graphs: GraphSet, config: ModelConfig, graph: str, name: str) -> Tolerance:
     """What passes for output `name` of a graph of these, against the network in float32."""
+    if graph == "blend":
+        return TOLERANCES[graph, graphs.dtype]
     component = graphs.files[graph].partition("/")[0]
     if component == "vae":
         key = {"image": "pixels", "sample": "sample"}.get(name, graph)

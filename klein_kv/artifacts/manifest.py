@@ -112,6 +112,11 @@ class Manifest:
         sets = graph_sets(self.variant, self.dtype)
         return [x for x in sets if all(file in self.files for file in x.files.values())]
 
+    def held_graphs(self, graphs: GraphSet) -> dict[str, str]:
+        """Path of each graph of a set, with the small ones that the folder holds."""
+        small = {name: file for name, file in graphs.small_files.items() if file in self.files}
+        return graphs.files | small
+
     def choose_graphs(
         self,
         kv_dtype: str | None = None,

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def _serve(args: argparse.Namespace) -> Result:
 
     from klein_kv.runtime.pipeline import KleinKVPipeline
     from klein_kv.runtime.serving.engine_room import EngineRoom
-    from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
+    from klein_kv.runtime.serving.runner import DeviceLostError, PipelineRunner, WarmUp
     from klein_kv.runtime.serving.server import serve
     from klein_kv.runtime.serving.settings import ServeSettings
 
@@ -128,17 +129,21 @@ def _serve(args: argparse.Namespace) -> Result:
     )
     loras, sizes = dict(args.lora), tuple(WarmUp(*x) for x in args.warm_up)
     open_runner = partial(PipelineRunner, open_pipeline, sizes, loras)
-    if args.ray is None:
+    if args.ray is not None:
+        from klein_kv.runtime.serving.replicas.cluster import RayCluster
+
+        with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
+            serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
+        return {}, "", 0
+    try:
         serve(
             partial(EngineRoom, open_runner, args.queue),
             settings,
             drain_timeout_s=args.drain_timeout,
         )
-    else:
-        from klein_kv.runtime.serving.replicas.cluster import RayCluster
-
-        with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
-            serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
+    except DeviceLostError as error:
+        print(f"klein-kv serve: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # to take down what lies on such a device may never end
     return {}, "", 0
 
 

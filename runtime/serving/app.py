@@ -99,19 +99,30 @@ class Gate:
         self.front = front
         self.public = public
         self.local = is_loopback(front.settings.host)
+        self.active = 0
         self.budget = BodyBudget(front.settings.max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "websocket":
-            await self._websocket(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
-        else:
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        self.active += 1
+        try:
+            if scope["type"] == "websocket":
+                await self._websocket(scope, receive, send)
+            else:
+                await self._http(scope, receive, send)
+        finally:
+            self.active -= 1
+
+    def _check_load(self) -> None:
+        if self.active > self.front.settings.max_connections:
+            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            self._check_load()
             if self.front.keys.open:
                 check_origin(Headers(scope=scope), local=self.local)
         except ServiceError:
@@ -142,6 +153,8 @@ class Gate:
                 check_origin(headers, local=self.local)
             elif scope["path"] not in self.public:
                 self.front.keys.check(headers)
+            if scope["path"] not in self.public:
+                self._check_load()
             body.check_length()
             await self.app(scope, body, sending)
         except ClientGoneError:

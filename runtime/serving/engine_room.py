@@ -25,6 +25,7 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import (
+    DeviceLostError,
     Edited,
     PipelineRunner,
     StoppedError,
@@ -174,8 +175,8 @@ class EngineRoom:
                 retry_after_s=max(0.1, waiting * self._seconds),
             )
         known = self.facts.loras
-        if unknown := [name for name, _ in job.loras if name not in known]:
-            raise ServiceError("invalid_value", f"there is no LoRA {unknown[0]!r:.80}", "lora")
+        if any(name not in known for name, _ in job.loras):
+            raise ServiceError("invalid_value", "there is no such LoRA", "lora")
 
     # What the thread does -----------------------------------------------------------------------
 
@@ -190,12 +191,15 @@ class EngineRoom:
         with self._changed:
             if self._state == "starting":
                 self._state = "ready"
+        _log.info("ready")
         while (ticket := self._next()) is not None:
             start = time.monotonic()
             failure = self._serve(runner, ticket, start)
             self._store_gauges = runner.gauges()
             if failure is not None and not self._survives(runner):
-                self._fail(failure)
+                lost = DeviceLostError(f"the device is lost ({type(failure).__name__}: {failure})")
+                lost.__cause__ = failure
+                self._fail(lost)
                 return
         runner.close()
 

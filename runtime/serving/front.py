@@ -21,7 +21,11 @@ from klein_kv.runtime.serving.jobs import (
 )
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf, ShelvedReferences
-from klein_kv.runtime.serving.security.images_in import bytes_from_base64, prepare_upload
+from klein_kv.runtime.serving.security.images_in import (
+    bytes_from_base64,
+    prepare_mask,
+    prepare_upload,
+)
 from klein_kv.runtime.serving.security.keys import KeyRing
 from klein_kv.runtime.serving.settings import ServeSettings
 
@@ -81,6 +85,16 @@ class Front:
         images = [await self._prepare(upload, unit) for upload in uploads]
         return tuple(images), await self.in_thread(digest_of, images)
 
+    async def mask(self, upload: Upload, first: Pixels) -> Pixels:
+        """The mask of an edit whose first reference this is; see `prepare_mask`.
+
+        Raises:
+            ServiceError: it is no mask of that image.
+        """
+        data = await self.bytes_of(upload)
+        unit, most = self.engine.facts.unit, self.settings.max_pixels
+        return await self.in_thread(prepare_mask, data, most, unit, first.shape[:2])
+
     async def shelved(self, ids: Sequence[str]) -> tuple[tuple[Pixels, ...], str]:
         """Images that were uploaded before, and their digest.
 
@@ -123,6 +137,17 @@ class Front:
             raise ServiceError(
                 "model_not_found", f"there is no such model, expected {own!r}", "model"
             )
+
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Refuses names that the operator did not register.
+
+        Raises:
+            ServiceError: "invalid_value".
+        """
+        known = self.engine.facts.loras
+        if any(name not in known for name, _ in loras):
+            names = ", ".join(known) or "none"
+            raise ServiceError("invalid_value", f"there is no such LoRA; expected: {names}", "lora")
 
     def timeout_s(self, headers: Headers, field: float | None = None) -> float:
         """Seconds that a request gives its answer: a field, the header `x-timeout-s`, or ours.

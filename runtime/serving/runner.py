@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
@@ -17,6 +18,7 @@ from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, Engi
 from klein_kv.runtime.timings import Timings
 
 __all__ = [
+    "DeviceLostError",
     "Edited",
     "PipelineRunner",
     "StoppedError",
@@ -27,6 +29,10 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+
+class DeviceLostError(BackendError):
+    """The device does not answer any more, or nothing works on it: only a new process helps."""
 
 
 class StoppedError(Exception):
@@ -76,6 +82,7 @@ class PipelineRunner:
     ) -> None:
         self.pipe = pipe = open_pipeline()
         pipe.set_progress_bar_config(disable=True)
+        self._masked = KleinKVInpaintPipeline.from_pipe(pipe)
         for name, file in (loras or {}).items():
             pipe.load_lora_weights(file, adapter_name=name)
         pipe.set_adapters([], [])
@@ -119,20 +126,17 @@ class PipelineRunner:
         self._use(job.loras)
         done = Edited()
         for i in range(job.num_images):
-            result = self.pipe(
-                prompt=job.prompt,
-                image=_prepared(job),
-                height=job.height,
-                width=job.width,
-                num_inference_steps=job.steps,
+            result = self._call(
+                job,
                 seed=job.seed + i,
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=("denoised",) if shown else (),
             )
-            assert not isinstance(result, tuple)  # noqa: S101 - return_dict is True
             timings = self.pipe.timings
             if i == 0:
-                done.references_known = bool(job.references) and not timings.vae_encode
+                done.references_known = bool(job.references) and not (
+                    timings.first_step or timings.plain_steps
+                )
             done.images += result.images
             _add(done.stages_s, timings)
         return done
@@ -188,6 +192,25 @@ class PipelineRunner:
         """Frees the pipeline."""
         self.pipe.close()
 
+    def _call(self, job: EditJob, **more: Any) -> Any:
+        arguments: dict[str, Any] = {
+            "prompt": job.prompt,
+            "height": job.height,
+            "width": job.width,
+            "num_inference_steps": job.steps,
+            **more,
+        }
+        if job.mask is None:
+            return self.pipe(image=_prepared(job), **arguments)
+        first, *others = (Image.fromarray(x) for x in job.references)
+        return self._masked(
+            image=first,
+            image_reference=others,
+            mask_image=Image.fromarray(job.mask),
+            strength=job.strength,
+            **arguments,
+        )
+
     def _use(self, loras: tuple[tuple[str, float], ...]) -> None:
         if loras != self._loras:
             self.pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
@@ -211,6 +234,10 @@ def refusal(error: Exception) -> ServiceError | None:
         )
     if isinstance(error, RequestError):
         return ServiceError("invalid_value", "the model refuses these arguments")
+    if isinstance(error, ArtifactError):
+        return ServiceError(
+            "unsupported_parameter", "the model was exported without what this request needs"
+        )
     return None
 
 

@@ -11,6 +11,7 @@ import uvicorn
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
 from klein_kv.runtime.serving.jobs import Engine
+from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings
 
 __all__ = ["OpenEngine", "serve"]
@@ -34,7 +35,8 @@ def serve(
 
     Raises:
         RequestError: the address cannot be listened on.
-        BaseException: what ended the engine, if that did.
+        DeviceLostError: the device does not answer any more: the process should be a new one.
+        KleinKVError: the pipeline could not be opened.
     """
     listening = _listen(settings)
     try:
@@ -60,11 +62,11 @@ async def _serve(
     engine = open_engine(failed)
     config = uvicorn.Config(
         make_app(engine, settings),
-        http="h11",
+        http=PunctualProtocol,
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=settings.max_connections,
+        limit_concurrency=2 * settings.max_connections,  # the app refuses earlier, and in JSON
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
         timeout_keep_alive=30,
     )

@@ -28,7 +28,7 @@ class ServeSettings:
         max_prompt: characters.
         max_images: images per prompt.
         max_side: pixels of an image that is made.
-        max_connections: connections at a time; more are refused.
+        max_connections: requests and WebSockets at a time; more are refused.
         timeout_s: seconds for a request that names no deadline, waiting included.
         shelf_bytes: prepared pixels of uploaded references.
         threads: threads that decode and encode images.

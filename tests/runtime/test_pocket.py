@@ -23,12 +23,15 @@ from benchmarks.pocket.scenes import (
     sample_subjects,
 )
 from benchmarks.quality import VARIANTS, Editor
-from klein_kv import KleinKVPipeline
+from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.export.checks.torch_loop import LoopRequest, reference_kv
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.schedule import Schedule
 
 SIZE = (192, 192)
+HALVES = (0, 0, 96, 192), (96, 0, 192, 192)
+HALF = Image.new("L", SIZE)
+HALF.paste(255, HALVES[1])
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,32 @@ def test_one_changed_reference_is_seen(pipe: KleinKVPipeline, scenes: list[Scene
         wrong = pipe(swap.plain, references=stale, height=192, width=192, seed=0).images[0]
         result = pipe(swap.plain, image=pictures[:2], seed=0).images[0]
         assert psnr(result, right) > psnr(wrong, right) + 3
+
+
+def test_an_edit_inside_a_mask_changes_the_inside(
+    pipe: KleinKVPipeline, scenes: list[Scene]
+) -> None:
+    """A red background for the right half. Figures: docs/inpainting.md."""
+    red, picture = Meaning("background", "red"), scenes[1].picture(SIZE)
+    right, (left_half, right_half) = answer(red, scenes[1:2], SIZE), HALVES
+    masked = KleinKVInpaintPipeline.from_pipe(pipe)
+    request = {"image": picture, "mask_image": HALF, "seed": 0}
+    result = masked(red.plain, **request).images[0]
+    laid_back = masked(red.plain, padding_mask_crop=192, **request).images[0]
+    request["mask_image"] = Image.new("L", SIZE)
+    round_trip = masked(red.plain, **request).images[0]
+    whole = pipe(red.plain, image=[picture], seed=0).images[0]
+
+    def score(one: Image.Image, other: Image.Image, box: tuple[int, ...]) -> float:
+        return psnr(one.crop(box), other.crop(box))
+
+    assert score(result, right, right_half) > score(picture, right, right_half) + 9  # 25.0, 13.5
+    assert (
+        score(result, picture, left_half) > score(round_trip, picture, left_half) - 3
+    )  # 29.6, 31.7
+    assert score(result, picture, left_half) > score(whole, picture, left_half) + 15  # 29.6, 10.2
+    for box, same in ((left_half, picture), (right_half, result)):
+        assert laid_back.crop(box).tobytes() == same.crop(box).tobytes()
 
 
 def test_diffusers_makes_the_same_picture(

@@ -139,9 +139,9 @@ def open_engines(
         if not any(_is_of(x.manifest, graphs) for x in folders):
             raise _none(artifacts, graphs)
     for one in folders:
-        files = (graphs if one.manifest.attention == graphs.attention else general).files
+        there = graphs if one.manifest.attention == graphs.attention else general
         for graph, record in one.manifest.engines.items():
-            if record.onnx_digest != manifest.files[files[graph]].digest:
+            if record.onnx_digest != manifest.files[there.file(graph)].digest:
                 raise ArtifactError(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"

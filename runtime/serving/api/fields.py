@@ -200,7 +200,7 @@ class EditFields(_Fields):
     num_inference_steps: int = Field(4, ge=1, le=50)
     guidance_scale: float | None = None
     references: list[Annotated[str, Field(max_length=128)]] = Field([], max_length=4)
-    strength: float = Field(1.0, gt=0, le=1)
+    strength: float | None = Field(None, gt=0, le=1)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from klein_kv.artifacts.pixels import MAX_AREA
 from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import EditFields, Sent, checked, read_fields
 from klein_kv.runtime.serving.api.streaming import stream_images
@@ -71,7 +72,8 @@ def image_routes(front: Front) -> APIRouter:
 async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Response:
     ask = await _ask(request, front, sent)
     if ask.fields.stream:
-        return await stream_images(front, ask.job, ask.fields, kind, _completed(front, ask, kind))
+        completed = _completed(front, ask, kind)
+        return await stream_images(request, front, ask.job, ask.fields, kind, completed)
     return await unless_gone(request, _make(front, ask))
 
 
@@ -102,19 +104,25 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
     facts = front.engine.facts
     front.check_model(fields.model)
     fields.check(front.settings, facts.unit)
-    if sent.mask is not None:
-        raise ServiceError("unsupported_parameter", "masks are not supported", "mask")
     if sent.images and fields.references:
         raise ServiceError(
             "invalid_value", "image and references are given, expected one of them", "references"
         )
-    if unknown := [name for name, _ in fields.lora if name not in facts.loras]:
-        raise ServiceError("invalid_value", f"there is no LoRA {unknown[0][:64]!r}", "lora")
+    front.check_loras(fields.lora)
     if fields.references:
         images, digest = await front.shelved(fields.references)
     else:
         images, digest = await front.references(sent.images)
+    mask = None
+    if sent.mask is not None:
+        mask = await front.mask(sent.mask, images[0])
+    elif fields.strength is not None:
+        raise ServiceError("invalid_value", "strength needs a mask", "strength")
     width, height = fields.size or (None, None)
+    if mask is not None and fields.size is not None and fields.size[0] * fields.size[1] > MAX_AREA:
+        raise ServiceError(
+            "invalid_value", "size is larger than 1024x1024, expected less with a mask", "size"
+        )
     if not images and fields.size is None:
         width = height = _DEFAULT_SIDE
     job = EditJob(
@@ -127,6 +135,8 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
         seed=new_seed() if fields.seed is None else fields.seed,
         num_images=fields.n,
         loras=fields.lora,
+        mask=mask,
+        strength=1.0 if fields.strength is None else fields.strength,
         previews=fields.partial_images,
         timeout_s=front.timeout_s(request.headers, fields.timeout),
     )

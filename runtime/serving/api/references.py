@@ -25,6 +25,7 @@ def reference_routes(front: Front) -> APIRouter:
         sent = await read_fields(request, front)
         fields: ReferenceFields = checked(ReferenceFields, sent.values)
         front.check_model(fields.model)
+        front.check_loras(fields.lora)
         if not sent.images:
             raise ServiceError("missing_required_parameter", "image is missing", "image")
         if front.engine.facts.variant == "plain":

@@ -5,10 +5,11 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from klein_kv.runtime.serving.api.answers import error_body
+from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import EditFields
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front
@@ -27,6 +28,7 @@ Event = tuple[str, bytes]
 
 
 async def stream_images(
+    request: Request,
     front: Front,
     job: EditJob,
     fields: EditFields,
@@ -36,6 +38,7 @@ async def stream_images(
     """An answer that begins with the first event, or after `_FIRST_S`.
 
     Args:
+        request: whose client may go.
         front: of the service.
         job: what to make.
         fields: how to send it.
@@ -43,17 +46,14 @@ async def stream_images(
         completed: the data of the last event; called in a thread.
 
     Raises:
+        ClientGoneError: the client went before that.
         ServiceError: the job was refused before anything was sent.
     """
     events: asyncio.Queue[Event | ServiceError] = asyncio.Queue()
     task = asyncio.ensure_future(_produce(front, job, fields, kind, completed, events))
-    first: Event | ServiceError | None
     try:
-        async with asyncio.timeout(_FIRST_S):
-            first = await events.get()
-    except TimeoutError:
-        first = None
-    except asyncio.CancelledError:
+        first = await unless_gone(request, _next_event(events, _FIRST_S))
+    except BaseException:
         task.cancel()
         raise
     if isinstance(first, ServiceError):
@@ -61,6 +61,17 @@ async def stream_images(
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     body = _body(events, first, task, f"{kind}.completed")
     return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+
+
+async def _next_event(
+    events: "asyncio.Queue[Event | ServiceError]", seconds: float
+) -> Event | ServiceError | None:
+    """None where nothing happens for so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await events.get()
+    except TimeoutError:
+        return None
 
 
 async def _produce(
@@ -130,11 +141,8 @@ async def _body(
                 yield b"event: %b\ndata: %b\n\n" % (event[0].encode(), event[1])
                 if event[0] == last:
                     return
-            try:
-                async with asyncio.timeout(_SILENCE_S):
-                    event = await events.get()
-            except TimeoutError:
-                event = None
+            event = await _next_event(events, _SILENCE_S)
+            if event is None:
                 yield b": still at work\n\n"
     finally:
         task.cancel()

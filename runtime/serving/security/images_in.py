@@ -13,7 +13,7 @@ from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.jobs import Pixels
 
-__all__ = ["bytes_from_base64", "open_image", "prepare_upload"]
+__all__ = ["bytes_from_base64", "open_image", "prepare_mask", "prepare_upload"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,38 @@ def prepare_upload(
     Raises:
         ServiceError: "invalid_image", as of `open_image`, or a side too short or an aspect too far.
     """
-    image = open_image(data, max_pixels, param)
+    return _prepared(open_image(data, max_pixels, param), unit, matte, param)
+
+
+def prepare_mask(data: bytes, max_pixels: int, unit: int, size: tuple[int, ...]) -> Pixels:
+    """Decodes a mask for a prepared image of (height, width) `size`: uint8 [H, W], 0 or 255.
+
+    255, where the image changes, is what is transparent, as OpenAI has it; or white, in a mask
+    without transparency. The mask is resized and cropped as the image was.
+
+    Raises:
+        ServiceError: "invalid_image", or "invalid_value": another size, or nothing would change.
+    """
+    image = open_image(data, max_pixels, "mask")
+    change = image.convert("L")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if np.asarray(alpha).min() < 255:
+            change = ImageOps.invert(alpha)
+    mask = _prepared(change.convert("RGB"), unit, None, "mask")[..., 0]
+    if mask.shape != tuple(size):
+        raise ServiceError(
+            "invalid_value",
+            f"mask is {image.width}x{image.height}, which is not the first image's size",
+            "mask",
+        )
+    mask = np.where(mask < 128, 0, 255).astype(np.uint8)
+    if not mask.any():
+        raise ServiceError("invalid_value", "mask leaves everything as it is", "mask")
+    return mask
+
+
+def _prepared(image: Image.Image, unit: int, matte: str | None, param: str) -> Pixels:
     try:
         return np.ascontiguousarray(prepare_reference(image, unit, matte)[0])
     except RequestError:

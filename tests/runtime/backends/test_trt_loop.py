@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv import KleinKVPipeline
+from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import RequestError
@@ -183,6 +183,27 @@ def test_warming_up_compiles_for_the_shape_at_once(tiny_artifacts, engines, pict
     assert counts["captures"] == counts["compilations"] == counts["loads"] == 0
     assert counts["replays"] == 8  # text, two references, four steps, and the image
     assert counts["waits"] == counts["allocations"] == 0
+
+
+def test_an_edit_inside_a_mask_stays_on_the_device(
+    tiny_artifacts: Path, engines: Path, pictures: list[Image.Image], tiny_ours: KleinKVPipeline
+) -> None:
+    """Steps and what mixes them replay in turn; another mask waits for nothing either."""
+    machine = Machine(tiny_artifacts, engines)
+    machine.pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
+    theirs = KleinKVInpaintPipeline.from_pipe(tiny_ours)
+    whole = {"height": None, "width": None, "strength": 0.75}
+    machine.pipe.warm_up(96, 128)
+    for i, split in enumerate((40, 70)):
+        mask = Image.new("L", (128, 96))
+        mask.paste(255, (split, 0, 128, 96))
+        request = whole | {"mask_image": mask, "prompt": f"a kite {i}"}
+        made, counts = machine.quiet(pictures[0], **request)
+        expected = theirs(**(REQUEST | request | {"image": pictures[0]})).images
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+        assert counts["captures"] == counts["compilations"] == counts["loads"] == 0
+        assert counts["replays"] == 10, "text, the image, three steps, four mixtures, pixels"
+        assert counts["waits"] == counts["allocations"] == 0
 
 
 def test_batches_and_repeated_prompts_stay_on_the_device(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -27,7 +28,13 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
+from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings
+
+
+class Protocol(PunctualProtocol):
+    headers_s = 1.0
+
 
 KEY = "a key of the tests, long enough"
 SIDE = 192
@@ -51,7 +58,9 @@ class Served:
 def serve_in_thread(engine: Engine, settings: ServeSettings) -> Iterator[Served]:
     """Serves on a free port until the generator is closed."""
     app = make_app(engine, settings)
-    config = uvicorn.Config(app, port=0, http="h11", log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app, port=0, http=Protocol, log_level="warning", access_log=False, server_header=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -138,6 +147,7 @@ def steered_service() -> Iterator[Served]:
         max_body_bytes=300_000,
         body_timeout_s=1.0,
         max_pixels=512 * 512,
+        max_connections=8,
         shelf_bytes=1_000_000,
         model_names=("gpt-image-1",),
     )
@@ -150,6 +160,13 @@ def steered(steered_service: Served) -> Iterator[Served]:
     yield steered_service
     fresh = SteeredEngine()
     vars(steered_service.engine).update(vars(fresh))
+
+
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx.Client]:
+    """Without an address of its own."""
+    with httpx.Client(timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

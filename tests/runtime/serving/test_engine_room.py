@@ -16,7 +16,7 @@ from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.job_queue import MOST_OVERTAKEN, JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
-from klein_kv.runtime.serving.runner import Edited, StoppedError, preview_steps
+from klein_kv.runtime.serving.runner import DeviceLostError, Edited, StoppedError, preview_steps
 
 STEPS = 4
 
@@ -250,7 +250,7 @@ def test_errors_are_told_in_words_of_the_service() -> None:
                 await room.edit(job())
             assert refused.value.code == code
             assert "/secret" not in refused.value.message
-        with pytest.raises(ServiceError, match="no LoRA 'c'"):
+        with pytest.raises(ServiceError, match="no such LoRA"):
             await room.edit(job(loras=(("c", 1.0),)))
         assert (await room.edit(job())).images
 
@@ -276,7 +276,8 @@ def test_a_device_that_does_not_answer_ends_the_room(alive: bool) -> None:
 
     errors: list[Exception] = [RuntimeError(str(i)) for i in range(3)]
     stub = in_room(test, alive=alive, on_failed=failures.append, errors=errors)
-    assert [str(error) for error in failures] == ["2" if alive else "0"]
+    assert [str(error.__cause__) for error in failures] == ["2" if alive else "0"]
+    assert isinstance(failures[0], DeviceLostError)
     assert not stub.closed  # a device that is gone may never come back from that
 
 
