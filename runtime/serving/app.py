@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klein_kv import __version__
@@ -157,7 +158,7 @@ class Gate:
                 self._check_load()
             body.check_length()
             await self.app(scope, body, sending)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             status = 499  # nginx' number; nobody is there to read it
             await sending({"type": "http.response.start", "status": status, "headers": []})
             await sending({"type": "http.response.body", "body": b""})

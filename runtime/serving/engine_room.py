@@ -38,7 +38,7 @@ __all__ = ["EngineRoom"]
 _log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3
-"""Unforeseen errors in a row after which the process should be a new one."""
+"""Unforeseen errors in a row after which the device is examined thoroughly."""
 
 _SMOOTHING = 0.2
 """Weight of the newest job in the average time of one."""
@@ -193,14 +193,12 @@ class EngineRoom:
                 self._state = "ready"
         _log.info("ready")
         while (ticket := self._next()) is not None:
-            start = time.monotonic()
-            failure = self._serve(runner, ticket, start)
-            self._store_gauges = runner.gauges()
-            if failure is not None and not self._survives(runner):
-                lost = DeviceLostError(f"the device is lost ({type(failure).__name__}: {failure})")
-                lost.__cause__ = failure
+            lost = self._serve(runner, ticket)
+            if lost is not None:
                 self._fail(lost)
                 return
+            self._store_gauges = runner.gauges()
+            del ticket  # its images
         runner.close()
 
     def _next(self) -> Ticket | None:
@@ -213,38 +211,49 @@ class EngineRoom:
             self._running = self._queue.take()
             return self._running
 
-    def _serve(self, runner: PipelineRunner, ticket: Ticket, start: float) -> Exception | None:
-        """Does one job; returns an error that nobody foresaw."""
-        if not ticket.wanted:
-            return None
-        try:
+    def _serve(self, runner: PipelineRunner, ticket: Ticket) -> DeviceLostError | None:
+        """Does one job; returns what ended the device, if something did."""
+        start = time.monotonic()
+        for last_try in (False, True):
+            if not ticket.wanted:
+                return None
             try:
                 made = self._run(runner, ticket)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                _log.warning("out of memory: kept references are given up, and the job runs again")
-                self._counts["out_of_memory"] += 1
-                runner.free()
-                made = self._run(runner, ticket)
-        except StoppedError:
-            return None
-        except Exception as error:  # noqa: BLE001 - told in words of ours
-            known = refusal(error)
-            if known is None:
-                _log.exception("a job failed")
-                self._counts["failed"] += 1
-                self._answer(ticket, ServiceError("internal_error", "the request failed"))
-                return error
-            _log.info("a job was refused: %s", error)
-            self._answer(ticket, known)
-            return None
+                break
+            except StoppedError:
+                return None
+            except Exception as error:  # noqa: BLE001 - told in words of ours
+                if last_try or not is_out_of_memory(error):
+                    return self._explain(runner, ticket, error)
+            # The error is gone here, and with it the buffers that its frames held.
+            _log.warning("out of memory: kept references are given up, and the job runs again")
+            self._counts["out_of_memory"] += 1
+            runner.free()
         seconds = time.monotonic() - start
         self._failures = 0
         self._counts["jobs"] += 1
         self._seconds += (seconds - self._seconds) * (_SMOOTHING if self._seconds else 1.0)
         self._after.submit(self._finish, ticket, made, start - ticket.queued_at)
         return None
+
+    def _explain(
+        self, runner: PipelineRunner, ticket: Ticket, error: Exception
+    ) -> DeviceLostError | None:
+        """Tells who waits; asks the device whether it still works, if nobody foresaw the error."""
+        known = refusal(error)
+        if known is not None:
+            _log.info("a job was refused: %s", error)
+            self._answer(ticket, known)
+            return None
+        _log.error("a job failed", exc_info=error)
+        self._answer(ticket, ServiceError("internal_error", "the request failed"))
+        self._counts["failed"] += 1
+        self._failures += 1
+        if runner.works(thoroughly=self._failures >= _MOST_FAILURES):
+            return None
+        lost = DeviceLostError(f"the device is lost ({type(error).__name__}: {error})")
+        lost.__cause__ = error
+        return lost
 
     def _run(self, runner: PipelineRunner, ticket: Ticket) -> Edited | EncodeResult:
         job = ticket.job
@@ -269,10 +278,6 @@ class EngineRoom:
             self._answer(ticket, EditResult(images, seed, known, queued_s, made.stages_s))
         else:
             self._answer(ticket, made)
-
-    def _survives(self, runner: PipelineRunner) -> bool:
-        self._failures += 1
-        return self._failures < _MOST_FAILURES and runner.works()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

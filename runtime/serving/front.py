@@ -1,6 +1,7 @@
 """What every route of a service shares: the engine, limits, threads, and uploads made into jobs."""
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from klein_kv.runtime.serving.security.keys import KeyRing
 from klein_kv.runtime.serving.settings import ServeSettings
 
 __all__ = ["Fetch", "Front", "Upload", "new_seed"]
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,7 +85,7 @@ class Front:
                 uploads[0].param,
             )
         unit = self.engine.facts.unit
-        images = [await self._prepare(upload, unit) for upload in uploads]
+        images = await asyncio.gather(*(self._prepare(upload, unit) for upload in uploads))
         return tuple(images), await self.in_thread(digest_of, images)
 
     async def mask(self, upload: Upload, first: Pixels) -> Pixels:
@@ -123,6 +126,17 @@ class Front:
         """Makes images and counts the job."""
         result = await self.engine.edit(job, on_preview)
         self.metrics.note_edit(result, len(job.references))
+        _log.info(
+            "%d of %dx%d in %d steps, %d references, %s: %.3f s after %.3f s in the queue",
+            len(result.images),
+            result.images[0].shape[1],
+            result.images[0].shape[0],
+            job.steps,
+            len(job.references),
+            "known" if result.references_known else "not known",
+            result.stages_s.get("total", 0.0),
+            result.queued_s,
+        )
         return result
 
     def check_model(self, name: str | None) -> None:

@@ -13,9 +13,6 @@ __all__ = ["OutputFormat", "base64_text", "encode_image", "image_parameters"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
-_PNG_LEVEL = 1
-"""A photograph of 1024x1024 takes 90 ms at level 1 and 400 ms at PIL's own, for 13 % more bytes."""
-
 
 def image_parameters(
     job: EditJob, facts: EngineFacts, image: Pixels, index: int
@@ -48,7 +45,7 @@ def encode_image(
         kind.upper(),
         parameters,
         QUALITY if quality is None else max(1, quality),
-        compress_level=_PNG_LEVEL,
+        quickly=True,
     )
     return file.getvalue()
 

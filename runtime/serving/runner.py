@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.errors import (
+    ArtifactError,
+    BackendError,
+    CapacityError,
+    NotFiniteError,
+    RequestError,
+)
 from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
@@ -95,10 +101,9 @@ class PipelineRunner:
             backend=pipe.backend.name,
             loras=tuple(loras or ()),
         )
+        self._warm_ups = warm_ups
         for size in warm_ups:
-            references = [(size.height, size.width)] * size.references
-            taken = pipe.warm_up(size.height, size.width, references)
-            _log.info("warmed up %dx%d: %s", size.width, size.height, taken.to_text())
+            _log.info("warmed up %dx%d: %s", size.width, size.height, self._warm_up(size).to_text())
 
     def edit(
         self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
@@ -166,11 +171,16 @@ class PipelineRunner:
         self.pipe.reference_store.clear()
         self.pipe.prompt_cache.clear()
 
-    def works(self) -> bool:
-        """Whether the device still answers: after some errors it never does again."""
+    def works(self, *, thoroughly: bool = False) -> bool:
+        """Whether the device still answers: after some errors it never does again.
+
+        `thoroughly` asks it for a whole edit, of the first size that was warmed up.
+        """
         try:
             sent = np.arange(4, dtype=np.float32)
             session = self.pipe.session
+            if thoroughly and self._warm_ups:
+                self._warm_up(self._warm_ups[0])
             return bool((session.download(session.upload(sent)) == sent).all())
         except Exception:  # noqa: BLE001 - whatever a library raises
             _log.exception("the device does not answer any more")
@@ -191,6 +201,10 @@ class PipelineRunner:
     def close(self) -> None:
         """Frees the pipeline."""
         self.pipe.close()
+
+    def _warm_up(self, size: WarmUp) -> Timings:
+        references = [(size.height, size.width)] * size.references
+        return self.pipe.warm_up(size.height, size.width, references)
 
     def _call(self, job: EditJob, **more: Any) -> Any:
         arguments: dict[str, Any] = {
@@ -234,6 +248,10 @@ def refusal(error: Exception) -> ServiceError | None:
         )
     if isinstance(error, RequestError):
         return ServiceError("invalid_value", "the model refuses these arguments")
+    if isinstance(error, NotFiniteError):
+        return ServiceError(
+            "internal_error", "the result is not finite; other weights of LoRAs may help"
+        )
     if isinstance(error, ArtifactError):
         return ServiceError(
             "unsupported_parameter", "the model was exported without what this request needs"

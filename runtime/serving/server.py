@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -19,7 +20,6 @@ __all__ = ["OpenEngine", "serve"]
 _log = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 3
-
 
 OpenEngine = Callable[[Callable[[BaseException], None]], Engine]
 """Opens an engine on the event loop, at once; what it gets is called with what ends the engine."""
@@ -80,7 +80,12 @@ async def _serve(
     stopped.cancel()
     if not failures:
         _log.info("draining")
-        await engine.drain(drain_timeout_s)
+        end = loop.time() + drain_timeout_s
+        drained = asyncio.ensure_future(engine.drain(drain_timeout_s))
+        await asyncio.wait((drained, serving), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()  # where a second signal came
+        # Images that were made still have to be encoded and sent.
+        config.timeout_graceful_shutdown = math.ceil(max(_LAST_ANSWERS_S, end - loop.time()))
     server.should_exit = True
     await serving
     if failures:

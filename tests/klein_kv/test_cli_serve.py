@@ -1,5 +1,6 @@
 """`klein-kv serve` as a process of its own: it starts, serves, drains, and fails in one line."""
 
+import contextlib
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from klein_kv.cli import main
+from klein_kv.runtime.serving.runner import DeviceLostError
 from tests.klein_kv.test_cli import run
 
 KEY = "a key of the tests, long enough"
@@ -66,6 +68,43 @@ def test_it_serves_and_drains(server: tuple[subprocess.Popen[str], str]) -> None
     client.join(60)
     assert answers[0].status_code == 200  # what was taken on is done
     assert process.wait(20) == 0
+
+
+def test_a_second_signal_does_not_wait(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, url = server
+    headers = {"authorization": f"Bearer {KEY}"}
+    ask = {"prompt": "a", "size": "1024x1024", "num_inference_steps": 50, "n": 10}
+
+    def edit() -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{url}/v1/images/generations", json=ask, headers=headers, timeout=60)
+
+    client = threading.Thread(target=edit)
+    client.start()
+    while "in_flight 1" not in httpx.get(f"{url}/metrics", headers=headers).text:
+        assert client.is_alive()
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    ready = httpx.get(f"{url}/health/ready", headers=headers)
+    assert ready.json()["error"]["code"] == "not_ready"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    client.join(20)
+
+
+def test_a_lost_device_ends_the_process(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: Any, **__: Any) -> None:
+        raise DeviceLostError("the device is lost")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("klein_kv.runtime.serving.server.serve", lose)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        main(["serve", "missing"])
+    assert capsys.readouterr().err == "klein-kv serve: error: the device is lost\n"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -14,7 +21,7 @@ from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["EditFields", "ReferenceFields", "Sent", "checked", "read_fields"]
+__all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
 
 MAX_FIELDS = 64
 _LISTS = ("image", "url", "references", "lora")
@@ -169,9 +176,19 @@ def _loras(value: Any) -> Any:
     return tuple(found)
 
 
-Size = Annotated[tuple[int, int] | None, BeforeValidator(_size)]
+_TEXT = {"type": "string"}
+Size = Annotated[
+    tuple[int, int] | None,
+    BeforeValidator(_size),
+    WithJsonSchema(_TEXT | {"pattern": r"^(auto|\d+x\d+)$"}),
+]
 Weight = Annotated[float, Field(ge=-4, le=4)]
-Loras = Annotated[tuple[tuple[str, Weight], ...], BeforeValidator(_loras), Field(max_length=8)]
+Loras = Annotated[
+    tuple[tuple[str, Weight], ...],
+    BeforeValidator(_loras),
+    Field(max_length=8),
+    WithJsonSchema(_TEXT | {"pattern": r"^[^:,]+(:-?\d+(\.\d+)?)?$"}),
+]
 
 
 class _Fields(BaseModel):
@@ -245,6 +262,24 @@ class EditFields(_Fields):
             raise _bad("partial_images", "needs stream")
         if self.stream and self.n > 1:
             raise _bad("n", f"is {self.n}, expected 1 with stream")
+
+
+def body_schema(model: type[BaseModel], *images: str) -> dict[str, Any]:
+    """What OpenAPI says of a request: JSON, and a form where it may hold `images`."""
+    schema = model.model_json_schema()
+    kinds = {"application/json": "uri-reference", "multipart/form-data": "binary"}
+    content = {
+        kind: {
+            "schema": schema
+            | {
+                "properties": schema["properties"]
+                | {name: _TEXT | {"format": format_} for name in images}
+            }
+        }
+        for kind, format_ in kinds.items()
+        if images or kind == "application/json"
+    }
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def checked(model: type[BaseModel], values: dict[str, Any]) -> Any:

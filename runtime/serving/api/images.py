@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from klein_kv.artifacts.pixels import MAX_AREA
 from klein_kv.runtime.serving.api.disconnect import unless_gone
-from klein_kv.runtime.serving.api.fields import EditFields, Sent, checked, read_fields
+from klein_kv.runtime.serving.api.fields import EditFields, Sent, body_schema, checked, read_fields
 from klein_kv.runtime.serving.api.streaming import stream_images
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, new_seed
@@ -35,16 +35,8 @@ class Ask:
 def image_routes(front: Front) -> APIRouter:
     """The two routes."""
     routes = APIRouter()
-    body = {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": EditFields.model_json_schema()},
-            },
-        }
-    }
 
-    @routes.post("/v1/images/generations", openapi_extra=body)
+    @routes.post("/v1/images/generations", openapi_extra=body_schema(EditFields))
     async def generations(request: Request) -> Response:
         """An image from a prompt."""
         sent = await read_fields(request, front)
@@ -54,7 +46,7 @@ def image_routes(front: Front) -> APIRouter:
             )
         return await _answer(request, front, sent, "image_generation")
 
-    @routes.post("/v1/images/edits", openapi_extra=body)
+    @routes.post("/v1/images/edits", openapi_extra=body_schema(EditFields, "image", "mask"))
     async def edits(request: Request) -> Response:
         """An image from a prompt and reference images."""
         sent = await read_fields(request, front)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from klein_kv.runtime.serving.api.answers import json_response
 from klein_kv.runtime.serving.api.disconnect import unless_gone
-from klein_kv.runtime.serving.api.fields import ReferenceFields, checked, read_fields
+from klein_kv.runtime.serving.api.fields import ReferenceFields, body_schema, checked, read_fields
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front
 from klein_kv.runtime.serving.jobs import EncodeJob
@@ -19,7 +19,9 @@ def reference_routes(front: Front) -> APIRouter:
     """Upload, look at, forget."""
     routes = APIRouter()
 
-    @routes.post("/v1/references", status_code=201)
+    body = body_schema(ReferenceFields, "image")
+
+    @routes.post("/v1/references", status_code=201, openapi_extra=body)
     async def upload(request: Request) -> Response:
         """Keys and values of 1 to 4 images; the id is the images' digest."""
         sent = await read_fields(request, front)

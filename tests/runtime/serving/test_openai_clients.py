@@ -20,6 +20,7 @@ from PIL import Image
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import Scene, answer, draw_scene, psnr, sample_subjects
 from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.session import Session
 from tests.runtime.serving.conftest import SIDE, Served
 
 Png = Callable[..., bytes]
@@ -140,6 +141,32 @@ def test_openai_masks_what_changes(pocket: openai.OpenAI, scene: Scene) -> None:
     moved = np.abs(pixels(made.data[0].b64_json).astype(float) - np.asarray(picture))
     half = SIDE // 2
     assert moved[:, half:].mean() > 4 * moved[:, : half - 8].mean()
+
+
+def test_an_edit_that_runs_out_of_memory_runs_again(
+    pocket: openai.OpenAI, pocket_service: Served, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edit() -> Any:
+        made = pocket.images.edit(image=png(seed=31), prompt="night", extra_body={"seed": 1})
+        assert made.data is not None
+        return pixels(made.data[0].b64_json)
+
+    expected, run, room = edit(), Session.run, pocket_service.engine
+    failing = ["cached_step"]
+
+    def run_out(session: Session, graph: str, inputs: Any) -> Any:
+        if graph in failing:
+            failing.remove(graph)
+            raise MemoryError
+        return run(session, graph, inputs)
+
+    monkeypatch.setattr(Session, "run", run_out)
+    before = room.gauges()
+    assert np.array_equal(edit(), expected)
+    after = room.gauges()
+    assert not failing
+    assert after["out_of_memory_total"] == before["out_of_memory_total"] + 1
+    assert after["reference_store_entries"] == 1  # all others were given up
 
 
 def test_an_abandoned_job_stops_between_steps(pocket_service: Served, png: Png) -> None:

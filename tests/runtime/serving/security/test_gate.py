@@ -123,6 +123,20 @@ def test_slow_clients_are_left(steered: Served, sent: bytes, told: bytes) -> Non
     assert 0.9 < time.monotonic() - start < 5
 
 
+def test_a_client_that_goes_while_it_sends_is_no_error(
+    steered: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = steered.url.removeprefix("http://").split(":")
+    gone = steered.app.state.front.metrics.requests.labels("/v1/images/edits", "499")._value
+    before, end = gone.get(), time.monotonic() + 5
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(HEAD + b"\r\n{")
+    while gone.get() == before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert gone.get() == before + 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_more_requests_than_it_takes_at_a_time(steered: Served) -> None:
     async def wait() -> None:
         await asyncio.sleep(0.5)
