@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def _serve(args: argparse.Namespace) -> Result:
         from klein_kv.runtime.serving.replicas.cluster import RayCluster
 
         with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
+            settings = replace(settings, threads=settings.threads * cluster.count)
             serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
         return {}, "", 0
     try:

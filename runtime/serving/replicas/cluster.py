@@ -44,6 +44,9 @@ class RayCluster:
         device: "cpu" has replicas share the CPUs; otherwise each has a GPU of its own, which is
             "cuda" there.
 
+    Attributes:
+        count: of replicas.
+
     Raises:
         BackendError: Ray is not installed, cannot be reached, refuses the token, or has too few
             GPUs.
@@ -81,20 +84,20 @@ class RayCluster:
             raise BackendError(f"Ray at {address} cannot be used: {error}") from error
         kind = "CPU" if device == "cpu" else "GPU"
         there = self._ray.cluster_resources().get(kind, 0)
-        self._count = int(there) if count is None else count
-        if self._count < 1 or (kind == "GPU" and self._count > there):
+        self.count = int(there) if count is None else count
+        if self.count < 1 or (kind == "GPU" and self.count > there):
             self.close()
             raise BackendError(
-                f"{self._count} replicas do not fit where Ray at {address} has {there:g} "
+                f"{self.count} replicas do not fit where Ray at {address} has {there:g} "
                 f"{kind}s; expected a GPU for each, or --device cpu and a number of --replicas"
             )
-        share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": min(1.0, there / self._count)}
+        share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": min(1.0, there / self.count)}
         self._actors = ray.remote(**share, max_restarts=0, max_task_retries=0)(Replica)
         self._arguments = open_runner, queue
 
     def open_engine(self, on_failed: Callable[[BaseException], None]) -> RayEngine:
         """Replicas as one engine, on the running event loop."""
-        return RayEngine(self._start, self._count, on_failed)
+        return RayEngine(self._start, self.count, on_failed)
 
     def _start(self, name: str) -> "RayReplica":
         del name  # Ray's own names stay taken for a while after a loss
