@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Self
 
@@ -77,10 +78,17 @@ class RayCluster:
                 f"Ray is not installed here ({error}); pip install 'klein-kv[serve,ray]'"
             ) from error
         self._ray: Any = ray
-        options: dict[str, Any] = {"include_dashboard": False} if local else {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        options: dict[str, Any] = {}
+        if local:  # Ray opens its folder to every user of the machine: it lies in a closed one
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="klein-kv-", ignore_cleanup_errors=True
+            )
+            options = {"include_dashboard": False, "_temp_dir": f"{self._folder.name}/ray"}
         try:
             ray.init(address, logging_level=logging.WARNING, **options)
-        except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+            self.close()
             raise BackendError(f"Ray at {address} cannot be used: {error}") from error
         kind = "CPU" if device == "cpu" else "GPU"
         there = self._ray.cluster_resources().get(kind, 0)
@@ -91,7 +99,9 @@ class RayCluster:
                 f"{self.count} replicas do not fit where Ray at {address} has {there:g} "
                 f"{kind}s; expected a GPU for each, or --device cpu and a number of --replicas"
             )
-        share = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": min(1.0, there / self.count)}
+        share = {"num_gpus": 1.0}
+        if kind == "CPU":
+            share = {"num_cpus": min(1.0, there / self.count / 2)}  # machines are not filled evenly
         self._actors = ray.remote(**share, max_restarts=0, max_task_retries=0)(Replica)
         self._arguments = open_runner, queue
 
@@ -106,6 +116,8 @@ class RayCluster:
     def close(self) -> None:
         """Ends all replicas, and Ray where it was started here."""
         self._ray.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self

@@ -192,7 +192,7 @@ def test_a_client_that_goes_takes_its_job_along(service: Service) -> None:
     until(lambda: service.gauge("cancelled_total") == 3)
 
 
-def test_all_ports_are_on_loopback(service: Service) -> None:
+def test_ray_is_closed_to_others(service: Service) -> None:
     listening = [
         connection.laddr
         for process in [service.process, *service.process.children(recursive=True)]
@@ -201,6 +201,11 @@ def test_all_ports_are_on_loopback(service: Service) -> None:
     ]
     assert len(listening) > 5  # Ray's own among them
     assert {ip.removeprefix("::ffff:") for ip, _ in listening} == {"127.0.0.1"}
+    raylet = next(x for x in service.process.children(recursive=True) if x.name() == "raylet")
+    sockets = [x.partition("=")[2] for x in raylet.cmdline() if "_socket_name=" in x]
+    assert len(sockets) == 2
+    for socket in sockets:
+        assert Path(socket).parents[3].stat().st_mode & 0o077 == 0
 
 
 def test_a_stop_waits_for_what_was_begun_and_leaves_no_process(service: Service) -> None:
