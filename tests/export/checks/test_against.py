@@ -232,6 +232,11 @@ def patch_of_values(array: np.ndarray) -> None:
             id="text that is not finite",
         ),
         pytest.param(
+            spoil("blend", "latents", scaled(1.05)),
+            {float32("blend"): "latents is off by 0.05 "},
+            id="a mixture that is off",
+        ),
+        pytest.param(
             spoil("merge_lora", "merged", scaled(1.01)),
             {MERGED: "is off by 0.01 "},
             id="weights that are off",
