@@ -22,7 +22,11 @@ from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Fetch, Front
 from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
+from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.runware.routes import runware_routes
+from klein_kv.runtime.serving.runware.service import RunwareService
+from klein_kv.runtime.serving.runware.store import PATH
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
@@ -42,10 +46,16 @@ _HEADERS = {
 }
 
 
-def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None) -> FastAPI:
-    """Puts the service together.
+def make_app(
+    engine: Engine,
+    settings: ServeSettings,
+    fetch: Fetch | None = None,
+    send: Fetcher | None = None,
+) -> FastAPI:
+    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
 
-    `app.state.front` is what all routes share; `app.state.public` are paths that need no key.
+    `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
+    ask for it themselves, and `app.state.public_below` what all such paths begin with.
     """
     front = Front(
         engine=engine,
@@ -60,14 +70,18 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.front = front
-    app.state.public = {"/health/live"}
+    app.state.public = {"/health/live", PATH, *PAGE_PATHS}
+    app.state.public_below = (f"{PATH}/images/",)
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
+    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
+    app.include_router(runware_routes(front, service))
+    app.include_router(page_routes())
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
-    app.add_middleware(Gate, front=front, public=app.state.public)
+    app.add_middleware(Gate, front=front, public=app.state.public, below=app.state.public_below)
     return app
 
 
@@ -97,10 +111,13 @@ class Gate:
     A WebSocket passes the origin's check alone: who is behind it is asked in its first message.
     """
 
-    def __init__(self, app: ASGIApp, front: Front, public: set[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, front: Front, public: set[str], below: tuple[str, ...]
+    ) -> None:
         self.app = app
         self.front = front
         self.public = public
+        self.below = below
         self.local = is_loopback(front.settings.host)
         self.active = 0
         self.budget = BodyBudget(front.settings.max_bodies_bytes)
@@ -122,6 +139,9 @@ class Gate:
     def _check_load(self) -> None:
         if self.active > self.front.settings.max_connections:
             raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
+
+    def _is_public(self, path: str) -> bool:
+        return path in self.public or path.startswith(self.below)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -154,9 +174,9 @@ class Gate:
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
-            elif scope["path"] not in self.public:
+            elif not self._is_public(scope["path"]):
                 self.front.keys.check(headers)
-            if scope["path"] not in self.public:
+            if scope["path"] != "/health/live":
                 self._check_load()
             body.check_length()
             await self.app(scope, body, sending)

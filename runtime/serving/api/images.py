@@ -83,6 +83,8 @@ def _completed(front: Front, ask: Ask, kind: str) -> Any:
             "b64_json": _encoded(front, ask, image, 0),
             "created_at": ask.created,
             "seed": result.seed,
+            "references_known": result.references_known,
+            "timings": {"queued": result.queued_s, **result.stages_s},
             **_described(front, ask, image),
         }
         return json.dumps(value).encode()
