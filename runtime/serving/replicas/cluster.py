@@ -99,7 +99,7 @@ class RayCluster:
                 f"{self.count} replicas do not fit where Ray at {address} has {there:g} "
                 f"{kind}s; expected a GPU for each, or --device cpu and a number of --replicas"
             )
-        share = {"num_gpus": 1.0}
+        share: dict[str, Any] = {"num_gpus": 1.0}
         if kind == "CPU":
             share = {"num_cpus": min(1.0, there / self.count / 2)}  # machines are not filled evenly
         self._actors = ray.remote(**share, max_restarts=0, max_task_retries=0)(Replica)
