@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from klein_kv import __version__
 from klein_kv.cli.arguments import Result
 from klein_kv.cli.build import add_build
+from klein_kv.cli.comfyui import add_comfyui
 from klein_kv.cli.export import add_export, add_fixture
 from klein_kv.cli.generate import add_generate
 from klein_kv.cli.inspection import add_doctor, add_inspect
@@ -45,6 +46,7 @@ _VERBS = (
     add_plan,
     add_generate,
     add_serve,
+    add_comfyui,
     add_verify,
     add_inspect,
     add_doctor,
