@@ -24,8 +24,21 @@ __all__ = [
 ]
 
 
+_LONGEST = 2000  # characters of a message
+
+
 class KleinKVError(Exception):
-    """Base of every error that klein-kv raises on purpose."""
+    """Base of every error that klein-kv raises on purpose.
+
+    Messages quote files and arguments: control codes of theirs are escaped, and of a long text the
+    middle is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
 
 
 class CheckpointError(KleinKVError):
