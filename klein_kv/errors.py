@@ -13,6 +13,7 @@ Messages say what was wrong, what was found, what was expected and how to mend i
 """
 
 __all__ = [
+    "MALFORMED",
     "ArtifactError",
     "BackendError",
     "BuildError",
@@ -23,6 +24,16 @@ __all__ = [
     "RequestError",
 ]
 
+
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What taking a file's values for what they should be may raise."""
 
 _LONGEST = 2000  # characters of a message
 

@@ -16,7 +16,7 @@ __all__ = ["damaged_bytes", "damaged_json", "damaged_safetensors", "works_or_one
 
 _DEEP = "@deep@"  # stands for nesting that json.dumps itself cannot write
 _HUGE: Any = [2**31, 2**63, 10**30, 10**400, 1e308, float("inf"), float("nan")]
-_ODD: Any = [
+_ODD_VALUES: Any = [
     *(None, True, False, 0, -1, 1, 2, 7, 0.5, -0.0, 1e-320, *_HUGE, -(2**63), -float("inf")),
     *(
         "",
@@ -32,6 +32,7 @@ _ODD: Any = [
     ),
     *([], [[]], [0], [-1, 1], [1.5, "x"], {}, {"": None}, {"x": [1]}, _DEEP),
 ]
+_ODD = st.sampled_from(_ODD_VALUES).map(copy.deepcopy)
 
 
 @contextlib.contextmanager
@@ -101,17 +102,17 @@ def damaged_json(data: st.DataObject, value: Any) -> bytes:
             other, at = _node(data, root)
             parent[key] = copy.deepcopy(other[at])
         elif kind == "add" and isinstance(parent[key], dict):
-            parent[key][data.draw(st.text(max_size=5))] = data.draw(st.sampled_from(_ODD))
+            parent[key][data.draw(st.text(max_size=5))] = data.draw(_ODD)
         elif kind == "add" and isinstance(parent[key], list):
-            parent[key].append(data.draw(st.sampled_from(_ODD)))
+            parent[key].append(data.draw(_ODD))
         elif kind == "number" and type(parent[key]) in (int, float):
             number = parent[key]
-            near = [number - 1, number + 1, -number, 2 * number, number + 0.5, str(number)]
+            near = [number - 1, number + 1, -number, 2 * number, number // 2, str(number)]
             parent[key] = data.draw(st.sampled_from(near))
         elif kind == "twice" and isinstance(parent, dict):
-            twice = f"{json.dumps(key)}: {json.dumps(data.draw(st.sampled_from(_ODD)))}, "
+            twice = f"{json.dumps(key)}: {json.dumps(data.draw(_ODD))}, "
         else:
-            parent[key] = data.draw(st.sampled_from(_ODD))
+            parent[key] = data.draw(_ODD)
     text = json.dumps(root[0])
     if twice:
         at = text.find(twice.partition(":")[0])

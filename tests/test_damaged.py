@@ -36,6 +36,7 @@ from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.cli.inspection import _inspect_engines
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.engines.plan.kernel_price import price_plan
+from klein_kv.errors import MALFORMED
 from klein_kv.export.checkpoints.sources import find_source
 from klein_kv.export.checkpoints.stored_weights import read_rows
 from klein_kv.export.checkpoints.weight_values import check_values
@@ -44,6 +45,7 @@ from klein_kv.export.exporter import _read_checkpoint
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.inputs.prompts import read_prompts
+from klein_kv.runtime.lora.changes import apply_changes
 from klein_kv.runtime.lora.lora_file import describe_lora, read_adapter
 from klein_kv.runtime.options import CallArguments, texts_of
 from klein_kv.runtime.outputs.metadata import ImageParameters, write_image
@@ -191,7 +193,7 @@ def described(folder: Path, name: str, content: bytes) -> Iterator[None]:
 
 
 def use(folder: Path, backend: str = "torch", **options: Any) -> None:
-    """Opens a folder and makes an image, and plans for it."""
+    """Opens a folder and makes an image."""
     with (
         works_or_one_clear_error(),
         KleinKVPipeline.from_pretrained(
@@ -199,8 +201,11 @@ def use(folder: Path, backend: str = "torch", **options: Any) -> None:
         ) as pipe,
     ):
         make_small_image(pipe)
+
+
+def plan(folder: Path) -> None:
     with works_or_one_clear_error():
-        wanted = PlanOptions(precisions=("bf16",), references=(0, 1), engines=folder / ENGINES)
+        wanted = PlanOptions(precisions=("bf16",), references=(1,), engines=folder / ENGINES)
         assert text_from_plans(plan_artifacts(folder, wanted))
 
 
@@ -210,16 +215,20 @@ def test_manifests(artifacts: Path, data: st.DataObject) -> None:
     precision = data.draw(st.sampled_from([None, None, "fp8"]))
     with written(artifacts / MANIFEST, damaged_text(data, artifacts / MANIFEST)):
         use(artifacts, precision=precision)
+        plan(artifacts)
 
 
 @few
 @given(DATA)
 def test_weight_tables(artifacts: Path, tiny_copy: Path, data: st.DataObject) -> None:
-    folder, backend = data.draw(st.sampled_from([(artifacts, "torch"), (tiny_copy, "onnxruntime")]))
+    """Which only one backend reads at a time; ONNX Runtime takes ten times as long."""
+    folders = [(artifacts, "torch")] * 9 + [(tiny_copy, "onnxruntime")]
+    folder, backend = data.draw(st.sampled_from(folders))
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.weights.json")]
     name = data.draw(st.sampled_from(sorted(names)))
     with described(folder, name, damaged_text(data, folder / name)):
         use(folder, backend)
+        plan(folder)
 
 
 @pytest.fixture(scope="module")
@@ -235,13 +244,13 @@ def test_quantized_weights(artifacts: Path, data: st.DataObject) -> None:
     part = "transformer" if precision == "nvfp4" else part
     path = artifacts / part / f"{precision}.{data.draw(st.sampled_from(['json', 'safetensors']))}"
     damaged = damaged_text if path.suffix == ".json" else damaged_file
-    name = path.relative_to(artifacts).as_posix()
-    with described(artifacts, name, damaged(data, path)):
+    with written(path, damaged(data, path)):
         with works_or_one_clear_error():
             for linear in load_quantized(artifacts, part, precision).linears.values():
                 assert linear.dequantize().shape == linear.shape
-        attention = data.draw(st.sampled_from([None, "fp8"]))
-        use(artifacts, "onnxruntime", precision=precision, attention=attention)
+        with works_or_one_clear_error():
+            wanted = PlanOptions(precisions=(precision,), references=(1,))
+            assert text_from_plans(plan_artifacts(artifacts, wanted))
 
 
 @few
@@ -250,21 +259,19 @@ def test_engine_manifests(artifacts: Path, data: st.DataObject) -> None:
     """As damage, or as somebody wrote it on purpose, with the digest that it needs."""
     folder = artifacts / ENGINES
     content = damaged_text(data, folder / ENGINE_MANIFEST)
-    with contextlib.suppress(ValueError, RecursionError, TypeError):
+    with contextlib.suppress(*MALFORMED):
         value = json.loads(content)
         if data.draw(st.booleans()):
             content = json.dumps(value | {"digest": _self_digest(value)}).encode()
     with written(folder / ENGINE_MANIFEST, content):
         with works_or_one_clear_error():
-            manifest = Manifest.load(artifacts)
+            manifest = Manifest.load(artifacts, check_files=False)
             for one in open_engines(artifacts, manifest, manifest.graphs, folder).folders:
                 for graph, record in one.manifest.engines.items():
                     one.manifest.read_engine(folder, graph)
                     record.weight_refs(artifacts)
                     record.scratch_for({"hidden_states": (1, 4, 128)})
-        with works_or_one_clear_error():
-            wanted = PlanOptions(precisions=("bf16",), engines=folder)
-            assert text_from_plans(plan_artifacts(artifacts, wanted))
+        plan(artifacts)
         with works_or_one_clear_error():
             assert _inspect_engines(folder, "rtx5090")[1]
 
@@ -329,9 +336,8 @@ def test_loras(loras: list[Path], data: st.DataObject) -> None:
         with works_or_one_clear_error():
             adapter = read_adapter(path, SHAPES, strict=data.draw(st.booleans()))
             for name, changes in adapter.changes.items():
-                for change in changes:
-                    new = change.apply(np.ones(SHAPES[name], np.float32), 0.5)
-                    assert (new.shape, new.dtype) == (SHAPES[name], np.float32)
+                new = apply_changes(np.ones(SHAPES[name], np.float32), [(x, 0.5) for x in changes])
+                assert (new.shape, new.dtype) == (SHAPES[name], np.float32)
 
 
 # --- prompts ---
@@ -371,7 +377,7 @@ PIECES = st.sampled_from(
     ]
 )
 TEXTS = st.text() | st.lists(PIECES | st.text(max_size=5), max_size=20).map("".join)
-LONG = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([1, 1, 1, 100, 10_000]))
+LONG = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([1, 1, 1, 100, 1000]))
 ODD = st.sampled_from(
     [None, 0, 1.5, True, b"kite", float("nan"), {"a": 1}, (), ("kite",), object()]
 )

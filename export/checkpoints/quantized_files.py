@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.numbers import BLOCK, dequantize_fp8, dequantize_nvfp4
 from klein_kv.artifacts.weights import WeightRef, map_weight, read_header, read_metadata
-from klein_kv.errors import CheckpointError
+from klein_kv.errors import MALFORMED, CheckpointError
 
 __all__ = ["FileWeight", "PublishedWeight", "read_weights", "weights_from_refs"]
 
@@ -218,7 +218,7 @@ def _check_formats(path: Path, refs: Mapping[str, WeightRef], metadata: Mapping[
         for name, ref in refs.items():
             if name.endswith(".comfy_quant"):
                 kinds[name] = json.loads(map_weight(ref).tobytes())["format"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{path}: what it says of its quantized layers (_quantization_metadata, comfy_quant) "
             f"is not what ComfyUI writes ({error!r}); download it again"

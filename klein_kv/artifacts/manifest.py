@@ -27,7 +27,7 @@ from klein_kv.artifacts.signature import (
     graph_sets,
     quantized_graph_sets,
 )
-from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError, RequestError
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
@@ -200,7 +200,7 @@ class Manifest:
                     for name, networks in value.get("precisions", {}).items()
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+        except (*MALFORMED, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
@@ -210,6 +210,11 @@ class Manifest:
                 f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
                 f"{', '.join(DTYPES.values())}; export the checkpoint again"
             )
+        for graph, name in manifest.graphs.files.items():
+            if name not in manifest.files:
+                raise ArtifactError(
+                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
+                )
         manifest.check_precisions(folder)
         if check_files:
             manifest.check_files(folder)
@@ -233,11 +238,6 @@ class Manifest:
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder where a file is missing, or has another size or digest."""
-        for graph, name in self.graphs.files.items():
-            if name not in self.files:
-                raise ArtifactError(
-                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
-                )
         for name, record in self.files.items():
             try:
                 path = inside(folder, name)
@@ -271,7 +271,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")

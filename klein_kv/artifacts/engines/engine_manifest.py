@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from klein_kv.artifacts.digest import inside, write_atomic
 from klein_kv.artifacts.engines.engine_record import EngineRecord, record_from_json
-from klein_kv.errors import ArtifactError
+from klein_kv.errors import MALFORMED, ArtifactError
 
 __all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
@@ -99,7 +99,7 @@ class EngineManifest:
                 f"{folder} holds no engines: it has no {ENGINE_MANIFEST}; build them with "
                 "`klein-kv build`"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error}; build again") from error
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(f"{path} is not a manifest of engines; build again")
@@ -114,7 +114,7 @@ class EngineManifest:
             engines = {name: record_from_json(record) for name, record in value["engines"].items()}
             known = {name: value[name] for name in cls.__slots__ if name in value}
             return cls(**known | {"engines": engines, "sm": int(value["sm"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error
 
 

@@ -72,8 +72,7 @@ class EngineRecord:
         )
         got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise RequestError(
-            f"{self.graph}: no profile of this engine holds {got}; it was built for {limits}. "
-            "Build engines with a recipe that covers these sizes"
+            f"{self.graph}: no profile of this engine holds {got}; it was built for {limits}"
         )
 
     @property
@@ -91,7 +90,7 @@ class EngineRecord:
 
 
 def record_from_json(value: Mapping[str, Any]) -> EngineRecord:
-    """Reads what `asdict` and JSON made of a record; KeyError, TypeError or ValueError if none."""
+    """Reads what `asdict` and JSON made of a record; one of `MALFORMED` if none."""
     specs = {
         side: tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in value[side])
         for side in ("inputs", "outputs")
