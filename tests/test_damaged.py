@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.attention_scales import attention_scales
 from klein_kv.artifacts.config import DEFAULT_TEXT_LAYERS
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.engines.engine_manifest import (
@@ -33,6 +34,7 @@ from klein_kv.artifacts.engines.engine_set import open_engines
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
+from klein_kv.artifacts.weights import graph_weights
 from klein_kv.cli.inspection import _inspect_engines
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.engines.plan.kernel_price import price_plan
@@ -246,8 +248,12 @@ def test_quantized_weights(artifacts: Path, data: st.DataObject) -> None:
     damaged = damaged_text if path.suffix == ".json" else damaged_file
     with written(path, damaged(data, path)):
         with works_or_one_clear_error():
-            for linear in load_quantized(artifacts, part, precision).linears.values():
+            quantized = load_quantized(artifacts, part, precision)
+            for linear in quantized.linears.values():
                 assert linear.dequantize().shape == linear.shape
+            net = Manifest.load(artifacts, check_files=False).config.transformer
+            weights = graph_weights(artifacts, "transformer/cached_step.onnx")
+            assert len(attention_scales(net, quantized.attention, weights)) == net.num_blocks
         with works_or_one_clear_error():
             wanted = PlanOptions(precisions=(precision,), references=(1,))
             assert text_from_plans(plan_artifacts(artifacts, wanted))

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
+from klein_kv.artifacts.config import text_of
 from klein_kv.errors import MALFORMED, ArtifactError, BuildError
 
 __all__ = ["FORMAT", "Kernel", "KernelPlan", "Operand", "parse_line"]
@@ -148,11 +149,11 @@ class KernelPlan:
                 raise ArtifactError(f"{path} is not a kernel plan of this klein-kv; build again")
             kernels = tuple(_kernel_from_json(kernel) for kernel in value["kernels"])
             return cls(
-                str(value["graph"]),
-                str(value["engine"]),
+                text_of(value["graph"]),
+                text_of(value["engine"]),
                 kernels,
                 int(value["scratch_bytes"]),
-                tuple(map(str, value["weights"])),
+                tuple(map(text_of, value["weights"])),
             )
         except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error!r}; build again") from error
@@ -197,20 +198,20 @@ def _kernel_from_json(value: dict[str, Any]) -> Kernel:
     def operands(key: str) -> tuple[Operand, ...]:
         return tuple(
             Operand(
-                str(o["name"]),
+                text_of(o["name"]),
                 tuple(map(operator.index, o["dims"])),
                 tuple(map(operator.index, o["strides"])),
-                str(o["dtype"]),
+                text_of(o["dtype"]),
             )
             for o in value[key]
         )
 
     return Kernel(
-        str(value["name"]),
-        str(value["kind"]),
+        text_of(value["name"]),
+        text_of(value["kind"]),
         operands("inputs"),
         operands("constants"),
         operands("outputs"),
-        tuple(map(str, value["onnx_layers"])),
+        tuple(map(text_of, value["onnx_layers"])),
         int(value["stream"]),
     )

@@ -26,6 +26,7 @@ __all__ = [
     "dtype_name",
     "read_json",
     "tensor_bytes",
+    "text_of",
 ]
 
 T = TypeVar("T")
@@ -75,6 +76,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
+    return value
+
+
+def text_of(value: Any) -> str:
+    """A text that a file holds; a TypeError if it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
     return value
 
 

@@ -5,11 +5,12 @@ stay inside the folder.
 """
 
 import json
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json
+from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json, text_of
 from klein_kv.artifacts.digest import (
     combine_digests,
     file_digest,
@@ -186,17 +187,17 @@ class Manifest:
                 vae = read_json(folder / "vae/config.json", "vae config")
                 value["config"]["vae"] = asdict(VaeConfig.from_dict(vae))
             manifest = cls(
-                model_id=value["model_id"],
+                model_id=text_of(value["model_id"]),
                 variant=value["variant"],
                 dtype=value["dtype"],
                 config=ModelConfig.from_saved(value["config"]),
-                scheduler=value["scheduler"],
+                scheduler={**value["scheduler"]},
                 prompt=PromptFormat(**value["prompt"]),
-                files={name: FileRecord(**record) for name, record in value["files"].items()},
-                licence=value["licence"],
+                files={name: _file_record(**record) for name, record in value["files"].items()},
+                licence=text_of(value["licence"]),
                 distilled=bool(value.get("distilled", True)),
                 precisions={
-                    name: {component: str(files) for component, files in networks.items()}
+                    name: {component: text_of(files) for component, files in networks.items()}
                     for name, networks in value.get("precisions", {}).items()
                 },
             )
@@ -204,7 +205,7 @@ class Manifest:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
-        if manifest.dtype not in DTYPES.values() or manifest.variant not in VARIANTS:
+        if manifest.dtype not in DTYPES.values() or manifest.variant not in list(VARIANTS):
             raise ArtifactError(
                 f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
                 f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
@@ -258,6 +259,10 @@ class Manifest:
                     f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
                     f"{expected}; it was changed or damaged, export the checkpoint again"
                 )
+
+
+def _file_record(bytes: int, digest: str, sha256: str = "") -> FileRecord:  # noqa: A002
+    return FileRecord(operator.index(bytes), text_of(digest), text_of(sha256))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -107,7 +107,11 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             )
             for name, entry in value["linears"].items()
         }
-        quantized = QuantizedComponent(linears, value["attention"], value["origin"])
+        attention = {
+            block: {name: float(ranges[name]) for name in ("q", "k", "v")}
+            for block, ranges in value["attention"].items()
+        }
+        quantized = QuantizedComponent(linears, attention, {**value["origin"]})
     except (OSError, CheckpointError, *MALFORMED) as error:
         raise ArtifactError(
             f"{scales} and {weights.name} cannot be read together "

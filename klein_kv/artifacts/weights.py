@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import tensor_bytes
+from klein_kv.artifacts.config import tensor_bytes, text_of
 from klein_kv.artifacts.digest import inside, stand_in
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError
 
@@ -227,10 +227,10 @@ def places_from_json(table: Mapping[str, Any]) -> dict[str, WeightPlace]:
     """Reads what JSON made of places; one of `MALFORMED` if it is none."""
     return {
         name: WeightPlace(
-            file,
+            text_of(file),
             operator.index(offset),
             operator.index(nbytes),
-            dtype,
+            text_of(dtype),
             tuple(map(operator.index, shape)),
         )
         for name, (file, offset, nbytes, dtype, shape) in table.items()

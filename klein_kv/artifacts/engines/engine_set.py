@@ -160,7 +160,7 @@ def open_engines(
     for one in folders:
         files = (graphs if one.manifest.attention == graphs.attention else general).files
         for graph, record in one.manifest.engines.items():
-            if record.onnx_digest != manifest.files[files[graph]].digest:
+            if graph not in files or record.onnx_digest != manifest.files[files[graph]].digest:
                 raise ArtifactError(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"

@@ -37,11 +37,9 @@ def _parts(step: ProfileRecord, decoder: ProfileRecord | None, unit: int) -> Ite
         low, _, high = step.symbols["image_tokens"]
         area = _span(_area(low, unit), _area(high, unit))
     if {"grid_width", "grid_height"} <= grids.keys():
-        low, high = (
-            f"{grids['grid_width'][end] * unit}x{grids['grid_height'][end] * unit}"
-            for end in (0, 2)
-        )
-        sides = _span(low, high)
+        ends = zip(grids["grid_width"], grids["grid_height"], strict=True)
+        least, _, most = (f"{width * unit}x{height * unit}" for width, height in ends)
+        sides = _span(least, most)
         yield f"outputs of {sides} pixels" + (f", area {area}" if area not in ("", sides) else "")
     elif area:
         yield f"outputs of an area of {area} pixels"
