@@ -116,6 +116,15 @@ def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> No
         only.choose("encode_references", {"ref_ids": (TOKENS + 1, 4)})
 
 
+def test_an_engine_of_no_graph_is_refused(tiny_artifacts: Path, artifacts: Path) -> None:
+    folder, manifest = artifacts / "engines/general", Manifest.load(tiny_artifacts)
+    engines = EngineManifest.load(folder)
+    strange = {"nothing": engines.engines["first_step"]}
+    replace(engines, engines=engines.engines | strange).save(folder)
+    with pytest.raises(ArtifactError, match="engine of nothing was built from another export"):
+        open_engines(artifacts, manifest, manifest.graphs)
+
+
 def test_sizes_are_told_in_pixels(tiny_artifacts: Path, artifacts: Path) -> None:
     """Tokens alone, which they were told in, are nothing that a user asks for."""
     recipe = Recipe.load("default")
