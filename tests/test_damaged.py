@@ -54,7 +54,7 @@ from klein_kv.runtime.options import CallArguments, texts_of
 from klein_kv.runtime.outputs.metadata import ImageParameters, write_image
 from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
 from klein_kv.runtime.planning.plan_text import text_from_plans
-from tests.bfl_files import bfl_state, quantize, save_single_file
+from tests.bfl_files import bfl_state, ldm_vae_state, quantize, save_single_file
 from tests.damage import (
     damaged_bytes,
     damaged_json,
@@ -121,7 +121,10 @@ def single_files(checkpoint: Path) -> list[Path]:
         for name, x in fp8.items()
     } | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     kinds["whole"] = {f"model.diffusion_model.{name}": x for name, x in bfl.items()}
-    kinds["whole"]["vae.x"] = torch.ones(2)
+    vae = load_file(checkpoint / "vae/diffusion_pytorch_model.safetensors")
+    text = load_file(checkpoint / "text_encoder/model.safetensors")
+    kinds["whole"] |= {f"vae.{name}": x for name, x in ldm_vae_state(vae).items()}
+    kinds["whole"] |= {f"text_encoders.qwen3_8b.transformer.{name}": text[name] for name in text}
     layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in fp8}
     said = {"_quantization_metadata": json.dumps({"layers": layers})}
     return [
