@@ -29,21 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--measured", action="store_true", help="print the largest error of each tolerance entry"
     )
     parser.addoption("--kills", type=int, default=2, help="how often test_killed kills each verb")
-    parser.addoption(
-        "--examples", type=int, default=60, help="of properties without a number of their own"
-    )
+    parser.addoption("--examples", type=int, default=40, help="damaged files of each kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Other examples in every run: hypothesis' own settings take the same ones where CI is set."""
-    settings.register_profile(
-        "ours",
-        max_examples=config.getoption("--examples"),
-        deadline=None,
-        derandomize=False,
-        database=None,
-        print_blob=True,
-    )
+    ours = settings(deadline=None, derandomize=False, database=None, print_blob=True)
+    settings.register_profile("ours", ours)
+    settings.register_profile("damaged", ours, max_examples=config.getoption("--examples"))
     settings.load_profile("ours")
 
 

@@ -65,7 +65,10 @@ from tests.engines.plan.test_kernel_plan import LINES
 from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.lora.lora_files import SHAPES, WRITERS, make, save
 
-few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+few = settings(
+    settings.get_profile("damaged"),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 ENGINES = "engines/sm120-bf16"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 DATA = st.data()
