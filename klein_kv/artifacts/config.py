@@ -107,7 +107,7 @@ def _read(kind: type[T], component: str, config: Mapping[str, Any], **defaults: 
                 f"{component} config: {field.name} is missing; expected the config.json that "
                 "diffusers or transformers saves"
             )
-        if field.type is float and type(value) is int:
+        if field.type is float and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

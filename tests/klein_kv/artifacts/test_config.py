@@ -147,6 +147,7 @@ def test_saved_and_read_back(config: ModelConfig) -> None:
         ({"num_layers": 10**9}, "num_layers is 1000000000, expected an integer of 1 to 1024"),
         ({"in_channels": 10**30}, "expected an integer of 1 to 16777216"),
         ({"mlp_ratio": 1e308}, "expected a number of 0 to 1e9"),
+        ({"eps": 10**400}, "expected a number of 0 to 1e9"),
     ],
 )
 def test_bad_transformer(change: dict[str, Any], message: str) -> None:
