@@ -122,7 +122,7 @@ def build_artifacts(
     )
     tasks = [
         make_task(artifacts, manifest, chosen, graph, recipe, engines)
-        for graph in chosen_graphs(graphs, recipe, chosen)
+        for graph in chosen_graphs(graphs, recipe, list(manifest.held_graphs(chosen)))
     ]
     remove_leftovers(folder)
     engines = replace(engines, engines=_reusable(folder, engines, tasks, force))

@@ -64,17 +64,17 @@ def artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
     return held
 
 
-def chosen_graphs(graphs: Sequence[str] | None, recipe: Recipe, available: GraphSet) -> list[str]:
+def chosen_graphs(
+    graphs: Sequence[str] | None, recipe: Recipe, available: Sequence[str]
+) -> list[str]:
     """The graphs to build, in the order of `available`; None are all that the recipe can use."""
-    unknown = [graph for graph in graphs or () if graph not in available.files]
+    unknown = [graph for graph in graphs or () if graph not in available]
     if unknown:
-        raise RequestError(
-            f"unknown graph {unknown[0]!r}, expected some of {', '.join(available.files)}"
-        )
+        raise RequestError(f"unknown graph {unknown[0]!r}, expected some of {', '.join(available)}")
     if graphs is not None:
-        return [graph for graph in available.files if graph in graphs]
+        return [graph for graph in available if graph in graphs]
     references = any(profile.references.max for profile in recipe.profiles)
-    return [graph for graph in available.files if references or graph not in _NEEDS_REFERENCES]
+    return [graph for graph in available if references or graph not in _NEEDS_REFERENCES]
 
 
 def make_task(
@@ -90,7 +90,7 @@ def make_task(
     An `ArtifactError` if the graph is not the exported one, or its weights are not whole; a
     `BuildError` if the recipe has no sizes for it.
     """
-    file = graphs.files[graph]
+    file = graphs.file(graph)
     if file not in manifest.files:
         raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
     path = artifacts / file

@@ -198,6 +198,8 @@ def _configure(
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # A merge of weights is float32; no network has a product in that type.
+    config.clear_flag(trt.BuilderFlag.TF32)
     config.max_aux_streams = 0  # else the parts of wide attention run at once, each in its memory
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # Else wide profiles allocate while they run, and cannot be captured as CUDA graphs.

@@ -7,7 +7,7 @@ could be taken for a result.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from klein_kv.artifacts.config import (
 )
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import MANIFEST, FileRecord, Manifest
-from klein_kv.artifacts.signature import VARIANTS, distinct_graphs, graph_sets
+from klein_kv.artifacts.signature import (
+    SMALL_GRAPH_FILES,
+    VARIANTS,
+    distinct_graphs,
+    graph_sets,
+)
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
 from klein_kv.export.checkpoints.single_file import read_beside, read_single_file
@@ -34,8 +39,10 @@ from klein_kv.export.checkpoints.weight_files import Placement, place_weights
 from klein_kv.export.checkpoints.weight_index import WeightIndex
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
+from klein_kv.export.graphs.small_graphs import small_graph
 from klein_kv.export.graphs.transformer_graphs import text_encoder_graph, transformer_graph
 from klein_kv.export.graphs.vae_graphs import vae_graph
+from klein_kv.export.preview import save_preview_matrix
 from klein_kv.export.staging import new_folder
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
@@ -169,18 +176,20 @@ def export_checkpoint(
             placed[part] = place_weights(whole.weights[part], names, dtype, folder / part, part)
         nodes = _write_graphs(whole, placed, folder, variant, dtype)
         licence = copy_licences(source, folder)
-        files = _file_records(folder, placed)
-        Manifest(
+        manifest = Manifest(
             model_id=" + ".join([source.name, *(f"{x.name}:{weight:g}" for x, weight in adapters)]),
             variant=variant,
             dtype=dtype,
             config=whole.config,
             scheduler=whole.scheduler,
             prompt=prompt,
-            files=files,
+            files={},
             licence=licence,
             distilled=source.is_distilled,
-        ).save(folder)
+        )
+        save_preview_matrix(folder, manifest)
+        files = _file_records(folder, placed)
+        replace(manifest, files=files).save(folder)
         shared = {path for part in placed.values() for path in part.shared}
         written = sum(r.bytes for name, r in files.items() if folder / name not in shared)
         written += (folder / MANIFEST).stat().st_size
@@ -264,4 +273,7 @@ def _write_graphs(
         nodes[label] = len(model.graph)
         save_graph(model, folder / file)
         _log.info("%s: %d nodes, %.1f s", file, nodes[label], time.perf_counter() - start)
+    (folder / "latents").mkdir()
+    for graph, file in SMALL_GRAPH_FILES.items():
+        save_graph(small_graph(graph, config, dtype), folder / file)
     return nodes

@@ -5,9 +5,16 @@ from typing import TYPE_CHECKING
 from klein_kv.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
     from klein_kv.runtime.pipeline import KleinKVPipeline
 
 __version__ = "0.1.0"
-__all__ = ["KleinKVPipeline", "__version__"]
+__all__ = ["KleinKVInpaintPipeline", "KleinKVPipeline", "__version__"]
 
-__getattr__ = lazy_names(__name__, {"KleinKVPipeline": "klein_kv.runtime.pipeline"})
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "KleinKVInpaintPipeline": "klein_kv.runtime.inpaint_pipeline",
+        "KleinKVPipeline": "klein_kv.runtime.pipeline",
+    },
+)

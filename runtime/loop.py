@@ -3,7 +3,8 @@
 `first_step` takes the references' tokens and leaves their keys and values on the device; every
 later step is `cached_step` on those buffers. With keys and values at hand from the start, or
 without references (R = 0), all steps are `cached_step`. Plain weights have nothing to keep: each of
-their steps is `plain_step`, which takes the references' tokens.
+their steps is `plain_step`, which takes the references' tokens. `blend` follows every step where a
+part of an image is to stay.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,22 @@ from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.session import Session
 from klein_kv.schedule import Schedule
 
-__all__ = ["LoopInputs", "denoise_loop", "loop_inputs", "no_references"]
+__all__ = ["Blend", "LoopInputs", "denoise_loop", "loop_inputs", "no_references"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Buffers of the graph `blend`, which mixes latents with an image."""
+
+    image_latents: Buffer  # [1, S, C]
+    noise: Buffer  # [B, S, C]
+    mask: Buffer  # [B, S, 1]
+
+    def __call__(self, backend: Session, latents: Buffer, sigma: Buffer) -> Buffer:
+        """The latents where the mask is 1, the image at noise level `sigma` where it is 0."""
+        feeds = {"hidden_states": latents, "sigma": sigma, "mask": self.mask}
+        feeds |= {"image_latents": self.image_latents, "noise": self.noise}
+        return backend.run("blend", feeds)["latents"]
 
 
 @dataclass(slots=True)
@@ -31,6 +47,8 @@ class LoopInputs:
     Attributes:
         references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
         kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
+        noise_pred: of the step that just ran; None while one runs.
+        blend: what the latents are mixed with after each step, if anything.
     """
 
     latents: Buffer  # [B, S, C]
@@ -40,6 +58,8 @@ class LoopInputs:
     txt_ids: Buffer  # int64 [T, 4]
     references: dict[str, Buffer] | None = None
     kv: dict[str, Buffer] = field(default_factory=dict)
+    noise_pred: Buffer | None = None  # [B, S, C]
+    blend: Blend | None = None
 
 
 def loop_inputs(
@@ -86,10 +106,11 @@ def denoise_loop(
         (
             backend.upload(np.array([schedule.model_timestep(i, graphs.dtype)], np.float32)),
             backend.upload(schedule.sigma_steps[i : i + 1]),
+            backend.upload(schedule.sigmas[i + 1 : i + 2]) if inputs.blend else None,
         )
         for i in range(schedule.num_steps)
     ]
-    for i, (timestep, sigma_step) in enumerate(scalars):
+    for i, (timestep, sigma_step, sigma) in enumerate(scalars):
         feeds = {
             "hidden_states": inputs.latents,
             "encoder_hidden_states": inputs.text,
@@ -106,8 +127,12 @@ def denoise_loop(
             feeds |= inputs.references
         outputs = backend.run(graph, feeds)
         inputs.latents = outputs.pop("latents")
-        del outputs["noise_pred"]
+        inputs.noise_pred = outputs.pop("noise_pred")
         if graph == "first_step":
             inputs.kv, inputs.references = outputs, None
-        if after_step is not None and after_step(i, inputs):
+        if inputs.blend is not None:
+            inputs.latents = inputs.blend(backend, inputs.latents, sigma)
+        stop = after_step is not None and after_step(i, inputs)
+        inputs.noise_pred = None
+        if stop:
             break

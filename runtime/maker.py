@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from klein_kv.artifacts.weights import NUMPY_DTYPES
-from klein_kv.errors import RequestError
+from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.inputs.noise import initial_noise
 from klein_kv.runtime.inputs.prompt_encoder import EncodedPrompt
-from klein_kv.runtime.loop import LoopInputs, denoise_loop, loop_inputs
+from klein_kv.runtime.inputs.start_image import StartImage
+from klein_kv.runtime.loop import Blend, LoopInputs, denoise_loop, loop_inputs
 from klein_kv.runtime.options import CallArguments, embeds_array, host_array, output_size, texts_of
 from klein_kv.runtime.outputs.finite import is_finite, not_finite_error
 from klein_kv.runtime.outputs.results import decode_latents, vae_latents
@@ -21,7 +23,7 @@ from klein_kv.runtime.planning.request import Request, edit_stages
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.references.reference_set import ReferenceSet
 from klein_kv.runtime.session import Session
-from klein_kv.schedule import make_schedule
+from klein_kv.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -36,6 +38,7 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
 
     Raises:
         RequestError: a bad argument; nothing has been computed then.
+        ArtifactError: a start image, and artifacts without the graph that it needs.
         CapacityError: it does not fit into memory.
         NotFiniteError: the result holds NaN or infinity, unless `pipe.check_finite` is off.
     """
@@ -45,7 +48,9 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     # 1. Check everything, and settle the sizes.
     if ask.references is not None:
         pipe.encoder.check(ask.references)
-    prepared = pipe.encoder.prepare(ask.images) if ask.images else None
+    start = ask.start
+    before = () if start is None else (start.pixels,)
+    prepared = pipe.encoder.prepare(ask.images, *before) if ask.images or before else None
     wanted: ReferenceSet | PreparedReferences | None = ask.references or prepared
     noise = None if ask.latents is None else host_array(ask.latents, "latents", dtype)
     first = None if wanted is None else wanted.first_size
@@ -61,18 +66,25 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
     layers_at = pipe.prompts.layers_at(tuple(ask.text_encoder_out_layers))
     batch = prompts * ask.num_images_per_prompt
     shape = (batch, config.transformer.in_channels, *grid)
+    steps = ask.num_inference_steps
+    schedule = make_schedule(pipe.manifest.scheduler, steps, grid[0] * grid[1], ask.sigmas)
+    blends = False
+    if start is not None:
+        schedule = start.shortened(schedule)
+        blends = start.blends(schedule, batch)
+        if blends:
+            _check_blend(pipe)
 
     # 2. Plan, or refuse what cannot fit.
     text_known = embeds is not None or (pipe.prompts.knows(tokens) and not warming_up)
     left_out = {"text_encoder"} if text_known else set()
     left_out |= {"vae_decoder"} if ask.output_type == "latent" else set()
-    stages = tuple(x for x in edit_stages(pipe.manifest.variant, 0) if x not in left_out)
+    stages = edit_stages(pipe.manifest.variant, 0, blends=blends)
+    stages = tuple(x for x in stages if x not in left_out)
     request = Request(
         height, width, (), stages, batch=batch, prompts=prompts, text_tokens=text_tokens
     )
     plan = _admit(pipe, request, wanted, warming_up=warming_up)
-    steps = ask.num_inference_steps
-    schedule = make_schedule(pipe.manifest.scheduler, steps, grid[0] * grid[1], ask.sigmas)
     if noise is None:
         noise = initial_noise(shape, generator=ask.generator, seed=ask.seed, dtype=dtype)
     elif noise.shape != shape:
@@ -109,6 +121,9 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
         inputs.kv = dict(kv)
     if warming_up and new is not None and not plain:
         session.run("encode_references", inputs.references or {})
+    if blends and start is not None and prepared is not None:
+        image_latents = pipe.encoder.first_tokens(prepared, inputs.references)
+        _start_from(session, inputs, image_latents, start, schedule, noise.dtype)
 
     # 6. The steps.
     pipe._interrupt = False
@@ -122,14 +137,14 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
             pipe.current_timestep = float(schedule.timesteps[i])
             bar.update()
             if ask.callback_on_step_end is not None:
-                _call_back(pipe, i, state, ask)
+                _call_back(pipe, i, state, ask, schedule, shape)
             return pipe._interrupt
 
         denoise_loop(session, schedule, inputs, pipe.graphs, after_step)
     pipe.current_timestep = None
 
     # 7. Pixels. Keys and values that nobody keeps make room for decoding.
-    inputs.kv, inputs.references, references, kv = {}, None, None, None
+    inputs.kv, inputs.references, inputs.blend, references, kv = {}, None, None, None, None
     in_grid = (batch, *grid, config.transformer.in_channels)
     if ask.output_type == "latent":
         final = session.download(inputs.latents).reshape(in_grid)
@@ -147,6 +162,38 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
         )
     pipe.prompts.keep(encoded)
     return images
+
+
+def _check_blend(pipe: "KleinKVPipeline") -> None:
+    """Refuses artifacts, or engines, of an earlier klein-kv."""
+    try:
+        pipe.session.graph_memory("blend")
+    except ArtifactError as error:
+        if "blend" in pipe.manifest.held_graphs(pipe.graphs):
+            raise  # an engine that was not built
+        raise ArtifactError(
+            f"{pipe.artifacts} lacks the graph `blend`, which masks and a strength below 1 need; "
+            "export the checkpoint again with this klein-kv"
+        ) from error
+
+
+def _start_from(
+    session: Session,
+    inputs: LoopInputs,
+    image_latents: Buffer,
+    start: StartImage,
+    schedule: Schedule,
+    dtype: np.dtype[Any],
+) -> None:
+    """Starts the loop from an image [1, S, C], and has it keep what the mask leaves out."""
+    noise, shape = inputs.latents, (*inputs.latents_shape[:2], 1)
+    if start.mask is not None:
+        masks = np.resize(start.mask, shape)  # over and over
+        inputs.blend = Blend(image_latents, noise, session.upload(masks.astype(dtype)))
+    if start.mixes(schedule):
+        nowhere = session.upload(np.zeros(shape, dtype))
+        sigma = session.upload(schedule.sigmas[:1])
+        inputs.latents = Blend(image_latents, noise, nowhere)(session, noise, sigma)
 
 
 def _admit(
@@ -191,7 +238,14 @@ def _repeated(session: Session, prompt: EncodedPrompt, times: int) -> Buffer:
     return session.assemble((batch * times, length, width), rows)
 
 
-def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArguments) -> None:
+def _call_back(
+    pipe: "KleinKVPipeline",
+    i: int,
+    state: LoopInputs,
+    ask: CallArguments,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+) -> None:
     """Calls the caller, who may change latents and text, or ask this pipeline for an image."""
     session, callback = pipe.session, ask.callback_on_step_end
     assert callback is not None  # noqa: S101 - asked before
@@ -199,7 +253,12 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
     state.latents = session.assemble(state.latents_shape, [state.latents])
     buffers = {"latents": state.latents, "prompt_embeds": state.text}
     names = ask.callback_on_step_end_tensor_inputs or ()
-    tensors: dict[str, NDArray[Any]] = {name: session.download(buffers[name]) for name in names}
+    tensors = {
+        name: _denoised(session, state, schedule, i, shape)
+        if name == "denoised"
+        else session.download(buffers[name])
+        for name in names
+    }
     adapters = pipe._merged
     with session.interrupted():
         answer = callback(pipe, i, pipe.current_timestep or 0.0, tensors) or {}
@@ -220,3 +279,18 @@ def _call_back(pipe: "KleinKVPipeline", i: int, state: LoopInputs, ask: CallArgu
             )
         buffers[name] = session.upload(array)
     state.latents, state.text = buffers["latents"], buffers["prompt_embeds"]
+
+
+def _denoised(
+    session: Session, state: LoopInputs, schedule: Schedule, i: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The image that step i foresees, as latents [B, C, h, w]: all noise taken off at once.
+
+    Flow matching: x = (1 - sigma) * image + sigma * noise, of which noise - image is predicted.
+    """
+    assert state.noise_pred is not None  # noqa: S101 - the step just ran
+    latents, noise_pred = (
+        session.download(x).astype(np.float32) for x in (state.latents, state.noise_pred)
+    )
+    tokens: NDArray[np.float32] = latents - schedule.sigmas[i + 1] * noise_pred  # [B, S, C]
+    return tokens.transpose(0, 2, 1).reshape(shape)

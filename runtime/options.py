@@ -14,6 +14,7 @@ from klein_kv.artifacts.positions import MAX_OUTPUT_AREA
 from klein_kv.artifacts.signature import MAX_POSITION
 from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
+from klein_kv.runtime.inputs.start_image import StartImage
 
 __all__ = [
     "CallArguments",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _DEFAULT_LATENT_SIDE = 128
-_CALLBACK_TENSORS = ("latents", "prompt_embeds")
+_CALLBACK_TENSORS = ("latents", "prompt_embeds", "denoised")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,6 +119,7 @@ class CallArguments:
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
     references: Any = None
     seed: int | None = None
+    start: StartImage | None = None  # of `KleinKVInpaintPipeline`
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompt_embeds is None):

@@ -22,6 +22,7 @@ from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Backend, Buffer, open_backend
 from klein_kv.runtime.inputs.prompt_encoder import PromptEncoder
 from klein_kv.runtime.inputs.prompts import PromptTokenizer
+from klein_kv.runtime.inputs.start_image import StartImage
 from klein_kv.runtime.loop import no_references
 from klein_kv.runtime.lora.loader import LoraLoader
 from klein_kv.runtime.maker import make_images
@@ -33,6 +34,7 @@ from klein_kv.runtime.options import (
     prompt_may_come_first,
     texts_of,
 )
+from klein_kv.runtime.outputs.preview import Previews
 from klein_kv.runtime.planning.memory import default_prompt_bytes
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
@@ -126,10 +128,13 @@ class KleinKVPipeline(LoraLoader):
         if manifest.variant == "kv":
             self.no_references = no_references(self.session, self.config.transformer, self.graphs)
 
-        # 4. Adapters, none yet.
+        # 4. What comes out before the end.
+        self._previews = Previews(artifacts, manifest)
+
+        # 5. Adapters, none yet.
         self._start_without_adapters()
 
-        # 5. The call under way, or the last one.
+        # 6. The call under way, or the last one.
         self.timings = Timings()
         self.num_timesteps = 0
         self.current_timestep: float | None = None
@@ -169,6 +174,16 @@ class KleinKVPipeline(LoraLoader):
         except BaseException:
             backend.close()
             raise
+
+    @classmethod
+    def from_pipe(cls, pipe: "KleinKVPipeline") -> Self:
+        """The same pipeline as one of this class: weights, engines, caches and adapters are one.
+
+        Calls of both wait for each other, and closing one closes the other.
+        """
+        other = cls.__new__(cls)
+        other.__dict__ = pipe.__dict__
+        return other
 
     def close(self) -> None:
         """Frees everything that the pipeline holds; it cannot be used afterwards.
@@ -290,6 +305,7 @@ class KleinKVPipeline(LoraLoader):
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             seed=0,
+            start=self._warm_start(height, width),
         )
         with self.session.record() as timings:
             self._merge_adapters()
@@ -297,6 +313,17 @@ class KleinKVPipeline(LoraLoader):
             if self.session.captures:
                 make_images(self, arguments, warming_up=True)
             return timings()
+
+    def preview(self, latents: NDArray[Any]) -> list[Image.Image]:
+        """Pictures of up to 512 pixels a side of latents [B, C, H / 16, W / 16], without the VAE.
+
+        Made for "denoised" of `callback_on_step_end_tensor_inputs`, in a callback or any thread.
+
+        Raises:
+            ArtifactError: the folder was exported before there were previews.
+            RequestError: latents of another shape.
+        """
+        return self._previews.make(latents)
 
     @prompt_may_come_first
     @one_at_a_time
@@ -346,7 +373,8 @@ class KleinKVPipeline(LoraLoader):
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step;
                 may return a dict with new "latents" [B, S, C] or "prompt_embeds". Tensors are
                 numpy arrays.
-            callback_on_step_end_tensor_inputs: which tensors the callback gets.
+            callback_on_step_end_tensor_inputs: which tensors the callback gets: those two, or
+                "denoised", the image foreseen so far (see `preview`), [B, C, H / 16, W / 16].
             max_sequence_length: prompt tokens.
             text_encoder_out_layers: hidden states of the text encoder, among the exported ones.
             references: a set from `encode_references`, in place of `image`.
@@ -377,6 +405,11 @@ class KleinKVPipeline(LoraLoader):
             references=references,
             seed=seed,
         )
+        images = self._make(arguments, attention_kwargs)
+        return KleinKVOutput(images) if return_dict else (images,)
+
+    def _make(self, arguments: CallArguments, attention_kwargs: dict[str, Any] | None) -> Any:
+        """Images of one call, with the adapters that it is to have; notes where the time went."""
         if unknown := sorted((attention_kwargs or {}).keys() - {"scale"}):
             _log.warning("attention_kwargs %s have no effect", unknown)
         with self.session.record() as timings:
@@ -384,7 +417,11 @@ class KleinKVPipeline(LoraLoader):
             images = make_images(self, arguments)
             self.timings = timings()
         self._warn_of_adapters()
-        return KleinKVOutput(images) if return_dict else (images,)
+        return images
+
+    def _warm_start(self, _height: int | None, _width: int | None) -> StartImage | None:
+        """What the calls that `warm_up` stands for start from, beside noise."""
+        return None
 
 
 def _graphs(manifest: Manifest, options: RuntimeOptions) -> GraphSet:

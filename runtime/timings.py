@@ -42,7 +42,8 @@ class Timings:
         cached_steps: every step on keys and values that were there.
         plain_steps: every step of plain klein.
         step_gaps: between the end of a step and the start of the next: the loop itself, callbacks
-            and their copies; on a GPU the time that it waited for the host.
+            and their copies, `blend`; on a GPU the time that it waited for the host.
+        blend: mixing latents with a start image, all steps together.
         vae_decode: the VAE decoder.
         copies: host to device and back.
         total: the whole call by the host's clock.
@@ -56,6 +57,7 @@ class Timings:
     cached_steps: tuple[float, ...] = ()
     plain_steps: tuple[float, ...] = ()
     step_gaps: tuple[float, ...] = ()
+    blend: float = 0.0
     vae_decode: float = 0.0
     copies: float = 0.0
     total: float = 0.0
@@ -70,7 +72,7 @@ class Timings:
     def stages(self) -> float:
         """All stages together; the rest of `total` is the host's own work."""
         once = (self.load, self.text, self.vae_encode, self.encode_references)
-        return sum(once) + sum(self.steps) + self.vae_decode + self.copies
+        return sum(once) + sum(self.steps) + self.blend + self.vae_decode + self.copies
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, and `stages`, as JSON takes them."""
@@ -112,6 +114,7 @@ def timings_from_spans(
         cached_steps=tuple(seconds["cached_step"]),
         plain_steps=tuple(seconds["plain_step"]),
         step_gaps=tuple(gaps),
+        blend=sum(seconds["blend"]),
         vae_decode=sum(seconds["vae_decoder"]),
         copies=sum(seconds[COPIES]),
         total=total,

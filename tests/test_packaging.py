@@ -57,7 +57,8 @@ def test_every_package_is_listed() -> None:
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_wheel_holds_every_module(package: str, wheel_names: list[str]) -> None:
     folder = ROOT / SETUPTOOLS["package-dir"][package]
-    modules = [*folder.glob("*.py"), *folder.glob("recipes/*.toml"), *folder.glob("py.typed")]
+    data = ("*.py", "recipes/*.toml", "workflows/*.json", "py.typed")
+    modules = [path for pattern in data for path in folder.glob(pattern)]
     inside = package.replace(".", "/")
     expected = {f"{inside}/{path.relative_to(folder).as_posix()}" for path in modules}
     assert expected <= set(wheel_names)

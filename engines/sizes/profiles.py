@@ -8,6 +8,8 @@ from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import Signature
 from klein_kv.engines.sizes.recipe import Range, Recipe, ShapeProfile
 from klein_kv.errors import BuildError
+from klein_kv.networks.merge import MOST_ROWS, RANKS
+from klein_kv.networks.transformer import transformer_parameters
 
 __all__ = ["EngineProfile", "engine_profiles", "symbol_ranges"]
 
@@ -38,6 +40,7 @@ def engine_profiles(
     profiles: list[EngineProfile] = []
     for profile in recipe.profiles:
         for part, symbols in _boxes(signature.graph, profile, config.vae.multiple_of):
+            symbols |= _merge_ranges(config)
             used = {symbol: symbols[symbol] for symbol in signature.symbols}
             if any(profile.symbols == used for profile in profiles):
                 continue
@@ -73,6 +76,17 @@ def symbol_ranges(profile: ShapeProfile, unit: int) -> dict[str, Range]:
         "ref_tokens": Range(*(count * each for count, each in zip(counts, reference, strict=True))),
         "grid_width": Range(*(width for width, _ in grid)),
         "grid_height": Range(*(height for _, height in grid)),
+    }
+
+
+def _merge_ranges(config: ModelConfig) -> dict[str, Range]:
+    """Symbol ranges of a merge, the same in every recipe: any weight of the transformer."""
+    shapes = transformer_parameters(config.transformer).values()
+    columns = [shape[1] for shape in shapes if len(shape) == 2]
+    return {
+        "rows": Range(1, MOST_ROWS, MOST_ROWS),
+        "columns": Range(min(columns), config.transformer.inner_dim, max(columns)),
+        "rank": Range(RANKS[0], RANKS[1], RANKS[-1]),
     }
 
 

@@ -32,7 +32,7 @@ __all__ = ["PROMPT", "GraphRuns", "Row", "Sizes", "compare_outputs", "smallest_s
 
 PROMPT = "a red kite over the sea, photograph"
 _LEAST_OUTPUT, _LEAST_REFERENCE, _TEXT_TOKENS, _REFERENCES = 128, 64, 64, 2
-_TIMESTEP, _SIGMA_STEP = 500.0, -0.25  # exact in every type, divided by 1000 too
+_TIMESTEP, _SIGMA_STEP, _SIGMA = 500.0, -0.25, 0.75  # exact in every type, divided by 1000 too
 
 Array = NDArray[Any]
 
@@ -137,13 +137,23 @@ class GraphRuns:
             "txt_ids": text_ids(text),
             "ref_hidden_states": normal(sum(h * w for h, w in references), channels),
             "ref_ids": reference_ids(references),
+            "image_latents": normal(output[0] * output[1], channels),
+            "noise": normal(output[0] * output[1], channels),
+            "mask": rng.integers(0, 5, (1, output[0] * output[1], 1)).astype(np.float32) / 4,
+            "sigma": np.array([_SIGMA], np.float32),
         }
         dtype = NUMPY_DTYPES[pipe.manifest.dtype]
         for name, array in self._inputs.items():  # as the graphs see them, and so the reference
-            if array.dtype == np.float32 and name not in ("timestep", "sigma_step"):
+            if array.dtype == np.float32 and name not in ("timestep", "sigma_step", "sigma"):
                 self._inputs[name] = array.astype(dtype).astype(np.float32)
         self._kv: dict[str, Buffer] = {}
         self._kv_scales = _constant_scales(pipe)
+
+    @property
+    def graphs(self) -> list[str]:
+        """The networks' graphs, and `blend` where the folder holds it."""
+        held = self._pipe.manifest.held_graphs(self._pipe.graphs)
+        return [graph for graph in held if graph in (*self._pipe.graphs.files, "blend")]
 
     def inputs(self, graph: str) -> dict[str, Array]:
         """What a graph of artifacts in float32 reads in the same request.

@@ -112,6 +112,13 @@ class DiffusersRun:
             normal = x["image"].permute(0, 3, 1, 2).float() / 255 * 2 - 1
             latent = self._pipe._encode_vae_image(normal.to(self._dtype), None)
             return {"ref_hidden_states": _array(latent.permute(0, 2, 3, 1))}
+        if graph == "blend":
+            scheduler = self._pipe.scheduler
+            scheduler.sigmas = scheduler.timesteps = x["sigma"]
+            scheduler.set_begin_index(0)
+            noised = scheduler.scale_noise(x["image_latents"], x["sigma"], x["noise"])
+            mixed = (1 - x["mask"]) * noised + x["mask"] * x["hidden_states"]
+            return {"latents": _array(mixed)}
         if graph == "cached_step":
             cache = self._cache(x)
             noise = self._denoise(x, kv_cache=cache, kv_cache_mode="cached")[0]
@@ -221,7 +228,7 @@ def verify_artifacts(
     with torch.no_grad():
         runs = GraphRuns(ours, smallest_sizes(ours))
         results = {}
-        for graph in ours.graphs.files:
+        for graph in runs.graphs:
             if graph != "vae_decoder":  # seen in whole runs
                 results[graph] = runs.inputs(graph), runs.run(graph)
                 ours.backend.release(graph)

@@ -22,6 +22,7 @@ from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
 from klein_kv.artifacts.signature import (
+    SMALL_GRAPH_FILES,
     VARIANTS,
     GraphSet,
     KVFormat,
@@ -68,14 +69,15 @@ class Manifest:
     def model_digest(self) -> str:
         """Hex digest of graphs and weights together; what a K/V cache or an image belongs to.
 
-        Quantized files do not count: what was made without them stays valid.
+        Quantized files do not count, nor do the small graphs: what was made without them stays
+        valid.
         """
-        quantized = self.quantized_files
+        others = self.quantized_files | set(SMALL_GRAPH_FILES.values())
         return combine_digests(
             {
                 name: record.digest
                 for name, record in self.files.items()
-                if name.endswith((".onnx", ".safetensors")) and name not in quantized
+                if name.endswith((".onnx", ".safetensors")) and name not in others
             }
         )
 
@@ -112,6 +114,11 @@ class Manifest:
         """All sets of graphs that the folder holds."""
         sets = graph_sets(self.variant, self.dtype)
         return [x for x in sets if all(file in self.files for file in x.files.values())]
+
+    def held_graphs(self, graphs: GraphSet) -> dict[str, str]:
+        """Path of each graph of a set, with the small ones that the folder holds."""
+        small = {name: file for name, file in graphs.small_files.items() if file in self.files}
+        return graphs.files | small
 
     def choose_graphs(
         self,

@@ -5,11 +5,13 @@ image made from them, depend on it. Deep grey, transparency and colours under an
 sRGB are read better than there; docs/images.md has the rules.
 """
 
+import contextlib
 import io
 import logging
 import math
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,14 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from klein_kv.errors import RequestError
 
-__all__ = ["check_matte", "check_reference", "load_image", "prepare_reference"]
+__all__ = [
+    "MAX_AREA",
+    "check_matte",
+    "check_reference",
+    "load_image",
+    "prepare_reference",
+    "to_rgb",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -107,12 +116,25 @@ def prepare_reference(
     Raises:
         RequestError: as of `check_reference` and `check_matte`, or PIL cannot read or convert it.
     """
+    with _reading(image):
+        return _resized_and_cropped(_srgb(_eight_bits(image), matte), multiple_of)
+
+
+def to_rgb(image: Image.Image, matte: str | None = "white") -> Image.Image:
+    """A whole image in the colours that `prepare_reference` gives it, which has the errors too."""
+    with _reading(image):
+        return _srgb(_eight_bits(image), matte).convert("RGB")
+
+
+@contextlib.contextmanager
+def _reading(image: Image.Image) -> Iterator[None]:
+    """Checks an image; PIL, which reads files late, may find it damaged in the block."""
     check_reference(image)
     try:
-        return _resized_and_cropped(_srgb(_eight_bits(image), matte), multiple_of)
+        yield
     except RequestError:
         raise
-    except _DECODE_ERRORS as error:  # PIL reads files late
+    except _DECODE_ERRORS as error:
         raise RequestError(
             f"reference image (mode {image.mode}) cannot be read or turned into RGB: {error}; "
             "load it anew, or convert it first"

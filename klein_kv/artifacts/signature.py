@@ -8,6 +8,7 @@ where diffusers has one. Symbols:
     ref_tokens    R, tokens of all reference images together; 0 is text-to-image
     text_tokens   T, prompt tokens, 512 unless the caller says otherwise
     height, width pixels of an image; grid_height, grid_width tokens of it
+    rows, columns some rows of a weight matrix; rank of a change of them
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "GRAPH_FILES",
     "MAX_POSITION",
     "PLAIN_GRAPH_FILES",
+    "SMALL_GRAPH_FILES",
     "VARIANTS",
     "GraphSet",
     "KVFormat",
@@ -54,6 +56,14 @@ PLAIN_GRAPH_FILES = {
 
 VARIANTS = {"kv": GRAPH_FILES, "plain": PLAIN_GRAPH_FILES}
 """Kinds of weights, and the graphs of each."""
+
+SMALL_GRAPH_FILES = {
+    "blend": "latents/blend.onnx",
+    "merge_lora": "transformer/merge_lora.onnx",
+    "merge_lora_fp8": "transformer/merge_lora_fp8.onnx",
+}
+"""Graphs without weights beside the networks', of every variant. A folder from before there was one
+lacks it: what `merge_lora` does is then done on the host, what needs `blend` is refused."""
 
 
 class KVFormat(StrEnum):
@@ -111,6 +121,16 @@ class GraphSet:
                 name = name.replace(".onnx", f"{end}.onnx")
                 files[graph] = f"{component}/{quantized[component]}.{name}"
         return files
+
+    @property
+    def small_files(self) -> dict[str, str]:
+        """The same for the graphs of `SMALL_GRAPH_FILES`."""
+        fp8 = self.precision is not None  # which some GPUs have not
+        return {name: file for name, file in SMALL_GRAPH_FILES.items() if fp8 or "fp8" not in name}
+
+    def file(self, graph: str) -> str:
+        """Path of one graph of either kind."""
+        return (self.files | self.small_files)[graph]
 
     @property
     def _suffix(self) -> str:
@@ -286,7 +306,7 @@ def _numbers(dtype: str, kv_dtype: str | None) -> str:
 def make_signature(
     graph: str, config: ModelConfig, dtype: str, kv_dtype: str | None = None
 ) -> Signature:
-    """The signature of one graph, a key of `GRAPH_FILES` or `PLAIN_GRAPH_FILES`.
+    """The signature of one graph: of `GRAPH_FILES`, `PLAIN_GRAPH_FILES` or `SMALL_GRAPH_FILES`.
 
     `dtype` is the graph's floating point type, `kv_dtype` that of reference keys and values: the
     same, a `KVFormat`, or None for the same. A `RequestError` tells of another.
@@ -312,9 +332,23 @@ def make_signature(
         TensorSpec("noise_pred", dtype, latents),
         TensorSpec("latents", dtype, latents),
     )
+    blend_inputs = (
+        TensorSpec("hidden_states", dtype, latents),
+        TensorSpec("image_latents", dtype, (1, *latents[1:])),
+        TensorSpec("noise", dtype, latents),
+        TensorSpec("mask", dtype, (*latents[:2], 1)),
+        TensorSpec("sigma", "float32", (1,)),
+    )
     prompt = ("batch", "text_tokens")
     pixels = ("height", "width", 3)
     grid = ("grid_height", "grid_width", net.in_channels)
+    merge = (
+        TensorSpec("weight", dtype, ("rows", "columns")),
+        TensorSpec("up", "float32", ("rows", "rank")),
+        TensorSpec("down", "float32", ("rank", "columns")),
+        TensorSpec("largest_before", "float32", (1,)),
+    )
+    largest = TensorSpec("largest", "float32", (1,))
     table: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "first_step": (step_inputs + references, step_outputs + kv),
         "cached_step": (step_inputs + kv, step_outputs),
@@ -337,6 +371,12 @@ def make_signature(
                 TensorSpec("image", "uint8", ("batch", *pixels)),
                 TensorSpec("sample", dtype, ("batch", 3, "height", "width")),
             ),
+        ),
+        "blend": (blend_inputs, step_outputs[1:]),
+        "merge_lora": (merge, (TensorSpec("merged", dtype, ("rows", "columns")), largest)),
+        "merge_lora_fp8": (
+            (*merge, TensorSpec("scale", "float32", (1,))),
+            (TensorSpec("merged", "float8_e4m3fn", ("rows", "columns")), largest),
         ),
     }
     inputs, outputs = table[graph]

@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from klein_kv.cli.arguments import AddVerb, Result, add_backend, add_lora
 from klein_kv.errors import RequestError
@@ -27,6 +27,15 @@ def add_generate(add: AddVerb) -> None:
     texts.add_argument("-p", "--prompt")
     texts.add_argument("--prompts", type=Path, metavar="FILE", help="one per line, an image each")
     sub.add_argument("-r", "--reference", action="append", type=Path, default=[], metavar="IMAGE")
+    sub.add_argument("--init", type=Path, metavar="IMAGE", help="the image to change")
+    sub.add_argument("--mask", type=Path, metavar="IMAGE", help="white where --init changes")
+    sub.add_argument("--strength", type=float, help="how much of --init is made anew, to 1 (0.8)")
+    sub.add_argument(
+        "--padding-mask-crop",
+        type=int,
+        metavar="PIXELS",
+        help="work on the region of --mask alone, and so many pixels around it",
+    )
     sub.add_argument(
         "-o",
         "--out",
@@ -35,7 +44,7 @@ def add_generate(add: AddVerb) -> None:
         help="a name in .png, .jpg or .webp; - for standard output, in PNG (out.png)",
     )
     sub.add_argument("--quality", type=int, default=95, help="of .jpg and .webp, 20 to 99 (95)")
-    sub.add_argument("--height", type=int, help="default: the first reference's, else 1024")
+    sub.add_argument("--height", type=int, help="default: --init's, a reference's, or 1024")
     sub.add_argument("--width", type=int)
     sub.add_argument("--steps", type=int, default=4)
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
@@ -59,6 +68,7 @@ def _generate(args: argparse.Namespace) -> Result:
     from tqdm import tqdm
 
     from klein_kv.artifacts.pixels import load_image
+    from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
     from klein_kv.runtime.inputs.noise import random_seed
     from klein_kv.runtime.inputs.prompts import read_prompts
     from klein_kv.runtime.outputs.metadata import ImageParameters, save_image, write_image
@@ -71,8 +81,13 @@ def _generate(args: argparse.Namespace) -> Result:
         Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000  # PIL refuses twice as many
     matte = None if args.matte == "none" else args.matte
     images = [load_image(path, matte) for path in args.reference]
+    change = _change(args, matte)
     seed = random_seed() if args.seed is None else args.seed
     pipe = _open(args, matte)
+    request: dict[str, Any] = {"image": images or None}
+    if change:
+        pipe = KleinKVInpaintPipeline.from_pipe(pipe)
+        request = {"image_reference": images or None, **change}
     several = len(prompts) > 1
     if several:  # one bar over all of them in place of one each
         pipe.set_progress_bar_config(disable=True)
@@ -81,7 +96,7 @@ def _generate(args: argparse.Namespace) -> Result:
     for prompt in tqdm(prompts, unit="prompt", disable=not several):
         result = pipe(
             prompt=prompt,
-            image=images or None,
+            **request,
             height=args.height,
             width=args.width,
             num_inference_steps=args.steps,
@@ -98,7 +113,8 @@ def _generate(args: argparse.Namespace) -> Result:
                 steps=args.steps,
                 width=image.width,
                 height=image.height,
-                references=len(images),
+                references=len(images) + bool(change),
+                strength=change.get("strength"),
                 model=" + ".join([pipe.manifest.model_id, *loras]),
                 model_digest=pipe.manifest.graphs_digest(pipe.graphs),
             )
@@ -115,6 +131,24 @@ def _generate(args: argparse.Namespace) -> Result:
         "timings": pipe.timings.to_dict(),
     }
     return value, "\n".join(str(path) for path in paths), 0
+
+
+def _change(args: argparse.Namespace, matte: str | None) -> dict[str, Any]:
+    """Arguments of an edit that starts from an image; none without one."""
+    from klein_kv.artifacts.pixels import load_image
+
+    if args.init is None:
+        for name in ("mask", "strength", "padding_mask_crop"):
+            if getattr(args, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise RequestError(f"{option} belongs to --init, the image that is to be changed")
+        return {}
+    return {
+        "image": load_image(args.init, matte),
+        "mask_image": None if args.mask is None else load_image(args.mask, "black"),
+        "strength": 0.8 if args.strength is None else args.strength,
+        "padding_mask_crop": args.padding_mask_crop,
+    }
 
 
 def _paths(args: argparse.Namespace, count: int) -> list[Path]:

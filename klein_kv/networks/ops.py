@@ -2,8 +2,8 @@
 
 `transformer.py`, `text_encoder.py` and `vae.py` describe the networks once, over these protocols.
 Two things implement them: `torch_ops.TorchOps` computes, and `klein_kv.export.graphs` (OnnxOps,
-ImageOnnxOps) writes ONNX nodes. So the graph that is exported and the model that is tested against
-diffusers cannot drift apart, and exporting needs no tracing.
+ImageOnnxOps, MergeOnnxOps) writes ONNX nodes. So the graph that is exported and the model that is
+tested against diffusers cannot drift apart, and exporting needs no tracing.
 
 In transformers activations are *rows* wherever attention does not need more: a matrix [batch *
 tokens, features]. Every linear layer is then one matrix product with the weight in its own [out,
@@ -16,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImageOps", "Ops"]
+__all__ = ["ImageOps", "MergeOps", "Ops"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -192,3 +192,16 @@ class ImageOps(Ops[T], Protocol[T]):
 
     def to_uint8(self, x: T) -> T:
         """Rounds float32 to whole numbers, halves to even ones, and casts."""
+
+
+class MergeOps(Ops[T], Protocol[T]):
+    """What a merge of weights needs besides: operations on float32 matrices."""
+
+    def product(self, a: T, b: T) -> T:
+        """a @ b."""
+
+    def largest(self, x: T, least: T) -> T:
+        """The largest magnitude of x, but at least `least` [1]: [1]."""
+
+    def round_to_float8(self, x: T, scale: T) -> T:
+        """x / scale [1] as float8 e4m3; magnitudes over 448 become 448."""

@@ -31,21 +31,27 @@ class TorchOps:
 
     `compile_blocks` runs blocks through `torch.compile`: each kind of block is compiled once, for
     all blocks of that kind and all graphs, and once more, for any size, when a second size comes.
+    `device` is that of the weights; it is named where there are none.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], dtype: torch.dtype, compile_blocks: bool = False
+        self,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        compile_blocks: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.weights = weights
         self.dtype = dtype
         self._compile = compile_blocks
+        self._device = device
         self._constants: dict[object, tuple[NDArray[Any], Tensor]] = {}
         self._blocks: dict[str, TorchOps] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.weights.values())).device
+        return self._device or next(iter(self.weights.values())).device
 
     def block(
         self,
@@ -240,6 +246,16 @@ class TorchOps:
 
     def to_uint8(self, x: Tensor) -> Tensor:
         return x.round().to(torch.uint8)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def largest(self, x: Tensor, least: Tensor) -> Tensor:
+        low, high = x.aminmax()
+        return torch.maximum(torch.maximum(high, -low), least)
+
+    def round_to_float8(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).clip(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
     def _layer(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]

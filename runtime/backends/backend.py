@@ -5,7 +5,7 @@ Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA
 """
 
 import importlib.util
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import BackendError
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "Backend",
     "Buffer",
     "DeviceClock",
+    "DeviceContent",
     "GraphMemory",
     "WeightChanges",
+    "WeightMaker",
     "keep_changes",
     "open_backend",
 ]
@@ -34,10 +37,24 @@ _TORCH_OPTIONS = ("compile_blocks", "cuda_graphs")
 Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
 
-WeightChanges = Mapping[str, Callable[[], NDArray[Any]] | None]
+WeightChanges = Mapping[str, Callable[[], Any] | None]
 """For tensors, by their names in weight tables without rows, what gives another content, whole and
 in the type of the table, or None for the content of the file. It is asked for one tensor after the
-other, and again where a graph is loaded again."""
+other, and again where a graph is loaded again. It gives an array, or is a `DeviceContent`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceContent:
+    """Content that graphs of the backend make, piece by piece; a `WeightMaker` alone is given it.
+
+    It is asked for in the thread that changes weights, each piece once the one before is written.
+    """
+
+    make: Callable[[], Iterator[tuple[slice, Any]]]
+
+    def __call__(self) -> Iterator[tuple[slice, Any]]:
+        """Rows of the tensor, and what they hold: a buffer or an array. Later ones count."""
+        return self.make()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +157,14 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class WeightMaker(Protocol):
+    """What a backend offers besides whose graphs may make weights; see `DeviceContent`."""
+
+    def upload_weight(self, ref: WeightRef) -> Buffer:
+        """A buffer with the content of a tensor of the files, which is only read."""
+
+
+@runtime_checkable
 class DeviceClock(Protocol):
     """What a backend offers besides whose calls return before the device has done the work."""
 
@@ -237,7 +262,7 @@ def _has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def keep_changes(kept: dict[str, Callable[[], NDArray[Any]]], changes: WeightChanges) -> None:
+def keep_changes(kept: dict[str, Callable[[], Any]], changes: WeightChanges) -> None:
     """Notes changes for weights that are loaded later; a None takes back an earlier one."""
     for name, content in changes.items():
         kept.pop(name, None)

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Matrix", "TensorChange", "WeightedChanges", "apply_changes", "matrix_shape"]
+__all__ = [
+    "Matrix",
+    "TensorChange",
+    "WeightedChanges",
+    "apply_changes",
+    "as_product",
+    "matrix_shape",
+]
 
 _ROWS = 64  # that a product is made of at a time
 
@@ -42,6 +49,11 @@ class TensorChange:
     magnitude: NDArray[np.float32] | None = None
 
     @property
+    def is_product(self) -> bool:
+        """Whether a product of two factors is added, and nothing else is done."""
+        return self.kind == "LoRA" and self.magnitude is None and len(self.matrices[0]) == 2
+
+    @property
     def rank(self) -> int | None:
         """The inner dimension of the factors; None if there is none."""
         ranks = [matrix[0].shape[1] for matrix in self.matrices if len(matrix) == 2]
@@ -58,7 +70,7 @@ class TensorChange:
         if strength == 0:
             return out
         rows = out[self.target[0] : self.target[1]]
-        if self.kind == "LoRA" and self.magnitude is None and len(self.matrices[0]) == 2:
+        if self.is_product:
             self._add_product(rows, strength)
             return out
         new = self.dense()
@@ -78,10 +90,14 @@ class TensorChange:
 
     def _add_product(self, rows: NDArray[np.float32], strength: float) -> None:
         """Adds the product of two factors, some rows at a time: the sum stays in the cache."""
-        up, down = (np.asarray(factor, np.float32) for factor in self.matrices[0])
-        up = up[slice(*self.source)] * np.float32(self.scale * strength)
+        up, down = self.factors(strength)
         for start in range(0, len(rows), _ROWS):
             rows[start : start + _ROWS] += up[start : start + _ROWS] @ down
+
+    def factors(self, strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The factors of a product that is added: [rows of `target`, r], scaled, and [r, in]."""
+        up, down = (np.asarray(factor, np.float32) for factor in self.matrices[0])
+        return up[slice(*self.source)] * np.float32(self.scale * strength), down
 
     def dense(self) -> NDArray[np.float32]:
         """The rows `source` of the combined matrix, without the scale; a new array, float32."""
@@ -108,6 +124,30 @@ def apply_changes(weight: NDArray[np.float32], changes: WeightedChanges) -> NDAr
         for change, strength in changes:
             weight = change.apply(weight, strength)
     return weight
+
+
+def as_product(
+    changes: WeightedChanges, rows: int, ranks: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """The factors of changes that are products, together: [rows, r] and [r, in].
+
+    They are padded with zeros to one of the ranks, of which the last suffices. None where the
+    product might not be finite.
+    """
+    parts = [(change.target, *change.factors(strength)) for change, strength in changes]
+    total = sum(len(down) for _, _, down in parts)
+    rank = next(rank for rank in ranks if rank >= total)
+    up = np.zeros((rows, rank), np.float32)
+    down = np.zeros((rank, parts[0][2].shape[1]), np.float32)
+    start = 0
+    for target, left, right in parts:
+        stop = start + len(right)
+        up[target[0] : target[1], start:stop], down[start:stop] = left, right
+        start = stop
+    with np.errstate(over="ignore"):
+        norms = float(np.linalg.norm(up)), float(np.linalg.norm(down))
+    bound = norms[0] * norms[1]  # of any number of the product
+    return (up, down) if bound < np.finfo(np.float32).max / 2 else None
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, ...]:

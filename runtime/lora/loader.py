@@ -171,7 +171,8 @@ class LoraLoader:
         if wanted == self._merged:
             return
         if self._merger is None:
-            self._merger = WeightMerger(self.artifacts, self.manifest, self.graphs)
+            backend = self.session.backend
+            self._merger = WeightMerger(self.artifacts, self.manifest, self.graphs, backend)
         contents = self._merger.contents(wanted)
         nbytes = self._merger.nbytes(contents.keys() - self._touched)
         touched = self._touched | contents.keys()

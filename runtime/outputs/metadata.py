@@ -65,6 +65,7 @@ class ImageParameters:
         references: number of reference images.
         model_digest: sha256 of the weights, with or without "sha256:" before it.
         seed: None if the noise came from elsewhere.
+        strength: of an edit that started from an image; None of others.
         version: of klein-kv.
     """
 
@@ -76,6 +77,7 @@ class ImageParameters:
     model: str
     model_digest: str
     seed: int | None = None
+    strength: float | None = None
     version: str = __version__
 
     @property
@@ -84,6 +86,8 @@ class ImageParameters:
         fields: dict[str, object] = {"Steps": self.steps, "Sampler": "Euler"}
         if self.seed is not None:
             fields["Seed"] = self.seed
+        if self.strength is not None:
+            fields["Denoising strength"] = f"{self.strength:g}"
         fields["Size"] = f"{self.width}x{self.height}"
         fields["Model"] = self.model
         fields["Model hash"] = self.model_digest.removeprefix("sha256:")[:10]

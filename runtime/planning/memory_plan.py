@@ -24,7 +24,7 @@ __all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 RESERVED = 600_000_000
 """Bytes that the CUDA context and the library's code take; an estimate, not measured."""
 
-_WITH_KV = ("first_step", "cached_step", "encode_references")
+_WITH_KV = ("first_step", "cached_step", "blend", "encode_references")
 
 
 def size_text(nbytes: int) -> str:
@@ -217,7 +217,7 @@ def _sources(footprint: Footprint, request: Request) -> int:
             footprint.graphs.signature(name, footprint.config).inputs,
             request.sizes(name, footprint.config),
         )
-        for name in {*steps[:1], *({"text_encoder", "vae_encoder"} & set(request.stages))}
+        for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}
     )
 
 

@@ -55,8 +55,9 @@ def _fewer_references(footprint: Footprint, request: Request) -> _Changes:
         text = f"{count} reference{'s' * (count > 1)}"
         yield text, footprint, replace(request, references=request.references[:count])
     none = edit_stages(footprint.graphs.variant, 0)
-    # An edit, not the encoding of references alone.
-    if request.references and not set(none).isdisjoint(request.stages):
+    # An edit, not the encoding of references alone, and not one that starts from its reference.
+    alone = set(none).isdisjoint(request.stages) or "blend" in request.stages
+    if request.references and not alone:
         stages = tuple(stage for stage in none if stage in (*request.stages, "cached_step"))
         yield "no references", footprint, replace(request, references=(), stages=stages)
 

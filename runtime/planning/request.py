@@ -80,16 +80,20 @@ class Request:
         ]
 
 
-def edit_stages(variant: str, references: int, *, known: bool = False) -> tuple[str, ...]:
+def edit_stages(
+    variant: str, references: int, *, known: bool = False, blends: bool = False
+) -> tuple[str, ...]:
     """The graphs that a request runs, in order, each once.
 
-    Of `known` references the keys and values (for plain weights, the tokens) are at hand.
+    Of `known` references the keys and values (for plain weights, the tokens) are at hand; an edit
+    from a start image `blends` latents with it.
     """
     encode = ("vae_encoder",) if references and not known else ()
+    blend = ("blend",) if blends else ()
     if variant == "plain":
-        return ("text_encoder", *encode, "plain_step", "vae_decoder")
+        return ("text_encoder", *encode, *blend, "plain_step", "vae_decoder")
     first = ("first_step",) if encode else ()
-    return ("text_encoder", *encode, *first, "cached_step", "vae_decoder")
+    return ("text_encoder", *encode, *first, *blend, "cached_step", "vae_decoder")
 
 
 def flagship_request(variant: str, config: ModelConfig) -> Request:

@@ -23,6 +23,8 @@ def estimate_scratch(graph: str, footprint: Footprint, sizes: Mapping[str, int])
         text = config.text_encoder
         width = 4 * text.hidden_size + 3 * text.intermediate_size
         return item * batch * sizes["text_tokens"] * width
+    if graph == "blend":  # elementwise: nothing between inputs and outputs
+        return 0
     if graph.startswith("vae_"):
         return item * vae_scratch(
             config.vae,

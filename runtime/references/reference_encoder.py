@@ -68,16 +68,21 @@ class ReferenceEncoder:
         self._config = config
         self._graphs = graphs
         self._store = store
-        self._matte = matte
+        self.matte = matte
 
-    def prepare(self, images: Sequence[Image.Image]) -> PreparedReferences:
-        """Checks and crops one image or more; computes nothing yet.
+    def prepare(
+        self, images: Sequence[Image.Image], *before: NDArray[np.uint8]
+    ) -> PreparedReferences:
+        """Checks and crops images, one or more with the prepared ones `before` them.
+
+        Computes nothing yet.
 
         Raises:
             RequestError: see `pixels.prepare_reference`.
         """
         unit = self._config.vae.multiple_of
-        pixels = tuple(prepare_reference(image, unit, self._matte) for image in images)
+        new = (prepare_reference(image, unit, self.matte) for image in images)
+        pixels = (*before, *new)
         digest = images_digest(pixels)
         return PreparedReferences(pixels, digest, self.origin.digest(digest))
 
@@ -93,13 +98,23 @@ class ReferenceEncoder:
         unit = self._config.vae.multiple_of
         ids = reference_ids([(height // unit, width // unit) for height, width in prepared.sizes])
         tokens = session.assemble(
-            (1, len(ids), channels),
-            (
-                session.run("vae_encoder", {"image": session.upload(image)})["ref_hidden_states"]
-                for image in prepared.pixels
-            ),
+            (1, len(ids), channels), (self._encode(image) for image in prepared.pixels)
         )
         return {"ref_hidden_states": tokens, "ref_ids": session.upload(ids)}
+
+    def first_tokens(
+        self, prepared: PreparedReferences, references: dict[str, Buffer] | None
+    ) -> Buffer:
+        """Tokens [1, S, C] of the first image alone; of all `references`, where these are there."""
+        unit, (height, width) = self._config.vae.multiple_of, prepared.first_size
+        shape = (1, (height // unit) * (width // unit), self._config.transformer.in_channels)
+        if references is not None:
+            return self._session.view(references["ref_hidden_states"], shape)
+        return self._session.assemble(shape, [self._encode(prepared.pixels[0])])
+
+    def _encode(self, image: NDArray[np.uint8]) -> Buffer:
+        session = self._session
+        return session.run("vae_encoder", {"image": session.upload(image)})["ref_hidden_states"]
 
     def set_of(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
@@ -169,12 +184,14 @@ class ReferenceEncoder:
         else:
             unit = self._config.vae.multiple_of
             sizes = ((unit, unit * references.num_tokens),)
-        if known:
-            return replace(request, references=sizes, kv_held=True)
         kv = self._graphs.variant == "kv"
-        new = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
+        new: tuple[str, ...] = ("vae_encoder", "first_step") if kv else ("vae_encoder",)
+        if known:  # a start image is mixed with noise all the same
+            new = ("vae_encoder",) if "blend" in request.stages else ()
         at = "text_encoder" in request.stages
         stages = (*request.stages[:at], *new, *request.stages[at:])
+        if known:
+            return replace(request, references=sizes, stages=stages, kv_held=True)
         stays = kv and self._store.budget > 0
         return replace(request, references=sizes, stages=stages, kv_kept=stays)
 

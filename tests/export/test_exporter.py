@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
-from klein_kv.artifacts.signature import FLOAT8_KV_FILES, GRAPH_FILES
+from klein_kv.artifacts.preview_matrix import PREVIEW
+from klein_kv.artifacts.signature import FLOAT8_KV_FILES, GRAPH_FILES, SMALL_GRAPH_FILES
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export import exporter
 from klein_kv.export.checkpoints.fixture import make_fixture
@@ -74,8 +75,9 @@ def assert_refused(checkpoint: Path, error: type[Exception], message: str, **opt
 
 
 def test_folder(tiny_artifacts: Path, tiny_checkpoint: Path) -> None:
-    graphs = {*GRAPH_FILES.values(), *FLOAT8_KV_FILES.values()}
-    expected = {MANIFEST, "LICENSE.md", *COMPONENTS, *graphs}
+    files = (GRAPH_FILES, FLOAT8_KV_FILES, SMALL_GRAPH_FILES)
+    graphs = {file for table in files for file in table.values()}
+    expected = {MANIFEST, PREVIEW, "LICENSE.md", *COMPONENTS, *graphs}
     expected |= {name.replace(".onnx", ".weights.json") for name in graphs}
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     expected |= {f"tokenizer/{name}" for name in tokenizer}

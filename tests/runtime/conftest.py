@@ -1,14 +1,18 @@
 """What tests of the runtime share."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
+from klein_kv.export.checkpoints.fixture import make_fixture
+from klein_kv.export.exporter import export_checkpoint
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.planning import memory
+from tests.conftest import MadeOnce
 
 
 class Run(NamedTuple):
@@ -24,6 +28,22 @@ Pictures = list[Image.Image]
 Open = Callable[..., KleinKVPipeline]
 SetFree = Callable[[int], None]
 Watch = Callable[[KleinKVPipeline], list[Run]]
+
+
+@pytest.fixture(scope="session")
+def pocket_checkpoint(made_once: MadeOnce) -> Path:
+    """The trained checkpoint, with its adapter beside it."""
+    return made_once("pocket", lambda folder: make_fixture(folder / "pocket", "pocket")) / "pocket"
+
+
+@pytest.fixture(scope="session")
+def pocket_artifacts(made_once: MadeOnce, pocket_checkpoint: Path) -> Path:
+    """The trained checkpoint, exported in float32."""
+
+    def make(folder: Path) -> None:
+        export_checkpoint(pocket_checkpoint, folder / "fp32", variant="kv", dtype="float32")
+
+    return made_once("pocket-fp32", make) / "fp32"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
 from numpy.typing import NDArray
+from PIL import Image
 
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import (
@@ -22,33 +23,20 @@ from benchmarks.pocket.scenes import (
     sample_subjects,
 )
 from benchmarks.quality import VARIANTS, Editor
-from klein_kv import KleinKVPipeline
-from klein_kv.export.checkpoints.fixture import make_fixture
+from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.export.checks.torch_loop import LoopRequest, reference_kv
-from klein_kv.export.exporter import export_checkpoint
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.schedule import Schedule
 
 SIZE = (192, 192)
+HALVES = (0, 0, 96, 192), (96, 0, 192, 192)
+HALF = Image.new("L", SIZE)
+HALF.paste(255, HALVES[1])
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pocket") / "checkpoint"
-    make_fixture(folder, "pocket")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def artifacts(checkpoint: Path) -> Path:
-    folder = checkpoint.parent / "fp32"
-    export_checkpoint(checkpoint, folder, variant="kv", dtype="float32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(artifacts: Path) -> KleinKVPipeline:
-    with KleinKVPipeline.from_pretrained(artifacts, backend="onnxruntime") as pipeline:
+def pipe(pocket_artifacts: Path) -> KleinKVPipeline:
+    with KleinKVPipeline.from_pretrained(pocket_artifacts, backend="onnxruntime") as pipeline:
         yield pipeline
 
 
@@ -98,10 +86,36 @@ def test_one_changed_reference_is_seen(pipe: KleinKVPipeline, scenes: list[Scene
         assert psnr(result, right) > psnr(wrong, right) + 3
 
 
-def test_diffusers_makes_the_same_picture(
-    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+def test_an_edit_inside_a_mask_changes_the_inside(
+    pipe: KleinKVPipeline, scenes: list[Scene]
 ) -> None:
-    judge = Flux2KleinKVPipeline.from_pretrained(checkpoint)
+    """A red background for the right half. Figures: docs/inpainting.md."""
+    red, picture = Meaning("background", "red"), scenes[1].picture(SIZE)
+    right, (left_half, right_half) = answer(red, scenes[1:2], SIZE), HALVES
+    masked = KleinKVInpaintPipeline.from_pipe(pipe)
+    request = {"image": picture, "mask_image": HALF, "seed": 0}
+    result = masked(red.plain, **request).images[0]
+    laid_back = masked(red.plain, padding_mask_crop=192, **request).images[0]
+    request["mask_image"] = Image.new("L", SIZE)
+    round_trip = masked(red.plain, **request).images[0]
+    whole = pipe(red.plain, image=[picture], seed=0).images[0]
+
+    def score(one: Image.Image, other: Image.Image, box: tuple[int, ...]) -> float:
+        return psnr(one.crop(box), other.crop(box))
+
+    assert score(result, right, right_half) > score(picture, right, right_half) + 9  # 25.0, 13.5
+    assert (
+        score(result, picture, left_half) > score(round_trip, picture, left_half) - 3
+    )  # 29.6, 31.7
+    assert score(result, picture, left_half) > score(whole, picture, left_half) + 15  # 29.6, 10.2
+    for box, same in ((left_half, picture), (right_half, result)):
+        assert laid_back.crop(box).tobytes() == same.crop(box).tobytes()
+
+
+def test_diffusers_makes_the_same_picture(
+    pipe: KleinKVPipeline, pocket_checkpoint: Path, scenes: list[Scene]
+) -> None:
+    judge = Flux2KleinKVPipeline.from_pretrained(pocket_checkpoint)
     judge.set_progress_bar_config(disable=True)
     edit = edit_of(Meaning("swap"), scenes[:2])
     noise = np.random.default_rng(1).standard_normal((1, 128, 12, 12)).astype(np.float32)
@@ -163,9 +177,9 @@ def schedule_without_its_end(editor: Editor, request: LoopRequest) -> Faulty:
     ],
 )
 def test_a_planted_fault_drops_the_score(
-    fault: Callable[[Editor, LoopRequest], Faulty], artifacts: Path, scenes: list[Scene]
+    fault: Callable[[Editor, LoopRequest], Faulty], pocket_artifacts: Path, scenes: list[Scene]
 ) -> None:
-    editor = Editor(artifacts, VARIANTS["fp32"])
+    editor = Editor(pocket_artifacts, VARIANTS["fp32"])
     edits = [
         edit_of(Meaning("swap"), scenes[:2]),
         edit_of(Meaning("swap"), scenes[2:]),
@@ -180,12 +194,12 @@ def test_a_planted_fault_drops_the_score(
 
 
 def test_the_adapter_gives_its_style(
-    pipe: KleinKVPipeline, checkpoint: Path, scenes: list[Scene]
+    pipe: KleinKVPipeline, pocket_checkpoint: Path, scenes: list[Scene]
 ) -> None:
     meaning = Meaning("background", "white")
     picture, right = scenes[0].picture(SIZE), answer(meaning, scenes[:1], SIZE)
     plain = pipe(meaning.plain, image=[picture], seed=0).images[0]
-    pipe.load_lora_weights(checkpoint / "lora" / "cyanotype.safetensors")
+    pipe.load_lora_weights(pocket_checkpoint / "lora" / "cyanotype.safetensors")
     styled = pipe(meaning.plain, image=[picture], seed=0).images[0]
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
     half = pipe(meaning.plain, image=[picture], seed=0).images[0]
@@ -195,3 +209,28 @@ def test_the_adapter_gives_its_style(
     assert psnr(styled, cyanotype(right)) > 18
     assert psnr(styled, cyanotype(right)) > psnr(half, cyanotype(right)) + 1
     assert psnr(half, cyanotype(right)) > psnr(plain, cyanotype(right)) + 1
+
+
+def test_previews_come_to_resemble_the_image(pipe: KleinKVPipeline, scenes: list[Scene]) -> None:
+    previews: list[Image.Image] = []
+    noisy: list[Image.Image] = []
+
+    def look(_pipe: Any, _i: int, _t: float, tensors: dict[str, Any]) -> None:
+        previews.extend(pipe.preview(tensors["denoised"]))
+        grid = tensors["latents"].transpose(0, 2, 1).reshape(tensors["denoised"].shape)
+        noisy.extend(pipe.preview(grid))
+
+    image = pipe(
+        Meaning("night").plain,
+        image=[scenes[0].picture(SIZE)],
+        seed=0,
+        callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=["denoised", "latents"],
+    ).images[0]
+    assert [preview.size for preview in previews] == 4 * [SIZE]
+    assert all(psnr(preview, image) > 25 for preview in previews)
+    assert all(psnr(preview, image) < 15 for preview in noisy[:-1])
+    to_the_last = [psnr(preview, previews[-1]) for preview in previews[:-1]]
+    assert to_the_last == sorted(to_the_last)
+    assert to_the_last[0] > 35
+    assert np.array_equal(np.asarray(noisy[-1]), np.asarray(previews[-1]))

@@ -158,7 +158,8 @@ def open_engines(
         if not any(_is_of(x.manifest, graphs) for x in folders):
             raise _none(artifacts, graphs)
     for one in folders:
-        files = (graphs if one.manifest.attention == graphs.attention else general).files
+        there = graphs if one.manifest.attention == graphs.attention else general
+        files = manifest.held_graphs(there)
         for graph, record in one.manifest.engines.items():
             if graph not in files or record.onnx_digest != manifest.files[files[graph]].digest:
                 raise ArtifactError(

@@ -120,12 +120,13 @@ class OrtBackend:
         open_device(self._ort, device)
         self._artifacts = artifacts
         self._graphs = graphs or manifest.graphs
+        self._files = manifest.held_graphs(self._graphs)
         self._config = manifest.config
         self._threads = threads
         self._sessions: dict[str, Any] = {}
         self._weights: weakref.WeakValueDictionary[WeightRef, Any] = weakref.WeakValueDictionary()
         self._bound: dict[str, dict[str, Any]] = {}  # by graph, its weights by name
-        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._changes: dict[str, Callable[[], Any]] = {}
         self._loading = threading.Lock()
 
     def prepare(
@@ -216,7 +217,7 @@ class OrtBackend:
             }
             affected = [graph for graph, names in touched.items() if names]
             for graph in affected:
-                refs = graph_weights(self._artifacts, self._graphs.files[graph])
+                refs = graph_weights(self._artifacts, self._files[graph])
                 for name in touched[graph]:
                     self._weights.pop(refs[name], None)
             stay = list(self._weights.values())
@@ -233,13 +234,13 @@ class OrtBackend:
         return free_memory(self._device, self._cuda)
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        if graph not in self._graphs.files:
+        if graph not in self._files:
             raise ArtifactError(
-                f"there is no graph {graph!r}, expected one of {', '.join(self._graphs.files)}"
+                f"there is no graph {graph!r}, expected one of {', '.join(self._files)}"
             )
         weights: dict[Hashable, int] = {}
         if not self._device.is_host:  # there they are mapped files
-            refs = graph_weights(self._artifacts, self._graphs.files[graph])
+            refs = graph_weights(self._artifacts, self._files[graph])
             weights = {ref: aligned(ref.nbytes) for ref in refs.values()}
         return GraphMemory(weights, keeps_scratch=self._device.is_host)
 
@@ -256,7 +257,7 @@ class OrtBackend:
             return self._sessions.get(graph) or self._load(graph)
 
     def _load(self, graph: str) -> Any:
-        device, file = self._device, self._graphs.files[graph]
+        device, file = self._device, self._files[graph]
         options = self._ort.SessionOptions()
         for key, value in _SESSION_OPTIONS.items():
             options.add_session_config_entry(f"session.{key}", value)
@@ -298,7 +299,7 @@ class OrtBackend:
         names = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
         if sorted(names) != sorted(expected):
             raise ArtifactError(
-                f"{self._graphs.files[graph]}: tensors are {sorted(names)[:4]}..., expected "
+                f"{self._files[graph]}: tensors are {sorted(names)[:4]}..., expected "
                 f"{sorted(expected)[:4]}...; it was not exported by this version, export again"
             )
 

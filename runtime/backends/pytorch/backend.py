@@ -16,19 +16,23 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import kv_names
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.backends.pytorch.cuda_graphs import CudaCapture, StepGraphs
 from klein_kv.runtime.backends.pytorch.graphs import (
     Graph,
+    small_graph,
     text_encoder_graph,
     transformer_graph,
     vae_graph,
 )
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
+    Staging,
     array_from_tensor,
+    map_tensor,
     tensor_from_array,
 )
 from klein_kv.runtime.backends.pytorch.weights import FolderWeights, GivenWeights
@@ -129,6 +133,11 @@ class TorchBackend:
         with self._torch("upload"):
             return tensor_from_array(array, self.device)
 
+    def upload_weight(self, ref: WeightRef) -> Buffer:
+        with self._torch("upload"):
+            tensor = map_tensor(ref)
+            return tensor if self.device.type == "cpu" else Staging(self.device).copy(tensor)
+
     def download(self, buffer: Buffer) -> NDArray[Any]:
         with self._torch("download"):
             return array_from_tensor(buffer)
@@ -191,10 +200,14 @@ class TorchBackend:
         return float(start.elapsed_time(end)) / 1e3
 
     def _component(self, graph: str) -> str:
-        files = self._weights.graphs.files
-        if graph not in files:
-            raise ArtifactError(f"there is no graph {graph!r}, expected one of {', '.join(files)}")
-        return files[graph].partition("/")[0]
+        """Whose weights a graph reads; "" of the small ones."""
+        graphs = self._weights.graphs
+        if graph in graphs.small_files:
+            return ""
+        if graph not in graphs.files:
+            expected = ", ".join(graphs.files)
+            raise ArtifactError(f"there is no graph {graph!r}, expected one of {expected}")
+        return graphs.files[graph].partition("/")[0]
 
     def _graph(self, graph: str) -> Graph:
         """A graph, loaded if need be."""
@@ -204,10 +217,13 @@ class TorchBackend:
         component = self._component(graph)
         graphs, config = self._weights.graphs, self._weights.config
         if component not in self._networks:
-            weights, dtype = self._weights.load(component), TORCH_DTYPES[graphs.dtype]
-            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks)
+            weights = self._weights.load(component) if component else {}
+            dtype = TORCH_DTYPES[graphs.dtype]
+            self._networks[component] = TorchOps(weights, dtype, self._compile_blocks, self.device)
         network = self._networks[component]
-        if component == "vae":
+        if not component:
+            function = small_graph(graph, network)
+        elif component == "vae":
             function = vae_graph(graph, config, network)
         elif component == "text_encoder":
             function = text_encoder_graph(config, network)

@@ -11,6 +11,8 @@ import torch
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.networks.kv_float8 import dequantize_references, quantize_references
+from klein_kv.networks.latents import blend
+from klein_kv.networks.merge import merge_lora
 from klein_kv.networks.text_encoder import encode_text
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.networks.transformer import (
@@ -21,7 +23,7 @@ from klein_kv.networks.transformer import (
 )
 from klein_kv.networks.vae import vae_decoder, vae_encoder
 
-__all__ = ["Graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
+__all__ = ["Graph", "small_graph", "text_encoder_graph", "transformer_graph", "vae_graph"]
 
 Inputs = Mapping[str, torch.Tensor]
 Outputs = dict[str, torch.Tensor]
@@ -90,3 +92,16 @@ def vae_graph(graph: str, config: ModelConfig, ops: TorchOps) -> Graph:
         return {"image": torch.cat(images).contiguous(), "sample": torch.cat(samples)}
 
     return encode if graph == "vae_encoder" else decode
+
+
+def small_graph(graph: str, ops: TorchOps) -> Graph:
+    """One of `SMALL_GRAPH_FILES`, which read no weights."""
+
+    def merge(x: Inputs) -> Outputs:
+        merged, largest = merge_lora(ops, **x)
+        return {"merged": merged, "largest": largest}
+
+    def mix(x: Inputs) -> Outputs:
+        return {"latents": blend(ops, **x)}
+
+    return {"blend": mix, "merge_lora": merge}[graph]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
@@ -15,7 +14,7 @@ from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.vae import vae_parameters
-from klein_kv.runtime.backends.backend import WeightChanges, keep_changes
+from klein_kv.runtime.backends.backend import DeviceContent, WeightChanges, keep_changes
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
     Staging,
@@ -45,7 +44,7 @@ class FolderWeights:
         self.graphs = graphs or manifest.graphs
         self.device = find_device(device)
         self._artifacts = artifacts
-        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._changes: dict[str, Callable[[], Any]] = {}
         if self.graphs.quantized or self.graphs.attention:
             raise BackendError(
                 f"the torch backend does not compute precision {self.graphs.precision!r}; use "
@@ -85,10 +84,12 @@ class FolderWeights:
         """Writes into tensors what they should hold now; `refs` is where their own content lies."""
         for name in names:
             change = self._changes.get(name)
-            if change is None:
-                tensors[name].copy_(map_tensor(refs[name]))
-            else:
-                tensors[name].copy_(tensor_from_array(change(), torch.device("cpu")))
+            content = map_tensor(refs[name]) if change is None else change()
+            pieces = content if isinstance(change, DeviceContent) else [(slice(None), content)]
+            for rows, piece in pieces:
+                if not isinstance(piece, torch.Tensor):
+                    piece = tensor_from_array(piece, torch.device("cpu"))
+                tensors[name][rows].copy_(piece)
 
     def _refs(self, component: str) -> dict[str, WeightRef]:
         table: dict[str, WeightRef] = {}
@@ -102,12 +103,12 @@ class FolderWeights:
         refs = self._refs(component)
         in_order = sorted(refs.items(), key=lambda x: (x[1].path, x[1].offset))
         tensors = {name: map_tensor(ref) for name, ref in in_order}
+        if self.device.type != "cpu":
+            staging = Staging(self.device)
+            tensors = {name: staging.copy(tensor) for name, tensor in tensors.items()}
         if component == "transformer":
             self._write(tensors, self._changes, refs)
-        if self.device.type == "cpu":
-            return tensors
-        staging = Staging(self.device)
-        return {name: staging.copy(tensor) for name, tensor in tensors.items()}
+        return tensors
 
 
 class GivenWeights:

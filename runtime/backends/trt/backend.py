@@ -29,6 +29,7 @@ from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import BackendError, BuildError
 from klein_kv.runtime.backends.backend import (
     Buffer,
+    DeviceContent,
     GraphMemory,
     WeightChanges,
     keep_changes,
@@ -106,13 +107,14 @@ class TrtBackend:
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
+        self._table = functools.cache(functools.partial(graph_weights, artifacts))  # by file
         self._weights: weakref.WeakValueDictionary[WeightRef, DeviceBuffer] = (
             weakref.WeakValueDictionary()  # of loaded ones, which hold them
         )
-        self._changes: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._changes: dict[str, Callable[[], Any]] = {}
         self._key_inputs = {
             graph: key_inputs(self._graphs.signature(graph, self._config))
-            for graph in self._graphs.files
+            for graph in manifest.held_graphs(self._graphs)
         }
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
@@ -179,6 +181,12 @@ class TrtBackend:
         with self._memory:
             return self._memory.upload(array)
 
+    def upload_weight(self, ref: WeightRef) -> Buffer:
+        with self._memory:
+            buffer = self._memory.allocate(ref.shape, ref.dtype)
+            self._memory.staging.upload_weights({ref: buffer.pointer})
+            return buffer
+
     def upload_kv(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Buffer]:
         places, nbytes = place_kv(
             TensorSpec(name, DTYPE_NAMES[x.dtype], x.shape) for name, x in arrays.items()
@@ -226,7 +234,7 @@ class TrtBackend:
         # At the same addresses: engines, contexts and captured graphs stay as they are.
         names: dict[WeightRef, str] = {}
         for graph, file in self._graphs.files.items():
-            refs = graph_weights(self._artifacts, file)
+            refs = self._table(file)
             touched = {ref: name for name, ref in refs.items() if split_part(name)[0] in changes}
             if touched and self._embeds_weights(graph):
                 raise BackendError(
@@ -255,6 +263,15 @@ class TrtBackend:
         if own:
             self._memory.staging.upload_weights(own)
 
+        on_device = [x for x in changed if isinstance(self._changes[x], DeviceContent)]
+        for tensor in on_device:
+            places = changed.pop(tensor)
+            for rows, content in self._changes[tensor]():
+                for pointer, _, place in places:
+                    self._write(pointer, place, rows, content)
+        if on_device:
+            self._memory.trim()  # of what passed
+
         def make(whole: str) -> list[tuple[int, NDArray[Any]]]:
             return [(at, self._changes[name]()[rows]) for at, name, rows in changed[whole]]
 
@@ -264,6 +281,23 @@ class TrtBackend:
                 for parts in pool.map(make, tensors[start : start + at_once]):
                     for pointer, array in parts:
                         self._memory.staging.upload(pointer, array)
+
+    def _write(
+        self, pointer: int, place: slice, rows: slice, content: NDArray[Any] | DeviceBuffer
+    ) -> None:
+        """Writes `rows` of a tensor to where its rows `place` lie, as far as they are the same."""
+        first, at = rows.start or 0, place.start or 0
+        last = first + content.shape[0]
+        start, stop = max(first, at), last if place.stop is None else min(last, place.stop)
+        if start >= stop:
+            return
+        row = content.nbytes // content.shape[0]
+        target = pointer + (start - at) * row
+        if isinstance(content, DeviceBuffer):
+            source = content.pointer + (start - first) * row
+            self._memory.copy(target, source, (stop - start) * row)
+        else:
+            self._memory.staging.upload(target, content[start - first : stop - first])
 
     def available_memory(self) -> int:
         with self._memory:
@@ -281,7 +315,7 @@ class TrtBackend:
             ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
         }
         if not weights:  # inside the engine
-            held = graph_weights(self._artifacts, self._graphs.files[graph])
+            held = self._table(self._graphs.file(graph))
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
         return GraphMemory(weights, fixed_buffers=True)
 
@@ -358,7 +392,7 @@ class TrtBackend:
         """Bytes of the weights that lie in an engine itself."""
         if folder.manifest.record(graph).weights:
             return 0
-        held = graph_weights(self._artifacts, self._graphs.files[graph])
+        held = self._table(self._graphs.file(graph))
         return sum(ref.nbytes for ref in held.values())
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:

@@ -24,6 +24,7 @@ KV_ROWS = [
     "first_step, noise_pred",
     "first_step, K/V",
     "cached_step, noise_pred",
+    "blend, latents",
     *IMAGES,
 ]
 
@@ -80,7 +81,7 @@ def test_plain_weights(
     code, text, _ = run(plain_artifacts, plain_checkpoint, *options)
     rows = json.loads(text)["rows"]
     assert code == 0
-    assert names(rows) == [*KV_ROWS[:2], "plain_step, noise_pred", *IMAGES]
+    assert names(rows) == [*KV_ROWS[:2], "plain_step, noise_pred", "blend, latents", *IMAGES]
 
 
 def test_another_checkpoint(tiny_artifacts: Path, tmp_path: Path, run: Run) -> None:
@@ -90,7 +91,10 @@ def test_another_checkpoint(tiny_artifacts: Path, tmp_path: Path, run: Run) -> N
     assert "parity does NOT hold" in text
     lines = [line for line in text.splitlines() if ", " in line[:40]]
     assert len(lines) == len(KV_ROWS)
-    assert all("FAILED, tolerance" in line for line in lines[: -len(IMAGES)])
+    *graphs, blend = lines[: -len(IMAGES)]  # which reads no weights
+    assert all("FAILED, tolerance" in line for line in graphs)
+    assert blend.startswith("blend")
+    assert "FAILED" not in blend
 
 
 def test_a_small_error_in_one_weight_shows(

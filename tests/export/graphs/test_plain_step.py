@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import PLAIN_GRAPH_FILES, make_signature
+from klein_kv.artifacts.signature import PLAIN_GRAPH_FILES, SMALL_GRAPH_FILES, make_signature
 from klein_kv.artifacts.weights import graph_weights
 from klein_kv.errors import RequestError
 from klein_kv.export.exporter import export_checkpoint
@@ -35,7 +35,7 @@ def test_folder(plain_artifacts: Path) -> None:
     graphs = {
         path.relative_to(plain_artifacts).as_posix() for path in plain_artifacts.rglob("*.onnx")
     }
-    assert graphs == set(PLAIN_GRAPH_FILES.values())
+    assert graphs == {*PLAIN_GRAPH_FILES.values(), *SMALL_GRAPH_FILES.values()}
     weights = graph_weights(plain_artifacts, PLAIN_GRAPH_FILES["plain_step"])
     assert len(weights) > 40
     signature = make_signature("plain_step", manifest.config, "float32")

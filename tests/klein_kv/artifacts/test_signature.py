@@ -4,6 +4,7 @@ import pytest
 
 from klein_kv.artifacts.signature import (
     GRAPH_FILES,
+    SMALL_GRAPH_FILES,
     KVFormat,
     is_kv,
     kv_names,
@@ -31,6 +32,13 @@ STEP_OUTPUTS = dict.fromkeys(
     ("noise_pred", "latents"), ("bfloat16", ("batch", "image_tokens", 128))
 )
 PROMPT = ("int64", ("batch", "text_tokens"))
+NUMBER = ("float32", (1,))
+MERGE = {
+    "weight": ("bfloat16", ("rows", "columns")),
+    "up": ("float32", ("rows", "rank")),
+    "down": ("float32", ("rank", "columns")),
+    "largest_before": NUMBER,
+}
 EXPECTED = {
     "first_step": (STEP_INPUTS | REFERENCE_INPUTS, STEP_OUTPUTS | KV),
     "cached_step": (STEP_INPUTS | KV, STEP_OUTPUTS),
@@ -50,10 +58,25 @@ EXPECTED = {
             "sample": ("bfloat16", ("batch", 3, "height", "width")),
         },
     ),
+    "blend": (
+        {
+            "hidden_states": ("bfloat16", ("batch", "image_tokens", 128)),
+            "image_latents": ("bfloat16", (1, "image_tokens", 128)),
+            "noise": ("bfloat16", ("batch", "image_tokens", 128)),
+            "mask": ("bfloat16", ("batch", "image_tokens", 1)),
+            "sigma": NUMBER,
+        },
+        {"latents": ("bfloat16", ("batch", "image_tokens", 128))},
+    ),
+    "merge_lora": (MERGE, {"merged": ("bfloat16", ("rows", "columns")), "largest": NUMBER}),
+    "merge_lora_fp8": (
+        MERGE | {"scale": NUMBER},
+        {"merged": ("float8_e4m3fn", ("rows", "columns")), "largest": NUMBER},
+    ),
 }
 
 
-@pytest.mark.parametrize("graph", GRAPH_FILES)
+@pytest.mark.parametrize("graph", [*GRAPH_FILES, *SMALL_GRAPH_FILES])
 def test_tensors(graph: str) -> None:
     signature = make_signature(graph, KLEIN_9B, "bfloat16")
     assert signature.graph == graph

@@ -41,7 +41,7 @@ def make_engines(
     manifest = Manifest.load(artifacts, check_files=False)
     graphs = graphs or manifest.graphs
     records = {}
-    for graph in graphs.files:
+    for graph in sizes or manifest.held_graphs(graphs):
         needs = (scratch or {}).get(graph, SCRATCH)
         own = None if sizes is None else sizes[graph]
         records[graph] = _write(artifacts, folder, manifest, graphs, graph, own, needs)
@@ -82,7 +82,7 @@ def _write(
     scratch: int,
 ) -> EngineRecord:
     signature = graphs.signature(graph, manifest.config)
-    weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.files[graph])
+    weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.file(graph))
 
     def info(spec: TensorSpec) -> TensorSpec:
         return TensorSpec(
@@ -107,7 +107,7 @@ def _write(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         key="-",
-        onnx_digest=manifest.files[graphs.files[graph]].digest,
+        onnx_digest=manifest.files[graphs.file(graph)].digest,
         inputs=tuple(info(spec) for spec in signature.inputs),
         outputs=tuple(info(spec) for spec in signature.outputs),
         weights={name: ref.place(artifacts) for name, ref in weights.items()},

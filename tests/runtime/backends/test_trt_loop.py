@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv import KleinKVPipeline
+from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import RequestError
+from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.trt import engine
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
@@ -185,6 +185,36 @@ def test_warming_up_compiles_for_the_shape_at_once(tiny_artifacts, engines, pict
     assert counts["waits"] == counts["allocations"] == 0
 
 
+def test_an_edit_inside_a_mask_stays_on_the_device(
+    tiny_artifacts: Path, engines: Path, pictures: list[Image.Image], tiny_ours: KleinKVPipeline
+) -> None:
+    """Steps and what mixes them replay in turn; another mask waits for nothing either."""
+    machine = Machine(tiny_artifacts, engines)
+    machine.pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
+    theirs = KleinKVInpaintPipeline.from_pipe(tiny_ours)
+    whole = {"height": None, "width": None, "strength": 0.75}
+    machine.pipe.warm_up(96, 128)
+    for i, split in enumerate((40, 70)):
+        mask = Image.new("L", (128, 96))
+        mask.paste(255, (split, 0, 128, 96))
+        request = whole | {"mask_image": mask, "prompt": f"a kite {i}"}
+        made, counts = machine.quiet(pictures[0], **request)
+        expected = theirs(**(REQUEST | request | {"image": pictures[0]})).images
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+        assert counts["captures"] == counts["compilations"] == counts["loads"] == 0
+        assert counts["replays"] == 10, "text, the image, three steps, four mixtures, pixels"
+        assert counts["waits"] == counts["allocations"] == 0
+
+
+def test_engines_of_an_earlier_build_are_named(
+    tiny_artifacts: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path, sizes=sizes_of([])))
+    pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
+    with pytest.raises(ArtifactError, match=r"no engine of blend, only of .*klein-kv build"):
+        pipe("a kite", image=pictures[0], strength=0.5)
+
+
 def test_batches_and_repeated_prompts_stay_on_the_device(
     tiny_artifacts: Path,
     engines: Path,
@@ -216,6 +246,18 @@ def test_a_callback_may_use_the_pipeline(tiny_artifacts, engines, pictures, expe
 
     made = machine(pictures[4:6], callback_on_step_end=other)
     np.testing.assert_allclose(made, expected(pictures[4:6]), atol=1e-5)
+
+
+def test_what_a_step_foresees_comes_from_engines_too(tiny_artifacts, engines, pictures, expected):
+    seen: list[np.ndarray] = []
+    request = {
+        "callback_on_step_end": lambda _pipe, _i, _t, tensors: seen.append(tensors["denoised"]),
+        "callback_on_step_end_tensor_inputs": ["denoised"],
+    }
+    Machine(tiny_artifacts, engines)(pictures[6:7], **request)
+    expected(pictures[6:7], **request)
+    assert len(seen) == 8
+    np.testing.assert_allclose(seen[: len(seen) // 2], seen[len(seen) // 2 :], atol=1e-4)
 
 
 def test_an_engine_that_cannot_be_captured_is_told(tiny_artifacts, engines, caplog):

@@ -1,7 +1,6 @@
 """Merged weights as graphs read them: exact in floating point, anew on the grid when quantized."""
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,12 @@ from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import map_weight
 from klein_kv.errors import RequestError
 from klein_kv.export.checks.artifact_weights import component_weights
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.lora import merge
 from klein_kv.runtime.lora.lora_file import Adapter, read_adapter
 from klein_kv.runtime.lora.merge import WeightMerger
 
 NAME = "transformer_blocks.0.ff.linear_in.weight"
-
-
-@pytest.fixture(scope="module")
-def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny artifacts in float32, and numbers in fp8 and nvfp4."""
-    folder = tmp_path_factory.mktemp("lora") / "artifacts"
-    shutil.copytree(tiny_artifacts, folder)
-    for recipe in ("fp8", "nvfp4"):
-        samples = make_samples(1, size=(64, 64))
-        quantize_artifacts(folder, QuantizationRecipe.load(recipe), samples, text_tokens=16)
-    return folder
 
 
 @pytest.fixture(scope="module")

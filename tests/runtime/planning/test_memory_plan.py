@@ -100,6 +100,22 @@ def test_stages_add_up() -> None:
     assert {stage.scratch_source for stage in planned.stages} == {"engines"}
 
 
+def test_what_is_mixed_with_an_image_counts() -> None:
+    """The image's encoding, its latents, the noise that stays, and the mask."""
+    stages = edit_stages("kv", 4, blends=True)
+    assert stages[1:5] == ("vae_encoder", "first_step", "blend", "cached_step")
+    plain, mixed = plan(batch=2), plan(batch=2, stages=stages)
+    tokens, mask, sigma = 2 * 4096 * 128 * 2, 2 * 4096 * 2, 4
+    fed = 2 * tokens + tokens // 2 + mask + sigma
+    for stage in plain.stages:
+        other = mixed.stage(stage.name)
+        assert other is not None
+        assert other.total - stage.total == 2 * fed + tokens, "inputs, their sources, the output"
+    (blend,) = (stage for stage in mixed.stages if stage.name == "blend")
+    assert blend.parts["kv"] == KV
+    assert estimate_scratch("blend", FOOTPRINT, request().sizes("blend", KLEIN_9B)) == 0
+
+
 def test_other_inputs_change_the_stages() -> None:
     assert [s.name for s in plan(references=0).stages] == [
         "text_encoder",
