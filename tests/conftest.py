@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--measured", action="store_true", help="print the largest error of each tolerance entry"
     )
     parser.addoption("--kills", type=int, default=2, help="how often test_killed kills each verb")
-    parser.addoption("--examples", type=int, default=20, help="of what is damaged or made up, each kind")
+    parser.addoption("--examples", type=int, default=20, help="damaged files of each kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:
