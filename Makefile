@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[export,cpu,rtx,serve,bench,dev]'
 	touch $@
 
 # Two processes of up to 4 GB; a file's tests stay together, with what they share.
