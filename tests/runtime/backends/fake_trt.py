@@ -13,6 +13,7 @@ in runtime caches.
 import contextlib
 import ctypes
 import enum
+import functools
 import json
 import time
 import weakref
@@ -259,23 +260,35 @@ class FakeEngine:
         self.trt.tamper(self.graph, addresses, shapes | made)
 
     def _load(self, addresses: dict[str, int]) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.intra_op_num_threads = 1
-        # Most engines run a few times: loading them takes longer than all their runs.
+        path = str(self.trt.artifacts / self.trt.graphs.file(self.graph))
+        if not self.weights:
+            return _session_of_file(path)
+        options = _session_options()
+        # Most engines run a few times: optimizing them takes longer than all their runs.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_mem_reuse = False
         self._values = {
             name: ort_value(array_at(addresses[name], ref.shape, ref.dtype))
             for name, ref in self.weights.items()
         }
         for name, value in self._values.items():
             options.add_initializer(name, value)
-        return onnxruntime.InferenceSession(
-            str(self.trt.artifacts / self.trt.graphs.file(self.graph)),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _session_options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.intra_op_num_threads = 1
+    options.enable_mem_reuse = False  # planning it is most of the time that loading takes
+    return options
+
+
+@functools.cache
+def _session_of_file(path: str) -> Any:
+    """A graph with weights of its own; the engines of all tests share it."""
+    return onnxruntime.InferenceSession(
+        path, _session_options(), providers=["CPUExecutionProvider"]
+    )
 
 
 class FakeCache:

@@ -32,6 +32,7 @@ REQUEST: dict[str, Any] = {
     "width": 128,
     "seed": 3,
     "num_inference_steps": 2,
+    "max_sequence_length": 64,
     "output_type": "latent",
 }
 
