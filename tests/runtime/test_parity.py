@@ -6,6 +6,7 @@ three models are diffusers' own, saved by it (`tests.checkpoints`); 16-bit artif
 most of the time is attention to padding.
 """
 
+import functools
 import hashlib
 import inspect
 import logging
@@ -523,13 +524,24 @@ class Narrow:
 NARROW = [("onnxruntime", "float16"), ("torch", "float16"), ("torch", "bfloat16")]
 
 
-@pytest.fixture(scope="module", params=NARROW, ids="-".join)
-def narrow(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Narrow:
-    backend, precision = request.param
-    short = {"float16": "fp16", "bfloat16": "bf16"}[precision]
-    artifacts = request.getfixturevalue(f"tiny_{short}_artifacts")
-    theirs = load_diffusers(tiny_checkpoint, getattr(torch, precision))
-    return Narrow(precision, load_ours(artifacts, backend), theirs)
+@pytest.fixture(scope="module")
+def narrow_models(
+    tiny_checkpoint: Path, tiny_fp16_artifacts: Path, tiny_bf16_artifacts: Path
+) -> Callable[[str, str], Narrow]:
+    """By backend and type; pytest would open each anew whenever tests of another come between."""
+    artifacts = {"float16": tiny_fp16_artifacts, "bfloat16": tiny_bf16_artifacts}
+
+    @functools.cache
+    def get(backend: str, precision: str) -> Narrow:
+        theirs = load_diffusers(tiny_checkpoint, getattr(torch, precision))
+        return Narrow(precision, load_ours(artifacts[precision], backend), theirs)
+
+    return get
+
+
+@pytest.fixture(params=NARROW, ids="-".join)
+def narrow(request: pytest.FixtureRequest, narrow_models: Callable[[str, str], Narrow]) -> Narrow:
+    return narrow_models(*request.param)
 
 
 @pytest.mark.parametrize(
