@@ -142,7 +142,7 @@ def pictures() -> list[Image.Image]:
     ]
 
 
-REQUEST = {"height": 1024, "width": 1024, "output_type": "pil"}
+REQUEST = {"height": 1024, "width": 1024, "max_sequence_length": 512, "output_type": "pil"}
 
 
 def used_by_stage(machine: Machine, *args: Any, **kwargs: Any) -> dict[str, int]:
