@@ -28,6 +28,7 @@ DISTRIBUTIONS = (
     ("onnx_ir", "export", "export"),
     ("safetensors", "fixture checkpoints", "export"),
     ("pillow-heif", "reads HEIC images", "heif"),
+    ("fastapi", "klein-kv serve", "serve"),
 )
 
 

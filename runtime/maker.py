@@ -50,7 +50,8 @@ def make_images(pipe: "KleinKVPipeline", ask: CallArguments, *, warming_up: bool
         pipe.encoder.check(ask.references)
     start = ask.start
     before = () if start is None else (start.pixels,)
-    prepared = pipe.encoder.prepare(ask.images, *before) if ask.images or before else None
+    given = ask.image if isinstance(ask.image, PreparedReferences) else ask.images
+    prepared = pipe.encoder.prepare(given, *before) if given or before else None
     wanted: ReferenceSet | PreparedReferences | None = ask.references or prepared
     noise = None if ask.latents is None else host_array(ask.latents, "latents", dtype)
     first = None if wanted is None else wanted.first_size

@@ -38,7 +38,11 @@ from klein_kv.runtime.outputs.preview import Previews
 from klein_kv.runtime.planning.memory import default_prompt_bytes
 from klein_kv.runtime.planning.request import Request
 from klein_kv.runtime.references.byte_cache import ByteCache
-from klein_kv.runtime.references.reference_encoder import ReferenceEncoder, blank_references
+from klein_kv.runtime.references.reference_encoder import (
+    PreparedReferences,
+    ReferenceEncoder,
+    blank_references,
+)
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet
 from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
@@ -238,7 +242,9 @@ class KleinKVPipeline(LoraLoader):
         return self.session.download(encoded.buffer).copy()
 
     @one_at_a_time
-    def encode_references(self, image: Image.Image | Sequence[Image.Image]) -> ReferenceSet:
+    def encode_references(
+        self, image: Image.Image | Sequence[Image.Image] | PreparedReferences
+    ) -> ReferenceSet:
         """Keys and values of reference images, in order, before any prompt is known.
 
         Pass them as `references=`, or the images again: either costs only cached steps.
@@ -253,7 +259,9 @@ class KleinKVPipeline(LoraLoader):
                 f"{self.artifacts} holds plain weights, whose references take part in every step; "
                 "pass them as image=, or use KV weights"
             )
-        images: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        images: Any = image
+        if not isinstance(image, PreparedReferences):
+            images = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise RequestError("no reference image was given, expected at least one")
         self._merge_adapters()

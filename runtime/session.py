@@ -249,8 +249,9 @@ class Session:
         try:
             yield
         finally:
-            self.plan, self._free, self._keep, self._eager = plan, free, keep, eager
-            self._last, self._prepared = "", False
+            if self.plan is not plan:  # there were some: room is made anew
+                self.plan, self._free, self._keep, self._eager = plan, free, keep, eager
+                self._last, self._prepared = "", False
 
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "onnxruntime", "onnx", "diffusers", "fastapi", "uvicorn", "httpx", "ray"}
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 
@@ -58,7 +59,8 @@ def test_every_package_is_listed() -> None:
 def test_wheel_holds_every_module(package: str, wheel_names: list[str]) -> None:
     folder = ROOT / SETUPTOOLS["package-dir"][package]
     data = ("*.py", "recipes/*.toml", "workflows/*.json", "py.typed")
-    modules = [path for pattern in data for path in folder.glob(pattern)]
+    page = ("*.html", "*.css", "*.js", "*.svg")
+    modules = [path for pattern in data + page for path in folder.glob(pattern)]
     inside = package.replace(".", "/")
     expected = {f"{inside}/{path.relative_to(folder).as_posix()}" for path in modules}
     assert expected <= set(wheel_names)
@@ -69,7 +71,8 @@ def test_import_is_light(tmp_path: Path) -> None:
     code = (
         "import sys, time; start = time.perf_counter(); import klein_kv;"
         "print(time.perf_counter() - start);"
-        "print(*sorted({'torch', 'onnxruntime', 'onnx', 'diffusers'} & set(sys.modules)))"
+        "import klein_kv.cli;"
+        f"print(*sorted({HEAVY} & set(sys.modules)))"
     )
     runs = [
         subprocess.run(
@@ -79,3 +82,14 @@ def test_import_is_light(tmp_path: Path) -> None:
     ]
     assert runs[0][1] == "", f"import klein_kv also imports {runs[0][1]}"
     assert min(float(seconds) for seconds, _ in runs) < 0.2
+
+
+def test_the_server_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    code = (
+        "import sys, klein_kv.runtime.serving.server;"
+        "print(*{'torch', 'ray', 'gradio', 'onnxruntime'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

@@ -19,6 +19,7 @@ from klein_kv.cli.export import add_export, add_fixture, add_quantize
 from klein_kv.cli.generate import add_generate
 from klein_kv.cli.inspection import add_doctor, add_inspect
 from klein_kv.cli.plan import add_plan
+from klein_kv.cli.serve import add_serve
 from klein_kv.cli.setup import add_setup
 from klein_kv.cli.verify import add_verify
 from klein_kv.errors import KleinKVError
@@ -32,6 +33,7 @@ _EXTRA_OF = {
     "verify": "export,cpu",
     "build": "rtx",
     "setup": "export,rtx",
+    "serve": "serve",
 }
 # In the order of `klein-kv --help`.
 _VERBS = (
@@ -42,6 +44,7 @@ _VERBS = (
     add_build,
     add_plan,
     add_generate,
+    add_serve,
     add_comfyui,
     add_verify,
     add_inspect,

@@ -71,15 +71,17 @@ class ReferenceEncoder:
         self.matte = matte
 
     def prepare(
-        self, images: Sequence[Image.Image], *before: NDArray[np.uint8]
+        self, images: Sequence[Image.Image] | PreparedReferences, *before: NDArray[np.uint8]
     ) -> PreparedReferences:
         """Checks and crops images, one or more with the prepared ones `before` them.
 
-        Computes nothing yet.
+        Computes nothing yet. `PreparedReferences` stay what they are, and have none before them.
 
         Raises:
             RequestError: see `pixels.prepare_reference`.
         """
+        if isinstance(images, PreparedReferences):
+            return replace(images, digest=self.origin.digest(images.images))
         unit = self._config.vae.multiple_of
         new = (prepare_reference(image, unit, self.matte) for image in images)
         pixels = (*before, *new)

@@ -337,6 +337,20 @@ def test_a_callback_leaves_the_plan_to_the_request_under_way(
     np.testing.assert_array_equal(machine(pictures, callback_on_step_end=other), expected)
 
 
+def test_a_callback_that_asks_for_nothing_costs_no_planning(
+    open_machine: Open, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: room was made before every step, as if another request had come between."""
+    machine = open_machine()
+    machine(pictures)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("room was made for what is there")
+
+    monkeypatch.setattr(machine.pipe.session, "_make_room", fail)
+    machine(pictures, callback_on_step_end=lambda *_: {})
+
+
 @pytest.mark.parametrize("scratch", [20_000, 600_000])
 def test_no_capacity_makes_a_request_touch_memory_that_is_not_there(
     open_machine: Open, pictures: list[Any], scratch: int

@@ -1,0 +1,1 @@
+"""Routes of OpenAI's image API, of references, and of health."""

@@ -1,0 +1,318 @@
+"""Fields of a request, as JSON or as a form, checked before anything is decoded."""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.front import Front, Upload
+from klein_kv.runtime.serving.settings import ServeSettings
+
+__all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
+
+MAX_FIELDS = 64
+_LISTS = ("image", "url", "references", "lora")
+_LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
+_SMALL = 65536
+
+
+class Sent:
+    """What a request holds.
+
+    Attributes:
+        values: fields by name.
+        images: reference images, in order.
+        mask: the field of that name.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.images: list[Upload] = []
+        self.mask: Upload | None = None
+
+    def add(self, name: str, value: Any) -> None:
+        """Takes in one field of a form, or one key of a JSON object.
+
+        Raises:
+            ServiceError: a field that is there twice, or a file where none belongs.
+        """
+        base = re.sub(r"\[\d*\]$", "", name)
+        if base in ("image", "url", "images"):
+            self.images += [Upload(_content(x, base), base) for x in _listed(value)]
+        elif base == "mask":
+            self.mask = Upload(_content(value, base), base)
+        elif not isinstance(value, UploadedBytes):
+            if base in _LISTS:
+                self.values.setdefault(base, []).extend(_listed(value))
+            elif name in self.values:
+                raise ServiceError("invalid_value", "a field is given twice", _short(name))
+            else:
+                self.values[name] = value
+        else:
+            raise ServiceError("unknown_parameter", "a file in an unknown field", _short(name))
+
+
+class UploadedBytes(bytes):
+    """Of a form's file."""
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(value: Any, param: str) -> bytes | str:
+    """Of an image: a file, a text, or OpenAI's {"image_url": text or {"url": text}}."""
+    if isinstance(value, dict) and value.keys() <= {"image_url", "detail", "type"}:
+        value = value.get("image_url")
+        if isinstance(value, dict):
+            value = value.get("url")
+    elif isinstance(value, dict) and "file_id" in value:
+        raise ServiceError("unsupported_parameter", "files are not kept here: send images", param)
+    if isinstance(value, str | bytes) and value:
+        return value
+    raise ServiceError("invalid_value", "expected a file, a data URI or a URL", param)
+
+
+async def read_fields(request: Request, front: Front) -> Sent:
+    """Reads a JSON object or a form.
+
+    Raises:
+        ServiceError: "invalid_body", or what `Sent.add` refuses.
+    """
+    sent = Sent()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        await _read_multipart(request, sent, front.settings)
+    elif kind in ("application/json", ""):
+        body = await request.body()
+        small = len(body) < _SMALL
+        values = _json_object(body) if small else await front.in_thread(_json_object, body)
+        for name, value in values.items():
+            if value is not None:
+                sent.add(name, value)
+    else:
+        raise ServiceError("invalid_body", "expected application/json or multipart/form-data")
+    return sent
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ServiceError("invalid_body", "the body is no valid JSON") from None
+    if not isinstance(value, dict):
+        raise ServiceError("invalid_body", "the body is no JSON object")
+    return value
+
+
+class _InMemory(MultiPartParser):
+    """Files stay in memory, which the limits of a body bound: nothing is written to a disk."""
+
+    spool_max_size = 1 << 62
+
+
+async def _read_multipart(request: Request, sent: Sent, settings: ServeSettings) -> None:
+    parser = _InMemory(
+        request.headers,
+        request.stream(),
+        max_files=settings.max_references + 2,
+        max_fields=MAX_FIELDS,
+        max_part_size=settings.max_body_bytes,
+    )
+    try:
+        form = await _parsed(parser, settings)
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                sent.add(name, UploadedBytes(await value.read()))
+            elif value or name == "prompt":
+                sent.add(name, value)
+    finally:
+        for file in parser._files_to_close_on_error:  # one that is cut short is in no form
+            file.close()
+
+
+async def _parsed(parser: MultiPartParser, settings: ServeSettings) -> FormData:
+    try:
+        return await parser.parse()
+    except (MultiPartException, FormParserError, KeyError, UnicodeError, AssertionError):
+        raise ServiceError(
+            "invalid_body",
+            f"the form cannot be read, or has more than {settings.max_references} files or "
+            f"{MAX_FIELDS} fields",
+        ) from None
+
+
+def _size(value: Any) -> Any:
+    """(width, height) of "WxH"; None of "auto"."""
+    if value in (None, "auto"):
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("expected WIDTHxHEIGHT, or auto")
+    return int(match[1]), int(match[2])
+
+
+def _loras(value: Any) -> Any:
+    """((name, weight), ...) of "NAME:WEIGHT,..." texts or of {"name", "weight"} objects."""
+    found: list[Any] = []
+    for entry in _listed(value):
+        if isinstance(entry, dict):
+            name = entry.get("name", entry.get("model"))
+            found.append((name, entry.get("weight", 1.0)))
+            continue
+        for part in str(entry).split(","):
+            match = _LORA.fullmatch(part.strip())
+            if match is None:
+                raise ValueError("expected NAME or NAME:WEIGHT")
+            found.append((match["name"], float(match["weight"] or 1)))
+    return tuple(found)
+
+
+_TEXT = {"type": "string"}
+Size = Annotated[
+    tuple[int, int] | None,
+    BeforeValidator(_size),
+    WithJsonSchema(_TEXT | {"pattern": r"^(auto|\d+x\d+)$"}),
+]
+Weight = Annotated[float, Field(ge=-4, le=4)]
+Loras = Annotated[
+    tuple[tuple[str, Weight], ...],
+    BeforeValidator(_loras),
+    Field(max_length=8),
+    WithJsonSchema(_TEXT | {"pattern": r"^[^:,]+(:-?\d+(\.\d+)?)?$"}),
+]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = Field(None, max_length=256)
+    lora: Loras = ()
+    timeout: float | None = Field(None, gt=0, description="seconds until the answer is of no use")
+    user: str | None = None
+
+
+class ReferenceFields(_Fields):
+    """Of `POST /v1/references`, besides images."""
+
+
+class EditFields(_Fields):
+    """Of both image routes, besides images; OpenAI's names, and a few of our own.
+
+    `quality`, `style`, `user`, `moderation` and `input_fidelity` have no effect here.
+    """
+
+    prompt: str = Field(min_length=1)
+    n: int = Field(1, ge=1)
+    size: Size = None
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    num_inference_steps: int = Field(4, ge=1, le=50)
+    guidance_scale: float | None = None
+    references: list[Annotated[str, Field(max_length=128)]] = Field([], max_length=4)
+    strength: float | None = Field(None, gt=0, le=1)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100)
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+    input_fidelity: str | None = None
+
+    def check(self, settings: ServeSettings, unit: int) -> None:
+        """What depends on the service.
+
+        Raises:
+            ServiceError: "invalid_value" or "unsupported_parameter".
+        """
+        if self.n > settings.max_images:
+            raise _bad("n", f"is {self.n}, expected at most {settings.max_images}")
+        if len(self.prompt) > settings.max_prompt:
+            raise _bad("prompt", f"is longer than {settings.max_prompt} characters")
+        if self.size is not None:
+            least = -(-128 // unit) * unit
+            for side in self.size:
+                if not least <= side <= settings.max_side or side % unit:
+                    raise _bad(
+                        "size",
+                        f"has a side of {side}, expected a multiple of {unit} from {least} to "
+                        f"{settings.max_side}",
+                    )
+        if self.response_format == "url":
+            raise ServiceError(
+                "unsupported_parameter",
+                "images are not kept here: ask for response_format b64_json",
+                "response_format",
+            )
+        if self.background == "transparent":
+            raise ServiceError(
+                "unsupported_parameter", "the model makes opaque images", "background"
+            )
+        if self.partial_images and not self.stream:
+            raise _bad("partial_images", "needs stream")
+        if self.stream and self.n > 1:
+            raise _bad("n", f"is {self.n}, expected 1 with stream")
+
+
+def body_schema(model: type[BaseModel], *images: str) -> dict[str, Any]:
+    """What OpenAPI says of a request: JSON, and a form where it may hold `images`."""
+    schema = model.model_json_schema()
+    kinds = {"application/json": "uri-reference", "multipart/form-data": "binary"}
+    content = {
+        kind: {
+            "schema": schema
+            | {
+                "properties": schema["properties"]
+                | {name: _TEXT | {"format": format_} for name in images}
+            }
+        }
+        for kind, format_ in kinds.items()
+        if images or kind == "application/json"
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def checked(model: type[BaseModel], values: dict[str, Any]) -> Any:
+    """An instance of `model`.
+
+    Raises:
+        ServiceError: the first field that is missing, unknown or out of range.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = _short(str(first["loc"][0])) if first["loc"] else ""
+        if first["type"] == "missing":
+            code, text = "missing_required_parameter", "is missing"
+        elif first["type"] == "extra_forbidden":
+            code, text = "unknown_parameter", "is not known here"
+        else:
+            code = "invalid_value"
+            text = first["msg"].removeprefix("Value error, ")
+            text = text[:1].lower() + text[1:]
+        raise ServiceError(code, f"{name}: {text}", name) from None
+
+
+def _bad(param: str, text: str) -> ServiceError:
+    return ServiceError("invalid_value", f"{param} {text}", param)
+
+
+def _short(name: str) -> str:
+    """A field's name as a client sent it, for an answer."""
+    return "".join(x for x in name if x.isprintable())[:64]

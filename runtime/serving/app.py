@@ -1,0 +1,196 @@
+"""The service as an ASGI application, over whatever engine."""
+
+import logging
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from klein_kv import __version__
+from klein_kv.runtime.serving.api.answers import error_response
+from klein_kv.runtime.serving.api.disconnect import ClientGoneError
+from klein_kv.runtime.serving.api.health import health_routes
+from klein_kv.runtime.serving.api.images import image_routes
+from klein_kv.runtime.serving.api.references import reference_routes
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.front import Fetch, Front
+from klein_kv.runtime.serving.jobs import Engine
+from klein_kv.runtime.serving.metrics import Metrics
+from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
+from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.runware.routes import runware_routes
+from klein_kv.runtime.serving.runware.service import RunwareService
+from klein_kv.runtime.serving.runware.store import PATH
+from klein_kv.runtime.serving.security.fetch import Fetcher
+from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
+from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
+from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
+
+__all__ = ["make_app"]
+
+_log = logging.getLogger(__name__)
+
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+def make_app(
+    engine: Engine,
+    settings: ServeSettings,
+    fetch: Fetch | None = None,
+    send: Fetcher | None = None,
+) -> FastAPI:
+    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
+
+    `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
+    ask for it themselves, and `app.state.public_below` what all such paths begin with.
+    """
+    front = Front(
+        engine=engine,
+        settings=settings,
+        keys=KeyRing(settings.api_keys),
+        shelf=ReferenceShelf(settings.shelf_bytes),
+        metrics=Metrics(engine.gauges),
+        threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
+        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
+    )
+    app = FastAPI(
+        title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.state.front = front
+    app.state.public = {"/health/live", PATH, *PAGE_PATHS}
+    app.state.public_below = (f"{PATH}/images/",)
+    app.include_router(health_routes(front))
+    app.include_router(image_routes(front))
+    app.include_router(reference_routes(front))
+    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
+    app.include_router(runware_routes(front, service))
+    app.include_router(page_routes())
+    app.add_exception_handler(ServiceError, _refused)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_middleware(Gate, front=front, public=app.state.public, below=app.state.public_below)
+    return app
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    return error_response(_service_error(error))
+
+
+def _service_error(error: Exception) -> ServiceError:
+    """What a client is told of an error."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return ServiceError("invalid_value", "the request does not have the form of this route")
+    if isinstance(error, HTTPException):
+        if error.status_code == 405:
+            return ServiceError("method_not_allowed", "this path has no such method")
+        if error.status_code == 404:
+            return ServiceError("not_found", "there is no such path")
+        if error.status_code < 500:
+            return ServiceError("invalid_body", "the request cannot be read")
+    return ServiceError("internal_error", "the request failed")
+
+
+class Gate:
+    """What every request passes first and last: key, origin, limits, headers, metrics.
+
+    A WebSocket passes the origin's check alone: who is behind it is asked in its first message.
+    """
+
+    def __init__(
+        self, app: ASGIApp, front: Front, public: set[str], below: tuple[str, ...]
+    ) -> None:
+        self.app = app
+        self.front = front
+        self.public = public
+        self.below = below
+        self.local = is_loopback(front.settings.host)
+        self.active = 0
+        self.budget = BodyBudget(front.settings.max_bodies_bytes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        self.active += 1
+        try:
+            if scope["type"] == "websocket":
+                await self._websocket(scope, receive, send)
+            else:
+                await self._http(scope, receive, send)
+        finally:
+            self.active -= 1
+
+    def _check_load(self) -> None:
+        if self.active > self.front.settings.max_connections:
+            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
+
+    def _is_public(self, path: str) -> bool:
+        return path in self.public or path.startswith(self.below)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check_load()
+            if self.front.keys.open:
+                check_origin(Headers(scope=scope), local=self.local)
+        except ServiceError:
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        body = CountedBody(receive, headers, self.front.settings, self.budget)
+        request_id = f"req_{secrets.token_hex(12)}"
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if status >= 400:
+                    await body.discard()
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            if self.front.keys.open:
+                check_origin(headers, local=self.local)
+            elif not self._is_public(scope["path"]):
+                self.front.keys.check(headers)
+            if scope["path"] != "/health/live":
+                self._check_load()
+            body.check_length()
+            await self.app(scope, body, sending)
+        except (ClientGoneError, ClientDisconnect):
+            status = 499  # nginx' number; nobody is there to read it
+            await sending({"type": "http.response.start", "status": status, "headers": []})
+            await sending({"type": "http.response.body", "body": b""})
+        except Exception as error:  # noqa: BLE001 - logged, and told in words of ours
+            if not isinstance(error, ServiceError):
+                _log.exception("request %s failed", request_id)
+            if not status:
+                await error_response(_service_error(error))(scope, receive, sending)
+        finally:
+            body.done()
+            route = getattr(scope.get("route"), "path", "other")
+            self.front.metrics.requests.labels(route, str(status)).inc()
+            self.front.metrics.seconds.labels(route).observe(time.perf_counter() - start)

@@ -1,0 +1,214 @@
+"""What every route of a service shares: the engine, limits, threads, and uploads made into jobs."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from starlette.datastructures import Headers
+
+from klein_kv.runtime.inputs.noise import random_seed
+from klein_kv.runtime.references.reference_set import images_digest
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import (
+    EditJob,
+    EditResult,
+    Engine,
+    OnPreview,
+    Pixels,
+)
+from klein_kv.runtime.serving.metrics import Metrics
+from klein_kv.runtime.serving.reference_shelf import ReferenceShelf, ShelvedReferences
+from klein_kv.runtime.serving.security.images_in import (
+    bytes_from_base64,
+    prepare_mask,
+    prepare_upload,
+)
+from klein_kv.runtime.serving.security.keys import KeyRing
+from klein_kv.runtime.serving.settings import ServeSettings
+
+__all__ = ["Fetch", "Front", "Upload", "new_seed"]
+
+_log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Fetch = Callable[[str, str], Awaitable[bytes]]
+"""Gives what is at a URL that the named parameter holds, or refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An image of a request: a file's bytes; or text: a data URI, base64, or a URL.
+
+    Attributes:
+        param: the field that held it.
+    """
+
+    content: bytes | str
+    param: str = "image"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Front:
+    """The same for HTTP, WebSocket, and whatever engine. Used on the event loop."""
+
+    engine: Engine
+    settings: ServeSettings
+    keys: KeyRing
+    shelf: ReferenceShelf
+    metrics: Metrics
+    threads: ThreadPoolExecutor
+    fetch: Fetch
+
+    async def in_thread(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs what takes long outside the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, lambda: call(*args, **kwargs))
+
+    async def references(self, uploads: Sequence[Upload]) -> tuple[tuple[Pixels, ...], str]:
+        """Prepared images of uploads, in order, and their digest; ((), "") of none.
+
+        Raises:
+            ServiceError: too many, or one that is no image; see `prepare_upload`.
+        """
+        if not uploads:
+            return (), ""
+        if len(uploads) > self.settings.max_references:
+            raise ServiceError(
+                "invalid_value",
+                f"{len(uploads)} reference images, expected at most {self.settings.max_references}",
+                uploads[0].param,
+            )
+        unit = self.engine.facts.unit
+        images = await asyncio.gather(*(self._prepare(upload, unit) for upload in uploads))
+        return tuple(images), await self.in_thread(digest_of, images)
+
+    async def mask(self, upload: Upload, first: Pixels) -> Pixels:
+        """The mask of an edit whose first reference this is; see `prepare_mask`.
+
+        Raises:
+            ServiceError: it is no mask of that image.
+        """
+        data = await self.bytes_of(upload)
+        unit, most = self.engine.facts.unit, self.settings.max_pixels
+        return await self.in_thread(prepare_mask, data, most, unit, first.shape[:2])
+
+    async def shelved(self, ids: Sequence[str]) -> tuple[tuple[Pixels, ...], str]:
+        """Images that were uploaded before, and their digest.
+
+        Raises:
+            ServiceError: "reference_not_found", or together too many.
+        """
+        sets = [self.shelf.get(i) for i in ids]
+        images = [image for held in sets for image in held.images]
+        if len(images) > self.settings.max_references:
+            raise ServiceError(
+                "invalid_value",
+                f"{len(images)} reference images, expected at most {self.settings.max_references}",
+                "references",
+            )
+        if len(sets) == 1:
+            return sets[0].images, sets[0].digest
+        return tuple(images), await self.in_thread(digest_of, images)
+
+    def shelve(self, images: tuple[Pixels, ...], digest: str) -> ShelvedReferences:
+        """Keeps images under their digest."""
+        held = self.shelf.put(ShelvedReferences(digest, images))
+        self.metrics.shelf.set(self.shelf.nbytes)
+        return held
+
+    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
+        """Makes images and counts the job."""
+        result = await self.engine.edit(job, on_preview)
+        self.metrics.note_edit(result, len(job.references))
+        _log.info(
+            "%d of %dx%d in %d steps, %d references, %s: %.3f s after %.3f s in the queue",
+            len(result.images),
+            result.images[0].shape[1],
+            result.images[0].shape[0],
+            job.steps,
+            len(job.references),
+            "known" if result.references_known else "not known",
+            result.stages_s.get("total", 0.0),
+            result.queued_s,
+        )
+        return result
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses names that are not this model's.
+
+        Raises:
+            ServiceError: "model_not_found".
+        """
+        own = self.engine.facts.model
+        names = (own, own.rpartition("/")[2], "klein-kv", *self.settings.model_names)
+        if name is not None and name not in names:
+            raise ServiceError(
+                "model_not_found", f"there is no such model, expected {own!r}", "model"
+            )
+
+    def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Refuses names that the operator did not register.
+
+        Raises:
+            ServiceError: "invalid_value".
+        """
+        known = self.engine.facts.loras
+        if any(name not in known for name, _ in loras):
+            names = ", ".join(known) or "none"
+            raise ServiceError("invalid_value", f"there is no such LoRA; expected: {names}", "lora")
+
+    def timeout_s(self, headers: Headers, field: float | None = None) -> float:
+        """Seconds that a request gives its answer: a field, the header `x-timeout-s`, or ours.
+
+        Raises:
+            ServiceError: a header that is no number of seconds.
+        """
+        asked = field
+        if asked is None and (text := headers.get("x-timeout-s")) is not None:
+            try:
+                asked = float(text)
+            except ValueError:
+                asked = math.nan
+            if not 0 < asked < math.inf:
+                raise ServiceError(
+                    "invalid_value", "x-timeout-s is no number of seconds above 0", "x-timeout-s"
+                )
+        most = self.settings.timeout_s
+        return most if asked is None else min(asked, most)
+
+    async def bytes_of(self, upload: Upload) -> bytes:
+        """A file's bytes, decoded or fetched.
+
+        Raises:
+            ServiceError: "invalid_image", "payload_too_large" or "url_refused".
+        """
+        content = upload.content
+        if isinstance(content, bytes):
+            return content
+        if content[:4].lower() == "http":
+            return await self.fetch(content, upload.param)
+        most = self.settings.max_body_bytes
+        return await self.in_thread(bytes_from_base64, content, most, upload.param)
+
+    async def _prepare(self, upload: Upload, unit: int) -> Pixels:
+        data = await self.bytes_of(upload)
+        settings = self.settings
+        return await self.in_thread(
+            prepare_upload, data, settings.max_pixels, unit, settings.matte, upload.param
+        )
+
+
+def digest_of(images: Sequence[Pixels]) -> str:
+    """`images_digest` of images without the batch's axis."""
+    return images_digest([image[None] for image in images])
+
+
+def new_seed() -> int:
+    """A seed for a request that names none."""
+    return random_seed()

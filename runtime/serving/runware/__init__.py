@@ -1,0 +1,1 @@
+"""Runware's task API, over HTTP and WebSocket."""

@@ -1,0 +1,60 @@
+"""Who may use the service: holders of a key, or, without keys, this machine's own programs."""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.settings import is_loopback
+
+__all__ = ["KeyRing", "check_origin"]
+
+
+class KeyRing:
+    """API keys; compared in a time that does not depend on them.
+
+    Attributes:
+        open: whether there are none, so that everybody is let in.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.open = not keys
+
+    def allows(self, key: str) -> bool:
+        """Whether a key is one of these."""
+        given = hashlib.sha256(key.encode("utf-8", "replace")).digest()
+        alike = sum(hmac.compare_digest(given, known) for known in self._digests)  # looks at each
+        return self.open or alike > 0
+
+    def check(self, headers: Headers) -> None:
+        """Refuses requests whose `Authorization: Bearer KEY` is not one of these.
+
+        Raises:
+            ServiceError: "invalid_api_key".
+        """
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not self.open and not (scheme.lower() == "bearer" and self.allows(key.strip())):
+            raise ServiceError(
+                "invalid_api_key", "the API key is missing or wrong; send Authorization: Bearer KEY"
+            )
+
+
+def check_origin(headers: Headers, *, local: bool) -> None:
+    """Refuses web pages of other sites, which a browser lets send requests to this machine.
+
+    A page of the service itself has its address as origin. `local`: the service listens on a
+    loopback address, so another host name in a request is one that was bent to this machine.
+
+    Raises:
+        ServiceError: "forbidden".
+    """
+    host = headers.get("host", "")
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise ServiceError("forbidden", "pages of other sites may not use this service")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if local and host and not is_loopback(name):
+        raise ServiceError("forbidden", "this service answers to the names of this machine alone")

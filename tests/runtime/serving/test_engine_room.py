@@ -1,0 +1,332 @@
+"""The queue, the clock and the thread of an engine room, over a runner that tests steer."""
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from klein_kv.errors import CapacityError, NotFiniteError, RequestError
+from klein_kv.runtime.serving.engine_room import EngineRoom
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.job_queue import MOST_OVERTAKEN, JobQueue, Ticket
+from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.runner import DeviceLostError, Edited, StoppedError, preview_steps
+
+STEPS = 4
+
+
+@dataclass
+class StubRunner:
+    """Four steps, each of which waits for `go`; notes what it does."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)
+    errors: list[Exception] = field(default_factory=list)  # raised first, one per job
+    order: list[str] = field(default_factory=list)
+    steps: int = 0
+    freed: int = 0
+    alive: bool = True
+    worn_out: bool = False
+    closed: bool = False
+    facts: EngineFacts = field(
+        default_factory=lambda: EngineFacts("stub", "0" * 64, "kv", 16, "none", ("a", "b"))
+    )
+
+    def edit(
+        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
+    ) -> Edited:
+        self.order.append(job.prompt)
+        self.begun.set()
+        buffers = np.zeros(1)  # what the traceback of an error holds
+        self.buffers = weakref.ref(buffers)
+        if self.errors:
+            raise self.errors.pop(0)
+        for step in range(STEPS):
+            assert self.go.wait(10)
+            self.steps += 1
+            if not wanted():
+                raise StoppedError
+            if step in preview_steps(STEPS, job.previews):
+                on_denoised(step, step)
+        return Edited([Image.new("RGB", (32, 16))] * job.num_images, True, {"total": 0.1})
+
+    def encode(self, job: EncodeJob) -> EncodeResult:
+        self.order.append(job.digest)
+        return EncodeResult(known=False, nbytes=8, tokens=2)
+
+    def preview(self, denoised: Any) -> Image.Image:
+        return Image.new("L", (1, 1), denoised).convert("RGB")
+
+    def free(self) -> None:
+        assert self.buffers() is None
+        self.freed += 1
+
+    def works(self, *, thoroughly: bool = False) -> bool:
+        return self.alive and not (thoroughly and self.worn_out)
+
+    def gauges(self) -> dict[str, float]:
+        return {"reference_store_bytes": 5.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+Room = Callable[[EngineRoom, StubRunner], Coroutine[Any, Any, None]]
+
+
+def in_room(test: Room, queue: int = 16, on_failed: Any = None, **runner: Any) -> StubRunner:
+    """Runs a test in a room that is ready, and closes it."""
+    stub = StubRunner(**runner)
+    room = EngineRoom(lambda: stub, queue, on_failed)  # type: ignore[arg-type, return-value]
+
+    async def run() -> None:
+        async with asyncio.timeout(20):
+            while room.starting:
+                await asyncio.sleep(0.005)
+            await test(room, stub)
+
+    asyncio.run(run())
+    stub.go.set()
+    room.close()
+    return stub
+
+
+async def begun(stub: StubRunner) -> None:
+    await asyncio.to_thread(stub.begun.wait, 10)
+
+
+def job(prompt: str = "a", digest: str = "", **more: Any) -> EditJob:
+    return EditJob(prompt=prompt, digest=digest, height=16, width=32, **more)
+
+
+async def start(room: EngineRoom, *jobs: EditJob) -> list[asyncio.Task[Any]]:
+    tasks = [asyncio.create_task(room.edit(each)) for each in jobs]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_a_job_gives_its_images_and_previews_before_them() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        shown: list[tuple[int, int]] = []
+        stub.go.set()
+        result = await room.edit(
+            job(num_images=2, seed=7, previews=2), lambda i, x: shown.append((i, int(x[0, 0, 0])))
+        )
+        assert [image.shape for image in result.images] == [(16, 32, 3)] * 2
+        assert (result.seed, result.references_known, result.stages_s) == (7, True, {"total": 0.1})
+        assert shown == [(0, 0), (2, 2)]
+        encoded = await room.encode(EncodeJob((np.zeros((16, 16, 3), np.uint8),), "d"))
+        assert encoded == EncodeResult(known=False, nbytes=8, tokens=2)
+        gauges = room.gauges()
+        assert (gauges["jobs_total"], gauges["queue_depth"], gauges["in_flight"]) == (2, 0, 0)
+        assert gauges["reference_store_bytes"] == 5
+        assert room.facts.model == "stub"
+
+    assert in_room(test).closed
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"),
+    [(4, 3, {0, 1, 2}), (4, 2, {0, 2}), (4, 1, {1}), (4, 0, set()), (2, 3, {0}), (1, 3, set())],
+)
+def test_previews_are_spread_over_the_steps(steps: int, count: int, expected: set[int]) -> None:
+    assert preview_steps(steps, count) == expected
+
+
+def test_same_references_come_together_within_bounds() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        style = (("a", 1.0),)
+        tasks = await start(room, job("first", "x"))
+        await begun(stub)
+        tasks += await start(
+            room,
+            job("styled", "x", loras=style),
+            job("other", "y"),
+            job("same", "x"),
+            job("styled too", "z", loras=style),
+        )
+        stub.go.set()
+        await asyncio.gather(*tasks)
+
+    order = in_room(test).order
+    assert order == ["first", "same", "other", "styled", "styled too"]
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    loop: Any = None
+    queue = JobQueue(100)
+    waiting = Ticket(job("waits", "y"), None, loop)  # type: ignore[arg-type]
+    queue.put(Ticket(job("x", "x"), None, loop))  # type: ignore[arg-type]
+    queue.take()
+    queue.put(waiting)
+    taken = 0
+    while True:
+        queue.put(Ticket(job("x", "x"), None, loop))  # type: ignore[arg-type]
+        if queue.take() is waiting:
+            break
+        taken += 1
+    assert taken == MOST_OVERTAKEN
+
+
+def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        tasks = await start(room, job())
+        await begun(stub)
+        await asyncio.sleep(0.1)
+        stub.go.set()
+        await tasks[0]  # its time is known now
+        stub.go.clear()
+        stub.begun.clear()
+        tasks = await start(room, job())
+        await begun(stub)
+        tasks += await start(room, job(), job())
+        with pytest.raises(ServiceError) as refused:
+            await room.edit(job())
+        assert (refused.value.code, refused.value.status) == ("queue_full", 429)
+        assert refused.value.retry_after_s is not None
+        assert 0.3 <= refused.value.retry_after_s < 2  # three jobs, a tenth of a second each
+        stub.go.set()
+        await asyncio.gather(*tasks)
+
+    in_room(test, queue=2)
+
+
+def test_expired_jobs_never_reach_the_runner_and_running_ones_stop() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        tasks = await start(room, job("runs", timeout_s=0.2))
+        await begun(stub)
+        tasks += await start(room, job("waits", timeout_s=0.1))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [error.code for error in results] == ["deadline", "deadline"]  # type: ignore[union-attr]
+        assert room.gauges()["queue_depth"] == 0
+        stub.go.set()
+        assert (await room.edit(job("next"))).images
+        assert room.gauges()["expired_total"] == 2
+
+    stub = in_room(test)
+    assert stub.order == ["runs", "next"]
+    assert stub.steps == 1 + STEPS  # the first of "runs", then it stopped
+
+
+def test_cancelled_jobs_leave_the_queue_or_stop_between_steps() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        running, waiting = await start(room, job("runs"), job("waits"))
+        await begun(stub)
+        for task in (waiting, running):
+            task.cancel()
+        await asyncio.gather(running, waiting, return_exceptions=True)
+        assert room.gauges()["queue_depth"] == 0
+        stub.go.set()
+        await room.edit(job("next"))
+        assert room.gauges()["cancelled_total"] == 2
+
+    stub = in_room(test)
+    assert stub.order == ["runs", "next"]
+    assert stub.steps == 1 + STEPS
+
+
+def test_out_of_memory_frees_references_and_tries_once_more() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        stub.go.set()
+        assert (await room.edit(job())).images
+        assert stub.freed == 1
+        stub.errors = [MemoryError(), RuntimeError("CUDA out of memory. Tried at 0x7f00")]
+        with pytest.raises(ServiceError) as refused:
+            await room.edit(job())
+        assert (refused.value.code, refused.value.status) == ("out_of_memory", 503)
+        assert "0x" not in refused.value.message
+        assert (await room.edit(job())).images  # the device still answers
+
+    in_room(test, errors=[CapacityError("no memory")])
+
+
+def test_errors_are_told_in_words_of_the_service() -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        stub.go.set()
+        for code in ("invalid_value", "internal_error"):
+            with pytest.raises(ServiceError) as refused:
+                await room.edit(job())
+            assert refused.value.code == code
+            assert "/secret" not in refused.value.message
+        with pytest.raises(ServiceError, match="no such LoRA"):
+            await room.edit(job(loras=(("c", 1.0),)))
+        assert (await room.edit(job())).images
+
+    in_room(test, errors=[RequestError("in /secret"), NotFiniteError("in /secret")])
+
+
+@pytest.mark.parametrize(
+    ("device", "survived"), [({"alive": False}, 0), ({"worn_out": True}, 2), ({}, 4)]
+)
+def test_a_device_that_does_not_work_any_more_ends_the_room(
+    device: dict[str, bool], survived: int
+) -> None:
+    """It is asked after each error that nobody foresaw, and for a whole edit after three."""
+    failures: list[BaseException] = []
+
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        stub.go.set()
+        for _ in range(min(survived + 1, 4)):
+            assert room.ready
+            with pytest.raises(ServiceError, match="the request failed"):
+                await room.edit(job())
+        while room.ready and survived < 4:
+            await asyncio.sleep(0.005)
+        if survived == 4:
+            assert (await room.edit(job())).images
+            return
+        with pytest.raises(ServiceError) as refused:
+            await room.edit(job())
+        assert refused.value.code == "not_ready"
+
+    errors: list[Exception] = [RuntimeError(str(i)) for i in range(4)]
+    stub = in_room(test, on_failed=failures.append, errors=errors, **device)
+    assert [str(error.__cause__) for error in failures] == ([str(survived)] if device else [])
+    assert all(isinstance(error, DeviceLostError) for error in failures)
+    assert stub.closed == (not device)  # a device that is gone may never come back from that
+
+
+def test_a_room_that_cannot_open_says_so() -> None:
+    failures: list[BaseException] = []
+
+    def fail() -> Any:
+        raise RequestError("no such folder")
+
+    room = EngineRoom(fail, on_failed=failures.append)
+    while room.starting:
+        time.sleep(0.005)
+    assert not room.ready
+    assert str(failures[0]) == "no such folder"
+    with pytest.raises(ServiceError, match="not ready"):
+        room.facts  # noqa: B018
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_draining_finishes_what_was_taken_on(patient: bool) -> None:
+    async def test(room: EngineRoom, stub: StubRunner) -> None:
+        tasks = await start(room, job("runs"), job("waits"))
+        await begun(stub)
+        drain = asyncio.create_task(room.drain(10 if patient else 0.05))
+        await asyncio.sleep(0.02)
+        assert not room.ready
+        with pytest.raises(ServiceError) as refused:
+            await room.edit(job("late"))
+        assert (refused.value.code, refused.value.status) == ("draining", 503)
+        if patient:
+            stub.go.set()
+        await drain
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        if patient:
+            assert all(result.images for result in results)  # type: ignore[union-attr]
+        else:
+            assert [error.code for error in results] == ["draining"] * 2  # type: ignore[union-attr]
+
+    stub = in_room(test)
+    assert stub.order == (["runs", "waits"] if patient else ["runs"])
