@@ -29,14 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--measured", action="store_true", help="print the largest error of each tolerance entry"
     )
     parser.addoption("--kills", type=int, default=2, help="how often test_killed kills each verb")
-    parser.addoption("--fuzz", type=int, default=20, help="examples of each test that fuzzes")
+    parser.addoption("--examples", type=int, default=20, help="damaged files of each kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Other examples in every run: hypothesis' own settings take the same ones where CI is set."""
     ours = settings(deadline=None, derandomize=False, database=None, print_blob=True)
     settings.register_profile("ours", ours)
-    settings.register_profile("fuzz", ours, max_examples=config.getoption("--fuzz"))
+    settings.register_profile("damaged", ours, max_examples=config.getoption("--examples"))
     settings.load_profile("ours")
 
 

@@ -1,7 +1,7 @@
 """Whatever people's files and prompts hold: it works, or it is one clear error, and soon.
 
 A few examples of each kind by default, other ones every time; the long run is
-`pytest tests/test_damaged.py --fuzz 10000`.
+`pytest tests/test_damaged.py --examples 10000`.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.lora.lora_files import SHAPES, WRITERS, make, save
 
 few = settings(
-    settings.get_profile("fuzz"),
+    settings.get_profile("damaged"),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 ENGINES = "engines/sm120-bf16"
