@@ -42,7 +42,8 @@ def break_graph(any_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch) -> B
 
 def ask(pipe: KleinKVPipeline, picture: Callable[..., Image.Image], output_type: str) -> object:
     reference = picture(96, 80)
-    return pipe("a kite", image=reference, height=64, width=96, seed=1, output_type=output_type)
+    sizes = {"height": 64, "width": 96, "max_sequence_length": 64}
+    return pipe("a kite", image=reference, seed=1, output_type=output_type, **sizes)
 
 
 @pytest.mark.parametrize(
