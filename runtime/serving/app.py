@@ -57,7 +57,9 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
         fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
     )
-    app = FastAPI(title="klein-kv", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.front = front
     app.state.public = {"/health/live", *PAGE_PATHS}
     app.include_router(health_routes(front))

@@ -102,6 +102,8 @@ class PipelineRunner:
             loras=tuple(loras or ()),
         )
         self._warm_ups = warm_ups
+        if not warm_ups:
+            _log.info("nothing is warmed up: the first request of each size loads and compiles")
         for size in warm_ups:
             _log.info("warmed up %dx%d: %s", size.width, size.height, self._warm_up(size).to_text())
 

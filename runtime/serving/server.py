@@ -14,7 +14,7 @@ from klein_kv.runtime.serving.app import make_app
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.runner import PipelineRunner
 from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
-from klein_kv.runtime.serving.settings import ServeSettings
+from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
 
 __all__ = ["serve"]
 
@@ -38,6 +38,8 @@ def serve(
         KleinKVError: the pipeline could not be opened.
     """
     listening = _listen(settings)
+    if not (settings.api_keys or is_loopback(settings.host)):
+        _log.warning("everybody who reaches %s may use this service", settings.host)
     try:
         asyncio.run(_serve(open_runner, settings, listening, queue, drain_timeout_s))
     finally:
