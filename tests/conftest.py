@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--measured", action="store_true", help="print the largest error of each tolerance entry"
     )
     parser.addoption("--kills", type=int, default=2, help="how often test_killed kills each verb")
+    parser.addoption("--fuzz", type=int, default=20, help="examples of each test of test_fuzz")
 
 
 def pytest_terminal_summary(

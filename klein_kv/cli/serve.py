@@ -56,6 +56,19 @@ def add_serve(add: AddVerb) -> None:
         metavar="HOST",
         help="fetch images from it over https; again for more (none)",
     )
+    sub.add_argument(
+        "--allow-send-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="send results and webhooks to it over https; again for more (none)",
+    )
+    sub.add_argument(
+        "--keep", type=float, default=256, metavar="MIB", help="of files behind URLs (256)"
+    )
+    sub.add_argument(
+        "--keep-for", type=float, default=3600, metavar="S", help="the same files (3600)"
+    )
     sub.add_argument("--model-name", action="append", default=[], help="another name for the model")
     sub.add_argument("--max-body", type=float, default=64, metavar="MIB", help="of a request (64)")
     sub.add_argument(
@@ -101,6 +114,9 @@ def _serve(args: argparse.Namespace) -> Result:
         max_images=args.max_images,
         timeout_s=args.timeout,
         url_hosts=tuple(args.allow_url_host),
+        send_hosts=tuple(args.allow_send_host),
+        kept_bytes=int(args.keep * 2**20),
+        kept_s=args.keep_for,
         metadata=not args.no_metadata,
         matte=matte,
     )

@@ -24,6 +24,9 @@ from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
 from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
+from klein_kv.runtime.serving.runware.routes import runware_routes
+from klein_kv.runtime.serving.runware.service import RunwareService
+from klein_kv.runtime.serving.runware.store import PATH
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.keys import KeyRing, check_origin
 from klein_kv.runtime.serving.security.limits import BodyBudget, CountedBody
@@ -43,10 +46,16 @@ _HEADERS = {
 }
 
 
-def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None) -> FastAPI:
-    """Puts the service together.
+def make_app(
+    engine: Engine,
+    settings: ServeSettings,
+    fetch: Fetch | None = None,
+    send: Fetcher | None = None,
+) -> FastAPI:
+    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
 
-    `app.state.front` is what all routes share; `app.state.public` are paths that need no key.
+    `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
+    ask for it themselves; one that ends in "/" stands for all below it.
     """
     front = Front(
         engine=engine,
@@ -61,11 +70,13 @@ def make_app(engine: Engine, settings: ServeSettings, fetch: Fetch | None = None
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.front = front
-    app.state.public = {"/health/live", *PAGE_PATHS}
+    app.state.public = {"/health/live", PATH, f"{PATH}/images/", *PAGE_PATHS}
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
     app.include_router(page_routes())
+    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
+    app.include_router(runware_routes(front, service))
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
@@ -125,6 +136,10 @@ class Gate:
         if self.active > self.front.settings.max_connections:
             raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
+    def _is_public(self, path: str) -> bool:
+        below = tuple(public for public in self.public if public.endswith("/"))
+        return path in self.public or path.startswith(below)
+
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check_load()
@@ -156,9 +171,9 @@ class Gate:
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
-            elif scope["path"] not in self.public:
+            elif not self._is_public(scope["path"]):
                 self.front.keys.check(headers)
-            if scope["path"] not in self.public:
+            if scope["path"] != "/health/live":
                 self._check_load()
             body.check_length()
             await self.app(scope, body, sending)

@@ -22,6 +22,7 @@ _STATUS = {
     "reference_not_found": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
+    "conflict": 409,
     "payload_too_large": 413,
     "queue_full": 429,
     "internal_error": 500,

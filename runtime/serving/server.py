@@ -53,6 +53,7 @@ async def _serve(
     queue: int,
     drain_timeout_s: float,
 ) -> None:
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     failures: list[BaseException] = []
@@ -71,6 +72,7 @@ async def _serve(
         limit_concurrency=2 * settings.max_connections,  # the app refuses earlier, and in JSON
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
         timeout_keep_alive=30,
+        ws_max_size=settings.max_body_bytes,
     )
     server = _Server(config, loop, stop)
     serving = asyncio.ensure_future(server.serve([listening]))

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.serving.security.fetch import is_host_pattern
+from klein_kv.runtime.serving.security.addresses import is_host_pattern
 
 __all__ = ["ServeSettings", "is_loopback"]
 
@@ -33,6 +33,9 @@ class ServeSettings:
         shelf_bytes: prepared pixels of uploaded references.
         threads: threads that decode and encode images.
         url_hosts: hosts that images are fetched from; none turns remote URLs off.
+        send_hosts: hosts that webhooks and uploads of results are sent to; none turns them off.
+        kept_bytes: of clients' files behind URLs; the same for results that are asked for later.
+        kept_s: the longest time that either is kept.
         metadata: write prompt and seed into images.
         matte: colour under transparent references.
 
@@ -58,6 +61,9 @@ class ServeSettings:
     shelf_bytes: int = 256 << 20
     threads: int = 2
     url_hosts: tuple[str, ...] = ()
+    send_hosts: tuple[str, ...] = ()
+    kept_bytes: int = 256 << 20
+    kept_s: float = 3600.0
     metadata: bool = True
     matte: str | None = "white"
 
@@ -74,6 +80,7 @@ class ServeSettings:
             "max_connections",
             "timeout_s",
             "threads",
+            "kept_s",
         ):
             if not getattr(self, name) > 0:
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected more than 0")
@@ -84,7 +91,7 @@ class ServeSettings:
                 f"an API key is shorter than {_LEAST_KEY} characters or not ASCII; make one with "
                 "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
-        for host in self.url_hosts:
+        for host in (*self.url_hosts, *self.send_hosts):
             if not is_host_pattern(host):
                 raise RequestError(
                     f"{host!r} is no host, expected for example images.example.com, or "

@@ -1,10 +1,15 @@
-"""Which addresses on the network are the public's, and which are somebody's own."""
+"""Which names and addresses on the network are the public's, and which are somebody's own."""
 
 import ipaddress
+import re
 
-__all__ = ["is_public"]
+__all__ = ["is_host_pattern", "is_name", "is_public"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAME = re.compile(
+    r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)+([a-z]{2,63}|xn--[a-z0-9-]+)"
+)
 
 # What `is_global` of one Python or another lets through. IANA's registries of special addresses
 # (RFC 6890), and one cloud's metadata service on an address that looks public.
@@ -22,6 +27,16 @@ _REFUSED = tuple(
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # all that was ever given out
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # what a resolver of an IPv6-only network answers
 _ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214: the last half of an address that carries IPv4
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is a whole name of the DNS, in small letters; no spelling of an address is."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_host_pattern(text: str) -> bool:
+    """Whether a text may stand in a list of hosts: a name, "*.example.com", or "*"."""
+    return text == "*" or is_name(text.lower().removeprefix("*."))
 
 
 def is_public(text: str) -> bool:

@@ -18,9 +18,9 @@ from typing import TypeVar
 import httpx
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.security.addresses import is_public
+from klein_kv.runtime.serving.security.addresses import is_name, is_public
 
-__all__ = ["Fetcher", "Resolve", "is_host_pattern"]
+__all__ = ["Fetcher", "Resolve"]
 
 T = TypeVar("T")
 
@@ -32,9 +32,6 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 _LONGEST_URL = 4096
 _MAX_REDIRECTS = 3
 _MAX_TRIED = 3  # addresses of one name
-_NAME = re.compile(
-    r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)+([a-z]{2,63}|xn--[a-z0-9-]+)"
-)
 # Names that never are the public's: RFC 6761, 6762, 7686, 8375, ICANN's "internal", and habit.
 # fmt: off
 _OWN_NAMES = (
@@ -186,7 +183,7 @@ class Fetcher:
         if (443 if target.port is None else target.port) not in self._ports:
             raise ServiceError("url_refused", "the URL names a port that is not allowed", param)
         own = host.rpartition(".")[2] in _OWN_NAMES
-        if not _NAME.fullmatch(host) or own or not self._listed(host):
+        if not is_name(host) or own or not self._listed(host):
             raise ServiceError(  # an address is none either, in whatever spelling
                 "url_refused", "the URL names a host that this server may not call", param
             )
@@ -236,11 +233,6 @@ class Fetcher:
 
     def _is_loopback(self, address: str) -> bool:
         return self._loopback and address in ("127.0.0.1", "::1")
-
-
-def is_host_pattern(text: str) -> bool:
-    """Whether a text may stand in a list of hosts."""
-    return text == "*" or _NAME.fullmatch(text.lower().removeprefix("*.")) is not None
 
 
 def _joined(base: httpx.URL, location: str) -> str:

@@ -28,6 +28,7 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
+from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings
 
@@ -55,9 +56,11 @@ class Served:
     key: str = KEY
 
 
-def serve_in_thread(engine: Engine, settings: ServeSettings) -> Iterator[Served]:
-    """Serves on a free port until the generator is closed."""
-    app = make_app(engine, settings)
+def serve_in_thread(
+    engine: Engine, settings: ServeSettings, calls: Fetcher | None = None
+) -> Iterator[Served]:
+    """Serves on a free port until the generator is closed; `calls` goes to other hosts."""
+    app = make_app(engine, settings, calls and calls.get, calls)
     config = uvicorn.Config(
         app, port=0, http=Protocol, log_level="warning", access_log=False, server_header=False
     )

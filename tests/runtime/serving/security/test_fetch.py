@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.security.addresses import is_public
-from klein_kv.runtime.serving.security.fetch import Fetcher, is_host_pattern
+from klein_kv.runtime.serving.security.addresses import is_host_pattern, is_public
+from klein_kv.runtime.serving.security.fetch import Fetcher
+from klein_kv.runtime.serving.settings import ServeSettings
 
 PUBLIC = "93.184.215.14"
 NAME = "images.example.com"
@@ -206,6 +208,9 @@ def test_off_unless_hosts_are_listed() -> None:
     assert [is_host_pattern(x) for x in good] == [True] * 4
     bad = ("", "*.*", "*.", "127.0.0.1", f"https://{NAME}", f"{NAME}:443", "*example.com", "[::1]")
     assert [is_host_pattern(x) for x in bad] == [False] * 8
+    for name in ("url_hosts", "send_hosts"):
+        with pytest.raises(RequestError, match=r"'10\.0\.0\.1' is no host"):
+            ServeSettings(**{name: (NAME, "10.0.0.1")})
 
 
 def to(location: str, status: int = 302) -> httpx.Response:

@@ -1,0 +1,591 @@
+"""Runware's own client, and what it does not show: limits, keys, other people's images."""
+
+import asyncio
+import base64
+import io
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import websockets
+from PIL import Image
+from runware import Runware, RunwareError
+
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
+from klein_kv.runtime.serving.runware import service
+from klein_kv.runtime.serving.security.fetch import Fetcher
+from klein_kv.runtime.serving.settings import ServeSettings
+from tests.runtime.serving.conftest import KEY, Served, SteeredEngine, serve_in_thread
+
+KEYS = (KEY, "another key of the tests, long enough")
+PLAIN = {
+    "taskType": "imageInference",
+    "model": "runware:400@6",
+    "positivePrompt": "a red kite",
+    "width": 128,
+    "height": 128,
+    "seed": 7,
+    "outputFormat": "PNG",
+}
+
+
+class PaintingEngine(SteeredEngine):
+    """Red is the seed, green that of the first reference, blue the steps."""
+
+    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
+        result = await super().edit(job)
+        images = [image.copy() for image in result.images]
+        green = job.references[0][0, 0, 1] if job.references else 0
+        for i, image in enumerate(images):
+            image[:] = (job.seed + i) % 256, green, job.steps
+        return EditResult(tuple(images), job.seed, False, 0.0)
+
+
+@dataclass
+class Server:
+    """A service, its engine, and a client that has no key."""
+
+    url: str
+    engine: Any
+    http: httpx.Client
+
+    @property
+    def runware(self) -> str:
+        return f"{self.url}/runware/v1"
+
+    @property
+    def socket(self) -> str:
+        return self.runware.replace("http", "ws")
+
+
+@contextmanager
+def serving(engine: Engine, calls: Fetcher | None = None, **settings: Any) -> Iterator[Server]:
+    with httpx.Client(trust_env=False, timeout=10) as http:
+        for served in serve_in_thread(engine, ServeSettings(**settings), calls):
+            yield Server(served.url, engine, http)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    limits: dict[str, Any] = {"kept_bytes": 1 << 20, "max_images": 3}
+    limits |= {"max_body_bytes": 1 << 21, "max_bodies_bytes": 1 << 22}
+    calls = Fetcher(("*",), loopback=True)
+    with serving(PaintingEngine(), calls, api_keys=KEYS, **limits) as server:
+        yield server
+
+
+@pytest.fixture
+def engine(server: Server) -> PaintingEngine:
+    """The server's, as if it were new."""
+    vars(server.engine).update(vars(PaintingEngine()))
+    engine: PaintingEngine = server.engine
+    return engine
+
+
+class Sink:
+    """A web server of the client's."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, bytes]] = []
+        self.statuses: list[int] = []
+        sink = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def take(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                sink.got.append((self.command, self.headers["content-type"], body))
+                self.send_response(sink.statuses.pop(0) if sink.statuses else 200)
+                self.end_headers()
+
+            do_POST = do_PUT = take  # noqa: N815
+
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(png(9))
+
+            def log_message(self, *_args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+
+    def wait(self, count: int) -> None:
+        end = time.monotonic() + 5
+        while len(self.got) < count:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def sink() -> Iterator[Sink]:
+    sink = Sink()
+    thread = Thread(target=sink.server.serve_forever, args=(0.01,))
+    thread.start()
+    yield sink
+    sink.server.shutdown()
+    sink.server.server_close()
+    thread.join()
+
+
+def file_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def png(green: int, side: int = 64) -> bytes:
+    return file_of(Image.new("RGB", (side, side), (0, green, 0)))
+
+
+def pixels(data: bytes) -> Any:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image)
+
+
+def pixel(data: bytes) -> tuple[int, ...]:
+    return tuple(pixels(data)[0, 0])
+
+
+@asynccontextmanager
+async def client(server: Server, transport: str, key: str = KEYS[0]) -> AsyncIterator[Runware]:
+    async with Runware(
+        api_key=key,
+        transport=transport,
+        http_base_url=server.runware,
+        ws_base_url=server.socket,
+        max_retries=0,
+    ) as found:
+        yield found
+
+
+def run(server: Server, transport: str, work: Callable[[Runware], Coroutine[Any, Any, Any]]) -> Any:
+    async def main() -> Any:
+        async with client(server, transport) as found:
+            return await work(found)
+
+    return asyncio.run(main())
+
+
+def refusal(server: Server, transport: str, **fields: Any) -> RunwareError:
+    with pytest.raises(RunwareError) as caught:
+        run(server, transport, lambda c: c.run(PLAIN | fields))
+    return caught.value
+
+
+def post(server: Server, tasks: Any, key: str | None = KEYS[0], **options: Any) -> httpx.Response:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    headers["content-type"] = "application/json"
+    return server.http.post(server.runware, content=json.dumps(tasks), headers=headers, **options)
+
+
+def get(server: Server, url: str) -> httpx.Response:
+    return server.http.get(url)  # without a key
+
+
+def failing(*errors: Exception) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Has an engine fail so often, and then no more."""
+    left = list(errors)
+
+    async def act() -> None:
+        if left:
+            raise left.pop(0)
+
+    return act
+
+
+def waiting(gate: Event) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def act() -> None:
+        while not gate.is_set():
+            await asyncio.sleep(0.01)
+
+    return act
+
+
+def busy() -> ServiceError:
+    return ServiceError("queue_full", "the queue is full", retry_after_s=0.01)
+
+
+def new(**fields: Any) -> dict[str, Any]:
+    return PLAIN | {"taskUUID": str(uuid.uuid4())} | fields
+
+
+both = pytest.mark.parametrize("transport", ["rest", "websocket"])
+
+
+@both
+@pytest.mark.parametrize("delivery", ["sync", "async"])
+def test_client_gets_images(
+    server: Server, engine: PaintingEngine, transport: str, delivery: str
+) -> None:
+    fields = {"numberResults": 5, "deliveryMethod": delivery, "includeCost": True, "steps": 6}
+    fields["lora"] = [{"model": "style", "weight": -0.5}]
+    items = run(server, transport, lambda c: c.run(PLAIN | fields))
+    assert [item["seed"] for item in items] == [7, 8, 9, 10, 11]
+    assert {item["cost"] for item in items} == {0}
+    assert len({item["imageUUID"] for item in items}) == 5
+    assert [job.num_images for job in engine.jobs] == [3, 2]  # the operator's limit of a job
+    assert engine.jobs[0].loras == (("style", -0.5),)
+    for item in items:
+        got = get(server, item["imageURL"])
+        assert got.headers["content-type"] == "image/png"
+        assert got.headers["x-content-type-options"] == "nosniff"
+        assert pixel(got.content) == (item["seed"], 0, 6)
+        with Image.open(io.BytesIO(got.content)) as image:
+            assert "a red kite" in image.info["parameters"]
+            assert image.size == (128, 128)
+
+
+@both
+def test_client_polls_for_what_takes_longer(
+    server: Server, engine: PaintingEngine, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_SOON_S", 0.01)
+    engine.act = lambda: asyncio.sleep(0.2)
+    (item,) = run(server, transport, lambda c: c.run(PLAIN | {"outputType": "base64Data"}))
+    assert item["status"] == "success"
+    assert pixel(base64.b64decode(item["imageBase64Data"])) == (7, 0, 4)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("JPG", "jpeg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_formats(server: Server, kind: str, name: str) -> None:
+    tasks = [new(outputFormat=kind, outputType="dataURI", outputQuality=q) for q in (20, 99)]
+    first, second = post(server, tasks).json()["data"]
+    head, _, data = first["imageDataURI"].partition(",")
+    assert head == f"data:image/{name};base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.format == name.upper()
+    if kind == "JPG":
+        assert len(second["imageDataURI"]) != len(first["imageDataURI"])
+
+
+@both
+def test_uploads_are_references(server: Server, engine: PaintingEngine, transport: str) -> None:
+    data = base64.b64encode(png(200)).decode()
+
+    async def work(c: Runware) -> Any:
+        (upload,) = await c.image_upload({"image": data})
+        (media,) = await c.media_storage({"operation": "upload", "media": data})
+        uri, name = f"data:image/png;base64,{data}", media["mediaUUID"]
+        images = [upload["imageUUID"], upload["imageURL"], name, uri]
+        task = {k: v for k, v in PLAIN.items() if k not in ("width", "height")}
+        (first,) = await c.run(task | {"inputs": {"referenceImages": images}})
+        (again,) = await c.run(PLAIN | {"referenceImages": [first["imageUUID"]]})
+        await c.media_storage({"operation": "delete", "media": name})
+        with pytest.raises(RunwareError) as caught:
+            await c.run(PLAIN | {"referenceImages": [name]})
+        return upload, again, caught.value
+
+    upload, again, gone = run(server, transport, work)
+    assert pixel(get(server, upload["imageURL"]).content) == (0, 200, 0)
+    assert pixel(get(server, again["imageURL"]).content) == (7, 200, 4)
+    assert [len(job.references) for job in engine.jobs] == [4, 1]
+    assert engine.jobs[0].digest != engine.jobs[1].digest
+    assert (gone.code, gone.parameter) == ("notFound", "inputs.referenceImages")
+
+
+@both
+@pytest.mark.parametrize(
+    ("fields", "code", "parameter"),
+    [
+        ({"CFGScale": 4.0}, "validation", "CFGScale"),
+        ({"model": "runware:100@1"}, "notFound", "model"),
+        ({"referenceImages": ["!"]}, "validation", "inputs.referenceImages"),
+        ({"referenceImages": [str(uuid.uuid4())]}, "notFound", "inputs.referenceImages"),
+        ({"webhookURL": "https://10.0.0.1/"}, "validation", "webhookURL"),
+        ({"uploadEndpoint": "file:///etc"}, "validation", "uploadEndpoint"),
+    ],
+)
+def test_client_is_told_what_is_wrong(
+    server: Server,
+    engine: PaintingEngine,
+    transport: str,
+    fields: dict[str, Any],
+    code: str,
+    parameter: str,
+) -> None:
+    error = refusal(server, transport, **fields)
+    assert (error.code, error.parameter) == (code, parameter)
+    assert not engine.jobs
+
+
+@both
+def test_errors_of_the_engine(server: Server, engine: PaintingEngine, transport: str) -> None:
+    engine.act = failing(ServiceError("out_of_memory", "no memory"))
+    assert refusal(server, transport, deliveryMethod="sync").code == "serverError"
+    engine.act = failing(RuntimeError("secret at 0x7fffdeadbeef"))
+    error = refusal(server, transport, deliveryMethod="async")
+    assert (error.code, error.message) == ("serverError", "the task failed")
+    engine.act = failing(busy())  # who asks later has the time to wait
+    assert run(server, transport, lambda c: c.run(PLAIN))[0]["seed"] == 7
+    engine.act = failing(busy())
+    answer = post(server, [new()])
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+
+
+def test_tasks_stand_for_themselves(server: Server) -> None:
+    tasks = [new(seed=1), new(seed=-1), "task", new(taskType="dance"), {"taskType": "ping"}]
+    answer = post(server, tasks)
+    assert answer.status_code == 200
+    data, errors = answer.json()["data"], answer.json()["errors"]
+    assert [item.get("seed") for item in data] == [1, None]
+    assert data[1] == {"taskType": "ping", "pong": True}
+    assert [error.get("parameter") for error in errors] == ["seed", None, "taskType"]
+    assert errors[0]["taskUUID"] == tasks[1]["taskUUID"]
+    only = post(server, [new(seed=-1)])
+    assert (only.status_code, set(only.json())) == (400, {"errors"})
+    for body in (b"{}", b"[]", b"[" * 10_000, b"[NaN]", b"\xff", b"[1" + b"9" * 5000 + b"]"):
+        headers = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
+        answer = server.http.post(server.runware, content=body, headers=headers)
+        assert answer.json()["errors"][0]["code"] == "invalidRequest"
+    plain = server.http.post(
+        server.runware,
+        content=json.dumps([new()]),
+        headers=headers | {"content-type": "text/plain"},
+    )
+    assert plain.status_code == 400
+
+
+def test_a_task_that_is_sent_again_is_not_done_again(
+    server: Server, engine: PaintingEngine
+) -> None:
+    task = new(deliveryMethod="async")
+    first, again = (post(server, [task]).json() for _ in range(2))
+    assert first == again
+    asked = {"taskType": "getResponse", "taskUUID": task["taskUUID"]}
+    assert post(server, [asked]).json() == first
+    assert len(engine.jobs) == 1
+    other = post(server, [task | {"seed": 8}])
+    assert other.json()["errors"][0]["code"] == "conflictTaskUUID"
+    stranger = post(server, [asked], KEYS[1])
+    assert stranger.json()["errors"][0]["code"] == "taskNotFound"
+    assert post(server, [task], KEYS[1]).status_code == 200  # the same name, another owner
+    image = first["data"][0]["imageUUID"]
+    stolen = post(server, [new(referenceImages=[image])], KEYS[1])
+    assert stolen.json()["errors"][0]["code"] == "imageNotFound"
+
+
+def test_images_end(server: Server) -> None:
+    def exists(url: str) -> bool:
+        answer = get(server, url)
+        assert answer.status_code in (200, 404)
+        return answer.status_code == 200
+
+    (item,) = post(server, [new()]).json()["data"]
+    url = item["imageURL"]
+    assert exists(url)
+    for wrong in (
+        url[:-1],
+        url.replace(".png", ".jpg"),
+        url[:-6] + "xx.png",
+        url + "/x",
+        url + "%ff",
+    ):
+        assert not exists(wrong)
+    for wrong in (url[:-1], url + "\ud800"):
+        answer = post(server, [new(referenceImages=[wrong])]).json()
+        assert answer["errors"][0]["code"] == "imageNotFound"
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
+    noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
+    upload = {"taskType": "imageUpload", "taskUUID": str(uuid.uuid4()), "image": noisy}
+    answer = post(server, [upload]).json()
+    assert answer["errors"][0]["code"] == "maxSizeExceeded"  # one is more than half of what is kept
+
+
+def test_webhooks_and_uploads(server: Server, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_WEBHOOK_PAUSES_S", (0.0, 0.1))
+    task = new(webhookURL=sink.url, uploadEndpoint=sink.url, numberResults=2, outputFormat="WEBP")
+    answer = post(server, [task]).json()
+    sink.wait(3)
+    put, again, hook = sink.got
+    assert (put[0], put[1], hook[0], hook[1]) == ("PUT", "image/webp", "POST", "application/json")
+    assert put[2] != again[2]
+    assert json.loads(hook[2]) == answer
+    sink.statuses = [500]  # a webhook is tried again, and hears of errors
+    sink.got.clear()
+    bad = post(server, [new(webhookURL=sink.url, referenceImages=["!"])]).json()
+    sink.wait(2)
+    assert [json.loads(body) for _, _, body in sink.got] == [bad, bad]
+    sink.statuses = [403]
+    refused = post(server, [new(uploadEndpoint=sink.url)]).json()["errors"][0]
+    assert (refused["code"], refused["parameter"]) == ("invalidURL", "uploadEndpoint")
+    (item,) = post(server, [new(referenceImages=[sink.url])]).json()["data"]
+    assert pixel(get(server, item["imageURL"]).content) == (7, 9, 4)
+
+
+def test_nothing_without_a_key(server: Server, engine: PaintingEngine) -> None:
+    for key in (None, "wrong", KEYS[0][:-1]):
+        answer = post(server, [new()], key)
+        assert answer.status_code == 401
+        assert answer.json()["errors"][0]["code"] == "invalidApiKey"
+    login = {"taskType": "authentication", "apiKey": KEYS[0]}
+    assert post(server, [login, new()], None).json()["data"][1]["seed"] == 7
+    assert post(server, [login | {"apiKey": "wrong"}, new()], None).status_code == 401
+    large = post(server, [login, new(referenceImages=["A" * 1_500_000])], None)
+    assert large.status_code == 401
+    assert len(engine.jobs) == 1
+
+    async def wrong() -> None:
+        async with client(server, "websocket", "wrong"):
+            pass
+
+    with pytest.raises(RunwareError) as caught:
+        asyncio.run(wrong())
+    assert caught.value.code == "auth"
+
+
+def talk(server: Server, *messages: Any, **options: Any) -> list[Any]:
+    """One answer to each message, and what comes then: the code of a closed connection, or more."""
+
+    async def main() -> list[Any]:
+        got: list[Any] = []
+        async with websockets.connect(server.socket, proxy=None, **options) as socket:
+            try:
+                for message in messages:
+                    text = isinstance(message, str | bytes)
+                    await socket.send(message if text else json.dumps(message))
+                    got.append(json.loads(await socket.recv()))
+                got.append(json.loads(await asyncio.wait_for(socket.recv(), 0.2)))
+            except websockets.ConnectionClosed as error:
+                got.append(error.rcvd.code if error.rcvd else None)
+            except TimeoutError:
+                pass
+        return got
+
+    return asyncio.run(main())
+
+
+def test_a_connection_speaks_runwares_protocol(server: Server) -> None:
+    login = [{"taskType": "authentication", "apiKey": KEYS[0]}]
+    session = str(uuid.uuid4())
+    resumed = [login[0] | {"connectionSessionUUID": session}]
+    hello, pong, bad = talk(server, resumed, [{"taskType": "ping", "ping": True}], "nonsense")
+    assert hello["data"] == [{"taskType": "authentication", "connectionSessionUUID": session}]
+    assert pong["data"] == [{"taskType": "ping", "pong": True}]
+    assert bad["errors"][0]["code"] == "invalidRequest"
+    for first in ([new()], "nonsense", [login[0] | {"apiKey": "wrong"}], login * 99):
+        answer, code = talk(server, first)
+        assert (set(answer), code) == ({"errors"}, 1008)
+    assert talk(server, login, b"bytes")[1:] == [1003]
+    hello, pong = talk(server, [*login, {"taskType": "ping"}])
+    assert pong == {"data": [{"taskType": "ping", "pong": True}]}
+    assert talk(server, login, "x" * (3 << 20))[1:] == [1009]
+    headers = {"authorization": f"Bearer {KEYS[1]}"}
+    (pong,) = talk(server, [{"taskType": "ping"}], additional_headers=headers)
+    assert pong["data"][0]["pong"]
+
+
+def test_what_waits_is_counted(
+    server: Server, engine: PaintingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_SOON_S", 0.01)
+    gate = Event()
+    engine.act = waiting(gate)
+
+    def later(key: str, **fields: Any) -> str:
+        answer = post(server, [new(deliveryMethod="async", **fields)], key).json()
+        return str(answer["errors"][0]["code"]) if "errors" in answer else "taken"
+
+    try:
+        assert [later(KEYS[0]) for _ in range(33)] == ["taken"] * 32 + ["rateLimitExceeded"]
+        large = base64.b64encode(png(1, 1024)).decode()  # 3 MiB of pixels each
+        assert [later(KEYS[1], referenceImages=[large]) for _ in range(2)] == ["taken"] * 2
+        assert later(KEYS[1]) == "rateLimitExceeded"
+        assert later(KEYS[1], referenceImages=["!"]) == "rateLimitExceeded"
+    finally:
+        gate.set()
+    while later(KEYS[1]) != "taken":
+        time.sleep(0.01)
+
+
+def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: PaintingEngine) -> None:
+    gate = Event()
+    engine.act = waiting(gate)
+    login = [{"taskType": "authentication", "apiKey": KEYS[0]}]
+    later = new(deliveryMethod="async")
+
+    async def main() -> list[Any]:
+        got = []
+        async with websockets.connect(server.socket, proxy=None) as socket:
+            await socket.send(json.dumps(login))
+            await socket.recv()
+            for _ in range(2):
+                await socket.send(json.dumps([new() for _ in range(16)]))
+            await socket.send(json.dumps([new()]))
+            got.append(json.loads(await socket.recv()))
+            while len(engine.jobs) < 32:
+                await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            headers = {"authorization": f"Bearer {KEYS[0]}"}
+            got.append((await http.post(server.runware, json=[later], headers=headers)).json())
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post(server.runware, json=[new()], headers=headers, timeout=0.3)
+        return got
+
+    try:
+        busy, accepted = asyncio.run(main())
+        assert busy["errors"][0]["code"] == "rateLimitExceeded"
+        assert accepted["data"] == [{"taskType": "imageInference", "taskUUID": later["taskUUID"]}]
+        end = time.monotonic() + 5
+        while engine.cancelled < 33:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        asked = [{"taskType": "getResponse", "taskUUID": later["taskUUID"]}]
+        assert post(server, asked).json()["data"][0]["status"] == "processing"
+        gate.set()
+        while (answer := post(server, asked).json()["data"][0])["status"] == "processing":
+            time.sleep(0.01)
+        assert answer["status"] == "success"
+        assert engine.cancelled == 33
+    finally:
+        gate.set()
+
+
+def test_pages_of_other_sites_are_kept_out() -> None:
+    with serving(PaintingEngine()) as server:
+        login = [{"taskType": "authentication", "apiKey": "any"}]
+        assert "data" in talk(server, login)[0]
+        assert "data" in talk(server, login, origin=server.url)[0]
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            talk(server, login, origin="https://evil.example")
+        assert caught.value.response.status_code == 403
+        headers = {"origin": "https://evil.example"}
+        assert server.http.post(server.runware, json=[new()], headers=headers).status_code == 403
+        answer = post(server, [new(webhookURL="https://example.com/")], None)  # off unless allowed
+        assert answer.json()["errors"][0]["code"] == "invalidURL"
+
+
+def test_pocket_makes_the_same_image_for_both_apis(
+    pocket_service: Served, png: Callable[..., bytes]
+) -> None:
+    data = base64.b64encode(png()).decode()
+    fields = {"positivePrompt": "make it night", "width": 192, "height": 192, "steps": 2}
+
+    async def work(c: Runware) -> Any:
+        (upload,) = await c.image_upload({"image": data})
+        return await c.run(PLAIN | fields | {"inputs": {"referenceImages": [upload["imageUUID"]]}})
+
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        server = Server(pocket_service.url, None, http)
+        (item,) = run(server, "rest", work)
+        ours = pixels(get(server, item["imageURL"]).content)
+        body = {
+            "prompt": "make it night",
+            "images": [{"image_url": f"data:image/png;base64,{data}"}],
+        }
+        body |= {"seed": 7, "size": "192x192", "num_inference_steps": 2}
+        headers = {"authorization": f"Bearer {KEY}"}
+        answer = http.post(f"{server.url}/v1/images/edits", json=body, headers=headers).json()
+    theirs = pixels(base64.b64decode(answer["data"][0]["b64_json"]))
+    assert ours.shape == (192, 192, 3)
+    assert np.array_equal(ours, theirs)
