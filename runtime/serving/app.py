@@ -55,7 +55,7 @@ def make_app(
     """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
 
     `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
-    ask for it themselves; one that ends in "/" stands for all below it.
+    ask for it themselves; one that ends in "/*" stands for all below it.
     """
     front = Front(
         engine=engine,
@@ -70,7 +70,7 @@ def make_app(
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.front = front
-    app.state.public = {"/health/live", PATH, f"{PATH}/images/", *PAGE_PATHS}
+    app.state.public = {"/health/live", PATH, f"{PATH}/images/*", *PAGE_PATHS}
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
@@ -137,7 +137,7 @@ class Gate:
             raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     def _is_public(self, path: str) -> bool:
-        below = tuple(public for public in self.public if public.endswith("/"))
+        below = tuple(public[:-1] for public in self.public if public.endswith("/*"))
         return path in self.public or path.startswith(below)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
