@@ -32,7 +32,6 @@ from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.exporter import export_checkpoint
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.backends.trt.backend import TrtBackend
-from klein_kv.runtime.backends.trt.staging import Staging
 from klein_kv.runtime.lora.lora_file import Adapter, read_adapter
 from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.planning.request import flagship_request
@@ -62,20 +61,14 @@ def make_adapter(shapes: dict[str, tuple[int, ...]], rank: int) -> Adapter:
     return read_adapter(tensors, shapes)
 
 
-def switch(work: Path, rank: int, rounds: int) -> dict[str, Any]:
-    """Counts, bytes and the host's seconds of one switch."""
-    make_fixture(work / "checkpoint", "9b-shapes")
-    artifacts, engines = work / "artifacts", work / "engines"
-    export_checkpoint(work / "checkpoint", artifacts, dtype="bfloat16", allow_zeros=True)
-    engines.mkdir()
+def switch(artifacts: Path, engines: Path, rank: int, rounds: int) -> dict[str, Any]:
+    """Counts, bytes and the host's seconds of one switch; `engines` is an empty folder."""
     make_engines(artifacts, engines)
     manifest = Manifest.load(artifacts, check_files=False)
-    cuda, read = FakeCuda(32 * 10**9, backed=False), []
-    Staging.upload_weights = (  # type: ignore[method-assign] # so that no weights are read
-        lambda _self, refs: read.extend(refs)
-    )
+    cuda, read = FakeCuda(32 * 10**9, backed=False), list[WeightRef]()
     trt = FakeTrt(artifacts, cuda)
     backend = TrtBackend(artifacts, manifest, engines=engines, cuda=cuda.cuda, trt=trt)
+    backend._memory.staging.upload_weights = read.extend  # type: ignore[method-assign]
     request = flagship_request("kv", manifest.config)
     steps = request.shapes("cached_step", manifest.config, manifest.graphs)
     backend.prepare("cached_step", steps[0])
@@ -92,8 +85,7 @@ def switch(work: Path, rank: int, rounds: int) -> dict[str, Any]:
             backend.replace_weights(merger.contents([(adapter, 1.0 + i)]))
         seconds.append(time.thread_time() - start)
     backend.close()
-    weights: list[WeightRef] = read
-    base = sum(ref.nbytes for ref in weights)
+    base = sum(ref.nbytes for ref in read)
     moved = {
         kind: sum(nbytes for its, nbytes in cuda.copies if its == kind)
         for kind in (HOST_TO_DEVICE, DEVICE_TO_DEVICE)
@@ -119,7 +111,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = switch(Path(folder), args.rank, args.rounds)
+        work = Path(folder)
+        make_fixture(work / "checkpoint", "9b-shapes")
+        artifacts, engines = work / "artifacts", work / "engines"
+        export_checkpoint(work / "checkpoint", artifacts, dtype="bfloat16", allow_zeros=True)
+        engines.mkdir()
+        result = switch(artifacts, engines, args.rank, args.rounds)
     for name in ("pcie_seconds", "memory_seconds", "host_seconds"):
         print(f"{name}: {result[name]:.3f}")
     print(json.dumps(result))

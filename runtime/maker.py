@@ -170,9 +170,11 @@ def _check_blend(pipe: "KleinKVPipeline") -> None:
     try:
         pipe.session.graph_memory("blend")
     except ArtifactError as error:
+        if "blend" in pipe.manifest.held_graphs(pipe.graphs):
+            raise  # an engine that was not built
         raise ArtifactError(
-            f"{pipe.artifacts} lacks the graph `blend`, which masks and a strength below 1 need "
-            f"({error}); export the checkpoint again with this klein-kv, then build its engines"
+            f"{pipe.artifacts} lacks the graph `blend`, which masks and a strength below 1 need; "
+            "export the checkpoint again with this klein-kv"
         ) from error
 
 

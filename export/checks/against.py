@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest, find_engines
 from klein_kv.artifacts.manifest import Manifest
+from klein_kv.artifacts.numbers import is_block_linear
 from klein_kv.artifacts.signature import is_kv
+from klein_kv.artifacts.weights import map_weight
 from klein_kv.errors import ArtifactError
+from klein_kv.export.checks.artifact_weights import component_weights
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,
@@ -27,9 +30,13 @@ from klein_kv.export.checks.graph_runs import (
     smallest_sizes,
 )
 from klein_kv.export.checks.report import Report
-from klein_kv.export.checks.tolerances import EXACT, output_tolerance
+from klein_kv.export.checks.tolerances import EXACT, TOLERANCES, output_tolerance
 from klein_kv.machine import examine_machine
+from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.runtime.backends.backend import DeviceContent
 from klein_kv.runtime.backends.ort.backend import OrtBackend
+from klein_kv.runtime.lora.lora_file import read_adapter
+from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.pipeline import KleinKVPipeline
 
 __all__ = ["verify_against"]
@@ -37,6 +44,7 @@ __all__ = ["verify_against"]
 _EXACT_BACKENDS = ("onnxruntime", "torch")
 """All graphs of a network run the same kernels: what must be the same is so bit for bit."""
 _STEPS, _FLATTEST = 4, 1e-3
+_SEED, _RANK = 7, 8
 """Standard deviation of an image in 0..1 below which it shows nothing."""
 
 Array = NDArray[Any]
@@ -76,6 +84,7 @@ def verify_against(
             report.facts["sizes"] = asdict(runs.sizes)
         if runs is not None:
             _check_graphs(report, pipe, theirs, runs)
+            _check_merge(report, pipe)
             _check_loop(report, pipe, runs.sizes)
     return report
 
@@ -153,6 +162,34 @@ def _check_graphs(
     with report.check("graphs are released"):  # the loop plans its memory itself
         for graph in runs.graphs:
             pipe.backend.release(graph)
+
+
+def _check_merge(report: Report, pipe: KleinKVPipeline) -> None:
+    """A LoRA in one tensor, where the backend merges itself, against numpy."""
+    shapes = transformer_parameters(pipe.config.transformer)
+    name, shape = next((x, shape) for x, shape in shapes.items() if is_block_linear(x, shape))
+    own = map_weight(component_weights(pipe.artifacts, pipe.manifest, "transformer")[name])
+    rng, module = np.random.default_rng(_SEED), f"transformer.{name.removesuffix('.weight')}"
+    size = float(own[:64].astype(np.float32).std()) / 4 / _RANK**0.5
+    tensors = {
+        f"{module}.lora_A.weight": rng.standard_normal((_RANK, shape[1]), np.float32),
+        f"{module}.lora_B.weight": rng.standard_normal((shape[0], _RANK), np.float32) * size,
+    }
+    adapters = [(read_adapter(tensors, shapes), 1.0)]
+    here, on_host = (
+        WeightMerger(pipe.artifacts, pipe.manifest, pipe.graphs, backend).contents(adapters)[name]
+        for backend in (pipe.backend, None)
+    )
+    if not isinstance(here, DeviceContent):
+        return
+    with report.check("a LoRA is merged as on the host") as check:
+        expected: Array = on_host()
+        merged = np.zeros_like(expected)
+        for rows, piece in here():
+            whole = isinstance(piece, np.ndarray)  # there was no memory for it on the device
+            merged[rows] = piece if whole else pipe.backend.download(piece)
+        difference = compare(merged.astype(np.float32), expected.astype(np.float32))
+        check.hold([Row(name, difference, TOLERANCES["merge_lora", expected.dtype.name])])
 
 
 def _check_loop(report: Report, pipe: KleinKVPipeline, sizes: Sizes) -> None:

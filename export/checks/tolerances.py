@@ -59,7 +59,7 @@ EXACT = Tolerance(0, 0)
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     # Whole runs against diffusers: in the same precision, and what `verify` compares, float16 with
     # float32. Latents after every step, decoded samples in 0..1, uint8 pixels.
-    ("latents", "float32"): Tolerance(1e-5, 7.8e-7),
+    ("latents", "float32"): Tolerance(1e-5, 1.5e-6),
     ("sample", "float32"): Tolerance(1e-5, 1.4e-6),
     ("pixels", "float32"): Tolerance(1e-3, 9.8e-5, step=1),
     ("latents", "float16"): Tolerance(2e-2, 9.4e-3),
@@ -88,6 +88,12 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("blend", "float32"): Tolerance(1e-6, 0),
     ("blend", "float16"): Tolerance(2e-3, 4.2e-4),
     ("blend", "bfloat16"): Tolerance(1e-2, 2.4e-3),
+    # A LoRA merged into one tensor by the backend's graph, against numpy: now and then a sum in
+    # another order is rounded to the next number.
+    ("merge_lora", "float32"): Tolerance(1e-6, 0),
+    ("merge_lora", "float16"): Tolerance(1e-3, 0),
+    ("merge_lora", "bfloat16"): Tolerance(1e-3, 0),
+    ("merge_lora", "float8_e4m3fn"): Tolerance(1e-2, 0),
     # The two ways to the first step: bit for bit.
     ("first_step = references + cached", "float32"): EXACT,
     ("first_step = references + cached", "float16"): EXACT,

@@ -21,6 +21,7 @@ from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.prompt_format import PromptFormat
 from klein_kv.artifacts.quantized_weights import quantized_files
 from klein_kv.artifacts.signature import (
+    SMALL_GRAPH_FILES,
     VARIANTS,
     GraphSet,
     KVFormat,
@@ -67,14 +68,15 @@ class Manifest:
     def model_digest(self) -> str:
         """Hex digest of graphs and weights together; what a K/V cache or an image belongs to.
 
-        Quantized files do not count: what was made without them stays valid.
+        Quantized files do not count, nor do the small graphs: what was made without them stays
+        valid.
         """
-        quantized = self.quantized_files
+        others = self.quantized_files | set(SMALL_GRAPH_FILES.values())
         return combine_digests(
             {
                 name: record.digest
                 for name, record in self.files.items()
-                if name.endswith((".onnx", ".safetensors")) and name not in quantized
+                if name.endswith((".onnx", ".safetensors")) and name not in others
             }
         )
 

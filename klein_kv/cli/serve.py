@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from klein_kv.cli.arguments import AddVerb, Result, add_backend, gigabytes, size
@@ -45,6 +47,12 @@ def add_serve(add: AddVerb) -> None:
         help="an adapter that requests may name; again for more",
     )
     sub.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
+    sub.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="a replica on every GPU of a Ray cluster, HOST:PORT; or of this machine: local",
+    )
+    sub.add_argument("--replicas", type=int, help="of --ray (one per GPU), each with its --queue")
     sub.add_argument("--timeout", type=float, default=600, metavar="S", help="of a request (600)")
     sub.add_argument(
         "--drain-timeout", type=float, default=30, metavar="S", help="after SIGTERM (30)"
@@ -95,12 +103,15 @@ def _serve(args: argparse.Namespace) -> Result:
     import uvicorn  # noqa: F401 - the extra is missed before anything is loaded
 
     from klein_kv.runtime.pipeline import KleinKVPipeline
+    from klein_kv.runtime.serving.engine_room import EngineRoom
     from klein_kv.runtime.serving.runner import DeviceLostError, PipelineRunner, WarmUp
     from klein_kv.runtime.serving.server import serve
     from klein_kv.runtime.serving.settings import ServeSettings
 
     if args.queue < 1:
         raise RequestError(f"--queue is {args.queue}, expected 1 or more")
+    if args.replicas is not None and (args.ray is None or args.replicas < 1):
+        raise RequestError(f"--replicas is {args.replicas}, expected 1 or more, with --ray")
     matte = None if args.matte == "none" else args.matte
     settings = ServeSettings(
         host=args.host,
@@ -121,25 +132,31 @@ def _serve(args: argparse.Namespace) -> Result:
         matte=matte,
     )
 
-    def open_pipeline() -> KleinKVPipeline:
-        return KleinKVPipeline.from_pretrained(
-            args.artifacts,
-            backend=args.backend,
-            device=args.device,
-            threads=args.threads,
-            kv_dtype=args.kv_dtype,
-            precision=args.precision,
-            attention=args.attention,
-            reference_cache_bytes=args.references,
-            matte=matte,
-        )
-
+    open_pipeline = partial(  # it may have to cross to another process
+        KleinKVPipeline.from_pretrained,
+        args.artifacts.absolute(),
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
+        precision=args.precision,
+        attention=args.attention,
+        reference_cache_bytes=args.references,
+        matte=matte,
+    )
     loras, sizes = dict(args.lora), tuple(WarmUp(*x) for x in args.warm_up)
+    open_runner = partial(PipelineRunner, open_pipeline, sizes, loras)
+    if args.ray is not None:
+        from klein_kv.runtime.serving.replicas.cluster import RayCluster
+
+        with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
+            settings = replace(settings, threads=settings.threads * cluster.count)
+            serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
+        return {}, "", 0
     try:
         serve(
-            lambda: PipelineRunner(open_pipeline, sizes, loras),
+            partial(EngineRoom, open_runner, args.queue),
             settings,
-            queue=args.queue,
             drain_timeout_s=args.drain_timeout,
         )
     except DeviceLostError as error:
@@ -176,4 +193,4 @@ def _named_file(text: str) -> tuple[str, Path]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no named file, expected for example style=style.safetensors"
         )
-    return name, Path(file)
+    return name, Path(file).absolute()

@@ -27,7 +27,7 @@ class StartImage:
         noised: whether the first latents are this image with noise; else they are the caller's.
 
     Raises:
-        RequestError: a strength out of range.
+        RequestError: a strength out of range, or an area above 1024x1024.
     """
 
     pixels: NDArray[np.uint8]
@@ -39,6 +39,12 @@ class StartImage:
         known = isinstance(self.strength, int | float | np.number)
         if not known or not 0 <= self.strength <= 1:
             raise RequestError(f"strength is {self.strength!r}, expected a number in 0..1")
+        _, height, width, _ = self.pixels.shape
+        if height * width > MAX_AREA:
+            raise RequestError(
+                f"output is {width}x{height}, expected at most the area of 1024x1024: the image is "
+                "a reference too"
+            )
 
     def shortened(self, schedule: Schedule) -> Schedule:
         """The end of a schedule, which is what is run.
@@ -131,11 +137,6 @@ def make_start(
         RequestError: a mask or a size that cannot be worked with.
     """
     height, width = size
-    if height * width > MAX_AREA:
-        raise RequestError(
-            f"output is {width}x{height}, expected at most the area of 1024x1024: the image is a "
-            "reference too"
-        )
     if not isinstance(blur, int | float) or not blur >= 0:
         raise RequestError(f"mask_blur is {blur!r}, expected a radius of 0 or more pixels")
     if blur:

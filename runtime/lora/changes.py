@@ -128,18 +128,14 @@ def apply_changes(weight: NDArray[np.float32], changes: WeightedChanges) -> NDAr
 def as_product(
     changes: WeightedChanges, rows: int, ranks: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-    """The factors of all changes together: [rows, r] and [r, in], padded with zeros to a rank.
+    """The factors of changes that are products, together: [rows, r] and [r, in].
 
-    None where some change is no product, together they have more ranks than there are, or their
+    They are padded with zeros to one of the ranks, of which the last suffices. None where the
     product might not be finite.
     """
-    if not all(change.is_product for change, _ in changes):
-        return None
     parts = [(change.target, *change.factors(strength)) for change, strength in changes]
     total = sum(len(down) for _, _, down in parts)
-    rank = next((rank for rank in ranks if rank >= total), None)
-    if rank is None:
-        return None
+    rank = next(rank for rank in ranks if rank >= total)
     up = np.zeros((rows, rank), np.float32)
     down = np.zeros((rank, parts[0][2].shape[1]), np.float32)
     start = 0
@@ -147,7 +143,9 @@ def as_product(
         stop = start + len(right)
         up[target[0] : target[1], start:stop], down[start:stop] = left, right
         start = stop
-    bound = float(np.linalg.norm(up)) * float(np.linalg.norm(down))  # of any number of the product
+    with np.errstate(over="ignore"):
+        norms = float(np.linalg.norm(up)), float(np.linalg.norm(down))
+    bound = norms[0] * norms[1]  # of any number of the product
     return (up, down) if bound < np.finfo(np.float32).max / 2 else None
 
 

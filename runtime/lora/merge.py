@@ -30,7 +30,7 @@ from klein_kv.artifacts.numbers import (
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES, load_quantized
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights, map_weight, whole_weights
-from klein_kv.errors import CapacityError, RequestError
+from klein_kv.errors import BackendError, CapacityError, RequestError
 from klein_kv.networks.merge import RANKS
 from klein_kv.runtime.backends.backend import Backend, DeviceContent
 from klein_kv.runtime.lora.changes import WeightedChanges, apply_changes, as_product
@@ -120,6 +120,7 @@ class WeightMerger:
             and (layer is None or layer.block_scales is None)
             and self._device.can(None if layer is None else layer.weight_scale)
             and all(change.is_product for change, _ in changes)
+            and sum(change.rank or 0 for change, _ in changes) <= RANKS[-1]
         )
 
     def _merged_on_device(
@@ -134,6 +135,9 @@ class WeightMerger:
                 largest = yield from self._device.merge(ref, factors, scale)
             except CapacityError as error:
                 _log.info("%s is merged on the host: %s", tensor, error)
+            except BackendError as error:
+                _log.warning("adapters are merged on the host from now on: %s", error)
+                self._device = None
             else:
                 if self._fits(largest, scale):
                     if layer is not None:

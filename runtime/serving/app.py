@@ -55,7 +55,7 @@ def make_app(
     """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
 
     `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
-    ask for it themselves; one that ends in "/*" stands for all below it.
+    ask for it themselves, and `app.state.public_below` what all such paths begin with.
     """
     front = Front(
         engine=engine,
@@ -70,17 +70,18 @@ def make_app(
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.front = front
-    app.state.public = {"/health/live", PATH, f"{PATH}/images/*", *PAGE_PATHS}
+    app.state.public = {"/health/live", PATH, *PAGE_PATHS}
+    app.state.public_below = (f"{PATH}/images/",)
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
-    app.include_router(page_routes())
     service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
     app.include_router(runware_routes(front, service))
+    app.include_router(page_routes())
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
-    app.add_middleware(Gate, front=front, public=app.state.public)
+    app.add_middleware(Gate, front=front, public=app.state.public, below=app.state.public_below)
     return app
 
 
@@ -110,10 +111,13 @@ class Gate:
     A WebSocket passes the origin's check alone: who is behind it is asked in its first message.
     """
 
-    def __init__(self, app: ASGIApp, front: Front, public: set[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, front: Front, public: set[str], below: tuple[str, ...]
+    ) -> None:
         self.app = app
         self.front = front
         self.public = public
+        self.below = below
         self.local = is_loopback(front.settings.host)
         self.active = 0
         self.budget = BodyBudget(front.settings.max_bodies_bytes)
@@ -137,8 +141,7 @@ class Gate:
             raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     def _is_public(self, path: str) -> bool:
-        below = tuple(public[:-1] for public in self.public if public.endswith("/*"))
-        return path in self.public or path.startswith(below)
+        return path in self.public or path.startswith(self.below)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

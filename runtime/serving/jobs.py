@@ -158,7 +158,13 @@ class Engine(Protocol):
         """Makes keys and values, for edits to come."""
 
     def gauges(self) -> dict[str, float]:
-        """Figures for /metrics: queue depth, jobs under way, the store's bytes, hits and so on."""
+        """Figures for /metrics: queue depth, jobs under way, the store's bytes, hits and so on.
+
+        A name may end in "@REPLICA".
+        """
 
     async def drain(self, timeout_s: float) -> None:
         """Takes on nothing more, and returns when all is done or the time is over."""
+
+    def close(self) -> None:
+        """Frees everything. Called in a thread, while the event loop runs."""

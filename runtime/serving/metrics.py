@@ -17,7 +17,7 @@ class Metrics:
     """One service's figures, in a registry of their own.
 
     Args:
-        gauges: `Engine.gauges`; names that end in "_total" are counts.
+        gauges: `Engine.gauges`; names that end in "_total" are counts, "@NAME" is whose.
     """
 
     def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
@@ -81,8 +81,13 @@ class _EngineGauges(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in self._gauges().items():
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"klein_kv_engine_{name}", name.replace("_", " "))
-            family.add_metric([], value)
-            yield family
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for key, value in self._gauges().items():
+            name, _, replica = key.partition("@")
+            if name not in families:
+                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                labels = ["replica"] if replica else []
+                text = name.replace("_", " ")
+                families[name] = kind(f"klein_kv_engine_{name}", text, labels=labels)
+            families[name].add_metric([replica] if replica else [], value)
+        yield from families.values()

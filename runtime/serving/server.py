@@ -11,26 +11,27 @@ import uvicorn
 
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
-from klein_kv.runtime.serving.engine_room import EngineRoom
-from klein_kv.runtime.serving.runner import PipelineRunner
+from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
 
-__all__ = ["serve"]
+__all__ = ["OpenEngine", "serve"]
 
 _log = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 3
 
+OpenEngine = Callable[[Callable[[BaseException], None]], Engine]
+"""Opens an engine on the event loop, at once; what it gets is called with what ends the engine."""
+
 
 def serve(
-    open_runner: Callable[[], PipelineRunner],
+    open_engine: OpenEngine,
     settings: ServeSettings,
     *,
-    queue: int = 16,
     drain_timeout_s: float = 30.0,
 ) -> None:
-    """Serves a pipeline until SIGTERM or SIGINT; what was taken on by then is done.
+    """Serves an engine until SIGTERM or SIGINT; what was taken on by then is done.
 
     Raises:
         RequestError: the address cannot be listened on.
@@ -41,16 +42,15 @@ def serve(
     if not (settings.api_keys or is_loopback(settings.host)):
         _log.warning("everybody who reaches %s may use this service", settings.host)
     try:
-        asyncio.run(_serve(open_runner, settings, listening, queue, drain_timeout_s))
+        asyncio.run(_serve(open_engine, settings, listening, drain_timeout_s))
     finally:
         listening.close()
 
 
 async def _serve(
-    open_runner: Callable[[], PipelineRunner],
+    open_engine: OpenEngine,
     settings: ServeSettings,
     listening: socket.socket,
-    queue: int,
     drain_timeout_s: float,
 ) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
@@ -62,9 +62,9 @@ async def _serve(
         failures.append(error)
         loop.call_soon_threadsafe(stop.set)
 
-    room = EngineRoom(open_runner, queue, failed)
+    engine = open_engine(failed)
     config = uvicorn.Config(
-        make_app(room, settings),
+        make_app(engine, settings),
         http=PunctualProtocol,
         access_log=False,
         log_level="warning",
@@ -85,7 +85,7 @@ async def _serve(
     if not failures:
         _log.info("draining")
         end = loop.time() + drain_timeout_s
-        drained = asyncio.ensure_future(room.drain(drain_timeout_s))
+        drained = asyncio.ensure_future(engine.drain(drain_timeout_s))
         await asyncio.wait((drained, serving), return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()  # where a second signal came
         # Images that were made still have to be encoded and sent.
@@ -94,7 +94,7 @@ async def _serve(
     await serving
     if failures:
         raise failures[0]
-    await asyncio.to_thread(room.close)
+    await asyncio.to_thread(engine.close)
 
 
 class _Server(uvicorn.Server):

@@ -21,9 +21,32 @@ pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'kle
 
 
 @pytest.mark.parametrize("target", ["rtx5090", "rtx4090"])
-@pytest.mark.parametrize(("graph", "traffic"), [("merge_lora", 24), ("merge_lora_fp8", 27)])
+def test_blend_is_one_kernel(target: str, tmp_path: Path) -> None:
+    """It reads latents, image, noise and mask once, and writes latents."""
+    save_graph(small_graph("blend", KLEIN_9B, "bfloat16"), tmp_path / "blend.onnx")
+    signature = make_signature("blend", KLEIN_9B, "bfloat16")
+    profiles = engine_profiles(signature, Recipe.load("default"), KLEIN_9B)
+    source = read_graph(tmp_path / "blend.onnx", signature, shared=True)
+    module = load_module("tensorrt_rtx")
+    built = build_engine(module, "blend", source, profiles, find_target(target))
+    assert set(built.scratch_bytes) == {0}
+    plan = KernelPlan.from_lines("blend", "", built.layers[0], 0, ())
+    (kernel,) = plan.kernels
+    assert sorted(x.name for x in kernel.inputs) == sorted(x.name for x in signature.inputs)
+    assert [x.name for x in kernel.outputs] == ["latents"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "target", "traffic"),
+    [
+        ("merge_lora", "rtx5090", 24),
+        ("merge_lora", "sm86", 24),
+        ("merge_lora_fp8", "rtx5090", 27),
+        ("merge_lora_fp8", "rtx4090", 27),
+    ],
+)
 def test_merge_is_one_float32_product_and_few_passes(
-    graph: str, traffic: int, target: str, tmp_path: Path
+    graph: str, target: str, traffic: int, tmp_path: Path
 ) -> None:
     """`traffic`: bytes that kernels read and write for one number of the weight."""
     save_graph(small_graph(graph, KLEIN_9B, "bfloat16"), tmp_path / "merge.onnx")

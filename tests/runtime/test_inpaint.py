@@ -19,6 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
+from klein_kv.artifacts.manifest import Manifest
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.inputs.masks import mask_tokens
@@ -27,6 +28,7 @@ from tests.runtime.conftest import Picture, Watch
 from tests.tolerances import assert_close
 
 PROMPT = "a red kite over the sea"
+SHORT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 32}
 
 
 class KVTransformer:
@@ -151,7 +153,7 @@ NAMES = list(cases(lambda w, h, _=0: Image.new("RGB", (w, h))))
 def test_equals_diffusers(
     name: str, variant: str, ours: Any, theirs: Any, picture: Picture
 ) -> None:
-    request = {"prompt": PROMPT} | cases(picture)[name]
+    request = SHORT | cases(picture)[name]
     (*latents, state), images = run(ours(variant), **request)
     (*expected, their_state), their_images = theirs(variant)(name, request)
     assert len(latents) == len(expected)
@@ -166,7 +168,7 @@ def test_equals_diffusers(
 def test_a_white_mask_is_none(ours: Any, picture: Picture) -> None:
     """Image to image, bit for bit; at full strength an edit with the image as reference."""
     pipe, image = ours("kv"), picture(128, 96, 1)
-    request = {"prompt": PROMPT, "image": image, "seed": 2, "output_type": "np"}
+    request = SHORT | {"image": image, "seed": 2, "output_type": "np"}
     for strength in (0.5, 1.0):
         white = pipe(**request, mask_image=np.ones((96, 128)), strength=strength).images
         np.testing.assert_array_equal(pipe(**request, strength=strength).images, white)
@@ -176,7 +178,7 @@ def test_a_white_mask_is_none(ours: Any, picture: Picture) -> None:
 
 def test_outside_the_mask_latents_are_the_image(ours: Any, picture: Picture) -> None:
     pipe, image, mask = ours("kv"), picture(128, 96, 1), patch(128, 96)
-    request = {"prompt": PROMPT, "image": image, "num_inference_steps": 3}
+    request = SHORT | {"image": image, "num_inference_steps": 3}
     (*latents, _), _ = run(pipe, mask_image=mask, **request)
     (*nothing, _), round_trip = run(pipe, mask_image=Image.new("L", mask.size), **request)
     outside = mask_tokens(mask, (96, 128), 16)[0, :, 0] == 0
@@ -198,7 +200,7 @@ def test_keys_and_values_are_known_the_second_time(
     runs = watch(pipe)
     masks = patch(128, 96), Image.new("L", (128, 96), 255)
     request = {"image": picture(128, 96, 1), "image_reference": picture(64, 64, 2)}
-    request |= {"seed": 5, "strength": 0.75, "output_type": "np"}
+    request |= {"seed": 5, "strength": 0.75, "output_type": "np", "max_sequence_length": 32}
 
     def edit(mask: Image.Image, prompt: str) -> Any:
         runs.clear()
@@ -217,7 +219,7 @@ def test_keys_and_values_are_known_the_second_time(
     np.testing.assert_array_equal(again, first)
     runs.clear()  # the same references, in the other pipeline
     other = KleinKVPipeline.from_pipe(pipe)
-    other(PROMPT, image=[request["image"], request["image_reference"]], seed=1)
+    other(**SHORT, image=[request["image"], request["image_reference"]], seed=1)
     assert "first_step" not in {run.graph for run in runs}
 
 
@@ -244,11 +246,11 @@ def test_arguments_are_diffusers() -> None:
         assert mine[name].default == (4 if name == "num_inference_steps" else default), name
 
 
-def test_sizes(any_ours: KleinKVPipeline, picture: Picture) -> None:
+def test_sizes(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
     """The image's, or what is asked for; with a region, the original's."""
-    pipe = KleinKVInpaintPipeline.from_pipe(any_ours)
+    pipe = KleinKVInpaintPipeline.from_pipe(tiny_ours)
     image, mask = picture(150, 130, 2), patch(150, 130)
-    request = {"prompt": "", "mask_image": mask, "num_inference_steps": 1, "seed": 0}
+    request = SHORT | {"mask_image": mask, "num_inference_steps": 1, "seed": 0}
     (one,), (asked,), (region,) = (
         pipe(image=image, **request, **sizes).images
         for sizes in ({}, {"height": 96, "width": 192}, {"padding_mask_crop": 2})
@@ -264,6 +266,8 @@ def test_warming_up_runs_what_a_call_runs(
     pipe = KleinKVInpaintPipeline.from_pretrained(tiny_artifacts)
     pipe.set_progress_bar_config(disable=True)
     runs = watch(pipe)
+    with pytest.raises(RequestError, match="at most the area of 1024x1024"):
+        pipe.warm_up(1024, 1040)
     pipe.warm_up(96, 128, [(64, 80)], max_sequence_length=16)
     warm = [run.graph for run in runs if run.graph != "encode_references"]
     runs.clear()
@@ -323,7 +327,9 @@ def test_artifacts_without_the_graph(
     manifest["files"] = {x: y for x, y in manifest["files"].items() if not x.startswith("latents/")}
     (folder / "klein.json").write_text(json.dumps(manifest))
     pipe = KleinKVInpaintPipeline.from_pipe(load_ours(folder))
-    request = {"prompt": "", "image": picture(64, 64), "num_inference_steps": 2, "seed": 0}
+    again = Manifest.load(tiny_artifacts)
+    assert pipe.manifest.model_digest == again.model_digest, "saved references stay valid"
+    request = SHORT | {"image": picture(64, 64), "num_inference_steps": 2, "seed": 0}
     pipe(strength=1, **request)
     for changes in ({"strength": 0.5}, {"mask_image": np.ones((64, 64))}):
         with pytest.raises(ArtifactError, match=r"lacks the graph `blend`.*export the checkpoint"):
@@ -331,17 +337,21 @@ def test_artifacts_without_the_graph(
 
 
 def test_command(
-    tiny_artifacts: Path, tmp_path: Path, picture: Picture, capsys: pytest.CaptureFixture[str]
+    tiny_artifacts: Path,
+    tiny_ours: KleinKVPipeline,
+    tmp_path: Path,
+    picture: Picture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     picture(128, 96).save(tmp_path / "init.png")
     patch(128, 96).save(tmp_path / "mask.png")
-    out, arguments = tmp_path / "out.png", ["-p", PROMPT, "--steps", "4", "--seed", "1", "-q"]
+    out, arguments = tmp_path / "out.png", ["-p", PROMPT, "--steps", "2", "--seed", "1", "-q"]
     arguments += ["--init", str(tmp_path / "init.png"), "-o", str(out)]
     mask = ["--mask", str(tmp_path / "mask.png"), "--strength", "0.5"]
     assert main(["generate", str(tiny_artifacts), *arguments, *mask]) == 0
-    pipe = KleinKVInpaintPipeline.from_pretrained(tiny_artifacts)
+    pipe: Any = KleinKVInpaintPipeline.from_pipe(tiny_ours)
     request = {"image": picture(128, 96), "mask_image": patch(128, 96), "strength": 0.5}
-    (expected,) = pipe(PROMPT, **request, seed=1).images  # type: ignore[arg-type, union-attr]
+    (expected,) = pipe(PROMPT, **request, num_inference_steps=2, seed=1).images
     with Image.open(out) as image:
         assert image.tobytes() == expected.tobytes()
         assert "Denoising strength: 0.5" in image.info["parameters"]

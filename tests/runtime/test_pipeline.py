@@ -347,7 +347,9 @@ def test_checkpoint_is_not_an_artifact_folder(tiny_checkpoint: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(klein_kv.__all__) == ["KleinKVPipeline", "__version__"]
+    names = ["KleinKVInpaintPipeline", "KleinKVPipeline", "__version__"]
+    assert sorted(klein_kv.__all__) == names
+    assert issubclass(klein_kv.KleinKVInpaintPipeline, KleinKVPipeline)
     assert klein_kv.KleinKVPipeline is KleinKVPipeline
     with pytest.raises(AttributeError, match="no attribute 'Pipeline'"):
         klein_kv.Pipeline  # noqa: B018

@@ -53,6 +53,7 @@ SAME_KV = "first_step and encode_references give the same K/V"
 REPEATS = "cached_step on this K/V repeats first_step"
 UNTOUCHED = "cached_step leaves K/V as it was"
 HIT = "a hit equals a miss"
+MERGED = "a LoRA is merged as on the host"
 VALUES = "transformer_blocks.0.attn.to_v.weight"
 
 
@@ -132,7 +133,7 @@ def test_engines_pass(check: Callable[..., Report], folder: Path, tmp_path: Path
     out = tmp_path / "report.json"
     report = check(folder, out=out)
     assert report.ok, report.to_text()
-    assert {float32(graph) for graph in GRAPHS} | {SAME_KV, REPEATS, UNTOUCHED, HIT} <= {
+    assert {float32(graph) for graph in GRAPHS} | {SAME_KV, REPEATS, UNTOUCHED, HIT, MERGED} <= {
         one.name for one in report.checks
     }
     for graph in GRAPHS:
@@ -229,6 +230,16 @@ def patch_of_values(array: np.ndarray) -> None:
             spoil("text_encoder", "encoder_hidden_states", lambda x: x.fill(np.nan)),
             {"text_encoder runs": "not finite", "an edit": "", "the same edit again": ""},
             id="text that is not finite",
+        ),
+        pytest.param(
+            spoil("blend", "latents", scaled(1.05)),
+            {float32("blend"): "latents is off by 0.05 "},
+            id="a mixture that is off",
+        ),
+        pytest.param(
+            spoil("merge_lora", "merged", scaled(1.01)),
+            {MERGED: "is off by 0.01 "},
+            id="weights that are off",
         ),
         pytest.param(
             spoil("vae_decoder", "sample", lambda x: x.fill(0)),

@@ -18,7 +18,7 @@ from PIL import Image
 from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
-from klein_kv.errors import RequestError
+from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.trt import engine
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
@@ -204,6 +204,15 @@ def test_an_edit_inside_a_mask_stays_on_the_device(
         assert counts["captures"] == counts["compilations"] == counts["loads"] == 0
         assert counts["replays"] == 10, "text, the image, three steps, four mixtures, pixels"
         assert counts["waits"] == counts["allocations"] == 0
+
+
+def test_engines_of_an_earlier_build_are_named(
+    tiny_artifacts: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path, sizes=sizes_of([])))
+    pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
+    with pytest.raises(ArtifactError, match=r"no engine of blend, only of .*klein-kv build"):
+        pipe("a kite", image=pictures[0], strength=0.5)
 
 
 def test_batches_and_repeated_prompts_stay_on_the_device(

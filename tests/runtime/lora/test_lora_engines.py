@@ -1,6 +1,5 @@
 """Adapters on engines, over the stand-ins: merged there, and only what changes is moved."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
-from klein_kv.errors import CapacityError
+from klein_kv.errors import CapacityError, RequestError
 from klein_kv.networks import merge
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.backends.backend import DeviceContent
@@ -176,7 +175,14 @@ def no_engine(card: Card) -> list[WeightedAdapter]:
     return card.one()
 
 
-@pytest.mark.parametrize("prepare", [too_large, too_many_ranks, no_memory, no_engine])
+def broken_engine(card: Card) -> list[WeightedAdapter]:
+    card.trt.refused["execute_async_v3"] = ["no kernel image"]
+    return card.one()
+
+
+@pytest.mark.parametrize(
+    "prepare", [too_large, too_many_ranks, no_memory, no_engine, broken_engine]
+)
 def test_what_a_device_does_not_merge_the_host_does(
     prepare: Callable[[Card], list[WeightedAdapter]],
     artifacts: Path,
@@ -190,9 +196,20 @@ def test_what_a_device_does_not_merge_the_host_does(
     held = card.held()
     for name, array in card.expected(adapters).items():
         np.testing.assert_array_equal(held[name], array)
-    with caplog.at_level(logging.WARNING):
-        merger.warn()
-    assert [ONE in x.message for x in caplog.records] == [True] * (prepare is too_large)
+    merger.warn()
+    told = {too_large: [ONE], broken_engine: ["no kernel image"]}.get(prepare, [])
+    warnings = [x.message for x in caplog.records if x.name.endswith("lora.merge")]
+    assert len(warnings) == len(told)
+    assert all(words in warning for words, warning in zip(told, warnings, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e6, 1e30])
+def test_a_weight_that_its_type_cannot_hold_is_an_error(
+    size: float, tiny_fp16_artifacts: Path, tmp_path: Path
+) -> None:
+    card = Card(tiny_fp16_artifacts, tmp_path)
+    with pytest.raises(RequestError, match=f"{ONE} larger than float16"):
+        card.backend.replace_weights(card.merger().contents(card.one(size=size)))
 
 
 def edit(pipe: KleinKVPipeline) -> Any:

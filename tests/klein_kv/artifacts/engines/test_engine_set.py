@@ -103,7 +103,7 @@ def test_the_executor_changes_engines_and_keeps_weights(
 def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> None:
     manifest = Manifest.load(tiny_artifacts)
     found = open_engines(artifacts, manifest, manifest.graphs)
-    with pytest.raises(ArtifactError, match="there is no engine of plain_step, only of cached_s"):
+    with pytest.raises(ArtifactError, match="engine of plain_step, only of blend, cached_s"):
         found.choose("plain_step", {})
     with pytest.raises(ArtifactError, match="there is no engine of plain_step"):
         found.records("plain_step")

@@ -1,1 +1,0 @@
-"""The same service in front of many GPUs, by Ray Serve."""

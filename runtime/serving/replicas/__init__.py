@@ -1,0 +1,1 @@
+"""The same service in front of many GPUs: one replica of the pipeline on each, by Ray."""

@@ -1,0 +1,345 @@
+"""What the front does with replicas: without Ray, in one process."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from klein_kv.errors import BackendError
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.metrics import Metrics
+from klein_kv.runtime.serving.replicas import engine as engine_module
+from klein_kv.runtime.serving.replicas.engine import RayEngine
+from klein_kv.runtime.serving.replicas.events import (
+    Event,
+    Job,
+    Preview,
+    Refusal,
+    ReplicaLostError,
+    Status,
+    Taken,
+)
+
+FACTS = EngineFacts("pocket", "digest", "kv", 16, "fake")
+PIXELS = np.zeros((16, 16, 3), np.uint8)
+
+
+class FakeReplica:
+    """A process that takes `room` jobs, each until `go` is set, and can die."""
+
+    def __init__(self, name: str, room: int = 8, facts: EngineFacts = FACTS) -> None:
+        self.name = name
+        self.room = room
+        self.facts = facts
+        self.go = asyncio.Event()
+        self.dead = asyncio.Event()
+        self.done: list[str] = []  # digests
+        self.jobs = 0
+        self.most = 0
+        self.ready = True
+        self.closed = False
+
+    async def open(self) -> EngineFacts:
+        return self.facts
+
+    async def status(self) -> Status:
+        if self.dead.is_set():
+            raise ReplicaLostError("killed")
+        return Status(self.ready, {"queue_depth": float(self.jobs)})
+
+    async def close(self, timeout_s: float) -> None:
+        self.closed = True
+
+    async def do(self, job: Job) -> AsyncGenerator[Event, None]:
+        if self.dead.is_set():
+            raise ReplicaLostError("killed before")
+        yield Taken()
+        if self.jobs >= self.room:
+            yield Refusal("queue_full", "full", retry_after_s=1.5)
+            return
+        self.jobs += 1
+        self.most = max(self.most, self.jobs)
+        try:
+            if isinstance(job, EditJob):
+                for step in range(job.previews):
+                    yield Preview(step, PIXELS)
+            waits = [asyncio.ensure_future(x.wait()) for x in (self.go, self.dead)]
+            try:
+                await asyncio.wait(waits, return_when="FIRST_COMPLETED")
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            if self.dead.is_set():
+                raise ReplicaLostError("killed")
+            self.done.append(job.digest)
+            if isinstance(job, EncodeJob):
+                yield EncodeResult(known=False, nbytes=1, tokens=1)
+            else:
+                yield EditResult((PIXELS,), job.seed, references_known=False, queued_s=0.0)
+        finally:
+            self.jobs -= 1
+
+
+class Fleet:
+    """Replicas of an engine by name, the newest of each; `old` are those that were replaced."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.now: dict[str, FakeReplica] = {}
+        self.old: list[FakeReplica] = []
+
+    def make(self, name: str) -> FakeReplica:
+        if name in self.now:
+            self.old.append(self.now[name])
+        self.now[name] = FakeReplica(name, **self.options)
+        return self.now[name]
+
+    def __iter__(self) -> Any:
+        return iter(self.now.values())
+
+    async def where(self, jobs: int = 1) -> FakeReplica:
+        """The replica that has so many jobs, as soon as one has."""
+        await until(lambda: any(replica.jobs == jobs for replica in self))
+        return next(replica for replica in self if replica.jobs == jobs)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+Scenario = Callable[[RayEngine, Fleet], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, replicas: int = 3, **options: Any) -> None:
+    async def run() -> None:
+        fleet = Fleet(**options)
+        failures: list[BaseException] = []
+        engine = RayEngine(fleet.make, replicas, failures.append)
+        try:
+            async with asyncio.timeout(10):
+                await until(lambda: engine.ready)
+                await scenario(engine, fleet)
+        finally:
+            await asyncio.to_thread(engine.close)
+        assert not failures
+        assert all(replica.closed for replica in fleet)
+
+    asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_ASK_EVERY_S", 0.01)
+
+
+def edit(digest: str = "a", **changes: Any) -> EditJob:
+    return replace(EditJob(prompt="p", references=(PIXELS,), digest=digest), **changes)
+
+
+def go(fleet: Fleet) -> None:
+    for replica in fleet:
+        replica.go.set()
+
+
+def test_a_set_stays_on_one_replica_and_what_has_none_is_spread() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        go(fleet)
+        digests = [f"set-{i}" for i in range(12)]
+        await engine.encode(EncodeJob((PIXELS,), "set-0"))
+        for digest in digests * 3:
+            await engine.edit(edit(digest))
+        for digest in digests:
+            assert sum(digest in replica.done for replica in fleet) == 1
+        assert sum(bool(replica.done) for replica in fleet) == 3
+        for replica in fleet:
+            replica.go.clear()
+        free = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
+        await until(lambda: all(replica.jobs == 1 for replica in fleet))
+        go(fleet)
+        await asyncio.gather(*free)
+
+    play(scenario)
+
+
+def test_a_crowd_is_spread_and_a_flood_is_refused_at_the_bound() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        tasks = [asyncio.create_task(engine.edit(edit())) for _ in range(4)]
+        home = await fleet.where(jobs=4)  # until there is a crowd, the set stays there
+        tasks += [asyncio.create_task(engine.edit(edit())) for _ in range(8)]
+        await until(lambda: sum(replica.jobs for replica in fleet) == 12)
+        assert home.jobs == 4
+        tasks += [asyncio.create_task(engine.edit(edit())) for _ in range(8)]
+        await asyncio.wait(tasks, timeout=0.05)
+        refused = [task.exception() for task in tasks if task.done()]
+        assert [(x.status, x.retry_after_s) for x in refused] == [(429, 1.5)] * (20 - 3 * 5)
+        assert all(replica.most == 5 for replica in fleet)
+        go(fleet)
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(x, EditResult) for x in done) == 15
+
+    play(scenario, room=5)
+
+
+def test_a_lost_replica_loses_no_job_and_its_name_comes_back() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        shown: list[int] = []
+        tasks = [asyncio.create_task(engine.edit(edit("b"))) for _ in range(2)]
+        tasks.append(
+            asyncio.create_task(engine.edit(edit("b", previews=2), lambda i, _: shown.append(i)))
+        )
+        home = await fleet.where(jobs=3)
+        home.dead.set()
+        await until(lambda: home in fleet.old)
+        go(fleet)
+        assert len(await asyncio.gather(*tasks)) == 3
+        assert shown == [0, 1]  # not those of the second replica again
+        assert home.closed
+        assert engine.gauges()[f"replica_lost_total@{home.name}"] == 1
+        await until(lambda: engine.gauges()[f"replica_up@{home.name}"] == 1)
+        go(fleet)
+        await engine.edit(edit("b"))
+        assert fleet.now[home.name].done == ["b"]
+
+    play(scenario)
+
+
+def test_a_job_that_was_taken_waits_where_new_ones_are_refused() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        tasks = [asyncio.create_task(engine.edit(edit(str(i)))) for i in range(2)]
+        tasks.append(asyncio.create_task(engine.edit(edit("a"))))
+        await until(lambda: sum(replica.jobs for replica in fleet) == 2)
+        await asyncio.wait(tasks, timeout=0.02)
+        refused = [task for task in tasks if task.done()]
+        assert len(refused) == 1
+        assert refused[0].exception().code == "queue_full"
+        fleet.now["replica-0"].dead.set()  # the other one is full
+        await asyncio.sleep(0.1)
+        go(fleet)
+        results = [await task for task in tasks if task not in refused]
+        assert len(results) == 2
+
+    play(scenario, replicas=2, room=1)
+
+
+def test_a_job_outlives_the_loss_of_all_replicas_but_kills_only_two() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        task = asyncio.create_task(engine.edit(edit()))
+        await fleet.where()
+        for replica in list(fleet):  # at once: the second one never had the job
+            replica.dead.set()
+        await until(lambda: len(fleet.old) == 2)
+        second = await fleet.where()
+        assert second not in fleet.old
+        second.dead.set()
+        with pytest.raises(ServiceError, match="twice") as error:
+            await task
+        assert error.value.code == "internal_error"
+
+    play(scenario, replicas=2)
+
+
+def test_without_a_replica_new_jobs_are_refused() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        assert engine.ready
+        fleet.now["replica-0"].ready = False
+        await until(lambda: not engine.ready)
+        with pytest.raises(ServiceError) as error:
+            await engine.edit(edit())
+        assert (error.value.code, error.value.status) == ("not_ready", 503)
+
+    play(scenario, replicas=1)
+
+
+def test_cancelling_and_deadlines_free_the_place() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        task = asyncio.create_task(engine.edit(edit()))
+        home = await fleet.where()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert home.jobs == 0
+        task = asyncio.create_task(engine.edit(edit(timeout_s=0.05)))
+        (await fleet.where()).dead.set()
+        for replica in fleet:
+            replica.dead.set()
+        for _ in range(3):  # and whatever replaces them
+            await asyncio.sleep(0.01)
+            for replica in fleet:
+                replica.room = 0
+        with pytest.raises(ServiceError) as error:
+            await task
+        assert error.value.code == "deadline"
+
+    play(scenario, room=1)
+
+
+def test_draining_ends_what_was_begun_and_takes_nothing_more() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        task = asyncio.create_task(engine.edit(edit()))
+        await fleet.where()
+        drain = asyncio.create_task(engine.drain(5))
+        await asyncio.sleep(0)
+        assert not engine.ready
+        with pytest.raises(ServiceError) as error:
+            await engine.edit(edit())
+        assert error.value.code == "draining"
+        assert not drain.done()
+        go(fleet)
+        await drain
+        assert (await task).seed == 0
+
+    play(scenario)
+
+
+def test_what_is_not_done_in_time_is_told_so() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        task = asyncio.create_task(engine.edit(edit()))
+        home = await fleet.where()
+        await engine.drain(0.01)
+        with pytest.raises(ServiceError) as error:
+            await task
+        assert error.value.code == "draining"
+        assert home.jobs == 0
+
+    play(scenario)
+
+
+def test_figures_are_told_by_replica() -> None:
+    async def scenario(engine: RayEngine, fleet: Fleet) -> None:
+        tasks = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
+        await until(lambda: all(engine.gauges()[f"queue_depth@replica-{i}"] == 1 for i in range(3)))
+        text = Metrics(engine.gauges).text().decode()
+        assert 'klein_kv_engine_replica_up{replica="replica-2"} 1.0' in text
+        assert text.count("# TYPE klein_kv_engine_queue_depth gauge") == 1
+        go(fleet)
+        await asyncio.gather(*tasks)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("fault", ["digest", "lost"])
+def test_a_replica_that_cannot_be_opened_ends_the_start(fault: str) -> None:
+    def make(name: str) -> FakeReplica:
+        replica = FakeReplica(name)
+        if fault == "digest":
+            replica.facts = replace(FACTS, model_digest=name)
+        elif name == "replica-1":
+            replica.dead.set()
+        return replica
+
+    async def run() -> None:
+        failures: list[BaseException] = []
+        engine = RayEngine(make, 2, failures.append)
+        await until(lambda: bool(failures))
+        assert not engine.ready
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(BackendError, match="same artifacts" if fault == "digest" else "killed"):
+            raise failures[0]
+
+    asyncio.run(run())
