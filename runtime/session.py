@@ -68,6 +68,8 @@ class Session:
         backend: what runs them.
         plan: of the request under way or the last one.
         watch: called with every graph that ran and its outputs.
+        make_room: asked for bytes of the device that others of this process hold, where a request
+            lacks them; gives up what it can.
 
     Raises:
         BackendError: nvtx is not installed.
@@ -84,6 +86,7 @@ class Session:
         self.backend = backend
         self.plan: MemoryPlan | None = None
         self.watch: Callable[[str, Mapping[str, Buffer]], None] | None = None
+        self.make_room: Callable[[int], None] | None = None
         self._config = manifest.config
         self._graphs = graphs
         self._memory: dict[str, GraphMemory] = {}
@@ -187,6 +190,11 @@ class Session:
         """Whether runs are captured, for which each graph has to run more than once."""
         return any(self.graph_memory(graph).fixed_buffers for graph in self._loaded)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights, scratch, and keys and values of a request; mapped files count none."""
+        return self._weights(self._loaded) + self._kept_scratch + self._kept_kv
+
     # A request --------------------------------------------------------------------------------
 
     def admit(self, request: Request, free: FreeSets, keep: str | None = None) -> MemoryPlan:
@@ -201,6 +209,9 @@ class Session:
             CapacityError: it cannot fit, with the numbers and what would.
         """
         plan = self._make(request, self._capacity(request))
+        if not plan.all_fits and self.make_room is not None:
+            self.make_room(plan.together - plan.capacity)
+            plan = self._make(request, self._capacity(request))
         if not plan.fits:
             freed = free(plan.peak - plan.capacity, keep)
             # What the store gives up may still be in use elsewhere: a device can tell.
@@ -284,7 +295,7 @@ class Session:
 
     def _capacity(self, request: Request) -> int:
         """What can be had, and what this pipeline holds already and the plan counts."""
-        own = self._weights(self._loaded) + self._kept_scratch + self._kept_kv
+        own = self.held_bytes
         if request.kv_held:
             own += self._footprint(request).kv_bytes(request)
         return self.backend.available_memory() + own

@@ -58,8 +58,9 @@ def test_every_package_is_listed() -> None:
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_wheel_holds_every_module(package: str, wheel_names: list[str]) -> None:
     folder = ROOT / SETUPTOOLS["package-dir"][package]
-    patterns = ("*.py", "recipes/*.toml", "py.typed", "*.html", "*.css", "*.js", "*.svg")
-    modules = [path for pattern in patterns for path in folder.glob(pattern)]
+    data = ("*.py", "recipes/*.toml", "workflows/*.json", "py.typed")
+    page = ("*.html", "*.css", "*.js", "*.svg")
+    modules = [path for pattern in data + page for path in folder.glob(pattern)]
     inside = package.replace(".", "/")
     expected = {f"{inside}/{path.relative_to(folder).as_posix()}" for path in modules}
     assert expected <= set(wheel_names)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from klein_kv import __version__
 from klein_kv.cli.arguments import Result
 from klein_kv.cli.build import add_build
-from klein_kv.cli.export import add_export, add_fixture
+from klein_kv.cli.comfyui import add_comfyui
+from klein_kv.cli.export import add_export, add_fixture, add_quantize
 from klein_kv.cli.generate import add_generate
 from klein_kv.cli.inspection import add_doctor, add_inspect
 from klein_kv.cli.plan import add_plan
-from klein_kv.cli.quantize import add_quantize
 from klein_kv.cli.serve import add_serve
 from klein_kv.cli.setup import add_setup
 from klein_kv.cli.verify import add_verify
@@ -45,6 +45,7 @@ _VERBS = (
     add_plan,
     add_generate,
     add_serve,
+    add_comfyui,
     add_verify,
     add_inspect,
     add_doctor,

@@ -30,7 +30,7 @@ from klein_kv.runtime.planning.request import Request, edit_stages, flagship_req
 __all__ = ["EditPlan", "PlanOptions", "Plans", "plan_artifacts"]
 
 _HOST_MEMORY = {
-    "export": 630_000_000,  # measured at 9B, most of it libraries (docs/checkpoints.md)
+    "export": 700_000_000,  # measured at 9B, most of it libraries (docs/checkpoints.md)
     "build, shared weights": 1_700_000_000,  # measured at 9B, recipe `default` (docs/engines.md)
     "run: pinned buffers for uploads": STAGING_BYTES,
 }

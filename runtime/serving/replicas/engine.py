@@ -271,7 +271,8 @@ class RayEngine:
                     await self._ask(place, place.handle)
                 pause = _ASK_EVERY_S
             except (ReplicaLostError, TimeoutError, KleinKVError) as error:
-                _log.warning("%s is lost and will be replaced: %s", place.name, error)
+                why = str(error) or "it does not answer"
+                _log.warning("%s is lost and will be replaced: %s", place.name, why)
                 place.up = False
                 place.lost += 1
                 if place.handle is not None:

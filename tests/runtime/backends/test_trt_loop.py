@@ -248,6 +248,18 @@ def test_a_callback_may_use_the_pipeline(tiny_artifacts, engines, pictures, expe
     np.testing.assert_allclose(made, expected(pictures[4:6]), atol=1e-5)
 
 
+def test_what_a_step_foresees_comes_from_engines_too(tiny_artifacts, engines, pictures, expected):
+    seen: list[np.ndarray] = []
+    request = {
+        "callback_on_step_end": lambda _pipe, _i, _t, tensors: seen.append(tensors["denoised"]),
+        "callback_on_step_end_tensor_inputs": ["denoised"],
+    }
+    Machine(tiny_artifacts, engines)(pictures[6:7], **request)
+    expected(pictures[6:7], **request)
+    assert len(seen) == 8
+    np.testing.assert_allclose(seen[: len(seen) // 2], seen[len(seen) // 2 :], atol=1e-4)
+
+
 def test_an_engine_that_cannot_be_captured_is_told(tiny_artifacts, engines, caplog):
     machine = Machine(tiny_artifacts, engines)
     machine.trt.capturable = False

@@ -220,10 +220,3 @@ def test_a_stop_waits_for_what_was_begun_and_leaves_no_process(service: Service)
     assert [answer.status_code for answer in asyncio.run(stop())] == [200, 200]
     assert service.process.wait(20) == 0
     assert not psutil.wait_procs(everything, 10)[1]
-
-
-def test_the_process_of_one_gpu_knows_nothing_of_ray() -> None:
-    modules = "klein_kv.runtime.serving.server, klein_kv.cli.serve"
-    code = f"import sys, {modules}; print([x for x in sys.modules if x.split('.')[0] == 'ray'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -1,0 +1,1 @@
+"""Nodes for ComfyUI. Imported inside it alone, but for `install`, which puts the pack there."""
