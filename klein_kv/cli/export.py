@@ -1,4 +1,4 @@
-"""`klein-kv fixture`, `export` and `quantize`: a checkpoint, its graphs, its smaller weights."""
+"""`klein-kv fixture`, `export` and `quantize`: a checkpoint, its graphs, smaller weights."""
 
 import argparse
 from pathlib import Path

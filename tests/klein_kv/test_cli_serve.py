@@ -53,6 +53,9 @@ def test_it_serves_and_drains(server: tuple[subprocess.Popen[str], str]) -> None
     assert httpx.get(f"{url}/health/live").status_code == 200
     assert httpx.get(f"{url}/health/ready").status_code == 401
     assert httpx.get(f"{url}/health/ready", headers=headers).status_code == 200
+    with httpx.Client(base_url=url, headers=headers) as client:
+        taken = [client.get("/v1/models").elapsed.total_seconds() for _ in range(60)]
+    assert min(taken[30:]) < 0.03  # regression: 40 ms each, for an acknowledgement
     answers: list[httpx.Response] = []
     ask = {"prompt": "a", "size": "256x256", "num_inference_steps": 40, "seed": 1}
 
