@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -250,6 +251,39 @@ def test_bad_images_are_refused_in_words_of_ours(data: bytes) -> None:
         prepare_upload(data, 512 * 512, 16, "white")
     assert refused.value.code == "invalid_image"
     assert not LEAK.search(refused.value.message)
+
+
+def intricate(kind: str) -> bytes:
+    """A small file that takes a decoder long, and long memory, in proportion to its size."""
+    if kind == "chunks":
+        png = saved(Image.new("RGB", (64, 64)), "PNG")
+        return png[:33] + b"\0\0\0\0teSt\xa5\x81\x1e\xf7" * 5_000 + png[33:]
+    file = io.BytesIO()
+    Image.new("L", (2048, 2048), 128).save(file, "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    if kind == "scans":
+        return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * 100 + jpeg[-2:]
+    more = {"segments": b"\xff\xe1\0\2", "junk": b"x", "fill": b"\xff", "ends": b"\xff\xd9"}
+    hidden = b"\xff\xf0\xff\xff" if kind == "segments" else b""  # a marker without a length
+    return jpeg[:2] + hidden + more[kind] * 5_000 + jpeg[2:]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "scans", "segments", "junk", "fill", "ends"])
+def test_intricate_files_are_refused_before_they_are_decoded(kind: str) -> None:
+    with pytest.raises(ServiceError, match="more parts than encoders write"):
+        prepare_upload(intricate(kind), 4096 * 4096, 16, "white")
+
+
+def test_large_photographs_are_not_intricate() -> None:
+    """Noise, a profile of many segments, an EXIF thumbnail, and a film behind the image."""
+    noise = Image.effect_noise((2000, 1500), 90).convert("RGB")
+    film = np.random.default_rng(0).bytes(4 << 20)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}):
+        file = io.BytesIO()
+        noise.save(file, "JPEG", quality=97, icc_profile=film[:1_000_000], **options)
+        assert prepare_upload(file.getvalue() + film, 4096 * 4096, 16, "white").size
+    for kind in ("PNG", "WEBP"):
+        assert prepare_upload(saved(noise, kind), 4096 * 4096, 16, "white").size
 
 
 def test_an_upload_is_turned_upright(png: Png) -> None:
