@@ -10,7 +10,7 @@ TYPING := build/typing
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,bench,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[export,cpu,rtx,serve,bench,dev]'
 	touch $@
 
 # Two processes of up to 4 GB; a file's tests stay together, with what they share.

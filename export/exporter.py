@@ -31,7 +31,7 @@ from klein_kv.artifacts.signature import (
 )
 from klein_kv.errors import ArtifactError, CheckpointError, RequestError
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import read_single_file
+from klein_kv.export.checkpoints.single_file import read_beside, read_single_file
 from klein_kv.export.checkpoints.sources import Source, copy_licences, find_source, known_sha256
 from klein_kv.export.checkpoints.stored_weights import MergedWeight, StoredWeight
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
@@ -123,7 +123,8 @@ def export_checkpoint(
             tokenizer/, vae/, scheduler/, weights as safetensors), a single .safetensors file with
             the transformer, or a Hugging Face repository.
         artifacts: folder to create; must not exist, or be empty.
-        base: the rest of the pipeline, for a single file.
+        base: the rest of the pipeline, for a single file; of parts that the file holds the
+            configuration alone.
         revision: branch, tag or commit of a Hugging Face repository.
         variant: "kv", the only kind of weights whose reference keys and values may be cached, or
             "plain". Needed where the checkpoint does not say it itself: the two look the same on
@@ -217,11 +218,12 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
     }
     unread = {"transformer": (), "text_encoder": _UNREAD_TEXT, "vae": _UNREAD_VAE}
     weights: dict[str, Mapping[str, StoredWeight]] = {}
+    beside = {} if source.transformer is None else read_beside(source.transformer, parameters)
     for part, shapes in parameters.items():
         if part == "transformer" and source.transformer is not None:
             weights[part] = read_single_file(source.transformer, transformer)
         else:
-            index = WeightIndex.from_folder(folder / part, part)
+            index = beside.get(part) or WeightIndex.from_folder(folder / part, part)
             index.expect(shapes, ignore=unread[part])
             weights[part] = index
         for name in shapes:

@@ -12,7 +12,10 @@
 Messages say what was wrong, what was found, what was expected and how to mend it, in that order.
 """
 
+import re
+
 __all__ = [
+    "MALFORMED",
     "ArtifactError",
     "BackendError",
     "BuildError",
@@ -24,8 +27,32 @@ __all__ = [
 ]
 
 
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What taking a file's values for what they should be may raise."""
+
+_LONGEST = 2000  # characters of a message
+_LONG_WORD = re.compile(r"\S{400,}")
+
+
 class KleinKVError(Exception):
-    """Base of every error that klein-kv raises on purpose."""
+    """Base of every error that klein-kv raises on purpose.
+
+    Messages quote files and arguments: control codes of theirs are escaped, and long words and
+    texts lose their middle.
+    """
+
+    def __str__(self) -> str:
+        text = _LONG_WORD.sub(lambda word: f"{word[0][:100]}...{word[0][-30:]}", super().__str__())
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
 
 
 class CheckpointError(KleinKVError):

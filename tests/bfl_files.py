@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "bfl_state",
     "dequantized",
+    "ldm_vae_state",
     "quantize",
     "save_single_file",
     "tiled",
@@ -77,6 +78,33 @@ def bfl_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
             out[f"{new}.norm.query_norm.scale"] = state[f"{at}.attn.norm_q.weight"]
             out[f"{new}.norm.key_norm.scale"] = state[f"{at}.attn.norm_k.weight"]
     return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def ldm_vae_state(state: dict[str, Tensor], *, nested: bool = False) -> dict[str, Tensor]:
+    """A diffusers VAE's state as ComfyUI names it; `nested` as Black Forest Labs do."""
+    levels = 1 + max(int(name.split(".")[2]) for name in state if "decoder.up_blocks" in name)
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        words = name.split(".")
+        if words[1] == "mid_block" and words[2] == "resnets":
+            words[1:4] = ["mid", f"block_{int(words[3]) + 1}"]
+        elif words[1] == "mid_block":
+            part = {"group_norm": "norm", "to_out": "proj_out"}.get(words[4], words[4][-1])
+            words[1:-1] = ["mid", "attn_1", part]
+            tensor = tensor[..., None, None] if tensor.ndim == 2 else tensor
+        elif words[1] == "down_blocks":
+            kind = ["block", words[4]] if words[3] == "resnets" else ["downsample"]
+            words[1:5] = ["down", words[2], *kind]
+        elif words[1] == "up_blocks":
+            kind = ["block", words[4]] if words[3] == "resnets" else ["upsample"]
+            words[1:5] = ["up", str(levels - 1 - int(words[2])), *kind]
+        elif words[1] == "conv_norm_out":
+            words[1] = "norm_out"
+        elif nested and words[0].endswith("quant_conv"):
+            words[:0] = ["decoder" if words[0].startswith("post") else "encoder"]
+        words = ["nin_shortcut" if word == "conv_shortcut" else word for word in words]
+        out[".".join(words)] = tensor.contiguous()
+    return out
 
 
 def quantize(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

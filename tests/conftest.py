@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 from tests.tolerances import MEASURED, TOLERANCES
@@ -28,7 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--measured", action="store_true", help="print the largest error of each tolerance entry"
     )
     parser.addoption("--kills", type=int, default=2, help="how often test_killed kills each verb")
-    parser.addoption("--fuzz", type=int, default=20, help="examples of each test of test_fuzz")
+    parser.addoption("--examples", type=int, default=20, help="damaged files of each kind")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Other examples in every run: hypothesis' own settings take the same ones where CI is set."""
+    ours = settings(deadline=None, derandomize=False, database=None, print_blob=True)
+    settings.register_profile("ours", ours)
+    settings.register_profile("damaged", ours, max_examples=config.getoption("--examples"))
+    settings.load_profile("ours")
 
 
 def pytest_terminal_summary(

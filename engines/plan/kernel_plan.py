@@ -6,6 +6,7 @@ enough to see what is computed in low precision (`applied`), and to price a plan
 """
 
 import json
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.errors import ArtifactError, BuildError
+from klein_kv.artifacts.config import text_of
+from klein_kv.errors import MALFORMED, ArtifactError, BuildError
 
 __all__ = ["FORMAT", "Kernel", "KernelPlan", "Operand", "parse_line"]
 
@@ -147,13 +149,13 @@ class KernelPlan:
                 raise ArtifactError(f"{path} is not a kernel plan of this klein-kv; build again")
             kernels = tuple(_kernel_from_json(kernel) for kernel in value["kernels"])
             return cls(
-                value["graph"],
-                value["engine"],
+                text_of(value["graph"]),
+                text_of(value["engine"]),
                 kernels,
                 int(value["scratch_bytes"]),
-                tuple(value["weights"]),
+                tuple(map(text_of, value["weights"])),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error!r}; build again") from error
 
 
@@ -195,16 +197,21 @@ def _ints(text: str) -> tuple[int, ...]:
 def _kernel_from_json(value: dict[str, Any]) -> Kernel:
     def operands(key: str) -> tuple[Operand, ...]:
         return tuple(
-            Operand(o["name"], tuple(o["dims"]), tuple(o["strides"]), o["dtype"])
+            Operand(
+                text_of(o["name"]),
+                tuple(map(operator.index, o["dims"])),
+                tuple(map(operator.index, o["strides"])),
+                text_of(o["dtype"]),
+            )
             for o in value[key]
         )
 
     return Kernel(
-        value["name"],
-        value["kind"],
+        text_of(value["name"]),
+        text_of(value["kind"]),
         operands("inputs"),
         operands("constants"),
         operands("outputs"),
-        tuple(value["onnx_layers"]),
+        tuple(map(text_of, value["onnx_layers"])),
         int(value["stream"]),
     )

@@ -24,7 +24,6 @@ docs/checkpoints.md says where each of these facts comes from.
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,11 +34,9 @@ from numpy.typing import NDArray
 
 from klein_kv.artifacts.numbers import BLOCK, dequantize_fp8, dequantize_nvfp4
 from klein_kv.artifacts.weights import WeightRef, map_weight, read_header, read_metadata
-from klein_kv.errors import CheckpointError
+from klein_kv.errors import MALFORMED, CheckpointError
 
-__all__ = ["FileWeight", "PublishedWeight", "read_weights", "weights_from_refs"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["BESIDE", "FileWeight", "PublishedWeight", "read_weights", "weights_from_refs"]
 
 _TILE_ROWS, _TILE_COLUMNS = 128, 4
 _COMPANIONS = {  # and what older files call them
@@ -56,7 +53,7 @@ _OTHERS = {
     ".absmax": "numbers of four or eight bits of bitsandbytes",
 }
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
-_BESIDE = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.")
+BESIDE = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.")
 """What files with a whole pipeline hold beside the transformer."""
 
 
@@ -140,7 +137,7 @@ def read_weights(path: Path, prefixes: Sequence[str] = ()) -> dict[str, FileWeig
     Args:
         path: the file.
         prefixes: of names, any of which the file's may begin with. What a file with a whole
-            pipeline holds beside the tensors with a prefix is left out, with a warning.
+            pipeline holds beside the tensors with a prefix is left out.
 
     Returns:
         Tensors by the file's own names without the prefix, companions folded into the weight that
@@ -161,18 +158,12 @@ def read_weights(path: Path, prefixes: Sequence[str] = ()) -> dict[str, FileWeig
 
 
 def _check_rest(path: Path, prefix: str, rest: Sequence[str]) -> None:
-    """Names that lie beside the transformer's: other parts of a pipeline, or an error."""
-    strange = [name for name in rest if not name.startswith(_BESIDE)]
+    """Refuses names beside the transformer's that are of no other part of a pipeline."""
+    strange = [name for name in rest if not name.startswith(BESIDE)]
     if strange:
         raise CheckpointError(
             f"{path} holds {strange[0]} beside tensors of {prefix}*, expected the transformer "
-            f"alone, or a pipeline ({'*, '.join(_BESIDE)}*)"
-        )
-    if rest:
-        _log.warning(
-            "%s holds a whole pipeline: its %s are not read, those of the base are",
-            path.name,
-            " and ".join(sorted({name.partition(".")[0] for name in rest})),
+            f"alone, or a pipeline ({'*, '.join(BESIDE)}*)"
         )
 
 
@@ -218,7 +209,7 @@ def _check_formats(path: Path, refs: Mapping[str, WeightRef], metadata: Mapping[
         for name, ref in refs.items():
             if name.endswith(".comfy_quant"):
                 kinds[name] = json.loads(map_weight(ref).tobytes())["format"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{path}: what it says of its quantized layers (_quantization_metadata, comfy_quant) "
             f"is not what ComfyUI writes ({error!r}); download it again"

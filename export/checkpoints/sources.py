@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from klein_kv.artifacts.config import read_json
+from klein_kv.artifacts.weights import read_header
 from klein_kv.errors import CapacityError, CheckpointError, KleinKVError, RequestError
+from klein_kv.export.checkpoints.single_file import parts_beside
 
 __all__ = ["OFFICIAL", "OfficialModel", "Source", "copy_licences", "find_source", "known_sha256"]
 
@@ -144,10 +146,11 @@ def find_source(
             )
         if base is None:
             raise RequestError(
-                f"{path.name} holds the transformer alone; add --base with the rest of the "
-                "pipeline: a folder in diffusers layout, or black-forest-labs/FLUX.2-klein-9b-kv"
+                f"{path.name} is no whole pipeline; add --base with the rest of the pipeline: a "
+                "folder in diffusers layout (of parts that the file holds their configurations are "
+                "enough), or black-forest-labs/FLUX.2-klein-9b-kv"
             )
-        path, folder = path.absolute(), _base_folder(base)
+        path, folder = path.absolute(), _base_folder(base, path)
         return Source(path.stem, folder, path, (path.parent, folder))
     match = _REPOSITORY.fullmatch(text)
     if match is None or Path(text.split("/", maxsplit=1)[0]).exists() or text[0] in "./~":
@@ -189,7 +192,8 @@ def _read_index(folder: Path) -> dict[str, object]:
     return read_json(index, "checkpoint")
 
 
-def _base_folder(base: Path | str) -> Path:
+def _base_folder(base: Path | str, file: Path) -> Path:
+    """The folder of a base, downloaded but for the weights of parts that the file holds."""
     path = Path(base).expanduser()
     if path.is_dir():
         folder = path.resolve()
@@ -199,7 +203,8 @@ def _base_folder(base: Path | str) -> Path:
             raise CheckpointError(
                 f"base {base} is neither a folder in diffusers layout nor a Hugging Face repository"
             )
-        folder = _download(match[1], _BASE_FILES, None)
+        held = {f"{part}/*.safetensors" for part in parts_beside(read_header(file, quantized=True))}
+        folder = _download(match[1], tuple(x for x in _BASE_FILES if x not in held), None)
     _read_index(folder)
     return folder
 
@@ -213,7 +218,7 @@ def _repository(name: str, file: str, base: Path | str | None, revision: str | N
         if not path.exists():
             raise CheckpointError(f"Hugging Face repository {name} has no file {file}")
         # The official repositories hold the single file beside the pipeline.
-        folder = _base_folder(base or official.base or name)
+        folder = _base_folder(base or official.base or name, path)
         licences = tuple(dict.fromkeys((path.parent, snapshot, folder)))
         source = Source(f"{name}/{file}", folder, path, licences)
     else:

@@ -28,6 +28,7 @@ __all__ = ["Placement", "place_weights", "require_space"]
 
 _log = logging.getLogger(__name__)
 _CHUNK = 16 << 20  # numbers at a time
+_HEADER = 64 << 10  # bytes of a file that are no tensors, about
 _FICLONE = 0x40049409
 """linux/fs.h: let one file share the blocks of another, until either is written to."""
 
@@ -84,9 +85,11 @@ def place_weights(
     shared = set()
     targets = {}
     for path in sorted(path for path, count in fit.items() if 0 < total[path] <= 2 * count):
-        targets[path], is_shared = _link(path, folder)
-        if is_shared:
-            shared.add(targets[path])
+        read = sum(x.nbytes for x in fitting.values() if x.path == path)
+        linked = _link(path, folder, copy=2 * read + _HEADER >= path.stat().st_size)
+        if linked is not None:
+            targets[path], is_shared = linked
+            shared |= {targets[path]} if is_shared else set()
     refs, rest = {}, {}
     for name, weight in used.items():
         if name in fitting and fitting[name].path in targets:
@@ -106,8 +109,11 @@ def _target(stored: str, dtype: str) -> str:
     return dtype if stored in DTYPES.values() or stored.startswith("float8") else stored
 
 
-def _link(source: Path, folder: Path) -> tuple[Path, bool]:
-    """Gives `folder` the file, and says whether it takes no space."""
+def _link(source: Path, folder: Path, *, copy: bool) -> tuple[Path, bool] | None:
+    """Gives `folder` the file, and says whether it takes no space.
+
+    None where it would have to be a copy and is not worth one: of a whole pipeline for each part.
+    """
     target = folder / source.name
     real = source.resolve()
     try:
@@ -117,6 +123,8 @@ def _link(source: Path, folder: Path) -> tuple[Path, bool]:
         reason = error.strerror or str(error)
     if _clone(real, target):
         return target, True
+    if not copy:
+        return None
     size = real.stat().st_size
     require_space(folder, size)
     _log.warning(

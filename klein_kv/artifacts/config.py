@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from klein_kv.artifacts.digest import stand_in
-from klein_kv.errors import CheckpointError
+from klein_kv.errors import MALFORMED, CheckpointError
 
 __all__ = [
     "DTYPES",
@@ -26,6 +26,7 @@ __all__ = [
     "dtype_name",
     "read_json",
     "tensor_bytes",
+    "text_of",
 ]
 
 T = TypeVar("T")
@@ -69,12 +70,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{what} is missing: {path} does not exist; expected a checkpoint in diffusers layout"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{what} cannot be read: {path}: {stand_in(path) or error}"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
+    return value
+
+
+def text_of(value: Any) -> str:
+    """A text that a file holds; a TypeError if it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
     return value
 
 
@@ -99,18 +107,22 @@ def _read(kind: type[T], component: str, config: Mapping[str, Any], **defaults: 
                 f"{component} config: {field.name} is missing; expected the config.json that "
                 "diffusers or transformers saves"
             )
-        if field.type is float and type(value) is int:
+        if field.type is float and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
 def _check(component: str, name: str, value: Any, kind: Any) -> None:
-    """Refuses a value of another type than its field's; integers are sizes, so positive."""
+    """Refuses a value of another type than its field's; integers are sizes, so positive.
+
+    No network is near the limits: beyond them naming its tensors alone would take the memory.
+    """
     if kind is int:
-        good, expected = type(value) is int and value > 0, "a positive integer"
+        most = 1024 if "layers" in name else 1 << 24
+        good, expected = type(value) is int and 0 < value <= most, f"an integer of 1 to {most}"
     elif kind is float:
-        good, expected = type(value) in (int, float) and math.isfinite(value), "a number"
+        good, expected = type(value) in (int, float) and 0 <= value <= 1e9, "a number of 0 to 1e9"
     else:
         good = isinstance(value, tuple) and all(type(item) is int for item in value)
         expected = "a list of integers"

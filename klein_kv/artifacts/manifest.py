@@ -5,11 +5,12 @@ stay inside the folder.
 """
 
 import json
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json
+from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json, text_of
 from klein_kv.artifacts.digest import (
     combine_digests,
     file_digest,
@@ -28,7 +29,7 @@ from klein_kv.artifacts.signature import (
     graph_sets,
     quantized_graph_sets,
 )
-from klein_kv.errors import ArtifactError, CheckpointError, RequestError
+from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError, RequestError
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
@@ -193,30 +194,35 @@ class Manifest:
                 vae = read_json(folder / "vae/config.json", "vae config")
                 value["config"]["vae"] = asdict(VaeConfig.from_dict(vae))
             manifest = cls(
-                model_id=value["model_id"],
+                model_id=text_of(value["model_id"]),
                 variant=value["variant"],
                 dtype=value["dtype"],
                 config=ModelConfig.from_saved(value["config"]),
-                scheduler=value["scheduler"],
+                scheduler={**value["scheduler"]},
                 prompt=PromptFormat(**value["prompt"]),
-                files={name: FileRecord(**record) for name, record in value["files"].items()},
-                licence=value["licence"],
+                files={name: _file_record(**record) for name, record in value["files"].items()},
+                licence=text_of(value["licence"]),
                 distilled=bool(value.get("distilled", True)),
                 precisions={
-                    name: {component: str(files) for component, files in networks.items()}
+                    name: {component: text_of(files) for component, files in networks.items()}
                     for name, networks in value.get("precisions", {}).items()
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+        except (*MALFORMED, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
             ) from error
-        if manifest.dtype not in DTYPES.values() or manifest.variant not in VARIANTS:
+        if manifest.dtype not in DTYPES.values() or manifest.variant not in list(VARIANTS):
             raise ArtifactError(
                 f"{folder / MANIFEST} says variant {manifest.variant!r} and dtype "
                 f"{manifest.dtype!r}, expected {' or '.join(map(repr, VARIANTS))} and one of "
                 f"{', '.join(DTYPES.values())}; export the checkpoint again"
             )
+        for graph, name in manifest.graphs.files.items():
+            if name not in manifest.files:
+                raise ArtifactError(
+                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
+                )
         manifest.check_precisions(folder)
         if check_files:
             manifest.check_files(folder)
@@ -240,11 +246,6 @@ class Manifest:
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder where a file is missing, or has another size or digest."""
-        for graph, name in self.graphs.files.items():
-            if name not in self.files:
-                raise ArtifactError(
-                    f"{folder / MANIFEST} lists no {name} (graph {graph}); export again"
-                )
         for name, record in self.files.items():
             try:
                 path = inside(folder, name)
@@ -267,6 +268,10 @@ class Manifest:
                 )
 
 
+def _file_record(bytes: int, digest: str, sha256: str = "") -> FileRecord:  # noqa: A002
+    return FileRecord(operator.index(bytes), text_of(digest), text_of(sha256))
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -278,7 +283,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")

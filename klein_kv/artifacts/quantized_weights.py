@@ -15,7 +15,7 @@ from typing import Any
 
 from klein_kv.artifacts.numbers import PRECISION_FORMATS, QuantizedLinear
 from klein_kv.artifacts.weights import read_header
-from klein_kv.errors import ArtifactError, CheckpointError
+from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError
 
 __all__ = [
     "BLOCK_SCALES",
@@ -107,8 +107,12 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             )
             for name, entry in value["linears"].items()
         }
-        quantized = QuantizedComponent(linears, value["attention"], value["origin"])
-    except (OSError, ValueError, TypeError, KeyError, CheckpointError, RecursionError) as error:
+        attention = {
+            block: {name: float(ranges[name]) for name in ("q", "k", "v")}
+            for block, ranges in value["attention"].items()
+        }
+        quantized = QuantizedComponent(linears, attention, {**value["origin"]})
+    except (OSError, CheckpointError, *MALFORMED) as error:
         raise ArtifactError(
             f"{scales} and {weights.name} cannot be read together "
             f"({type(error).__name__}: {error}); quantize again"

@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import tensor_bytes
+from klein_kv.artifacts.config import tensor_bytes, text_of
 from klein_kv.artifacts.digest import inside, stand_in
-from klein_kv.errors import ArtifactError, CheckpointError
+from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError
 
 __all__ = [
     "NUMPY_DTYPES",
@@ -143,7 +143,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(
             f"weight file is missing: {path}; download the whole checkpoint"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file ({error}); only safetensors is read, never pickle"
         ) from error
@@ -158,7 +158,7 @@ def _ref_from_entry(
 ) -> WeightRef:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{path}: the header entry of {name} is malformed: {error!r}"
         ) from error
@@ -224,13 +224,13 @@ class WeightPlace(NamedTuple):
 
 
 def places_from_json(table: Mapping[str, Any]) -> dict[str, WeightPlace]:
-    """Reads what JSON made of places; TypeError, ValueError or AttributeError if it is none."""
+    """Reads what JSON made of places; one of `MALFORMED` if it is none."""
     return {
         name: WeightPlace(
-            file,
+            text_of(file),
             operator.index(offset),
             operator.index(nbytes),
-            dtype,
+            text_of(dtype),
             tuple(map(operator.index, shape)),
         )
         for name, (file, offset, nbytes, dtype, shape) in table.items()
@@ -244,25 +244,27 @@ def refs_from_places(
 
     It tells of a file outside the folder, a missing one, or one that does not hold the tensor.
     """
-    refs, sizes = {}, {}
+    refs: dict[str, WeightRef] = {}
+    files: dict[str, tuple[Path, int]] = {}
     for name, place in places.items():
         try:
-            path = inside(folder, place.file)
-            if path not in sizes:
-                sizes[path] = path.stat().st_size
+            if place.file not in files:
+                path = inside(folder, place.file)
+                files[place.file] = path, path.stat().st_size
+            path, size = files[place.file]
             expected = tensor_bytes(place.dtype, place.shape)
-        except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        except (OSError, RuntimeError, *MALFORMED) as error:
             kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
             raise ArtifactError(f"{table} cannot be read: {kind}: {error}; export again") from error
         if (
-            not 0 <= place.offset <= sizes[path] - place.nbytes
+            not 0 <= place.offset <= size - place.nbytes
             or place.nbytes != expected
             or min((0, *place.shape)) < 0
         ):
             raise ArtifactError(
                 f"{table}: {name} of shape {place.shape} and dtype {place.dtype} is said to take "
                 f"bytes {place.offset} to {place.offset + place.nbytes} of {path.name}, which has "
-                f"{sizes[path]}; export again"
+                f"{size}; export again"
             )
         refs[name] = WeightRef(path, place.offset, place.nbytes, place.dtype, place.shape)
     return refs
@@ -287,7 +289,7 @@ def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
     path = folder / weights_file(file)
     try:
         places = places_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         kind = type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error
     return refs_from_places(path.parent, places, path)

@@ -169,7 +169,9 @@ def _polygraphy(folder: Path) -> Result:
 
 def _inspect_engines(folder: Path, gpu: str | None) -> Result:
     from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+    from klein_kv.artifacts.engines.engine_sizes import sizes_text
     from klein_kv.artifacts.engines.targets import find_target
+    from klein_kv.artifacts.manifest import MANIFEST, Manifest
     from klein_kv.engines.plan.kernel_plan import KernelPlan
     from klein_kv.engines.plan.kernel_price import price_plan
 
@@ -179,6 +181,10 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
         raise RequestError(
             f"no figures are known for {target.name}; name another GPU with --gpu, e.g. rtx5090"
         )
+    sizes, artifacts = "", folder.absolute().parent.parent
+    if (artifacts / MANIFEST).exists():  # it knows the pixels of a token
+        config = Manifest.load(artifacts, check_files=False).config
+        sizes = sizes_text(manifest, config.vae.multiple_of)
     engines: dict[str, Any] = {}
     prices: dict[str, PlanPrice] = {}
     unpriced: dict[str, str] = {}
@@ -198,6 +204,7 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
     value = {
         "engines_of": manifest.title,
         **{name: getattr(manifest, name) for name in ("target", "precision", "weights")},
+        "sizes": sizes,
         "engines": engines,
         "note": _PRICE_NOTE,
         "plans": [asdict(price) for price in prices.values()],
@@ -205,6 +212,7 @@ def _inspect_engines(folder: Path, gpu: str | None) -> Result:
     }
     lines = [
         f"{manifest.title}, priced for {target.gpu.name}",
+        *([f"takes {sizes}"] if sizes else []),
         f"{'engine':17} {'MB':>6} {'built s':>7} {'shapes':>6} {'scratch GB':>10} {'plan ms':>8} "
         f"{'ideal ms':>8} {'ratio':>6} {'kernels':>7} {'attention':>9}  low precision",
         *(_engine_row(record, prices.get(graph)) for graph, record in manifest.engines.items()),

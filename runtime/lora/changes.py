@@ -119,9 +119,10 @@ WeightedChanges = Sequence[tuple[TensorChange, float]]
 
 
 def apply_changes(weight: NDArray[np.float32], changes: WeightedChanges) -> NDArray[np.float32]:
-    """The weight with one change after the other."""
-    for change, strength in changes:
-        weight = change.apply(weight, strength)
+    """The weight with one change after the other; the caller refuses what is not finite then."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for change, strength in changes:
+            weight = change.apply(weight, strength)
     return weight
 
 

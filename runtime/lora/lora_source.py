@@ -18,14 +18,13 @@ from klein_kv.artifacts.weights import (
     read_header,
     read_metadata,
 )
-from klein_kv.errors import CheckpointError, RequestError
+from klein_kv.errors import MALFORMED, CheckpointError, RequestError
 
 __all__ = ["LoraSource", "open_lora"]
 
 _FLOATS = {dtype for name, dtype in NUMPY_DTYPES.items() if "float" in name}
 _PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_JSON_ERRORS = (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError)
 # Regular expressions of a file are run: none that could take long.
 _PATTERN = re.compile(r"(?:[\w.^$|()\\]|(?<=\.)\*){1,200}")
 
@@ -52,7 +51,7 @@ class PeftConfig:
             return cls(
                 None if alpha is None else _finite(alpha), patterns, bool(config.get("use_rslora"))
             )
-        except (*_JSON_ERRORS, re.error) as error:
+        except (*MALFORMED, re.error) as error:
             raise RequestError(
                 f"{where}: its lora_adapter_metadata cannot be read: {error}"
             ) from error

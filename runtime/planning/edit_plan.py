@@ -5,7 +5,7 @@ Only headers and manifests are read, and no GPU is asked: its memory is what the
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,14 @@ class Plans:
     """All that `klein-kv plan` tells: edits by precision, then number of references.
 
     `capacity` is the GPU's memory, `host` the host's at the peak, by what takes it; in bytes.
+    `engines` tells in pixels what the engines that were found take.
     """
 
     gpu: str
     capacity: int
     edits: tuple[EditPlan, ...]
     host: dict[str, int]
+    engines: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -142,6 +144,7 @@ class Plans:
             "reserved": RESERVED,
             "plans": [edit.to_dict() for edit in self.edits],
             "host": self.host,
+            "engines": self.engines,
         }
 
 
@@ -177,7 +180,7 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
     plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
     again_loaded = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
     host = _HOST_MEMORY | ({"run: file cache for weights": again_loaded} if again_loaded else {})
-    return Plans(target.gpu.name, capacity, tuple(edits), host)
+    return Plans(target.gpu.name, capacity, tuple(edits), host, tuple(planner.found))
 
 
 def _footprint(
@@ -239,6 +242,7 @@ class _Planner:
     capacity: int
     sm: int
     folder: Path | None
+    found: dict[str, None] = field(default_factory=dict)  # what the engines take
 
     def __call__(
         self, footprint: Footprint, request: Request, after: MemoryPlan | None = None
@@ -255,6 +259,8 @@ class _Planner:
                 scratch[graph] = folder.manifest.record(graph).scratch_for(shapes), folder.path.name
                 embedded = folder.manifest.weights == "embedded"
                 copies += embedded and component_of(graph) == "transformer"
+        if engines.folders:
+            self.found[engines.sizes()] = None
         if copies > 1:
             whole = footprint.weights["transformer"] * copies
             footprint = replace(footprint, weights={**footprint.weights, "transformer": whole})

@@ -50,6 +50,10 @@ def text_from_plans(plans: Plans) -> str:
     for edit in refused:
         choices = "; ".join(f"{x.text} ({_gb(x.plan.peak)})" for x in edit.choices)
         lines += _wrapped(f"{_title(edit)}: {choices or 'nothing that was tried'}")
+    if plans.engines:
+        lines += ["", "engines:", *(line for text in plans.engines for line in _wrapped(text))]
+        if others := [_title(edit) for edit in plans.edits if _is_estimated(edit)]:
+            lines += _wrapped(f"not all in engines, scratch is estimated: {'; '.join(others)}")
     lines += ["", f"{'host':34} {'memory':>8}  GB"]
     lines += [f"{what:34} {_gb(nbytes):>8}" for what, nbytes in plans.host.items()]
     return "\n".join(lines)
@@ -73,6 +77,10 @@ def _row(edit: EditPlan) -> str:
         f"{_gb(sum(first.footprint.weights.values())):>7} {_gb(first.kv_bytes):>5} "
         f"{_gb(first.peak):>6} {edit.kept_sets:>4}  {loads}"
     )
+
+
+def _is_estimated(edit: EditPlan) -> bool:
+    return any(stage.scratch_source == "estimated" for stage in edit.first.stages)
 
 
 def _loads(plan: MemoryPlan) -> str:

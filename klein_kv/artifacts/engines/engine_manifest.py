@@ -6,15 +6,17 @@ An engine file is native code. So a digest that does not match is refused, never
 
 import hashlib
 import json
+import operator
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from klein_kv.artifacts.config import text_of
 from klein_kv.artifacts.digest import inside, write_atomic
 from klein_kv.artifacts.engines.engine_record import EngineRecord, record_from_json
-from klein_kv.errors import ArtifactError
+from klein_kv.errors import MALFORMED, ArtifactError
 
 __all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
@@ -23,6 +25,8 @@ PACKED_SUFFIX = ".zlib"
 """Ends the name of an engine file that zlib packed."""
 _FORMAT = "klein-kv engines"
 _FORMAT_VERSION = 1
+_TEXTS = ("module", "version", "target", "precision", "weights", "recipe")
+_KINDS = {"kv_dtype", "attention"}  # null, or a text; absent in older files
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class EngineManifest:
                 f"{folder} holds no engines: it has no {ENGINE_MANIFEST}; build them with "
                 "`klein-kv build`"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error}; build again") from error
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise ArtifactError(f"{path} is not a manifest of engines; build again")
@@ -112,9 +116,10 @@ class EngineManifest:
             raise ArtifactError(f"{path} was changed after it was written; build again")
         try:
             engines = {name: record_from_json(record) for name, record in value["engines"].items()}
-            known = {name: value[name] for name in cls.__slots__ if name in value}
-            return cls(**known | {"engines": engines, "sm": int(value["sm"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            texts = {name: text_of(value[name]) for name in _TEXTS}
+            kinds = {name: value[name] and text_of(value[name]) for name in _KINDS & value.keys()}
+            return cls(**texts, **kinds, engines=engines, sm=operator.index(value["sm"]))
+        except MALFORMED as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error
 
 

@@ -1,10 +1,12 @@
 """What is known of one engine: its tensors, where its weights lie, which shapes it serves."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from klein_kv.artifacts.config import text_of
 from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.artifacts.weights import WeightPlace, WeightRef, places_from_json, refs_from_places
 from klein_kv.errors import RequestError
@@ -72,8 +74,7 @@ class EngineRecord:
         )
         got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise RequestError(
-            f"{self.graph}: no profile of this engine holds {got}; it was built for {limits}. "
-            "Build engines with a recipe that covers these sizes"
+            f"{self.graph}: no profile of this engine holds {got}; it was built for {limits}"
         )
 
     @property
@@ -91,30 +92,43 @@ class EngineRecord:
 
 
 def record_from_json(value: Mapping[str, Any]) -> EngineRecord:
-    """Reads what `asdict` and JSON made of a record; KeyError, TypeError or ValueError if none."""
+    """Reads what `asdict` and JSON made of a record; one of `MALFORMED` if none."""
     specs = {
-        side: tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in value[side])
+        side: tuple(
+            TensorSpec(text_of(name), text_of(dtype), _integers(shape))
+            for name, dtype, shape in value[side]
+        )
         for side in ("inputs", "outputs")
     }
     # Engines of an earlier klein-kv say the scratch of all profiles together.
-    scratch = int(value["scratch_bytes"])
-    profiles = tuple(
-        ProfileRecord(
-            profile["name"],
-            {name: (low, opt, high) for name, (low, opt, high) in profile["symbols"].items()},
-            {
-                name: (tuple(low), tuple(opt), tuple(high))
-                for name, (low, opt, high) in profile["shapes"].items()
-            },
-            int(profile.get("scratch_bytes", scratch)),
-        )
-        for profile in value["profiles"]
+    scratch = operator.index(value["scratch_bytes"])
+    texts = ("graph", "file", "layers", "sha256", "key", "onnx_digest")
+    return EngineRecord(
+        **{name: text_of(value[name]) for name in texts},
+        inputs=specs["inputs"],
+        outputs=specs["outputs"],
+        bytes=operator.index(value["bytes"]),
+        weights=places_from_json(value["weights"]),
+        profiles=tuple(_profile(profile, scratch) for profile in value["profiles"]),
+        scratch_bytes=scratch,
+        seconds=float(value["seconds"]),
+        peak_rss=operator.index(value["peak_rss"]),
     )
-    numbers = {
-        "bytes": int(value["bytes"]),
-        "seconds": float(value["seconds"]),
-        "peak_rss": int(value["peak_rss"]),
-        "scratch_bytes": scratch,
-    }
-    weights = places_from_json(value["weights"])
-    return EngineRecord(**{**value, **specs, **numbers, "weights": weights, "profiles": profiles})
+
+
+def _profile(value: Mapping[str, Any], scratch: int) -> ProfileRecord:
+    symbols = {}
+    for name, limits in value["symbols"].items():
+        low, opt, high = _integers(limits)
+        symbols[name] = low, opt, high
+    shapes = {}
+    for name, (low_shape, opt_shape, high_shape) in value["shapes"].items():
+        shapes[name] = _integers(low_shape), _integers(opt_shape), _integers(high_shape)
+        if len({len(shape) for shape in shapes[name]}) > 1:
+            raise ValueError(f"shapes of {name} have different numbers of axes")
+    own = operator.index(value.get("scratch_bytes", scratch))
+    return ProfileRecord(text_of(value["name"]), symbols, shapes, own)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))

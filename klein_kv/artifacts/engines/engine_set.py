@@ -14,11 +14,14 @@ from pathlib import Path
 from klein_kv.artifacts.config import DTYPES
 from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
 from klein_kv.artifacts.engines.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_sizes import shapes_text, sizes_text
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 
 __all__ = ["EngineFolder", "EngineSet", "open_engines"]
+
+_MOST = 5  # folders that a message tells of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,13 @@ class EngineFolder:
 class EngineSet:
     """Engines that serve one set of graphs; there is at least one folder.
 
-    Those that have the graphs' `attention` come before those that do not.
+    Those that have the graphs' `attention` come before those that do not. `unit` is the pixels of a
+    token's side.
     """
 
     folders: tuple[EngineFolder, ...]
     attention: str | None = None
+    unit: int = 16
 
     @property
     def module(self) -> str:
@@ -72,7 +77,21 @@ class EngineSet:
             )
         if fitting:
             return min(fitting, key=lambda item: item[0])[1]
-        raise refused or _missing(self, graph)
+        if refused is None:
+            raise _missing(self, graph)
+        raise RequestError(
+            f"no engine of {graph} takes {shapes_text(shapes, self.unit)}; {self.sizes()}; build "
+            "engines of this size (`klein-kv build ARTIFACTS --size WxH --refs N`), or with a "
+            f"recipe that covers it ({refused})"
+        )
+
+    def sizes(self) -> str:
+        """What the engines of each folder take, in pixels; those for ranges of sizes come first."""
+        texts = {x.path.name: sizes_text(x.manifest, self.unit) for x in self.folders}
+        texts = dict(sorted(texts.items(), key=lambda text: " to " not in text[1]))
+        lines = [f"{name} takes {text}" for name, text in texts.items()]
+        rest = [f"{len(lines) - _MOST} more folders"] if len(lines) > _MOST else []
+        return "; ".join(lines[:_MOST] + rest)
 
     def records(self, graph: str) -> list[EngineRecord]:
         """Records of every engine of a graph; an `ArtifactError` if there is none."""
@@ -140,13 +159,14 @@ def open_engines(
             raise _none(artifacts, graphs)
     for one in folders:
         there = graphs if one.manifest.attention == graphs.attention else general
+        files = manifest.held_graphs(there)
         for graph, record in one.manifest.engines.items():
-            if record.onnx_digest != manifest.files[there.file(graph)].digest:
+            if graph not in files or record.onnx_digest != manifest.files[files[graph]].digest:
                 raise ArtifactError(
                     f"{one.path}: the engine of {graph} was built from another export; build it "
                     "again with `klein-kv build`"
                 )
-    return EngineSet(tuple(folders), graphs.attention)
+    return EngineSet(tuple(folders), graphs.attention, manifest.config.vae.multiple_of)
 
 
 def _none(artifacts: Path, graphs: GraphSet) -> ArtifactError:

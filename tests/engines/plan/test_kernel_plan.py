@@ -5,6 +5,7 @@ references (16,384 tokens), SM120, weights as inputs; then a kernel of several b
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -267,7 +268,18 @@ def test_saved_plan_reads_back_equal(tmp_path: Path) -> None:
     assert KernelPlan.load(path) == _plan(scratch=7)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"format": "other"})])
+def changed_plan(**changes: object) -> str:
+    return json.dumps(json.loads(_plan(LINES[:1]).to_json()) | changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", json.dumps({"format": "other"}), "[" * 100_000),
+        *(changed_plan(weights=[[1]]), changed_plan(scratch_bytes=math.inf), changed_plan(graph=1)),
+        changed_plan(kernels=[json.loads(changed_plan())["kernels"][0] | {"name": None}]),
+    ],
+)
 def test_other_files_are_no_plans(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.layers.json"
     path.write_text(text)

@@ -1,6 +1,8 @@
 """The transformer out of one file: names, row ranges, and graphs that agree with diffusers."""
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,22 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_ldm_vae_checkpoint,
+)
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.config import (
     TransformerConfig,
     read_json,
 )
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checkpoints import weight_files
 from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.checkpoints.quantized_files import PublishedWeight
-from klein_kv.export.checkpoints.single_file import read_single_file
+from klein_kv.export.checkpoints.single_file import read_beside, read_single_file
 from klein_kv.export.checkpoints.stored_weights import JoinedRows, read_rows
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
+from klein_kv.export.exporter import export_checkpoint
 from klein_kv.networks.transformer import transformer_parameters
-from tests.bfl_files import bfl_state, dequantized, quantize, save_single_file, write_sparse
+from tests.bfl_files import (
+    bfl_state,
+    dequantized,
+    ldm_vae_state,
+    quantize,
+    save_single_file,
+    write_sparse,
+)
 
 TOLERANCE = 1e-4
 QKV = "double_blocks.0.img_attn.qkv.weight"
@@ -84,13 +100,77 @@ def test_prefix(tmp_path, state, config, prefix):
     assert read_single_file(path, config).keys() == state.keys()
 
 
-def test_a_whole_pipeline_in_one_file(tmp_path, state, config, caplog):
-    """As ComfyUI saves checkpoints: what is beside the transformer comes from the base."""
+@pytest.fixture(scope="module")
+def vae_state(tiny_checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(tiny_checkpoint / "vae/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def configurations(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint without any weights."""
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "base", ignore=no_weights))
+
+
+def test_names_of_the_vae_are_those_that_diffusers_converts(tiny_checkpoint, vae_state):
+    config = json.loads((tiny_checkpoint / "vae/config.json").read_text())
+    theirs = convert_ldm_vae_checkpoint(ldm_vae_state(vae_state), config)
+    own = {name for name in vae_state if not name.startswith("bn.")}
+    assert own == theirs.keys()
+    for name in own:
+        assert torch.equal(vae_state[name], theirs[name]), name
+
+
+def refuse(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_whole_pipeline_in_one_file(
+    tmp_path,
+    tiny_checkpoint,
+    tiny_artifacts,
+    configurations,
+    state,
+    vae_state,
+    nested,
+    caplog,
+    monkeypatch,
+):
+    """As ComfyUI saves checkpoints: the base gives tokenizer and configurations alone."""
+    text = load_file(tiny_checkpoint / "text_encoder/model.safetensors")
+    whole = {f"model.diffusion_model.{name}": x for name, x in bfl_state(state).items()}
+    whole |= {f"text_encoders.qwen3_8b.transformer.{name}": x for name, x in text.items()}
+    whole |= {"text_encoders.qwen3_8b.logit_scale": torch.tensor(4.6)}
+    whole |= {f"vae.{name}": x for name, x in ldm_vae_state(vae_state, nested=nested).items()}
+    path = save_single_file(tmp_path / "whole.safetensors", whole)
+    if nested:  # on a file system without links a copy for each part would take three times as much
+        monkeypatch.setattr(weight_files.os, "link", refuse)
+        monkeypatch.setattr(weight_files, "_clone", lambda *_: False)
+    with caplog.at_level(logging.WARNING):
+        export_checkpoint(path, tmp_path / "out", base=configurations, variant="kv")
+    assert "whole pipeline" not in caplog.text
+    files = [x.parent.name for x in (tmp_path / "out").rglob("whole.safetensors")]
+    assert set(files) == (set() if nested else {"transformer", "text_encoder", "vae"})
+    images = [
+        KleinKVPipeline.from_pretrained(folder, backend="torch", device="cpu", threads=1)(
+            "a kite", image=Image.new("RGB", (64, 64), "red"), height=64, width=64, seed=1
+        ).images[0]
+        for folder in (tmp_path / "out", tiny_artifacts)
+    ]
+    np.testing.assert_array_equal(*images)
+    del whole["vae.encoder.conv_in.bias"]
+    path = save_single_file(tmp_path / "whole.safetensors", whole | {"vae.x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"vae: .* 1 missing \(encoder.conv_in.bias\), 1 "):
+        export_checkpoint(path, tmp_path / "other", base=configurations, variant="kv")
+
+
+def test_parts_of_a_whole_pipeline_that_are_not_known(tmp_path, state, config, caplog):
     whole = {f"model.diffusion_model.{n}": t for n, t in quantize(bfl_state(state), "fp8").items()}
-    text = "text_encoders.qwen3_8b.transformer.model.embed_tokens.weight"
-    whole |= {text: torch.ones(2, 2).to(torch.float8_e5m2), "vae.bn.running_mean": torch.ones(4)}
+    whole |= {"text_encoders.t5xxl.x": torch.ones(2, 2), "vae.conv_in.weight": torch.ones(4)}
     path = save_single_file(tmp_path / "m.safetensors", whole)
     assert read_single_file(path, config).keys() == state.keys()
+    assert not read_beside(path, {})
     assert (
         "whole pipeline: its text_encoders and vae are not read, those of the base" in caplog.text
     )

@@ -179,6 +179,21 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, h
 # --- Hugging Face ---
 
 
+def test_of_a_base_only_what_the_file_lacks_is_downloaded(tiny_checkpoint, hub, tmp_path):
+    """The text encoder is 16 GB."""
+    hub.add_folder("org/base", tiny_checkpoint)
+    text = "text_encoders.qwen3_8b.transformer.model.embed_tokens.weight"
+    names = {"model.diffusion_model.x", text}
+    for more, wanted in ((set(), {"vae"}), ({"vae.bn.running_mean"}, set())):
+        path = tmp_path / "whole.safetensors"
+        save_file({name: torch.ones(1) for name in names | more}, path)
+        find_source(path, "org/base")
+        patterns = hub.asked[-1][2]
+        weights = {x.partition("/")[0] for x in patterns if x.endswith(".safetensors")}
+        assert weights == wanted
+        assert "text_encoder/*.json" in patterns
+
+
 def test_a_repository_is_downloaded_without_its_single_file(tiny_checkpoint, hub):
     hub.add_folder(KV, tiny_checkpoint)
     source = find_source(KV.lower(), revision="refs/pr/1")

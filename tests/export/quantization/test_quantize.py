@@ -471,6 +471,9 @@ Mutate = Callable[[dict[str, Any]], object]
         (lambda v: v["linears"][Q].update(weight_scale=-1), "weight_scale is -1"),
         (lambda v: v["linears"][Q].update(format="nvfp4"), "dtype float8_e4m3fn"),
         (lambda v: v.pop("linears"), "cannot be read together"),
+        (lambda v: v["linears"][Q].update(weight_scale=10**400), "cannot be read together"),
+        (lambda v: v["attention"]["transformer_blocks.0"].pop("k"), "cannot be read together"),
+        (lambda v: v.update(attention=None), "cannot be read together"),
     ],
 )
 def test_scales_that_do_not_fit_the_weights_are_refused(

@@ -173,6 +173,13 @@ def test_another_version(version: Any, folder: Path, edit: Callable[..., None]) 
         lambda value: value.update(files=None),
         lambda value: value["files"].update({WEIGHTS: "sha256:0"}),
         lambda value: value["files"][WEIGHTS].pop("digest"),
+        lambda value: value["files"][WEIGHTS].update(digest=[]),
+        lambda value: value["files"][WEIGHTS].update(bytes=1.5),
+        lambda value: value["config"]["transformer"].update(num_layers=10**9),
+        lambda value: value["config"]["transformer"].update(mlp_ratio=1e308),
+        lambda value: value.update(scheduler=[1]),
+        lambda value: value.update(model_id=None),
+        lambda value: value.update(precisions={"fp8": {"transformer": ["fp8"]}}),
     ],
 )
 def test_malformed_value(
@@ -192,6 +199,7 @@ def test_malformed_value(
         {"dtype": None},
         {"variant": "base"},
         {"variant": None},
+        {"variant": {}},
     ],
 )
 def test_unknown_dtype_or_variant(
@@ -249,7 +257,7 @@ def test_altered_file(name: str, change: Any, message: str, folder: Path) -> Non
 def test_graph_that_is_not_listed(graph: str, folder: Path, edit: Callable[..., None]) -> None:
     edit(lambda value: value["files"].pop(GRAPH_FILES[graph]))
     with pytest.raises(ArtifactError, match=rf"lists no {GRAPH_FILES[graph]} \(graph {graph}\)"):
-        Manifest.load(folder)
+        Manifest.load(folder, check_files=False)
 
 
 ESCAPES = ["../outside", "/etc/hostname", "transformer/../../outside", "..", "", "a\\..\\b", "."]

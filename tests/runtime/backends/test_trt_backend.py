@@ -179,7 +179,10 @@ def test_out_of_device_memory_is_one_clear_error(tiny_artifacts, engines):
 
 def test_inputs_that_no_engine_takes_are_refused(backend):
     ids = backend.upload(np.ones((1, 8, 2), np.int64))
-    with pytest.raises(RequestError, match="no profile of this engine"):
+    with pytest.raises(
+        RequestError,
+        match=r"takes 8 prompt tokens; .* no profile of this engine",
+    ):
         backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
     feeds = upload_inputs(backend, "encode_references")
     feeds["ref_ids"] = upload_inputs(backend, "encode_references", 25)["ref_ids"]

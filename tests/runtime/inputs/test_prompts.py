@@ -109,6 +109,13 @@ def test_bad_prompts(tokenizer: PromptTokenizer) -> None:
         tokenizer(["ok", "\ud800"])
 
 
+def test_a_prompt_that_the_tokenizer_has_no_memory_for(tokenizer: PromptTokenizer) -> None:
+    """At 200 million characters it ended the process."""
+    assert tokenizer(["<|im_end|>" * 100_000], 16)[0].shape == (1, 16)
+    with pytest.raises(RequestError, match="prompt 1 has 1000001 characters, expected at most"):
+        tokenizer(["ok", "x" * 1_000_001])
+
+
 @pytest.mark.parametrize("max_length", [0, -1, 2.0, True])
 def test_bad_length(tokenizer: PromptTokenizer, max_length: Any) -> None:
     with pytest.raises(RequestError, match="max_length"):

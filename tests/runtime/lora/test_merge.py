@@ -118,8 +118,10 @@ def test_weights_that_are_dequantized_ones_are_warned_of(
     assert [("dequantized" in x.message) for x in caplog.records] == [True]
 
 
-def test_a_weight_that_float16_cannot_hold_is_an_error(artifacts: Path) -> None:
-    adapter, _ = adapter_of(artifacts, 1e6)
+@pytest.mark.parametrize("size", [1e6, 1e30])
+def test_a_weight_that_float16_cannot_hold_is_an_error(artifacts: Path, size: float) -> None:
+    """And nothing else: numbers beyond float32 were also warned of, by NumPy."""
+    adapter, _ = adapter_of(artifacts, size)
     manifest = Manifest.load(artifacts)
     merger = WeightMerger(artifacts, manifest, replace(manifest.graphs, dtype="float16"))
     with pytest.raises(RequestError, match=f"{NAME} larger than float16"):

@@ -104,6 +104,19 @@ def test_scratch_is_what_the_engines_report(built: Path) -> None:
             assert len({stage.parts["scratch"] for stage in plan.stages}) == 1
 
 
+def test_what_engines_take_is_told_in_pixels(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    area, references = "an area of 0.05 million pixels", "0.03 million pixels together"
+    takes = f"takes outputs of {area}; references of {references}"
+    plans = plan_artifacts(built, PlanOptions(precisions=("bf16",), **SHAPE))
+    assert plans.to_dict()["engines"] == (f"rtx5090-bf16-tiny {takes}",)
+    text = " ".join(text_from_plans(plans).split())
+    assert f"rtx5090-bf16-tiny {takes} not all in engines, scratch is estimated: bf16" in text
+    assert main(["inspect", str(built / "engines/rtx5090-bf16-tiny")]) == 0
+    assert f"\n{takes}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change",
     [

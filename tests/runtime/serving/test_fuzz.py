@@ -1,4 +1,4 @@
-"""Whatever is sent, the service refuses it in words of its own; `--fuzz N` sends more of it."""
+"""Whatever is sent, the service refuses it in words of its own; `--examples N` sends more of it."""
 
 import json
 import re
@@ -87,7 +87,7 @@ SMALL = {"prompt": "a kite", "size": "128x128"}
 def many(request: pytest.FixtureRequest) -> settings:
     """Other examples in every run; hypothesis prints how to repeat what failed."""
     return settings(
-        max_examples=request.config.getoption("--fuzz"),
+        max_examples=request.config.getoption("--examples"),
         derandomize=False,
         deadline=None,
         print_blob=True,

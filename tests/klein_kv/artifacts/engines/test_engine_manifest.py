@@ -1,12 +1,16 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from klein_kv.artifacts.digest import write_atomic
-from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest
+from klein_kv.artifacts.engines.engine_manifest import (
+    ENGINE_MANIFEST,
+    EngineManifest,
+    _self_digest,
+)
 from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.artifacts.weights import WeightPlace
@@ -14,6 +18,8 @@ from klein_kv.errors import ArtifactError, RequestError
 
 DATA = b"native code"
 SHAPES = {"x": ((1, 0, 4), (1, 16, 4), (1, 64, 4))}
+BENT = {"x": ((1, 0), (1, 16, 4), (1, 64, 4))}
+PROFILE = ProfileRecord("everyday", {"ref_tokens": (0, 16, 64)}, SHAPES)
 RECORD = EngineRecord(
     graph="cached_step",
     file="cached_step.engine",
@@ -25,7 +31,7 @@ RECORD = EngineRecord(
     inputs=(TensorSpec("x", "bfloat16", (1, -1, 4)),),
     outputs=(TensorSpec("y", "bfloat16", (1, -1, 4)),),
     weights={"w": WeightPlace("transformer/a.safetensors", 8, 32, "bfloat16", (4, 4))},
-    profiles=(ProfileRecord("everyday", {"ref_tokens": (0, 16, 64)}, SHAPES),),
+    profiles=(PROFILE,),
     scratch_bytes=5,
     seconds=1.5,
     peak_rss=6,
@@ -97,15 +103,31 @@ def test_paths_stay_in_their_folders(folder: Path) -> None:
     [
         ({"format": "x"}, "not a manifest of engines"),
         ({"format_version": 2}, "format version 2, this klein-kv reads 1"),
+        ({"sm": 1e999}, "incomplete"),
+        ({"module": None}, "incomplete"),
+        ({"engines": {"x": asdict(RECORD) | {"scratch_bytes": 1e999}}}, "incomplete"),
+        ({"engines": {"x": asdict(RECORD) | {"sha256": [1]}}}, "incomplete"),
+        (
+            {"engines": {"x": asdict(replace(RECORD, profiles=(replace(PROFILE, shapes=BENT),)))}},
+            "incomplete.* numbers of axes",
+        ),
     ],
 )
 def test_other_manifests_are_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    """Also where the digest is that of what somebody has written."""
     path = folder / ENGINE_MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    value = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(value | {"digest": _self_digest(value)}))
     with pytest.raises(ArtifactError, match=message):
         EngineManifest.load(folder)
     path.unlink()
     with pytest.raises(ArtifactError, match="holds no engines"):
+        EngineManifest.load(folder)
+
+
+def test_nesting_beyond_all_measure_is_refused(folder: Path) -> None:
+    (folder / ENGINE_MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="cannot be read"):
         EngineManifest.load(folder)
 
 

@@ -11,8 +11,12 @@ import pytest
 from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest
 from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.engines.engine_set import open_engines
+from klein_kv.artifacts.engines.engine_sizes import sizes_text
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import make_signature
+from klein_kv.engines.sizes.profiles import engine_profiles
+from klein_kv.engines.sizes.recipe import Recipe, Size
+from klein_kv.engines.sizes.shape_engines import shape_recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
@@ -108,8 +112,71 @@ def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> No
     with pytest.raises(ArtifactError, match="there is no engine of plain_step"):
         found.records("plain_step")
     only = open_engines(artifacts, manifest, manifest.graphs, artifacts / "engines" / "shape")
-    with pytest.raises(RequestError, match="no profile of this engine holds"):
+    with pytest.raises(RequestError, match=r"takes these inputs; .* no profile of this"):
         only.choose("encode_references", {"ref_ids": (TOKENS + 1, 4)})
+
+
+def test_an_engine_of_no_graph_is_refused(tiny_artifacts: Path, artifacts: Path) -> None:
+    folder, manifest = artifacts / "engines/general", Manifest.load(tiny_artifacts)
+    engines = EngineManifest.load(folder)
+    strange = {"nothing": engines.engines["first_step"]}
+    replace(engines, engines=engines.engines | strange).save(folder)
+    with pytest.raises(ArtifactError, match="engine of nothing was built from another export"):
+        open_engines(artifacts, manifest, manifest.graphs)
+
+
+def test_sizes_are_told_in_pixels(tiny_artifacts: Path, artifacts: Path) -> None:
+    """Tokens alone, which they were told in, are nothing that a user asks for."""
+    recipe = Recipe.load("default")
+    manifest = Manifest.load(tiny_artifacts)
+    engines = EngineManifest.load(artifacts / "engines/general")
+    records = {
+        graph: replace(
+            record,
+            profiles=tuple(
+                ProfileRecord(profile.name, dict(profile.symbols), profile.shapes)
+                for profile in engine_profiles(
+                    make_signature(graph, manifest.config, manifest.dtype), recipe, manifest.config
+                )
+            ),
+        )
+        for graph, record in engines.engines.items()
+    }
+    replace(engines, engines=records).save(artifacts / "engines/general")
+    found = open_engines(artifacts, manifest, manifest.graphs, artifacts / "engines/general")
+    takes = (
+        "general takes outputs of 512x512 to 1440x1440 pixels; references of none to 2048x2048 "
+        "pixels together (4 of 1024x1024)"
+    )
+    assert found.sizes() == takes
+    for graph, shapes, wanted in (
+        (
+            "first_step",
+            {"hidden_states": (2, 16384, 128), "ref_hidden_states": (1, 17000, 128)},
+            "an output of an area of 2048x2048 pixels, 2 at once, references of 4.35 million pixels"
+            " together",
+        ),
+        ("vae_decoder", {"latents": (1, 64, 120, 128)}, "an output of 1920x1024 pixels"),
+        ("vae_encoder", {"image": (1, 48, 2048, 3)}, "a reference of 2048x48 pixels"),
+        ("text_encoder", {"input_ids": (1, 256)}, "256 prompt tokens"),
+    ):
+        with pytest.raises(RequestError) as error:
+            found.choose(graph, shapes)
+        start = f"no engine of {graph} takes {wanted}; {takes}; build engines of this size ("
+        assert str(error.value).startswith(start)
+    one = shape_recipe(Size(1024, 768), 1)
+    shape = engine_profiles(
+        make_signature("cached_step", manifest.config, manifest.dtype), one, manifest.config
+    )
+    step = replace(
+        records["cached_step"],
+        profiles=tuple(ProfileRecord(x.name, dict(x.symbols), x.shapes) for x in shape),
+    )
+    assert sizes_text(replace(engines, engines={"cached_step": step}), 16) == (
+        "outputs of an area of 0.79 million pixels; references of 1024x1024 pixels together "
+        "(1 of 1024x1024)"
+    )
+    assert sizes_text(engines, 16) == "sizes that are not told"
 
 
 def test_of_several_that_fit_the_one_with_least_scratch_runs(
