@@ -87,7 +87,7 @@ class Server:
 def served(artifacts: Path, log: Path, failures: list[str]) -> Iterator[Server]:
     """Serves until the end, and ends it as an operator does."""
     options = {"port": 0, "device": "cpu", "backend": "onnxruntime", "threads": 1}
-    options |= {"references": 0.05, "max-body": MAX_BODY / 2**20, "warm-up": "192x192:1"}
+    options |= {"references": 0.012, "max-body": MAX_BODY / 2**20, "warm-up": "192x192:1"}
     command = [sys.executable, "-m", "klein_kv.cli", "serve", str(artifacts)]
     command += [f"--{name}={value}" for name, value in options.items()]
     keys = log.with_name("keys")
