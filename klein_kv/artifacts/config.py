@@ -80,9 +80,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def text_of(value: Any) -> str:
-    """A text that a file holds; a TypeError if it is none."""
+    """A text that a file holds; a TypeError if it is none, a ValueError if no Unicode."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.80} is no text")
+    value.encode()  # JSON may hold half a surrogate pair
     return value
 
 

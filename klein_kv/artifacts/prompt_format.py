@@ -35,3 +35,9 @@ class PromptFormat:
             if value not in sides if sides else type(value) is not field.type:
                 expected = " or ".join(map(repr, sides)) or getattr(field.type, "__name__", "")
                 raise CheckpointError(f"prompt: {field.name} is {value!r}, expected {expected}")
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair, which JSON may hold
+                raise CheckpointError(
+                    f"prompt: {field.name} is {value!r}, expected valid Unicode"
+                ) from error

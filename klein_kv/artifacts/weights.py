@@ -120,9 +120,12 @@ def read_header(path: Path, *, quantized: bool = False) -> dict[str, WeightRef]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file carries beside its tensors; errors as of `read_header`."""
     metadata = _parse_header(path)[0].get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(type(x) is str for x in metadata.values()):
-        raise CheckpointError(f"{path}: the metadata is no JSON object of texts")
-    return metadata
+    try:
+        return {name: text_of(value) for name, value in metadata.items()}
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{path}: the metadata is no JSON object of texts ({error})"
+        ) from error
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -169,6 +169,8 @@ def test_another_version(version: Any, folder: Path, edit: Callable[..., None]) 
         lambda value: value["prompt"].update(more=1),
         lambda value: value["prompt"].update(padding_side="top"),
         lambda value: value["prompt"].update(pad_id="0"),
+        lambda value: value["prompt"].update(pad_token="\ud800"),
+        lambda value: value.update(model_id="\ud800"),
         lambda value: value.update(files=[]),
         lambda value: value.update(files=None),
         lambda value: value["files"].update({WEIGHTS: "sha256:0"}),

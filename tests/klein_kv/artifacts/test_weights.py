@@ -19,6 +19,7 @@ from klein_kv.artifacts.weights import (
     NUMPY_DTYPES,
     map_weight,
     read_header,
+    read_metadata,
     safetensors_header,
 )
 from klein_kv.errors import CheckpointError
@@ -160,6 +161,12 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_header(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         read_header(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [[], "x", {"a": 1}, {"a": None}, {"a": "\ud800"}])
+def test_metadata_that_is_no_texts(metadata: Any, write: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="the metadata is no JSON object of texts"):
+        read_metadata(write(file_of({"__metadata__": metadata})))
 
 
 def test_pickle_is_refused_unopened(write: Callable[..., Path]) -> None:
