@@ -1,6 +1,7 @@
 """The service as an ASGI application, over whatever engine."""
 
 import logging
+import math
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,9 @@ from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
 __all__ = ["make_app"]
 
 _log = logging.getLogger(__name__)
+
+_STRANGERS_S = 5.0
+"""For the rest of a request that has no key, so that its client can read why it is refused."""
 
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -119,7 +123,7 @@ class Gate:
         self.public = public
         self.below = below
         self.local = is_loopback(front.settings.host)
-        self.active = 0
+        self.active = [0, 0]  # strangers, and who has a key
         self.budget = BodyBudget(front.settings.max_bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,25 +131,28 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        self.active += 1
+        known = self.front.keys.knows(Headers(scope=scope))
+        self.active[known] += 1
         try:
             if scope["type"] == "websocket":
-                await self._websocket(scope, receive, send)
+                await self._websocket(scope, receive, send, known)
             else:
-                await self._http(scope, receive, send)
+                await self._http(scope, receive, send, known)
         finally:
-            self.active -= 1
+            self.active[known] -= 1
 
-    def _check_load(self) -> None:
-        if self.active > self.front.settings.max_connections:
+    def _check_load(self, known: bool) -> None:
+        """Refuses more than there is room for; strangers take no room from who has a key."""
+        most = self.front.settings.max_connections
+        if self.active[known] > (most if known else max(1, most // 4)):
             raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     def _is_public(self, path: str) -> bool:
         return path in self.public or path.startswith(self.below)
 
-    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send, known: bool) -> None:
         try:
-            self._check_load()
+            self._check_load(known)
             if self.front.keys.open:
                 check_origin(Headers(scope=scope), local=self.local)
         except ServiceError:
@@ -153,7 +160,7 @@ class Gate:
             return
         await self.app(scope, receive, send)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _http(self, scope: Scope, receive: Receive, send: Send, known: bool) -> None:
         start, status = time.perf_counter(), 0
         headers = Headers(scope=scope)
         body = CountedBody(receive, headers, self.front.settings, self.budget)
@@ -164,7 +171,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status >= 400:
-                    await body.discard()
+                    await body.discard(math.inf if known else _STRANGERS_S)
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 for name, value in _HEADERS.items():
@@ -174,10 +181,10 @@ class Gate:
         try:
             if self.front.keys.open:
                 check_origin(headers, local=self.local)
-            elif not self._is_public(scope["path"]):
+            elif not (known or self._is_public(scope["path"])):
                 self.front.keys.check(headers)
             if scope["path"] != "/health/live":
-                self._check_load()
+                self._check_load(known)
             body.check_length()
             await self.app(scope, body, sending)
         except (ClientGoneError, ClientDisconnect):

@@ -1,14 +1,17 @@
 """Listens until a signal comes, and ends when all that was taken on is done."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.app import make_app
@@ -16,11 +19,12 @@ from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
 from klein_kv.runtime.serving.settings import ServeSettings, is_loopback
 
-__all__ = ["OpenEngine", "serve"]
+__all__ = ["OpenEngine", "serve", "uvicorn_config"]
 
 _log = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 3
+_MOST_FILES = 65536
 
 OpenEngine = Callable[[Callable[[BaseException], None]], Engine]
 """Opens an engine on the event loop, at once; what it gets is called with what ends the engine."""
@@ -40,6 +44,8 @@ def serve(
         KleinKVError: the pipeline could not be opened.
     """
     listening = _listen(settings)
+    _allow_files()
+    warnings.filterwarnings("ignore", module="PIL")  # thousands of lines for one bad upload
     if not (settings.api_keys or is_loopback(settings.host)):
         _log.warning("everybody who reaches %s may use this service", settings.host)
     try:
@@ -64,17 +70,7 @@ async def _serve(
         loop.call_soon_threadsafe(stop.set)
 
     engine = open_engine(failed)
-    config = uvicorn.Config(
-        make_app(engine, settings),
-        http=PunctualProtocol,
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        limit_concurrency=2 * settings.max_connections,  # the app refuses earlier, and in JSON
-        timeout_graceful_shutdown=_LAST_ANSWERS_S,
-        timeout_keep_alive=30,
-        ws_max_size=settings.max_body_bytes,
-    )
+    config = uvicorn_config(make_app(engine, settings), settings)
     server = _Server(config, loop, stop)
     serving = asyncio.ensure_future(server.serve([listening]))
     host, port = listening.getsockname()[:2]
@@ -98,6 +94,23 @@ async def _serve(
     await asyncio.to_thread(engine.close)
 
 
+def uvicorn_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves it."""
+    return uvicorn.Config(
+        app,
+        http=PunctualProtocol,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        limit_concurrency=2 * settings.max_connections,  # the app refuses earlier, and in JSON
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        timeout_keep_alive=30,
+        ws_max_size=settings.max_body_bytes,
+        ws_max_queue=1,
+        ws_per_message_deflate=False,  # what was read at once would become a thousand times as much
+    )
+
+
 class _Server(uvicorn.Server):
     """A first signal asks for the end, a second one does not wait for it."""
 
@@ -113,6 +126,15 @@ class _Server(uvicorn.Server):
         if self._stop.is_set():
             self.should_exit = self.force_exit = True
         self._loop.call_soon_threadsafe(self._stop.set)
+
+
+def _allow_files() -> None:
+    """Raises what the system lets a process open: each mapped weight is a file, and each client."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MOST_FILES)), hard))
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -1,6 +1,5 @@
 """Fields of a request, as JSON or as a form, checked before anything is decoded."""
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,18 +13,23 @@ from pydantic import (
     WithJsonSchema,
 )
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
+from klein_kv.runtime.serving.security.limits import json_value
 from klein_kv.runtime.serving.settings import ServeSettings
 
 __all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
 
 MAX_FIELDS = 64
+_LONGEST_NAME = 256
 _LISTS = ("image", "url", "references", "lora")
 _LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
+_MOST_LORAS = 8
+_LONGEST_LORA = 1000  # characters of all names and weights in one text
 _SMALL = 65536
 
 
@@ -49,7 +53,7 @@ class Sent:
         Raises:
             ServiceError: a field that is there twice, or a file where none belongs.
         """
-        base = re.sub(r"\[\d*\]$", "", name)
+        base = re.sub(r"\[\d*\]$", "", name[:_LONGEST_NAME])
         if base in ("image", "url", "images"):
             self.images += [Upload(_content(x, base), base) for x in _listed(value)]
         elif base == "mask":
@@ -109,12 +113,11 @@ async def read_fields(request: Request, front: Front) -> Sent:
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ServiceError("invalid_body", "the body is no valid JSON") from None
-    if not isinstance(value, dict):
-        raise ServiceError("invalid_body", "the body is no JSON object")
+    value = json_value(body)
+    if not isinstance(value, dict) or len(value) > MAX_FIELDS:
+        raise ServiceError(
+            "invalid_body", f"the body is no JSON object of at most {MAX_FIELDS} fields"
+        )
     return value
 
 
@@ -125,6 +128,10 @@ class _InMemory(MultiPartParser):
 
 
 async def _read_multipart(request: Request, sent: Sent, settings: ServeSettings) -> None:
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        # Starlette would decode by it, and some of Python's codecs take hours (punycode).
+        raise ServiceError("invalid_body", "expected a form in UTF-8")
     parser = _InMemory(
         request.headers,
         request.stream(),
@@ -168,12 +175,14 @@ def _size(value: Any) -> Any:
 def _loras(value: Any) -> Any:
     """((name, weight), ...) of "NAME:WEIGHT,..." texts or of {"name", "weight"} objects."""
     found: list[Any] = []
-    for entry in _listed(value):
+    for entry in _listed(value)[: _MOST_LORAS + 1]:
         if isinstance(entry, dict):
             name = entry.get("name", entry.get("model"))
             found.append((name, entry.get("weight", 1.0)))
             continue
-        for part in str(entry).split(","):
+        if not isinstance(entry, str) or len(entry) > _LONGEST_LORA:
+            raise ValueError(f"expected texts of at most {_LONGEST_LORA} characters")
+        for part in entry.split(","):
             match = _LORA.fullmatch(part.strip())
             if match is None:
                 raise ValueError("expected NAME or NAME:WEIGHT")
@@ -191,7 +200,7 @@ Weight = Annotated[float, Field(ge=-4, le=4)]
 Loras = Annotated[
     tuple[tuple[str, Weight], ...],
     BeforeValidator(_loras),
-    Field(max_length=8),
+    Field(max_length=_MOST_LORAS),
     WithJsonSchema(_TEXT | {"pattern": r"^[^:,]+(:-?\d+(\.\d+)?)?$"}),
 ]
 
@@ -315,4 +324,4 @@ def _bad(param: str, text: str) -> ServiceError:
 
 def _short(name: str) -> str:
     """A field's name as a client sent it, for an answer."""
-    return "".join(x for x in name if x.isprintable())[:64]
+    return "".join(x for x in name[:_LONGEST_NAME] if x.isprintable())[:64]

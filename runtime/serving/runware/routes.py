@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -28,6 +27,7 @@ from klein_kv.runtime.serving.runware.answers import (
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH, Caller
 from klein_kv.runtime.serving.runware.tasks import is_uuid
+from klein_kv.runtime.serving.security.limits import json_value
 
 __all__ = ["runware_routes"]
 
@@ -133,17 +133,10 @@ async def _awaited(work: "asyncio.Future[list[Answer]]") -> list[Answer]:
 
 
 def _tasks(text: str | bytearray) -> list[Any]:
-    try:
-        tasks = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise ServiceError("invalid_body", "the message is no valid JSON") from None
+    tasks = json_value(text)
     if not isinstance(tasks, list) or not 1 <= len(tasks) <= _MOST_TASKS:
         raise ServiceError("invalid_body", f"expected a list of 1 to {_MOST_TASKS} tasks")
     return tasks
-
-
-def _no_constant(_name: str) -> None:
-    raise ValueError  # NaN and infinities are Python's, not JSON's
 
 
 def _owner(front: Front, headers: Headers) -> str | None:
@@ -207,7 +200,8 @@ class _Connections:
 
     async def serve(self, socket: WebSocket) -> None:
         """One connection from its first message to its end."""
-        if self._open >= _MOST_CONNECTIONS or self.unknown >= _MOST_UNKNOWN:
+        unknown = "authorization" not in socket.headers and self.unknown >= _MOST_UNKNOWN
+        if unknown or self._open >= _MOST_CONNECTIONS:
             await socket.close(1013)  # before it is accepted: HTTP 403
             return
         self._open += 1

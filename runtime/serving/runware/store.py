@@ -96,7 +96,9 @@ class ImageStore:
         """Forgets a file of this caller's.
 
         Raises:
-            ServiceError: as of `find`.
+            ServiceError: as of `find`, or "invalid_value": another text than a UUID.
         """
+        if not is_uuid(name):
+            raise ServiceError("invalid_value", f"{param} is no UUID of an image", param)
         self.find(name, caller, param)
         self._kept.drop(name.lower())

@@ -12,6 +12,7 @@ from klein_kv.artifacts.pixels import MAX_ASPECT, MIN_SIDE, prepare_reference
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.jobs import Pixels
+from klein_kv.runtime.serving.security.image_files import is_intricate
 
 __all__ = ["bytes_from_base64", "open_image", "prepare_mask", "prepare_upload"]
 
@@ -44,6 +45,8 @@ def open_image(data: bytes, max_pixels: int, param: str) -> Image.Image:
     Raises:
         ServiceError: "invalid_image": another kind of file, a damaged one, or too many pixels.
     """
+    if is_intricate(data):
+        raise ServiceError("invalid_image", "an image has more parts than encoders write", param)
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size

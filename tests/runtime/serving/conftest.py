@@ -30,6 +30,7 @@ from klein_kv.runtime.serving.jobs import (
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.slow_clients import PunctualProtocol
+from klein_kv.runtime.serving.server import uvicorn_config
 from klein_kv.runtime.serving.settings import ServeSettings
 
 
@@ -61,9 +62,8 @@ def serve_in_thread(
 ) -> Iterator[Served]:
     """Serves on a free port until the generator is closed; `calls` goes to other hosts."""
     app = make_app(engine, settings, calls and calls.get, calls)
-    config = uvicorn.Config(
-        app, port=0, http=Protocol, log_level="warning", access_log=False, server_header=False
-    )
+    config = uvicorn_config(app, settings)
+    config.port, config.http = 0, Protocol
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

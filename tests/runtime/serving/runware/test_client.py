@@ -292,6 +292,10 @@ def test_uploads_are_references(server: Server, engine: PaintingEngine, transpor
     assert [len(job.references) for job in engine.jobs] == [4, 1]
     assert engine.jobs[0].digest != engine.jobs[1].digest
     assert (gone.code, gone.parameter) == ("notFound", "inputs.referenceImages")
+    for name in (upload["imageURL"], "x"):
+        task = {"taskType": "mediaStorage", "taskUUID": str(uuid.uuid4()), "operation": "delete"}
+        (error,) = post(server, [task | {"media": name}]).json()["errors"]
+        assert (error["code"], error["parameter"]) == ("invalidParameter", "media")
 
 
 @both
@@ -450,6 +454,8 @@ def talk(server: Server, *messages: Any, **options: Any) -> list[Any]:
     async def main() -> list[Any]:
         got: list[Any] = []
         async with websockets.connect(server.socket, proxy=None, **options) as socket:
+            assert socket.response is not None
+            assert "sec-websocket-extensions" not in socket.response.headers  # nothing to inflate
             try:
                 for message in messages:
                     text = isinstance(message, str | bytes)

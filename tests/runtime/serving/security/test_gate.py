@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from klein_kv.errors import RequestError
+from klein_kv.runtime.serving.api.fields import EditFields, checked
 from klein_kv.runtime.serving.app import make_app
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.security.images_in import (
@@ -157,6 +159,64 @@ def test_more_requests_than_it_takes_at_a_time(steered: Served) -> None:
     assert refused[0].headers["retry-after"] == "1"
 
 
+def test_strangers_take_no_place_from_who_has_a_key(http: httpx.Client) -> None:
+    """They wait to be told that they have none, with half a request sent."""
+    settings = ServeSettings(api_keys=(KEY,), max_connections=4)
+    for served in serve_in_thread(SteeredEngine(), settings):
+        host, port = served.url.removeprefix("http://").split(":")
+        start = time.monotonic()
+        strangers = [socket.create_connection((host, int(port)), timeout=20) for _ in range(6)]
+        for stranger in strangers:
+            stranger.sendall(HEAD + b"\r\n{")
+        headers = {"authorization": f"Bearer {KEY}"}
+        ask = {"prompt": "a", "size": "128x128"}
+        url = f"{served.url}/v1/images/generations"
+        assert http.post(url, json=ask, headers=headers).status_code == 200
+        assert time.monotonic() - start < 4
+        for stranger in strangers:  # 60 s are for those who may send
+            assert stranger.recv(4096)[:12] == b"HTTP/1.1 401"
+            stranger.close()
+        assert 4 < time.monotonic() - start < 12
+
+
+def test_forms_in_utf_8_alone(http: httpx.Client, steered: Served) -> None:
+    """Decoding this as punycode would stop the service for minutes."""
+    body = b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n-%b\r\n--x--' % (
+        b"b" * 250_000
+    )
+    for charset, code in (("punycode", "invalid_body"), ("UTF-8", "missing_required_parameter")):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        answer = http.post(f"{steered.url}/v1/images/edits", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": [' + "[]," * 50_000 + "[]]}",
+        "{" + ",".join(f'"{i}":0' for i in range(65)) + "}",
+        "[" * 50_000,
+        "NaN",
+    ],
+)
+def test_json_is_weighed_before_it_is_parsed(
+    http: httpx.Client, steered: Served, text: str
+) -> None:
+    for path, told in (("/v1/images/edits", "invalid_body"), ("/runware/v1", "invalidRequest")):
+        headers = {"content-type": "application/json"}
+        answer = http.post(steered.url + path, content=text, headers=headers)
+        assert answer.status_code == 400
+        error = answer.json().get("error") or answer.json()["errors"][0]
+        assert error["code"] == told
+
+
+@pytest.mark.parametrize("lora", ["a," * 600, ["a"] * 10_000, [[["a"]]], 3])
+def test_loras_are_counted_before_they_are_read(lora: Any) -> None:
+    with pytest.raises(ServiceError) as refused:
+        checked(EditFields, {"prompt": "a", "lora": lora})
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "lora")
+
+
 def bomb(side: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (side, side)).save(file, "PNG")
@@ -191,6 +251,39 @@ def test_bad_images_are_refused_in_words_of_ours(data: bytes) -> None:
         prepare_upload(data, 512 * 512, 16, "white")
     assert refused.value.code == "invalid_image"
     assert not LEAK.search(refused.value.message)
+
+
+def intricate(kind: str) -> bytes:
+    """A small file that takes a decoder long, and long memory, in proportion to its size."""
+    if kind == "chunks":
+        png = saved(Image.new("RGB", (64, 64)), "PNG")
+        return png[:33] + b"\0\0\0\0teSt\xa5\x81\x1e\xf7" * 5_000 + png[33:]
+    file = io.BytesIO()
+    Image.new("L", (2048, 2048), 128).save(file, "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    if kind == "scans":
+        return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * 100 + jpeg[-2:]
+    more = {"segments": b"\xff\xe1\0\2", "junk": b"x", "fill": b"\xff", "ends": b"\xff\xd9"}
+    hidden = b"\xff\xf0\xff\xff" if kind == "segments" else b""  # a marker without a length
+    return jpeg[:2] + hidden + more[kind] * 5_000 + jpeg[2:]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "scans", "segments", "junk", "fill", "ends"])
+def test_intricate_files_are_refused_before_they_are_decoded(kind: str) -> None:
+    with pytest.raises(ServiceError, match="more parts than encoders write"):
+        prepare_upload(intricate(kind), 4096 * 4096, 16, "white")
+
+
+def test_large_photographs_are_not_intricate() -> None:
+    """Noise, a profile of many segments, an EXIF thumbnail, and a film behind the image."""
+    noise = Image.effect_noise((2000, 1500), 90).convert("RGB")
+    film = np.random.default_rng(0).bytes(4 << 20)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}):
+        file = io.BytesIO()
+        noise.save(file, "JPEG", quality=97, icc_profile=film[:1_000_000], **options)
+        assert prepare_upload(file.getvalue() + film, 4096 * 4096, 16, "white").size
+    for kind in ("PNG", "WEBP"):
+        assert prepare_upload(saved(noise, kind), 4096 * 4096, 16, "white").size
 
 
 def test_an_upload_is_turned_upright(png: Png) -> None:
