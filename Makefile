@@ -29,7 +29,7 @@ lint: .venv/.installed
 	ln -s $(CURDIR)/klein_kv/* $(TYPING)/klein_kv/
 	ln -s $(CURDIR)/export $(CURDIR)/engines $(CURDIR)/runtime $(TYPING)/klein_kv/
 	cd $(TYPING) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		-n 2 --cache-dir $(CURDIR)/.mypy_cache --python-executable $(CURDIR)/$(BIN)/python -p klein_kv
+		--cache-dir $(CURDIR)/.mypy_cache --python-executable $(CURDIR)/$(BIN)/python -p klein_kv
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/edit.py
