@@ -16,7 +16,9 @@ export PYTHONDONTWRITEBYTECODE :=
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[export,cpu,rtx,serve,bench,dev]'
 	touch $@
 
-# Two processes of up to 4 GB; a file's tests stay together, with what they share.
+# Two processes of up to 4 GB; a file's tests stay together, with what they share. What is computed is
+# small: threads of numpy and torch would wait for each other most of the time.
+test: export OMP_NUM_THREADS := 1
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
