@@ -12,9 +12,11 @@ __all__ = [
     "add_backend",
     "add_checkpoint",
     "add_lora",
+    "add_pipeline",
     "add_samples",
     "gigabytes",
     "layers",
+    "pipeline_options",
     "size",
 ]
 
@@ -42,6 +44,27 @@ def add_backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", help="auto, onnxruntime, tensorrt or torch")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the backend's own)")
     sub.add_argument("--threads", type=int, help="CPU threads")
+
+
+def add_pipeline(sub: argparse.ArgumentParser) -> None:
+    """Adds what a pipeline is opened with; see `pipeline_options`."""
+    sub.add_argument(
+        "--matte",
+        type=_matte,
+        default="white",
+        metavar="COLOUR",
+        help="under transparent references; or none",
+    )
+    add_backend(sub)
+    sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
+    sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
+    sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
+
+
+def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `KleinKVPipeline.from_pretrained` that `add_pipeline` added."""
+    names = ("backend", "device", "threads", "precision", "kv_dtype", "attention", "matte")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_lora(sub: argparse.ArgumentParser, what: str) -> None:
@@ -90,6 +113,11 @@ def gigabytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of gigabytes, expected for example 24"
         ) from None
+
+
+def _matte(text: str) -> str | None:
+    """A colour, or none."""
+    return None if text == "none" else text
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klein_kv.cli.arguments import AddVerb, Result, add_backend, add_lora
+from klein_kv.cli.arguments import AddVerb, Result, add_lora, add_pipeline, pipeline_options
 from klein_kv.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,16 +50,10 @@ def add_generate(add: AddVerb) -> None:
     sub.add_argument("--seed", type=int, help="default: a new one, written into the image")
     sub.add_argument("--num-images", type=int, default=1, help="of each prompt")
     sub.add_argument(
-        "--matte", default="white", metavar="COLOUR", help="under transparent references; or none"
-    )
-    sub.add_argument(
         "--max-megapixels", type=int, metavar="N", help="of a reference's file (default 178)"
     )
     add_lora(sub, "an adapter to merge in")
-    add_backend(sub)
-    sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
-    sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
-    sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
+    add_pipeline(sub)
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
 
 
@@ -79,11 +73,10 @@ def _generate(args: argparse.Namespace) -> Result:
     paths = _paths(args, len(prompts) * args.num_images)
     if args.max_megapixels is not None:
         Image.MAX_IMAGE_PIXELS = args.max_megapixels * 500_000  # PIL refuses twice as many
-    matte = None if args.matte == "none" else args.matte
-    images = [load_image(path, matte) for path in args.reference]
-    change = _change(args, matte)
+    images = [load_image(path, args.matte) for path in args.reference]
+    change = _change(args)
     seed = random_seed() if args.seed is None else args.seed
-    pipe = _open(args, matte)
+    pipe = _open(args)
     request: dict[str, Any] = {"image": images or None}
     if change:
         pipe = KleinKVInpaintPipeline.from_pipe(pipe)
@@ -133,7 +126,7 @@ def _generate(args: argparse.Namespace) -> Result:
     return value, "\n".join(str(path) for path in paths), 0
 
 
-def _change(args: argparse.Namespace, matte: str | None) -> dict[str, Any]:
+def _change(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of an edit that starts from an image; none without one."""
     from klein_kv.artifacts.pixels import load_image
 
@@ -144,7 +137,7 @@ def _change(args: argparse.Namespace, matte: str | None) -> dict[str, Any]:
                 raise RequestError(f"{option} belongs to --init, the image that is to be changed")
         return {}
     return {
-        "image": load_image(args.init, matte),
+        "image": load_image(args.init, args.matte),
         "mask_image": None if args.mask is None else load_image(args.mask, "black"),
         "strength": 0.8 if args.strength is None else args.strength,
         "padding_mask_crop": args.padding_mask_crop,
@@ -175,19 +168,10 @@ def _paths(args: argparse.Namespace, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, count + 1)]
 
 
-def _open(args: argparse.Namespace, matte: str | None) -> "KleinKVPipeline":
+def _open(args: argparse.Namespace) -> "KleinKVPipeline":
     from klein_kv.runtime.pipeline import KleinKVPipeline
 
-    pipe = KleinKVPipeline.from_pretrained(
-        args.artifacts,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        kv_dtype=args.kv_dtype,
-        precision=args.precision,
-        attention=args.attention,
-        matte=matte,
-    )
+    pipe = KleinKVPipeline.from_pretrained(args.artifacts, **pipeline_options(args))
     for path, _ in args.lora:
         pipe.load_lora_weights(path)
     pipe.set_adapters(pipe.get_list_adapters().get("transformer", []), [x for _, x in args.lora])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from klein_kv.cli.arguments import AddVerb, Result, add_backend, gigabytes, size
+from klein_kv.cli.arguments import AddVerb, Result, add_pipeline, gigabytes, pipeline_options, size
 from klein_kv.errors import RequestError
 
 __all__ = ["add_serve"]
@@ -89,14 +89,8 @@ def add_serve(add: AddVerb) -> None:
         metavar="GB",
         help="for keys and values of references (default: what is free)",
     )
-    sub.add_argument(
-        "--matte", default="white", metavar="COLOUR", help="under transparent references; or none"
-    )
     sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
-    add_backend(sub)
-    sub.add_argument("--precision", help="a quantized one: fp8, nvfp4 or fp8-weight-only")
-    sub.add_argument("--kv-dtype", choices=("fp8",), help="reference K/V in fp8")
-    sub.add_argument("--attention", choices=("fp8",), help="attention and reference K/V in fp8")
+    add_pipeline(sub)
 
 
 def _serve(args: argparse.Namespace) -> Result:
@@ -112,7 +106,6 @@ def _serve(args: argparse.Namespace) -> Result:
         raise RequestError(f"--queue is {args.queue}, expected 1 or more")
     if args.replicas is not None and (args.ray is None or args.replicas < 1):
         raise RequestError(f"--replicas is {args.replicas}, expected 1 or more, with --ray")
-    matte = None if args.matte == "none" else args.matte
     settings = ServeSettings(
         host=args.host,
         port=args.port,
@@ -129,20 +122,14 @@ def _serve(args: argparse.Namespace) -> Result:
         kept_bytes=int(args.keep * 2**20),
         kept_s=args.keep_for,
         metadata=not args.no_metadata,
-        matte=matte,
+        matte=args.matte,
     )
 
     open_pipeline = partial(  # it may have to cross to another process
         KleinKVPipeline.from_pretrained,
         args.artifacts.absolute(),
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        kv_dtype=args.kv_dtype,
-        precision=args.precision,
-        attention=args.attention,
         reference_cache_bytes=args.references,
-        matte=matte,
+        **pipeline_options(args),
     )
     loras, sizes = dict(args.lora), tuple(WarmUp(*x) for x in args.warm_up)
     open_runner = partial(PipelineRunner, open_pipeline, sizes, loras)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
 from klein_kv.runtime.serving.job_queue import JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import (
     EditJob,
@@ -95,7 +95,7 @@ class EngineRoom:
             ServiceError: "not_ready" before that.
         """
         if self._facts is None:
-            raise _not_ready()
+            raise not_ready()
         return self._facts
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
@@ -127,7 +127,7 @@ class EngineRoom:
         end = time.monotonic() + timeout_s
         while (self._running or len(self._queue)) and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        self._give_up(_draining())
+        self._give_up(draining())
         await asyncio.sleep(0)  # those who wait are told
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -136,7 +136,7 @@ class EngineRoom:
             if self._state != "failed":
                 self._state = "closed"
             self._changed.notify()
-        self._give_up(_draining())
+        self._give_up(draining())
         self._thread.join(timeout_s)
         self._after.shutdown(wait=False)
 
@@ -152,7 +152,7 @@ class EngineRoom:
                 return await ticket.result
         except TimeoutError:
             self._counts["expired"] += 1
-            raise _expired() from None
+            raise expired() from None
         except asyncio.CancelledError:
             self._counts["cancelled"] += 1
             raise
@@ -164,9 +164,9 @@ class EngineRoom:
     def _check(self, job: EditJob | EncodeJob) -> None:
         """Refuses what cannot be taken on now."""
         if self._state == "draining":
-            raise _draining()
+            raise draining()
         if self._state != "ready":
-            raise _not_ready()
+            raise not_ready()
         if self._queue.full:
             waiting = len(self._queue) + 1
             raise ServiceError(
@@ -283,7 +283,7 @@ class EngineRoom:
         with self._changed:
             self._state = "failed"
             self._running = None
-        self._give_up(_not_ready())
+        self._give_up(not_ready())
         if self._on_failed is not None:
             self._on_failed(error)
         else:
@@ -314,15 +314,3 @@ class EngineRoom:
             ticket.loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop is closed: nobody waits
             _log.debug("an answer came after its loop had ended")
-
-
-def _not_ready() -> ServiceError:
-    return ServiceError("not_ready", "the service is not ready", retry_after_s=2)
-
-
-def _draining() -> ServiceError:
-    return ServiceError("draining", "the service is about to end", retry_after_s=2)
-
-
-def _expired() -> ServiceError:
-    return ServiceError("deadline", "the deadline of the request has passed")

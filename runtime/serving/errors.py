@@ -5,7 +5,7 @@ No text of an exception below, no path and no address ever gets into an answer.
 
 from klein_kv.errors import KleinKVError
 
-__all__ = ["ServiceError"]
+__all__ = ["ServiceError", "draining", "expired", "not_ready"]
 
 _STATUS = {
     "invalid_value": 400,
@@ -69,3 +69,18 @@ class ServiceError(KleinKVError):
         """OpenAI's name of its kind."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return _TYPES.get(self.status, kind)
+
+
+def not_ready() -> ServiceError:
+    """Not warmed up, or no replica is up."""
+    return ServiceError("not_ready", "the service is not ready", retry_after_s=2)
+
+
+def draining() -> ServiceError:
+    """Nothing is taken on any more."""
+    return ServiceError("draining", "the service is about to end", retry_after_s=2)
+
+
+def expired() -> ServiceError:
+    """A deadline has passed."""
+    return ServiceError("deadline", "the deadline of the request has passed")

@@ -10,7 +10,6 @@ from typing import ParamSpec, TypeVar
 
 from starlette.datastructures import Headers
 
-from klein_kv.runtime.inputs.noise import random_seed
 from klein_kv.runtime.references.reference_set import images_digest
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.jobs import (
@@ -30,7 +29,7 @@ from klein_kv.runtime.serving.security.images_in import (
 from klein_kv.runtime.serving.security.keys import KeyRing
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["Fetch", "Front", "Upload", "new_seed"]
+__all__ = ["Fetch", "Front", "Upload"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,12 +77,7 @@ class Front:
         """
         if not uploads:
             return (), ""
-        if len(uploads) > self.settings.max_references:
-            raise ServiceError(
-                "invalid_value",
-                f"{len(uploads)} reference images, expected at most {self.settings.max_references}",
-                uploads[0].param,
-            )
+        self._check_count(len(uploads), uploads[0].param)
         unit = self.engine.facts.unit
         images = await asyncio.gather(*(self._prepare(upload, unit) for upload in uploads))
         return tuple(images), await self.in_thread(digest_of, images)
@@ -106,12 +100,7 @@ class Front:
         """
         sets = [self.shelf.get(i) for i in ids]
         images = [image for held in sets for image in held.images]
-        if len(images) > self.settings.max_references:
-            raise ServiceError(
-                "invalid_value",
-                f"{len(images)} reference images, expected at most {self.settings.max_references}",
-                "references",
-            )
+        self._check_count(len(images), "references")
         if len(sets) == 1:
             return sets[0].images, sets[0].digest
         return tuple(images), await self.in_thread(digest_of, images)
@@ -196,6 +185,13 @@ class Front:
         most = self.settings.max_body_bytes
         return await self.in_thread(bytes_from_base64, content, most, upload.param)
 
+    def _check_count(self, count: int, param: str) -> None:
+        most = self.settings.max_references
+        if count > most:
+            raise ServiceError(
+                "invalid_value", f"{count} reference images, expected at most {most}", param
+            )
+
     async def _prepare(self, upload: Upload, unit: int) -> Pixels:
         data = await self.bytes_of(upload)
         settings = self.settings
@@ -207,8 +203,3 @@ class Front:
 def digest_of(images: Sequence[Pixels]) -> str:
     """`images_digest` of images without the batch's axis."""
     return images_digest([image[None] for image in images])
-
-
-def new_seed() -> int:
-    """A seed for a request that names none."""
-    return random_seed()

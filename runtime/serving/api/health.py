@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Response
 
 from klein_kv.runtime.serving.api.answers import json_response
-from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.errors import not_ready
 from klein_kv.runtime.serving.front import Front
 
 __all__ = ["health_routes"]
@@ -33,7 +33,7 @@ def health_routes(front: Front) -> APIRouter:
     async def ready() -> Response:
         """Warmed up, and not about to end."""
         if not front.engine.ready:
-            raise ServiceError("not_ready", "the service is not ready", retry_after_s=2)
+            raise not_ready()
         return json_response({"status": "ready"})
 
     @routes.get("/metrics")

@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from klein_kv.artifacts.pixels import MAX_AREA
+from klein_kv.runtime.inputs.noise import random_seed
 from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import EditFields, Sent, body_schema, checked, read_fields
 from klein_kv.runtime.serving.api.streaming import stream_images
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Front, new_seed
+from klein_kv.runtime.serving.front import Front
 from klein_kv.runtime.serving.jobs import EditJob, EditResult, Pixels
 from klein_kv.runtime.serving.outputs import base64_text, encode_image, image_parameters
 
@@ -126,7 +127,7 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
         height=height,
         width=width,
         steps=fields.num_inference_steps,
-        seed=new_seed() if fields.seed is None else fields.seed,
+        seed=random_seed() if fields.seed is None else fields.seed,
         num_images=fields.n,
         loras=fields.lora,
         mask=mask,

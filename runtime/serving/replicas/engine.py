@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from klein_kv.errors import BackendError, KleinKVError
-from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
@@ -113,7 +113,7 @@ class RayEngine:
             ServiceError: "not_ready" before one is open.
         """
         if self._facts is None:
-            raise _not_ready()
+            raise not_ready()
         return self._facts
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
@@ -162,9 +162,9 @@ class RayEngine:
 
     async def _do(self, job: Job, on_preview: OnPreview | None) -> Result:
         if self._draining:
-            raise _draining()
+            raise draining()
         if not self.ready:
-            raise _not_ready()
+            raise not_ready()
         ends = None if job.timeout_s is None else self._loop.time() + job.timeout_s
         try:
             async with asyncio.timeout_at(ends) as limit:
@@ -175,8 +175,8 @@ class RayEngine:
                     self._under_way.remove(limit)
         except TimeoutError:
             if self._draining:
-                raise _draining() from None
-            raise ServiceError("deadline", "the deadline of the request has passed") from None
+                raise draining() from None
+            raise expired() from None
 
     async def _somewhere(self, run: _Run) -> Result:
         while True:
@@ -194,7 +194,7 @@ class RayEngine:
                         raise
                     refusal = refusal or error  # its home's
             if not run.taken:
-                raise refusal or _not_ready()
+                raise refusal or not_ready()
             await asyncio.sleep(_TRY_AGAIN_S)  # it was taken on once: it waits for a place
 
     def _order(self, job: Job) -> list[_Place]:
@@ -279,11 +279,3 @@ class RayEngine:
                     await place.handle.close(0)
                     place.handle = None
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-
-def _not_ready() -> ServiceError:
-    return ServiceError("not_ready", "the service is not ready", retry_after_s=2)
-
-
-def _draining() -> ServiceError:
-    return ServiceError("draining", "the service is about to end", retry_after_s=2)
