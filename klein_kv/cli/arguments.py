@@ -37,6 +37,9 @@ def add_checkpoint(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
     sub.add_argument("--variant", choices=("kv", "plain"), help="default: what CHECKPOINT says")
     sub.add_argument("--base", metavar="FOLDER|REPOSITORY", help="single file: the other parts")
+    sub.add_argument(
+        "--allow-zeros", action="store_true", help="take weights that hold nothing but zeros"
+    )
 
 
 def add_backend(sub: argparse.ArgumentParser) -> None:

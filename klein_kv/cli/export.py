@@ -41,9 +41,6 @@ def add_export(add: AddVerb) -> None:
         help="hidden states of the text encoder to read (default 9,18,27)",
     )
     add_lora(sub, "an adapter to merge into the artifacts for good")
-    sub.add_argument(
-        "--allow-zeros", action="store_true", help="take weights that hold nothing but zeros"
-    )
 
 
 def _export(args: argparse.Namespace) -> Result:

@@ -30,6 +30,7 @@ def add_setup(add: AddVerb) -> None:
         "--size", type=size, metavar="WxH", help="also engines for this one output size: faster"
     )
     sub.add_argument("--refs", type=int, default=1, help="with --size: reference images")
+    sub.add_argument("--samples", type=int, default=8, help="requests to calibrate with (8)")
     sub.add_argument("--images", type=Path, metavar="DIR", help="references to calibrate with")
     sub.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to calibrate with")
 
@@ -92,7 +93,12 @@ def _export(args: argparse.Namespace) -> str:
             )
         return "there already"
     done = export_checkpoint(
-        args.checkpoint, args.artifacts, base=args.base, variant=args.variant, dtype="bfloat16"
+        args.checkpoint,
+        args.artifacts,
+        base=args.base,
+        variant=args.variant,
+        dtype="bfloat16",
+        allow_zeros=args.allow_zeros,
     )
     return f"{len(done.nodes)} graphs, {done.bytes_written / 1e6:.1f} MB written"
 
@@ -116,7 +122,7 @@ def _quantize(args: argparse.Namespace, precision: str) -> str:
     from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
     from klein_kv.export.quantization.quantize import quantize_artifacts
 
-    samples = make_samples(8, images=args.images, prompts=args.prompts)
+    samples = make_samples(args.samples, images=args.images, prompts=args.prompts)
     done = quantize_artifacts(args.artifacts, QuantizationRecipe.load(precision), samples)
     if all(part.reused for part in done.parts.values()):
         return "there already"

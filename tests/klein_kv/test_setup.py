@@ -44,14 +44,13 @@ def run(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> Callable[..., tup
 
 @pytest.fixture
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage works, on less: one small sample, two graphs in one shape."""
+    """Every stage works, on less: small samples, two graphs in one shape."""
     make_samples = samples.make_samples
 
-    def one_sample(count: int, **options: Any) -> Any:
-        assert count == 8
-        return make_samples(1, **options, size=(64, 64))
+    def small_sample(count: int, **options: Any) -> Any:
+        return make_samples(count, **options, size=(64, 64))
 
-    monkeypatch.setattr(samples, "make_samples", one_sample)
+    monkeypatch.setattr(samples, "make_samples", small_sample)
     monkeypatch.setattr(build, "chosen_graphs", lambda *_: ["encode_references", "cached_step"])
     monkeypatch.setattr(Recipe, "load", lambda name: Recipe.from_toml(TINY_PROFILE, name))
 
@@ -64,7 +63,7 @@ def test_goes_on_where_it_was_interrupted(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    options = ("--precision", "fp8", "--gpu", "rtx5090", "--json")
+    options = ("--precision", "fp8", "--gpu", "rtx5090", "--samples", "1", "--json")
     for module, name in STAGES.values():
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
@@ -110,6 +109,16 @@ def test_refusals_come_before_any_work(
     assert code == 1
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_zeros_are_taken_on_request(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object, allow_zeros: bool, **__: object) -> None:
+        raise KeyboardInterrupt if allow_zeros else AssertionError
+
+    monkeypatch.setattr(exporter, "export_checkpoint", check)
+    assert run("--allow-zeros")[0] == 130
 
 
 def test_artifacts_of_another_kind_are_refused(
