@@ -17,17 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.changes import Matrix, TensorChange, WeightedChanges, matrix_shape
+from klein_kv.runtime.lora.changes import Matrix, TensorChange, WeightedChanges
 from klein_kv.runtime.lora.lora_keys import (
+    Piece,
     file_format,
     group_keys,
     likely_model,
     matrix_slots,
+    module_table,
     some,
     why_unmatched,
 )
 from klein_kv.runtime.lora.lora_source import LoraSource, open_lora
-from klein_kv.runtime.lora.module_names import Piece, module_table
 
 __all__ = ["Adapter", "WeightedAdapter", "changes_by_tensor", "describe_lora", "read_adapter"]
 
@@ -174,7 +175,8 @@ def _combined_shape(where: str, kind: str, matrices: tuple[Matrix, ...]) -> tupl
             )
         if len(matrix) == 2 and not 0 < shapes[1][0] <= _MAX_RANK:
             raise RequestError(f"{where} has rank {shapes[1][0]}, expected 1 to {_MAX_RANK}")
-    first, *others = (matrix_shape(matrix) for matrix in matrices)
+    # Of one array, or of the product of two.
+    first, *others = ((*matrix[0].shape[:1], *matrix[-1].shape[1:]) for matrix in matrices)
     if kind == "LoKr":
         return first[0] * others[0][0], first[1] * others[0][1]
     if kind == "LoHa" and first != others[0]:

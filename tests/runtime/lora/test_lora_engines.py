@@ -14,11 +14,11 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.networks import merge
+from klein_kv.networks import merge as merge_network
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.backends.backend import DeviceContent
 from klein_kv.runtime.backends.trt.backend import TrtBackend
-from klein_kv.runtime.lora import device_merge
+from klein_kv.runtime.lora import merge
 from klein_kv.runtime.lora.lora_file import WeightedAdapter, read_adapter
 from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -110,8 +110,8 @@ def test_engines_merge_as_the_host_does(
 ) -> None:
     """Sums are made in another order: now and then the next number; never more."""
     if pieces:  # as of large weights
-        monkeypatch.setattr(merge, "_MOST_NUMBERS", 1 << 11)
-        monkeypatch.setattr(device_merge, "_READ_BYTES", 1 << 14)
+        monkeypatch.setattr(merge_network, "_MOST_NUMBERS", 1 << 11)
+        monkeypatch.setattr(merge, "_READ_BYTES", 1 << 14)
     card = Card(request.getfixturevalue(folder), tmp_path, precision)
     before, adapters = card.held(), card.adapters()
     contents, expected = card.merger().contents(adapters), card.expected(adapters)
