@@ -4,11 +4,10 @@ A `torch.Generator` gives what diffusers draws from it. A plain `seed` needs no 
 Mersenne Twister words, cut to 24-bit fractions and sent through Box and Muller's transform in the
 order of torch's CPU kernel, give the noise of `torch.Generator().manual_seed(seed)`.
 
-How close: the words are exact; logarithm, sine and cosine are numpy's, so a value may differ from
-torch's in the last bit (measured: at most 4.8e-7 over millions of values, with torch 2.13 on x86
-with AVX2 or AVX-512). Where torch has no vector kernel it rounds the angle differently, and the
-distance is up to 3e-6. bfloat16 and float16 noise is float32 noise rounded, as in torch 2.13;
-releases of torch that computed in the narrow type itself are not reproduced.
+The words are exact; logarithm, sine and cosine are numpy's, so a value may differ from torch's in
+the last bit (measured: at most 4.8e-7, with torch 2.13 on x86 with AVX2 or AVX-512; up to 3e-6
+where torch has no vector kernel and rounds the angle otherwise). bfloat16 and float16 noise is
+float32 noise rounded, as in torch 2.13.
 """
 
 import math
@@ -38,16 +37,11 @@ def initial_noise(
 
     Args:
         shape: [B, C, h, w], positive; with a seed the values must be a multiple of 16.
-        generator: a `torch.Generator`, which is advanced, drawn once for the whole tensor; or a
-            list of B of them, each drawn for one item. A list of one counts as a single one.
-        seed: -2**63 to 2**64 - 1, as torch takes; stands for one CPU generator with that seed, of
-            which torch reads the low 32 bits. With neither argument the seed comes from the
-            operating system.
-        dtype: "float32", "float16" or "bfloat16": the type to draw in.
-
-    Returns:
-        A float32 array; for "float16" a float16 array, for "bfloat16" a float32 array whose values
-        all are bfloat16 values.
+        generator: a `torch.Generator`, which is advanced, or a list of B of them, each for one
+            item.
+        seed: -2**63 to 2**64 - 1, as torch takes: one CPU generator with that seed, of which torch
+            reads the low 32 bits. With neither argument the operating system gives one.
+        dtype: "float32", "float16" or "bfloat16", which comes as float32.
 
     Raises:
         RequestError: both `generator` and `seed`, or one of the arguments is not as above.

@@ -99,10 +99,9 @@ class ImageParameters:
 
 
 def image_format(path: Path, longest: int = 0) -> str:
-    """PIL's name of the format that a file's name asks for.
+    """PIL's name of the format that a file's name asks for, for `longest` pixels on a side.
 
-    Raises:
-        RequestError: none that is written here, or none for `longest` pixels on a side.
+    A RequestError if it is none that is written here, or none for so many pixels.
     """
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:

@@ -18,7 +18,7 @@ from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
-from klein_kv.runtime.references import reference_file
+from klein_kv.runtime.references import reference_set
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
 from tests.runtime.conftest import Picture, Watch
 
@@ -460,7 +460,7 @@ def test_interrupted_save_leaves_nothing(
     def interrupt(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reference_file.zlib, "crc32", interrupt)
+    monkeypatch.setattr(reference_set.zlib, "crc32", interrupt)
     with pytest.raises(KeyboardInterrupt):
         references.save(tmp_path / "set.safetensors")
     assert list(tmp_path.iterdir()) == []
