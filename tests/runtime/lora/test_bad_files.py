@@ -115,6 +115,10 @@ def pickled(path: Path) -> None:
     torch.save({UP: torch.ones(2)}, path)  # noqa: TID251
 
 
+def truncated(path: Path) -> None:
+    path.write_bytes(save(path, KOHYA).read_bytes()[:-4])
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -123,6 +127,8 @@ def pickled(path: Path) -> None:
         ("x.safetensors", lambda path: path.write_bytes(b""), "not a whole safetensors file"),
         ("x.safetensors", lambda path: path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9c"), "a pickle"),
         ("x.safetensors", pickled, "a pickle"),
+        ("x.safetensors", truncated, "truncated"),
+        ("x.safetensors", lambda path: save(path, KOHYA, torch.int64), "dtype int64"),
         ("x.ckpt", lambda path: path.write_bytes(b"\0" * 20), "a pickle"),
         ("x.safetensors", lambda path: path.write_bytes(b"\2" + b"\0" * 7 + b"{}"), "no tensors"),
     ],
@@ -134,15 +140,6 @@ def test_other_files_are_refused(
     write(path)
     with pytest.raises(RequestError, match=message):
         read_adapter(path, SHAPES)
-
-
-def test_truncated_files_and_integers_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.safetensors", KOHYA)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(RequestError, match="truncated"):
-        read_adapter(path, SHAPES)
-    with pytest.raises(RequestError, match="dtype int64"):
-        read_adapter(save(path, KOHYA, torch.int64), SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -167,36 +164,6 @@ def test_bad_metadata_is_refused(config: str, tmp_path: Path) -> None:
         read_adapter(path, SHAPES)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tensors = {key: value for key, value in KOHYA.items() if "_0_img_attn" in key}
-    config = json.dumps({"lora_alpha": 2, "alpha_pattern": {"to_q": 1}})
-    return save(
-        tmp_path_factory.mktemp("lora") / "x.safetensors", tensors, lora_adapter_metadata=config
-    )
-
-
-@given(
-    at=st.integers(0, 1000),
-    put=st.one_of(
-        st.binary(max_size=8), st.text('{}[]":,.0123456789eNa\\', max_size=8).map(str.encode)
-    ),
-    cut=st.integers(0, 8),
-)
-@settings(max_examples=300, deadline=None)
-def test_damaged_files_give_an_error_of_ours(whole: Path, at: int, put: bytes, cut: int) -> None:
-    content = whole.read_bytes()
-    path = whole.with_name("damaged.safetensors")
-    path.write_bytes(content[:at] + put + content[at + cut :])
-    try:
-        adapter = read_adapter(path, SHAPES, strict=False)
-    except KleinKVError:
-        return
-    for name, changes in adapter.changes.items():
-        for change in changes:
-            assert change.apply(ones(*SHAPES[name]), 1.0).shape == SHAPES[name]
-
-
 PARTS = st.sampled_from(
     (
         *("lora_unet_", "diffusion_model.", "double_blocks", "_0_", ".0.", "img_attn", "qkv"),
@@ -211,7 +178,7 @@ VALUES = st.one_of(
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 def test_strange_keys_give_an_error_of_ours(tensors: dict[str, Any], strict: bool) -> None:
     try:
         read_adapter(tensors, SHAPES, strict=strict)
