@@ -75,7 +75,7 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 # --- sequences of requests ---
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
+@settings(max_examples=30, suppress_health_check=SHARED)
 @given(
     budget=st.integers(0, 100 * TOKEN),
     host_budget=st.one_of(st.just(0), st.integers(1, 150 * TOKEN)),
@@ -136,7 +136,7 @@ def test_many_requests_leave_nothing_behind(stub: Open, pictures: Pictures) -> N
     pipe.backend.run = watch  # type: ignore[method-assign]
     gc.disable()
     try:
-        for _ in range(300):
+        for _ in range(120):
             edit(pipe, sets[rng.integers(0, len(sets))], num_inference_steps=1)
             assert pipe.reference_store.stats.bytes <= 70 * TOKEN
         stats = pipe.reference_store.stats
@@ -147,8 +147,8 @@ def test_many_requests_leave_nothing_behind(stub: Open, pictures: Pictures) -> N
         assert all(array() is None for array in arrays)
     finally:
         gc.enable()
-    assert stats.hits + stats.misses == 300
-    assert min(stats.hits, stats.misses, stats.evictions) > 20
+    assert stats.hits + stats.misses == 120
+    assert min(stats.hits, stats.misses, stats.evictions) > 10
 
 
 def test_threads_that_ask_for_the_same_references_encode_once(
