@@ -1,6 +1,5 @@
 """fp8 graphs in ONNX Runtime against the simulation in torch: two ways to the same arithmetic."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import ArtifactError
 from klein_kv.export.checks.artifact_weights import MappedWeights, component_weights
 from klein_kv.export.checks.compare import compare
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.networks.quantized_torch_ops import QuantizedOps
 from klein_kv.networks.text_encoder import encode_text
 from klein_kv.networks.torch_ops import TorchOps
@@ -31,16 +27,6 @@ for one of eight inputs, where sums differ in the last bit and one activation ro
 weight-only rounds no activations."""
 
 PRECISIONS = tuple(BOUNDS)
-
-
-@pytest.fixture(scope="module")
-def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_artifacts, copy)
-    samples = make_samples(2, size=(128, 128))
-    for name in PRECISIONS:
-        quantize_artifacts(copy, QuantizationRecipe.load(name), samples, text_tokens=32)
-    return copy
 
 
 def simulated(folder: Path, manifest: Manifest, component: str, precision: str) -> QuantizedOps:
@@ -56,14 +42,14 @@ def run(backend: OrtBackend, graph: str, feeds: dict[str, NDArray[Any]]) -> dict
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.inference_mode()
-def test_text_encoder(artifacts: Path, precision: str) -> None:
-    manifest = Manifest.load(artifacts)
-    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
+def test_text_encoder(quantized: Path, precision: str) -> None:
+    manifest = Manifest.load(quantized)
+    backend = OrtBackend(quantized, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
     ids = np.random.default_rng(0).integers(0, 600, (2, 24))
     mask = np.ones_like(ids)
     mask[1, 15:] = 0
     got = run(backend, "text_encoder", {"input_ids": ids, "attention_mask": mask})
-    ops = simulated(artifacts, manifest, "text_encoder", precision)
+    ops = simulated(quantized, manifest, "text_encoder", precision)
     plain = TorchOps(ops.weights, torch.float32)
     ours, unquantized = (
         encode_text(x, manifest.config.text_encoder, torch.from_numpy(ids), torch.from_numpy(mask))
@@ -75,10 +61,10 @@ def test_text_encoder(artifacts: Path, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.inference_mode()
-def test_transformer(artifacts: Path, precision: str) -> None:
-    manifest = Manifest.load(artifacts)
+def test_transformer(quantized: Path, precision: str) -> None:
+    manifest = Manifest.load(quantized)
     net = manifest.config.transformer
-    backend = OrtBackend(artifacts, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
+    backend = OrtBackend(quantized, manifest, 1, graphs=manifest.choose_graphs(precision=precision))
     rng = np.random.default_rng(1)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -96,7 +82,7 @@ def test_transformer(artifacts: Path, precision: str) -> None:
         "img_ids": grid_ids(8, 9),
         "txt_ids": text_ids(16),
     }
-    ops = simulated(artifacts, manifest, "transformer", precision)
+    ops = simulated(quantized, manifest, "transformer", precision)
     plain = TorchOps(ops.weights, torch.float32)
     tensors = {name: torch.from_numpy(array) for name, array in (step | references).items()}
     inputs = StepInputs(*(tensors[name] for name in step))
@@ -121,11 +107,9 @@ def test_transformer(artifacts: Path, precision: str) -> None:
     assert compare(first["noise_pred"], unquantized).relative > 0.02
 
 
-def test_nvfp4_has_no_graphs_in_float32(artifacts: Path) -> None:
+def test_nvfp4_has_no_graphs_in_float32(quantized: Path) -> None:
     """Only TensorRT runs them, and it wants 16 bits; the folder says so at once."""
-    samples = make_samples(1, size=(128, 128))
-    quantize_artifacts(artifacts, QuantizationRecipe.load("nvfp4"), samples, text_tokens=32)
-    manifest = Manifest.load(artifacts)
+    manifest = Manifest.load(quantized)
     assert manifest.precisions["nvfp4"] == {"transformer": "nvfp4", "text_encoder": "fp8"}
     with pytest.raises(ArtifactError, match="nvfp4 takes bf16 and fp16 artifacts"):
         manifest.choose_graphs(precision="nvfp4")

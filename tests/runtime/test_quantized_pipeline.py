@@ -14,9 +14,6 @@ from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 
 KINDS: dict[str, dict[str, str]] = {
@@ -24,17 +21,6 @@ KINDS: dict[str, dict[str, str]] = {
     "fp8 K/V": {"precision": "fp8", "kv_dtype": "fp8"},
     "fp8 attention": {"precision": "fp8", "attention": "fp8"},
 }
-
-
-@pytest.fixture(scope="module")
-def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny artifacts in float32, and in fp8."""
-    folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_artifacts, folder)
-    quantize_artifacts(
-        folder, QuantizationRecipe.load("fp8"), make_samples(1, size=(128, 128)), text_tokens=32
-    )
-    return folder
 
 
 def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
@@ -64,13 +50,13 @@ def photos() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def exact(artifacts: Path) -> NDArray[Any]:
-    return make(load(artifacts), image=photos())
+def exact(quantized: Path) -> NDArray[Any]:
+    return make(load(quantized), image=photos())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_requests_in_fp8(artifacts: Path, exact: NDArray[Any], tmp_path: Path, kind: str) -> None:
-    pipe = load(artifacts, **KINDS[kind])
+def test_requests_in_fp8(quantized: Path, exact: NDArray[Any], tmp_path: Path, kind: str) -> None:
+    pipe = load(quantized, **KINDS[kind])
     latents = make(pipe, image=photos())
     error = np.linalg.norm(latents - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.1  # it is another model; measured 0.02
@@ -81,17 +67,10 @@ def test_requests_in_fp8(artifacts: Path, exact: NDArray[Any], tmp_path: Path, k
     # 2 images of 16 tokens: keys and values, and nothing beside them.
     assert references.nbytes == 2 * 32 * net.num_blocks * net.inner_dim * bytes_per_number
     references.save(tmp_path / "refs.safetensors")
-    again = load(artifacts, **KINDS[kind]).load_references(tmp_path / "refs.safetensors")
+    again = load(quantized, **KINDS[kind]).load_references(tmp_path / "refs.safetensors")
     np.testing.assert_array_equal(make(pipe, references=again), latents)
     with pytest.raises(RequestError, match="belong to other weights"):
-        load(artifacts).load_references(tmp_path / "refs.safetensors")
-
-
-def test_a_precision_that_is_not_there(artifacts: Path) -> None:
-    with pytest.raises(ArtifactError, match="klein-kv quantize ARTIFACTS --recipe nvfp4"):
-        load(artifacts, precision="nvfp4")
-    with pytest.raises(RequestError, match="attention is 'fp8' and no quantized precision"):
-        load(artifacts, attention="fp8")
+        load(quantized).load_references(tmp_path / "refs.safetensors")
 
 
 def save_engines(artifacts: Path, name: str, **options: Any) -> None:
@@ -109,8 +88,9 @@ def save_engines(artifacts: Path, name: str, **options: Any) -> None:
     ).save(folder)
 
 
-def test_engines_are_those_of_the_graphs(artifacts: Path) -> None:
+def test_engines_are_those_of_the_graphs(quantized: Path, tmp_path: Path) -> None:
     """A folder may hold engines of several precisions; each set of graphs takes its own."""
+    artifacts = shutil.copytree(quantized, tmp_path / "artifacts")
     manifest = Manifest.load(artifacts, check_files=False)
     fp8 = manifest.choose_graphs(precision="fp8")
     attention = manifest.choose_graphs(precision="fp8", attention="fp8")

@@ -23,15 +23,15 @@ NAME = "transformer_blocks.0.ff.linear_in.weight"
 
 
 @pytest.fixture(scope="module")
-def own(artifacts: Path) -> NDArray[np.float32]:
+def own(quantized: Path) -> NDArray[np.float32]:
     """The tensor before."""
-    weights = component_weights(artifacts, Manifest.load(artifacts), "transformer")
+    weights = component_weights(quantized, Manifest.load(quantized), "transformer")
     return map_weight(weights[NAME]).astype(np.float32)
 
 
-def adapter_of(artifacts: Path, size: float) -> tuple[Adapter, NDArray[np.float32]]:
+def adapter_of(quantized: Path, size: float) -> tuple[Adapter, NDArray[np.float32]]:
     """An adapter of one tensor, whose change has this deviation, and the change."""
-    shapes = transformer_parameters(Manifest.load(artifacts).config.transformer)
+    shapes = transformer_parameters(Manifest.load(quantized).config.transformer)
     rows, columns = shapes[NAME]
     rng = np.random.default_rng(0)
     up = rng.standard_normal((rows, 4)).astype(np.float32) * size / 2
@@ -41,12 +41,12 @@ def adapter_of(artifacts: Path, size: float) -> tuple[Adapter, NDArray[np.float3
     return read_adapter(tensors, shapes), up @ down
 
 
-def open_merger(artifacts: Path, precision: str | None = None) -> WeightMerger:
-    manifest = Manifest.load(artifacts)
+def open_merger(quantized: Path, precision: str | None = None) -> WeightMerger:
+    manifest = Manifest.load(quantized)
     graphs = manifest.graphs
     if precision:
         graphs = GraphSet("kv", "float32", None, (("transformer", precision),))
-    return WeightMerger(artifacts, manifest, graphs)
+    return WeightMerger(quantized, manifest, graphs)
 
 
 def dequantized(merger: WeightMerger, layer: QuantizedLinear, adapters: Any) -> NDArray[Any]:
@@ -57,9 +57,9 @@ def dequantized(merger: WeightMerger, layer: QuantizedLinear, adapters: Any) -> 
     return dequantize_nvfp4(contents[NAME], scales, layer.weight_scale)
 
 
-def test_several_adapters_are_merged_in_float32(artifacts: Path, own: NDArray[Any]) -> None:
-    adapter, change = adapter_of(artifacts, 0.02)
-    merger = open_merger(artifacts)
+def test_several_adapters_are_merged_in_float32(quantized: Path, own: NDArray[Any]) -> None:
+    adapter, change = adapter_of(quantized, 0.02)
+    merger = open_merger(quantized)
     merged = merger.contents([(adapter, 0.75), (adapter, -2.0)])[NAME]()
     np.testing.assert_allclose(merged, own - 1.25 * change.astype(np.float64), atol=1e-6)
     assert set(merger.contents([(adapter, 1.0)])) == {NAME}
@@ -67,16 +67,16 @@ def test_several_adapters_are_merged_in_float32(artifacts: Path, own: NDArray[An
 
 @pytest.mark.parametrize(("precision", "kept"), [("fp8", 0.97), ("nvfp4", 0.85)])
 def test_a_quantized_merge_keeps_a_small_change(
-    precision: str, kept: float, artifacts: Path, own: NDArray[Any], monkeypatch: Any
+    precision: str, kept: float, quantized: Path, own: NDArray[Any], monkeypatch: Any
 ) -> None:
     """By its projection on the change that was meant; from the numbers' grid much of it is lost."""
-    layer = load_quantized(artifacts, "transformer", precision).linears[NAME]
-    adapter, change = adapter_of(artifacts, 0.05 * float(own.std()))
+    layer = load_quantized(quantized, "transformer", precision).linears[NAME]
+    adapter, change = adapter_of(quantized, 0.05 * float(own.std()))
 
     def share(before: NDArray[Any], after: NDArray[Any]) -> float:
         return float(((after - before) * change).sum() / (change**2).sum())
 
-    merger = open_merger(artifacts, precision)
+    merger = open_merger(quantized, precision)
     after = dequantized(merger, layer, [(adapter, 1.0)])
     assert kept < share(layer.dequantize(), after) < 2 - kept
 
@@ -87,11 +87,11 @@ def test_a_quantized_merge_keeps_a_small_change(
 
 
 def test_what_does_not_fit_under_the_scale_is_told(
-    artifacts: Path, own: NDArray[Any], caplog: pytest.LogCaptureFixture
+    quantized: Path, own: NDArray[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for precision, size, warned in (("fp8", 0.1, False), ("fp8", 3.0, True), ("nvfp4", 3.0, True)):
-        adapter, _ = adapter_of(artifacts, size * float(np.abs(own).max()))
-        merger = open_merger(artifacts, precision)
+        adapter, _ = adapter_of(quantized, size * float(np.abs(own).max()))
+        merger = open_merger(quantized, precision)
         [content() for content in merger.contents([(adapter, 1.0)]).values()]
         caplog.clear()
         merger.warn()
@@ -100,17 +100,17 @@ def test_what_does_not_fit_under_the_scale_is_told(
 
 
 def test_weights_that_are_dequantized_ones_are_warned_of(
-    artifacts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+    quantized: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    layer = load_quantized(artifacts, "transformer", "fp8").linears[NAME]
-    adapter, _ = adapter_of(artifacts, 0.01)
-    merger = open_merger(artifacts, "fp8")
+    layer = load_quantized(quantized, "transformer", "fp8").linears[NAME]
+    adapter, _ = adapter_of(quantized, 0.01)
+    merger = open_merger(quantized, "fp8")
     with caplog.at_level(logging.WARNING):
         merger.contents([(adapter, 1.0)])[NAME]()
         assert not caplog.records
         grid = layer.dequantize()
         monkeypatch.setattr(merge, "map_weight", lambda _ref: grid)
-        other = open_merger(artifacts, "fp8")
+        other = open_merger(quantized, "fp8")
         other.contents([(adapter, 1.0)])[NAME]()
         other.contents([(adapter, 0.5)])[NAME]()
     assert [("dequantized" in x.message) for x in caplog.records] == [True]
