@@ -44,13 +44,11 @@ class Adapter:
         changes: by our tensor names, those of diffusers' `Flux2Transformer2DModel`; several changes
             of a tensor concern different rows.
         digest: sha256 of all that has an effect: the same from a file and from a dictionary.
-        format: who writes such files, and the kind of change; for people.
         ignored: keys that matched nothing.
     """
 
     changes: Mapping[str, tuple[TensorChange, ...]]
     digest: str
-    format: str
     ignored: tuple[str, ...] = ()
 
 
@@ -97,8 +95,7 @@ def read_adapter(
     _check_ignored(file, ignored, bool(changes), strict)
     _check_overlap(file.name, changes)
     fixed = {tensor: tuple(its) for tensor, its in changes.items()}
-    used = sorted(file.tensors.keys() - set(ignored))
-    return Adapter(fixed, _digest(fixed), file_format(used), tuple(ignored))
+    return Adapter(fixed, _digest(fixed), tuple(ignored))
 
 
 def describe_lora(path: Path) -> dict[str, Any]:

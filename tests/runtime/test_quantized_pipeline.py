@@ -108,6 +108,8 @@ def test_engines_are_those_of_the_graphs(quantized: Path, tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match="these are engines of rtx5090 bf16 default"):
         opened(artifacts / "engines" / "a")
     save_engines(artifacts, "b", precision="fp8")
+    with pytest.raises(ArtifactError, match="choose other engines"):  # other keys and values
+        opened(artifacts / "engines" / "b", attention)
     save_engines(artifacts, "c", precision="fp8", kv_dtype=KVFormat.FP8_CONSTANT, attention="fp8")
     for graphs in (fp8, attention, manifest.graphs):
         # Past the choice of the folder, to the check of the library.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.lora.lora_file import Adapter, read_adapter
+from klein_kv.runtime.lora.lora_file import Adapter, describe_lora, read_adapter
 from klein_kv.runtime.lora.lora_keys import module_table
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 from tests.runtime.lora.lora_files import (
@@ -46,8 +46,11 @@ def assert_near(got: Any, expected: Any, what: str) -> None:
 def test_weights_become_what_the_writer_means(name: str, tmp_path: Path) -> None:
     writer = WRITERS[name]
     tensors, apply = make(writer)
-    adapter = read_adapter(save(tmp_path / "x.safetensors", tensors, torch.bfloat16), SHAPES)
-    assert adapter.format == writer.format
+    path = save(tmp_path / "x.safetensors", tensors, torch.bfloat16)
+    adapter = read_adapter(path, SHAPES)
+    described = describe_lora(path)
+    assert (described["format"], described["keys"]) == (writer.format, len(tensors))
+    assert set(described["ranks"]) <= {RANK}
     assert adapter.ignored == ()
     added = getattr(writer.algorithm, "func", writer.algorithm) is lora
     ranks = {change.rank for changes in adapter.changes.values() for change in changes}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from klein_kv.runtime.lora.lora_file import Adapter, read_adapter
+from klein_kv.runtime.lora.lora_file import Adapter, describe_lora, read_adapter
 from tests.runtime.lora.lora_files import CONFIG, SHAPES, WRITERS, make, save, weights
 
 MATRICES = [name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) == 2]
@@ -76,9 +76,10 @@ def test_peft(model: Any, config: dict[str, Any], tmp_path: Path) -> None:
         transformer_lora_layers=peft.get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
     )
-    adapter = read_adapter(tmp_path / "pytorch_lora_weights.safetensors", SHAPES)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    adapter = read_adapter(path, SHAPES)
     assert len(adapter.changes) == len(MATRICES)
-    assert adapter.format.startswith("PEFT (diffusers)")
+    assert describe_lora(path)["format"].startswith("PEFT (diffusers)")
     assert_merged(adapter, fused(model))
 
 
