@@ -210,17 +210,13 @@ class KleinExport:
     nodes: dict[str, int]
 
 
-def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline":
+def load_ours(artifacts: Path, backend: str = "onnxruntime", **options: Any) -> "KleinKVPipeline":
     """Our pipeline, on one thread, without its progress bar, and computing everything anew."""
     from klein_kv import KleinKVPipeline
 
+    usual = {"threads": 1, "reference_cache_bytes": 0, "prompt_cache_bytes": 0}
     pipeline = KleinKVPipeline.from_pretrained(
-        artifacts,
-        backend=backend,
-        device="cpu",
-        threads=1,
-        reference_cache_bytes=0,
-        prompt_cache_bytes=0,
+        artifacts, backend=backend, device="cpu", **usual | options
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

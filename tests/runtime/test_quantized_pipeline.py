@@ -15,18 +15,13 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.trt.backend import TrtBackend
+from tests.conftest import load_ours
 
 KINDS: dict[str, dict[str, str]] = {
     "fp8": {"precision": "fp8"},
     "fp8 K/V": {"precision": "fp8", "kv_dtype": "fp8"},
     "fp8 attention": {"precision": "fp8", "attention": "fp8"},
 }
-
-
-def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
-    pipe = KleinKVPipeline.from_pretrained(artifacts, threads=1, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def make(pipe: KleinKVPipeline, **options: Any) -> NDArray[Any]:
@@ -51,12 +46,12 @@ def photos() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def exact(quantized: Path) -> NDArray[Any]:
-    return make(load(quantized), image=photos())
+    return make(load_ours(quantized), image=photos())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_in_fp8(quantized: Path, exact: NDArray[Any], tmp_path: Path, kind: str) -> None:
-    pipe = load(quantized, **KINDS[kind])
+    pipe = load_ours(quantized, **KINDS[kind])
     latents = make(pipe, image=photos())
     error = np.linalg.norm(latents - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.1  # it is another model; measured 0.02
@@ -67,10 +62,10 @@ def test_requests_in_fp8(quantized: Path, exact: NDArray[Any], tmp_path: Path, k
     # 2 images of 16 tokens: keys and values, and nothing beside them.
     assert references.nbytes == 2 * 32 * net.num_blocks * net.inner_dim * bytes_per_number
     references.save(tmp_path / "refs.safetensors")
-    again = load(quantized, **KINDS[kind]).load_references(tmp_path / "refs.safetensors")
+    again = load_ours(quantized, **KINDS[kind]).load_references(tmp_path / "refs.safetensors")
     np.testing.assert_array_equal(make(pipe, references=again), latents)
     with pytest.raises(RequestError, match="belong to other weights"):
-        load(quantized).load_references(tmp_path / "refs.safetensors")
+        load_ours(quantized).load_references(tmp_path / "refs.safetensors")
 
 
 def save_engines(artifacts: Path, name: str, **options: Any) -> None:

@@ -47,15 +47,7 @@ def make_adapter(pipe: KleinKVPipeline, seed: int, size: float = 0.3) -> Adapter
 
 @pytest.fixture
 def pipe(tiny_artifacts: Path, backend: str) -> Iterator[KleinKVPipeline]:
-    pipeline = KleinKVPipeline.from_pretrained(
-        tiny_artifacts,
-        backend=backend,
-        device="cpu",
-        threads=1,
-        reference_cache_bytes=1 << 28,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    with pipeline:
+    with load_ours(tiny_artifacts, backend, reference_cache_bytes=1 << 28) as pipeline:
         yield pipeline
 
 

@@ -19,6 +19,7 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat, kv_names
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
 from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
+from tests.conftest import load_ours
 from tests.runtime.conftest import Picture, Watch
 
 SIZES = [(100, 68), (75, 88), (65, 160), (64, 75)]
@@ -31,22 +32,18 @@ REQUEST: dict[str, Any] = {
 }
 
 
-def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
-    options = {"threads": 1, "reference_cache_bytes": 1 << 28} | options
-    pipeline = KleinKVPipeline.from_pretrained(artifacts, device="cpu", **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+KEPT: dict[str, Any] = {"reference_cache_bytes": 1 << 28, "prompt_cache_bytes": 1 << 28}
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
     """A pipeline that keeps references, with each backend; every test brings its own pictures."""
-    return load(tiny_artifacts, backend=backend)
+    return load_ours(tiny_artifacts, backend, **KEPT)
 
 
 @pytest.fixture(scope="module")
 def fp8(tiny_artifacts: Path, backend: str) -> KleinKVPipeline:
-    return load(tiny_artifacts, backend=backend, kv_dtype="fp8")
+    return load_ours(tiny_artifacts, backend, kv_dtype="fp8", **KEPT)
 
 
 def arrays(references: ReferenceSet) -> dict[str, np.ndarray[Any, Any]]:
@@ -72,13 +69,9 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
     picture: Picture,
     tmp_path: Path,
 ) -> None:
-    def fresh(budget: int) -> KleinKVPipeline:
-        options = {"kv_dtype": kv_dtype, "reference_cache_bytes": budget}
-        return load(tiny_artifacts, backend=backend, **options)
-
     pipe = pipe if kv_dtype is None else fp8
     images = [picture(*size, seed=10 * count + i) for i, size in enumerate(SIZES[:count])]
-    keeps_nothing = fresh(0)
+    keeps_nothing = load_ours(tiny_artifacts, backend, kv_dtype=kv_dtype)
     expected = keeps_nothing(image=images, **REQUEST).images  # `first_step`
     before = pipe.reference_store.stats
     for _ in range(2):  # a miss, then a hit
@@ -93,7 +86,7 @@ def test_every_way_to_the_same_references_gives_the_same_bits(
     assert kept.digest == encoded.digest
 
     kept.save(tmp_path / "set.safetensors")
-    restarted = fresh(1 << 28)
+    restarted = load_ours(tiny_artifacts, backend, kv_dtype=kv_dtype, **KEPT)
     loaded = restarted.load_references(tmp_path / "set.safetensors")
     for fact in ("digest", "nbytes", "num_tokens", "first_size"):
         assert getattr(loaded, fact) == getattr(kept, fact)
@@ -109,7 +102,7 @@ def test_threads_of_the_backend_do_not_matter(
     tiny_ours: KleinKVPipeline, tiny_artifacts: Path, picture: Picture
 ) -> None:
     images = [picture(300, 200, seed=70), picture(160, 250, seed=71)]
-    two = load(tiny_artifacts, threads=2, reference_cache_bytes=0)
+    two = load_ours(tiny_artifacts, threads=2)
     one, other = arrays(tiny_ours.encode_references(images)), arrays(two.encode_references(images))
     for name in kv_names(3):
         assert_same_bits(one[name], other[name])
@@ -275,9 +268,9 @@ def test_folders_without_such_graphs_say_so(tiny_artifacts: Path) -> None:
 
 
 def test_kv_dtype_is_the_graphs_or_fp8(tiny_artifacts: Path) -> None:
-    assert load(tiny_artifacts, kv_dtype="fp32").graphs == Manifest.load(tiny_artifacts).graphs
+    assert load_ours(tiny_artifacts, kv_dtype="fp32").graphs == Manifest.load(tiny_artifacts).graphs
     with pytest.raises(RequestError, match=r"kv_dtype is 'bf16', .*expected 'fp32' or 'fp8'"):
-        load(tiny_artifacts, kv_dtype="bf16")
+        load_ours(tiny_artifacts, kv_dtype="bf16")
 
 
 # --- the file ---
