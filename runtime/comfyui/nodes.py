@@ -40,7 +40,6 @@ class KleinKVModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVModel",
             display_name="Klein KV Model",
@@ -72,7 +71,6 @@ class KleinKVModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, artifacts: str, backend: str, precision: str) -> io.NodeOutput:
-        """See `io.ComfyNode`; a RequestError tells of a folder that is there no more."""
         folder = artifact_folders().get(artifacts)
         if folder is None:
             raise RequestError(
@@ -87,7 +85,6 @@ class KleinKVLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVLora",
             display_name="Klein KV LoRA",
@@ -116,7 +113,6 @@ class KleinKVLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelChoice, lora_name: str, strength: float) -> io.NodeOutput:
-        """See `io.ComfyNode`; a FileNotFoundError tells of a file that is there no more."""
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         return io.NodeOutput(replace(model, adapters=(*model.adapters, (path, float(strength)))))
 
@@ -126,7 +122,6 @@ class KleinKVReferences(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVReferences",
             display_name="Klein KV References",
@@ -147,7 +142,6 @@ class KleinKVReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, **images: torch.Tensor | None) -> io.NodeOutput:
-        """See `io.ComfyNode`; more images than four, in batches, are a RequestError."""
         given = [images.get(f"image_{n}") for n in range(1, _REFERENCES + 1)]
         pictures = [x for image in given if image is not None for x in _pictures(image)]
         if len(pictures) > _REFERENCES:
@@ -163,7 +157,6 @@ class KleinKVEdit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVEdit",
             display_name="Klein KV Edit",
@@ -235,7 +228,6 @@ class KleinKVEdit(io.ComfyNode):
         mask: torch.Tensor | None = None,
         strength: float = 1.0,
     ) -> io.NodeOutput:
-        """See `io.ComfyNode`; what is wrong is a KleinKVError."""
         if mask is not None and not mask.any():  # a picture without one
             mask = None
         starts_from_image = mask is not None or strength < 1
@@ -284,7 +276,6 @@ class KleinKVInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVInfo",
             display_name="Klein KV Info",
@@ -298,7 +289,6 @@ class KleinKVInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, run: str) -> io.NodeOutput:
-        """See `io.ComfyNode`."""
         return io.NodeOutput(run, ui=ui.PreviewText(run))
 
 

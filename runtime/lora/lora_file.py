@@ -38,18 +38,11 @@ _MAX_RANK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What one LoRA changes.
-
-    Attributes:
-        changes: by our tensor names, those of diffusers' `Flux2Transformer2DModel`; several changes
-            of a tensor concern different rows.
-        digest: sha256 of all that has an effect: the same from a file and from a dictionary.
-        ignored: keys that matched nothing.
-    """
+    """What one LoRA changes, by our tensor names; several changes of one are of different rows."""
 
     changes: Mapping[str, tuple[TensorChange, ...]]
-    digest: str
-    ignored: tuple[str, ...] = ()
+    digest: str  # of all that has an effect: the same from a file and from a dictionary
+    ignored: tuple[str, ...]  # keys that matched nothing
 
 
 WeightedAdapter = tuple[Adapter, float]
@@ -73,9 +66,9 @@ def read_adapter(
     """Reads a LoRA for a transformer.
 
     Args:
-        source: a safetensors file, whose tensors are mapped, or numpy arrays or torch tensors by
-            key, which are copied.
-        shapes: names and shapes of the transformer's tensors (`transformer_parameters`).
+        source: a safetensors file, whose tensors are mapped, or arrays or torch tensors by key,
+            which are copied.
+        shapes: those of `transformer_parameters`.
         strict: refuse keys that match nothing; otherwise they are left out with a warning.
 
     Raises:

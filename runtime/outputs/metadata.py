@@ -60,25 +60,17 @@ _XMP = """\
 
 @dataclass(frozen=True, slots=True)
 class ImageParameters:
-    """Facts about one image.
-
-    Attributes:
-        references: number of reference images.
-        model_digest: sha256 of the weights, with or without "sha256:" before it.
-        seed: None if the noise came from elsewhere.
-        strength: of an edit that started from an image; None of others.
-        version: of klein-kv.
-    """
+    """Facts about one image."""
 
     prompt: str
     steps: int
     width: int
     height: int
-    references: int
+    references: int  # number of images
     model: str
-    model_digest: str
-    seed: int | None = None
-    strength: float | None = None
+    model_digest: str  # sha256 of the weights, with or without "sha256:" before it
+    seed: int | None = None  # None if the noise came from elsewhere
+    strength: float | None = None  # of an edit that started from an image
     version: str = __version__
 
     @property

@@ -33,17 +33,11 @@ _LONGEST_SIDE = 16384
 
 @dataclass(frozen=True, slots=True)
 class PreparedReferences:
-    """Reference images as the VAE reads them.
+    """Reference images as the VAE reads them."""
 
-    Attributes:
-        pixels: uint8 [1, H, W, 3] each.
-        images: their `images_digest`.
-        digest: digest of the keys and values that they get here.
-    """
-
-    pixels: tuple[NDArray[np.uint8], ...]
-    images: str
-    digest: str
+    pixels: tuple[NDArray[np.uint8], ...]  # [1, H, W, 3] each
+    images: str  # their `images_digest`
+    digest: str  # of the keys and values that they get here
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -45,21 +45,13 @@ _NO_CHECKSUM = "00000000"
 
 @dataclass(frozen=True, slots=True)
 class KVOrigin:
-    """Everything but the images that keys and values depend on.
+    """Everything but the images that keys and values depend on."""
 
-    Attributes:
-        model_digest: graphs and weights (`Manifest.graphs_digest`).
-        dtype: type that the graphs compute in.
-        kv_dtype: type that graphs hand keys and values on in, `dtype` or a `KVFormat`.
-        backend: what computes them; another one rounds differently.
-        adapters: which adapters the weights hold, and how much of each; "" without any.
-    """
-
-    model_digest: str
-    dtype: str
-    kv_dtype: str
-    backend: str
-    adapters: str = ""
+    model_digest: str  # of graphs and weights: `Manifest.graphs_digest`
+    dtype: str  # that the graphs compute in
+    kv_dtype: str  # that they hand keys and values on in: `dtype` or a `KVFormat`
+    backend: str  # another one rounds differently
+    adapters: str = ""  # which of them the weights hold, and how much of each; "" without any
 
     def digest(self, images: str) -> str:
         """Hex digest of keys and values of the images with this `images_digest`."""
