@@ -50,8 +50,8 @@ class Judge:
 
 
 def start_of(image: Image.Image, mask: Any, **changes: Any) -> tuple[StartImage, list[Crop]]:
-    options = {"strength": 1.0, "noised": True, "padding": None, "blur": 0, "overlay": False} | changes
-    return make_start(image, mask, size_of(image, UNIT), UNIT, **options)
+    options = {"strength": 1.0, "noised": True, "padding": None, "blur": 0, "overlay": False}
+    return make_start(image, mask, size_of(image, UNIT), UNIT, **options | changes)
 
 
 def blot(width: int, height: int, seed: int, mode: str = "L") -> Image.Image:
