@@ -28,5 +28,5 @@ def pictures_from_image(image: torch.Tensor) -> list[Image.Image]:
 def image_from_made(made: NDArray[np.float32] | list[Image.Image]) -> torch.Tensor:
     """An IMAGE of float32 [B, H, W, 3] in 0..1, or of PIL images of one size."""
     if isinstance(made, list):
-        made = np.stack(made).astype(np.float32) / 255
+        made = np.stack([np.asarray(x, np.float32) for x in made]) / np.float32(255)
     return torch.from_numpy(made)
