@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import numpy as np
 import torch
 from comfy import model_management
 from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
+from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.artifacts.preview_matrix import PREVIEW
@@ -263,12 +265,14 @@ class KleinKVEdit(io.ComfyNode):
                 "image_reference": list(references[1:]),
                 "mask_image": None if mask is None else mask.float().cpu().numpy(),
                 "strength": strength,
+                "output_type": "pil",
+                "overlay": True,
             }
             made: Any = KleinKVInpaintPipeline.from_pipe(pipe)(**request)
         else:
             made = pipe(**request, image=list(references))
         text = _run_text(pipe, model.precision, has_references=bool(references))
-        return io.NodeOutput(torch.from_numpy(made.images), text)
+        return io.NodeOutput(_image(made.images), text)
 
 
 class KleinKVInfo(io.ComfyNode):
@@ -312,6 +316,13 @@ def _pictures(image: torch.Tensor) -> list[Image.Image]:
     # Rounded: a pixel of a file, divided by 255, may come back a little below a whole number.
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(x[..., 0] if x.shape[2] == 1 else x) for x in pixels]
+
+
+def _image(made: NDArray[np.float32] | list[Image.Image]) -> torch.Tensor:
+    """An IMAGE of float32 [B, H, W, 3] in 0..1, or of PIL images of one size."""
+    if isinstance(made, list):
+        made = np.stack([np.asarray(x, np.float32) for x in made]) / np.float32(255)
+    return torch.from_numpy(made)
 
 
 def _run_text(pipe: KleinKVPipeline, precision: str, *, has_references: bool) -> str:
