@@ -154,8 +154,7 @@ class WeightMerger:
         `scale` is that of the result in float8, None for the model's type. Returns the largest
         magnitude in float32. A CapacityError tells that the device has no memory for it.
         """
-        backend = self._backend
-        assert isinstance(backend, WeightMaker)  # noqa: S101 - else there are no such graphs
+        backend: Any = self._backend  # a `WeightMaker`: others have none of these graphs
         ref = self._own[tensor]
         rows, columns = ref.shape
         rank, step = len(down), rows_at_once(columns)
