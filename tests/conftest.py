@@ -108,10 +108,8 @@ def _export(made_once: MadeOnce, checkpoint: Path, dtype: str) -> Path:
     from klein_kv.export.exporter import export_checkpoint
 
     name = f"tiny-{dtype}"
-    return (
-        made_once(name, lambda folder: export_checkpoint(checkpoint, folder / name, dtype=dtype))
-        / name
-    )
+    folder = made_once(name, lambda root: export_checkpoint(checkpoint, root / name, dtype=dtype))
+    return folder / name
 
 
 @pytest.fixture(scope="session")
@@ -122,13 +120,13 @@ def tiny_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_fp16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
-    """The tiny checkpoint, exported in float16."""
+    """The same in float16."""
     return _export(made_once, tiny_checkpoint, "float16")
 
 
 @pytest.fixture(scope="session")
 def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
-    """The tiny checkpoint, exported in bfloat16."""
+    """The same in bfloat16."""
     return _export(made_once, tiny_checkpoint, "bfloat16")
 
 
@@ -141,14 +139,12 @@ def klein_export(made_once: MadeOnce) -> "KleinExport":
     def make(folder: Path) -> None:
         make_fixture(folder / "checkpoint", "9b-shapes")
         result = export_checkpoint(folder / "checkpoint", folder / "artifacts", allow_zeros=True)
-        facts = {"dtype": result.dtype, "bytes": result.bytes_written, "nodes": result.nodes}
+        facts = {name: getattr(result, name) for name in ("dtype", "bytes_written", "nodes")}
         (folder / "result.json").write_text(json.dumps(facts))
 
     folder = made_once("klein-9b", make)
     facts = json.loads((folder / "result.json").read_text())
-    return KleinExport(
-        folder / "checkpoint", folder / "artifacts", facts["dtype"], facts["bytes"], facts["nodes"]
-    )
+    return KleinExport(folder / "checkpoint", folder / "artifacts", **facts)
 
 
 @pytest.fixture(scope="session")
@@ -222,18 +218,6 @@ def load_ours(artifacts: Path, backend: str = "onnxruntime", **options: Any) -> 
     return pipeline
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One model of `tests.checkpoints`, exported in float32, and loaded by both pipelines."""
-
-    checkpoint: Path
-    artifacts: Path
-    ours: "KleinKVPipeline"
-    theirs: "Flux2KleinKVPipeline"
-    text_layers: tuple[int, ...]
-    unit: int
-
-
 @pytest.fixture(scope="session")
 def saved_models(
     made_once: MadeOnce,
@@ -254,29 +238,6 @@ def saved_models(
 
         folder = made_once(f"model-{name}", make)
         return folder / "checkpoint", folder / "artifacts", load_diffusers(folder / "checkpoint")
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def models(
-    saved_models: Callable[[str], tuple[Path, Path, "Flux2KleinKVPipeline"]], backend: str
-) -> Callable[[str], Model]:
-    """Models of `tests.checkpoints.MODELS` by name, with each backend; built when asked for."""
-    from tests.checkpoints import MODELS
-
-    @functools.cache
-    def get(name: str) -> Model:
-        checkpoint, artifacts, theirs = saved_models(name)
-        architecture = MODELS[name]
-        return Model(
-            checkpoint,
-            artifacts,
-            load_ours(artifacts, backend),
-            theirs,
-            architecture.text_layers,
-            architecture.unit,
-        )
 
     return get
 

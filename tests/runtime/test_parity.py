@@ -22,11 +22,36 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from tests.checkpoints import MODELS, load_diffusers
-from tests.conftest import Model, load_ours
+from tests.conftest import load_ours
 from tests.runtime.conftest import Picture
 from tests.tolerances import assert_close
 
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of `MODELS`, exported in float32, and loaded by both pipelines."""
+
+    checkpoint: Path
+    ours: KleinKVPipeline
+    theirs: Flux2KleinKVPipeline
+    text_layers: tuple[int, ...]
+
+
 Models = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def models(saved_models: Any, backend: str) -> Models:
+    """By name, with each backend; built when asked for."""
+
+    @functools.cache
+    def get(name: str) -> Model:
+        checkpoint, artifacts, theirs = saved_models(name)
+        ours = load_ours(artifacts, backend)
+        return Model(checkpoint, ours, theirs, MODELS[name].text_layers)
+
+    return get
+
 
 PROMPT = "a red kite over the sea"
 # Width and height; none is a multiple of 16 on both sides.

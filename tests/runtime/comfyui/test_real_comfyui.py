@@ -26,8 +26,7 @@ from PIL import Image
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import answer, cyanotype, draw_scene, psnr, sample_subjects
 from klein_kv.cli import main
-from tests.runtime.comfyui.conftest import STAND_INS
-from tests.runtime.comfyui.workflows import WORKFLOWS, prompt_from_workflow
+from tests.runtime.comfyui.conftest import STAND_INS, WORKFLOWS, prompt_from_workflow
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ""))  # noqa: TID251 - tests alone
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)  # noqa: TID251
