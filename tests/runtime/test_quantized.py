@@ -1,5 +1,6 @@
-"""fp8 graphs in ONNX Runtime against the simulation in torch: two ways to the same arithmetic."""
+"""Quantized graphs on the CPU: against the simulation in torch, in whole requests, and engines."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from klein_kv import KleinKVPipeline
+from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.quantized_weights import load_quantized
-from klein_kv.artifacts.signature import kv_names
-from klein_kv.errors import ArtifactError
+from klein_kv.artifacts.signature import KVFormat, kv_names
+from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.export.checks.artifact_weights import MappedWeights, component_weights
 from klein_kv.export.checks.compare import compare
 from klein_kv.networks.quantized_torch_ops import QuantizedOps
@@ -20,6 +24,8 @@ from klein_kv.networks.text_encoder import encode_text
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.networks.transformer import StepInputs, denoise, encode_references
 from klein_kv.runtime.backends.ort.backend import OrtBackend
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from tests.conftest import load_ours
 
 BOUNDS = {"fp8": 1e-2, "fp8-weight-only": 1e-3}
 """Relative error (root of the mean square). Measured: up to 4e-7, in fp8 3.7e-3 in the last block
@@ -98,12 +104,8 @@ def test_transformer(quantized: Path, precision: str) -> None:
     for got in (first, cached):
         assert compare(got["noise_pred"], noise_pred).relative < BOUNDS[precision]
         assert compare(got["latents"], latents).relative < BOUNDS[precision]
-    unquantized, _ = denoise(
-        plain,
-        net,
-        inputs,
-        encode_references(plain, net, tensors["ref_hidden_states"], tensors["ref_ids"]),
-    )
+    kv = encode_references(plain, net, tensors["ref_hidden_states"], tensors["ref_ids"])
+    unquantized, _ = denoise(plain, net, inputs, kv)
     assert compare(first["noise_pred"], unquantized).relative > 0.02
 
 
@@ -113,3 +115,96 @@ def test_nvfp4_has_no_graphs_in_float32(quantized: Path) -> None:
     assert manifest.precisions["nvfp4"] == {"transformer": "nvfp4", "text_encoder": "fp8"}
     with pytest.raises(ArtifactError, match="nvfp4 takes bf16 and fp16 artifacts"):
         manifest.choose_graphs(precision="nvfp4")
+
+
+# --- whole requests, and the engines that they take ---
+
+KINDS: dict[str, dict[str, str]] = {
+    "fp8": {"precision": "fp8"},
+    "fp8 K/V": {"precision": "fp8", "kv_dtype": "fp8"},
+    "fp8 attention": {"precision": "fp8", "attention": "fp8"},
+}
+
+
+def make(pipe: KleinKVPipeline, **options: Any) -> NDArray[Any]:
+    size = {"height": 128, "width": 128, "max_sequence_length": 64}
+    options |= {"seed": 3, "num_inference_steps": 2, "output_type": "latent"}
+    return np.asarray(pipe("a kite", **size, **options).images)
+
+
+def photos() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def exact(quantized: Path) -> NDArray[Any]:
+    return make(load_ours(quantized), image=photos())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_in_fp8(quantized: Path, exact: NDArray[Any], tmp_path: Path, kind: str) -> None:
+    pipe = load_ours(quantized, **KINDS[kind])
+    latents = make(pipe, image=photos())
+    error = np.linalg.norm(latents - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.1  # it is another model; measured 0.02
+    references = pipe.encode_references(photos())
+    np.testing.assert_array_equal(make(pipe, references=references), latents)
+    bytes_per_number = 4 if kind == "fp8" else 1
+    net = pipe.config.transformer
+    # 2 images of 16 tokens: keys and values, and nothing beside them.
+    assert references.nbytes == 2 * 32 * net.num_blocks * net.inner_dim * bytes_per_number
+    references.save(tmp_path / "refs.safetensors")
+    again = load_ours(quantized, **KINDS[kind]).load_references(tmp_path / "refs.safetensors")
+    np.testing.assert_array_equal(make(pipe, references=again), latents)
+    with pytest.raises(RequestError, match="belong to other weights"):
+        load_ours(quantized).load_references(tmp_path / "refs.safetensors")
+
+
+def save_engines(artifacts: Path, name: str, **options: Any) -> None:
+    folder = artifacts / "engines" / name
+    folder.mkdir(parents=True)
+    EngineManifest(
+        module="tensorrt_rtx",
+        version="0",
+        target="rtx5090",
+        sm=120,
+        weights="shared",
+        recipe="default",
+        engines={},
+        **options,
+    ).save(folder)
+
+
+def test_engines_are_those_of_the_graphs(quantized: Path, tmp_path: Path) -> None:
+    """A folder may hold engines of several precisions; each set of graphs takes its own."""
+    artifacts = shutil.copytree(quantized, tmp_path / "artifacts")
+    manifest = Manifest.load(artifacts, check_files=False)
+    fp8 = manifest.choose_graphs(precision="fp8")
+    attention = manifest.choose_graphs(precision="fp8", attention="fp8")
+
+    def opened(engines: Path | None = None, graphs: Any = fp8) -> None:
+        TrtBackend(artifacts, manifest, engines=engines, graphs=graphs, trt=_WrongModule())
+
+    save_engines(artifacts, "a", precision="bf16")
+    with pytest.raises(
+        ArtifactError, match=r"no engines of precision fp8 in .*; build .*precision fp8"
+    ):
+        opened()
+    with pytest.raises(ArtifactError, match=r"with float8 attention in .*--attention fp8"):
+        opened(graphs=attention)
+    with pytest.raises(ArtifactError, match="these are engines of rtx5090 bf16 default"):
+        opened(artifacts / "engines" / "a")
+    save_engines(artifacts, "b", precision="fp8")
+    with pytest.raises(ArtifactError, match="choose other engines"):  # other keys and values
+        opened(artifacts / "engines" / "b", attention)
+    save_engines(artifacts, "c", precision="fp8", kv_dtype=KVFormat.FP8_CONSTANT, attention="fp8")
+    for graphs in (fp8, attention, manifest.graphs):
+        # Past the choice of the folder, to the check of the library.
+        with pytest.raises(Exception, match="the engines were built with tensorrt_rtx 0"):
+            opened(graphs=graphs)
+
+
+class _WrongModule:
+    __name__ = "tensorrt_rtx"
+    __version__ = "1"
