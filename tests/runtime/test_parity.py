@@ -168,7 +168,7 @@ def test_equals_diffusers(
 def test_every_input_matters(name: str, models: Models, picture: Picture) -> None:
     """Otherwise the matrix would prove little: each change shows far above the tolerance."""
     one, two = picture(160, 128, seed=1), picture(160, 128, seed=2)
-    request = {"prompt": PROMPT, "image": [one, two], "height": 128, "width": 128}
+    request = {"prompt": PROMPT, "image": [one, two], "num_inference_steps": 2, **SMALL}
 
     def latents(**change: Any) -> Any:
         return run(models(name).ours, **(request | {"output_type": "latent"} | change))[1]
@@ -181,7 +181,7 @@ def test_every_input_matters(name: str, models: Models, picture: Picture) -> Non
         {"image": None},
         {"seeds": (4,)},
         {"max_sequence_length": 80},
-        {"sigmas": [1.0, 0.7, 0.4, 0.2]},
+        {"sigmas": [1.0, 0.4]},
     ):
         assert np.abs(latents(**change) - base).max() > 1e-2, change
 
