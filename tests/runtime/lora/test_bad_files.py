@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from klein_kv.errors import KleinKVError, RequestError
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.lora.lora_file import read_adapter
+from klein_kv.runtime.lora.lora_source import find_lora
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 from tests.runtime.lora.lora_files import SHAPES, WRITERS, State, make, save
 
@@ -140,6 +142,35 @@ def test_other_files_are_refused(
     write(path)
     with pytest.raises(RequestError, match=message):
         read_adapter(path, SHAPES)
+
+
+def test_where_a_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, usual = tmp_path / "a.safetensors", tmp_path / "pytorch_lora_weights.safetensors"
+    with pytest.raises(RequestError, match=r"holds 0 \.safetensors files \(none\)"):
+        find_lora(tmp_path, None)
+    one.touch()
+    assert find_lora(tmp_path, None) == find_lora(one, None) == one
+    (tmp_path / "b.safetensors").touch()
+    with pytest.raises(RequestError, match=r"2 \.safetensors files .*; name one as weight_name"):
+        find_lora(tmp_path, None)
+    usual.touch()
+    assert find_lora(str(tmp_path), None) == usual
+    assert find_lora(tmp_path, "b.safetensors") == tmp_path / "b.safetensors"
+
+    def download(repository: str, name: str) -> str:
+        if name == "gone":
+            raise OSError("404")
+        return f"/cache/{repository}/{name}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert find_lora("me/style", None) == Path("/cache/me/style", usual.name)
+    with pytest.raises(
+        RequestError, match=r"gone cannot be had .* \(OSError: 404\); give the path"
+    ):
+        find_lora("me/style", "gone")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(RequestError, match="pip install huggingface_hub"):
+        find_lora("me/style", None)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def test_the_base_comes_back_bit_for_bit_and_keys_are_never_old(
     assert same(latents(pipe, noise, image=[image]), base)
     pipe.set_adapters("style")
     assert same(latents(pipe, noise, image=[image]), changed)
+    pipe.load_lora_weights(make_adapter(pipe, 2), "style", hotswap=True)
+    assert not np.allclose(latents(pipe, noise, image=[image]), changed, atol=1e-2)
     pipe.unload_lora_weights()
     assert same(latents(pipe, noise, image=[image]), base)
     assert same(latents(pipe, noise, references=known), base)
