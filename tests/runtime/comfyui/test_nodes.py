@@ -75,13 +75,14 @@ def test_edits_are_right_and_the_second_one_is_a_hit(comfyui: ComfyUI, edit: Edi
     assert psnr(first, answer(SWAP, SCENES, SIZE)) > 20
     assert "references: miss" in text
     assert "first step" in text
-    second, text = edit(NIGHT, *PICTURES, seed=2**64 - 1)
+    second, text = edit(NIGHT, *PICTURES, seed=2**64 - 1, steps=2)
     assert "references: hit" in text
-    assert "4 cached steps" in text
+    assert "2 cached steps" in text
     assert "first step" not in text
     assert "reference sets kept: 1" in text
     assert not same(first, second)
-    assert [x[:2] for x in comfyui.utils.shown] == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
+    shown = [x[:2] for x in comfyui.utils.shown]
+    assert shown == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
     assert psnr(comfyui.utils.shown[3][2], first) > 20
     alone, text = edit(NIGHT, width=64, height=48, steps=1)
     assert alone.size == (64, 48)

@@ -110,8 +110,8 @@ def test_engines_merge_as_the_host_does(
 ) -> None:
     """Sums are made in another order: now and then the next number; never more."""
     if pieces:  # as of large weights
-        monkeypatch.setattr(merge_network, "_MOST_NUMBERS", 1 << 11)
-        monkeypatch.setattr(merge, "_READ_BYTES", 1 << 14)
+        monkeypatch.setattr(merge_network, "_MOST_NUMBERS", 1 << 13)
+        monkeypatch.setattr(merge, "_READ_BYTES", 1 << 15)
     card = Card(request.getfixturevalue(folder), tmp_path, precision)
     before, adapters = card.held(), card.adapters()
     contents, expected = card.merger().contents(adapters), card.expected(adapters)
