@@ -190,8 +190,8 @@ def test_models_leave_for_each_other(comfyui: ComfyUI, edit: Edit) -> None:
         ("Lora", {"lora_name": "gone.safetensors"}, FileNotFoundError, "gone.safetensors"),
         ("Edit", {"width": 100}, RequestError, "width is 100, expected a multiple of 16"),
         ("Edit", {"steps": 0}, ValueError, "wrong"),
-        ("Edit", {"precision": "fp8"}, ArtifactError, "klein-kv quantize ARTIFACTS --recipe fp8"),
-        ("Edit", {"backend": "x"}, BackendError, "backend is 'x', expected one of auto"),
+        ("Edit", {"model": {"precision": "fp8"}}, ArtifactError, "quantize ARTIFACTS --recipe fp8"),
+        ("Edit", {"model": {"backend": "x"}}, BackendError, "backend is 'x', expected one of auto"),
         ("References", {"image_1": torch.zeros(5, 8, 8, 3)}, RequestError, "5 reference images"),
         ("References", {"image_1": torch.zeros(8, 8, 3)}, RequestError, r"shape \(8, 8, 3\)"),
         ("References", {}, ValueError, "missing"),
@@ -201,18 +201,17 @@ def test_bad_inputs_are_told(
     node: Callable[..., Any], name: str, inputs: dict[str, Any], error: type, words: str
 ) -> None:
     choice = {"artifacts": "pocket", "backend": "auto", "precision": "own"}
-    if name == "Edit":  # opens the model
-        choice |= {key: inputs[key] for key in choice if key in inputs}
-        inputs = {key: value for key, value in inputs.items() if key not in choice}
-    (model,) = node("Model", **choice)
-    usual = {
+    usual: dict[str, dict[str, Any]] = {
         "Model": choice,
-        "Lora": {"model": model, "lora_name": "cyanotype.safetensors", "strength": 1.0},
-        "Edit": {"model": model, "prompt": "", "width": 0, "height": 0, "seed": 0, "steps": 4},
+        "Lora": {"model": {}, "lora_name": "cyanotype.safetensors", "strength": 1.0},
+        "Edit": {"model": {}, "prompt": "", "width": 0, "height": 0, "seed": 0, "steps": 4},
         "References": {},
     }
+    request = usual[name] | inputs
+    if "model" in request:
+        (request["model"],) = node("Model", **choice | request["model"])
     with pytest.raises(error, match=words):
-        node(name, **(usual[name] | inputs))
+        node(name, **request)
 
 
 @pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.json")), ids=lambda x: x.stem)
