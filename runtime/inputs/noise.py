@@ -24,7 +24,6 @@ from klein_kv.schedule import round_to_dtype
 __all__ = ["initial_noise", "random_seed"]
 
 _LANES = 16  # Box-Muller works on rows of 16: 8 radii, then 8 angles
-_TWO_PI = np.float32(2.0 * math.pi)
 
 
 def initial_noise(
@@ -73,22 +72,14 @@ def _normal(sizes: tuple[int, ...], seed: int) -> NDArray[np.float32]:
             "128 channels give; pass generator= with a torch.Generator instead of seed="
         )
     # torch: mt19937(seed) keeps the low 32 bits. numpy promises RandomState's stream for good.
-    words = np.random.RandomState(int(seed) & 0xFFFFFFFF)
-    return _box_muller(_uniform(count, words)).reshape(sizes)
-
-
-def _uniform(count: int, words: np.random.RandomState) -> NDArray[np.float32]:
-    """`count` multiples of 2**-24 in [0, 1): the low 24 bits of one 32-bit word each."""
-    bits = np.frombuffer(words.bytes(4 * count), dtype="<u4") & np.uint32(0xFFFFFF)
-    return bits.astype(np.float32) * np.float32(2.0**-24)
-
-
-def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normal values from uniform ones, [16 n] -> [16 n], in float32 throughout."""
+    words = np.random.RandomState(int(seed) & 0xFFFFFFFF).bytes(4 * count)
+    bits = np.frombuffer(words, dtype="<u4") & np.uint32(0xFFFFFF)
+    uniform = bits.astype(np.float32) * np.float32(2.0**-24)  # in [0, 1)
     rows = uniform.reshape(-1, 2, _LANES // 2)
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - rows[:, 0]))
-    angle = _TWO_PI * rows[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    angle = np.float32(2.0 * math.pi) * rows[:, 1]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return normal.reshape(sizes)
 
 
 def _torch_noise(sizes: tuple[int, ...], generator: Any, dtype: str) -> NDArray[Any]:
