@@ -48,27 +48,16 @@ class DeviceBackend(Backend, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store did and holds.
+    """What a store did and holds."""
 
-    Attributes:
-        hits: sets found on the device.
-        restored: sets that came back from host memory.
-        misses: sets that had to be computed, or were loaded from a file.
-        evictions: sets that the device gave up for others.
-        entries: sets on the device.
-        bytes: their bytes; never above the budget.
-        host_entries: sets in host memory, those that the device has too included.
-        host_bytes: their bytes there; never above its budget.
-    """
-
-    hits: int
-    restored: int
-    misses: int
-    evictions: int
-    entries: int
-    bytes: int
-    host_entries: int
-    host_bytes: int
+    hits: int  # sets found on the device
+    restored: int  # sets that came back from host memory
+    misses: int  # sets that had to be computed, or were loaded from a file
+    evictions: int  # sets that the device gave up for others
+    entries: int  # sets on the device
+    bytes: int  # of these; never above the budget
+    host_entries: int  # sets in host memory, those that the device has too included
+    host_bytes: int  # of these; never above their budget
 
 
 class ReferenceStore(ByteCache[ReferenceSet]):
