@@ -25,6 +25,7 @@ REQUEST: dict[str, Any] = {
     "height": 64,
     "width": 80,
     "max_sequence_length": 64,
+    "num_inference_steps": 3,
     "output_type": "latent",
 }
 

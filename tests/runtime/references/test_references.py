@@ -338,6 +338,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)  # neither has a part in it
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
