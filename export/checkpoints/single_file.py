@@ -26,7 +26,7 @@ from klein_kv.export.checkpoints.quantized_files import (
     weights_from_refs,
 )
 from klein_kv.export.checkpoints.stored_weights import JoinedRows, StoredWeight
-from klein_kv.export.checkpoints.weight_index import WeightIndex, check_names
+from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.transformer_names import Rows, bfl_rows
 
@@ -104,7 +104,7 @@ def parts_beside(names: Collection[str]) -> set[str]:
 
 def read_beside(
     path: Path, parameters: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> dict[str, WeightIndex]:
+) -> dict[str, dict[str, FileWeight]]:
     """Text encoder and VAE of a file with a whole pipeline; it warns of what is not read.
 
     Args:
@@ -112,23 +112,23 @@ def read_beside(
         parameters: names and shapes of each part's tensors.
 
     Returns:
-        By part its tensors under the names of transformers and diffusers, for `expect` to check.
+        By part its tensors under the names of transformers and diffusers, not yet checked.
 
     Raises:
         CheckpointError: as `read_weights`.
     """
-    refs, parts = read_header(path, quantized=True), {}
+    refs = read_header(path, quantized=True)
+    parts: dict[str, dict[str, FileWeight]] = {}
     held = parts_beside(refs)
     unread = {name.partition(".")[0] for name in refs if name.startswith(BESIDE)}
     if "text_encoder" in held:
         unread.discard("text_encoders")
         own = {_TEXT.sub("", name): ref for name, ref in refs.items() if _TEXT.match(name)}
-        stored = weights_from_refs(path, own, read_metadata(path))
-        parts["text_encoder"] = WeightIndex(stored, "text_encoder")
+        parts["text_encoder"] = weights_from_refs(path, own, read_metadata(path))
     if "vae" in held:
         unread.discard("vae")
         own = {name.removeprefix(_VAE): x for name, x in refs.items() if name.startswith(_VAE)}
-        parts["vae"] = WeightIndex(_vae_from_ldm(own, parameters["vae"]), "vae")
+        parts["vae"] = dict(_vae_from_ldm(own, parameters["vae"]))
     if unread:
         _log.warning(
             "%s holds a whole pipeline: its %s are not read, those of the base are",

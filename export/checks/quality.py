@@ -25,7 +25,7 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import UNREAD_TEXT, check_weights, read_folder
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
@@ -233,18 +233,16 @@ def measure_quality(
 
 
 def _reference(checkpoint: Path, manifest: Manifest, component: str) -> Mapping[str, WeightRef]:
-    index = WeightIndex.from_folder(checkpoint / component, component)
-    index.expect(
-        component_parameters(manifest.config, component),
-        ignore=("model.layers.", "model.norm.", "lm_head."),
-    )
-    wrong = [name for name, weight in index.items() if not isinstance(weight, WeightRef)]
+    weights = read_folder(checkpoint / component, component)
+    shapes = component_parameters(manifest.config, component)
+    check_weights(component, weights, shapes, UNREAD_TEXT)
+    wrong = [name for name, weight in weights.items() if not isinstance(weight, WeightRef)]
     if wrong:
         raise RequestError(
             f"{checkpoint}: {wrong[0]} is quantized, expected the checkpoint that quantized "
             "weights are measured against, in bf16 or float32"
         )
-    return {name: weight for name, weight in index.items() if isinstance(weight, WeightRef)}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, WeightRef)}
 
 
 def _run(

@@ -22,7 +22,7 @@ from PIL import Image
 
 from klein_kv.artifacts.signature import is_kv
 from klein_kv.errors import CapacityError, CheckpointError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,
@@ -293,8 +293,8 @@ def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> 
     """Refuses what cannot be loaded: diffusers' largest part, on the host and on the device."""
     counts = {}
     for part in ("text_encoder", "transformer", "vae"):
-        index = WeightIndex.from_folder(checkpoint / part, part)
-        counts[part] = sum(math.prod(weight.shape) for weight in index.values())
+        weights = read_folder(checkpoint / part, part)
+        counts[part] = sum(math.prod(weight.shape) for weight in weights.values())
     text = counts["text_encoder"] * dtype.itemsize
     rest = (counts["transformer"] + counts["vae"]) * dtype.itemsize
     free = {"host": available_memory()}

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.artifacts.signature import Signature, TensorSpec
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
 
@@ -37,11 +39,6 @@ IR_DTYPES = {
 }
 """Tensor types of ONNX by the names that signatures and weights give them."""
 
-_LOWEST = {
-    "float32": -3.4028234663852886e38,
-    "bfloat16": -3.3895313892515355e38,
-    "float16": -65504.0,
-}
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -318,7 +315,8 @@ class OnnxOps:
         causal = self._one("LessOrEqual", row, position)
         present = self._one("Cast", attention_mask, to=ir.DataType.BOOL)
         allowed = self._one("And", causal, self._one("Unsqueeze", present, self._ints(1, 2)))
-        zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, _LOWEST[self.dtype]))
+        least = float(ml_dtypes.finfo(NUMPY_DTYPES[self.dtype]).min)
+        zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, least))
         return self._one("Where", allowed, zero, lowest)
 
     def quantize_kv(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -410,31 +408,17 @@ class OnnxOps:
         graph = ir.Graph(
             list(self.inputs.values()),
             named,
-            nodes=_live(self._nodes, named),
+            nodes=self._nodes,
             initializers=[*self._initializers.values(), *self._constants.values()],
             name=self.signature.graph,
             doc_string=doc,
             opset_imports=self._opsets,
         )
-        for name in [n for n, value in graph.initializers.items() if not value.uses()]:
-            del graph.initializers[name]
-        return ir.Model(graph, ir_version=11, producer_name="klein-kv")
+        model = ir.Model(graph, ir_version=11, producer_name="klein-kv")
+        RemoveUnusedNodesPass()(model)
+        return model
 
 
 def part_name(weight: str, part: tuple[int, int] | None) -> str:
     """Name of an initializer that is a range of a weight's rows."""
     return weight if part is None else f"{weight}[{part[0]}:{part[1]}]"
-
-
-def _live(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
-    """Nodes that the outputs need, in order; the others are detached."""
-    needed = {id(value) for value in outputs}
-    kept: list[ir.Node] = []
-    for node in reversed(nodes):
-        if any(id(value) in needed for value in node.outputs):
-            needed.update(id(value) for value in node.inputs if value is not None)
-            kept.append(node)
-        else:
-            for i in range(len(node.inputs)):
-                node.replace_input_with(i, None)
-    return kept[::-1]

@@ -15,7 +15,7 @@ from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.export.checkpoints import weight_values
 from klein_kv.export.checkpoints.pocket import write_pocket
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.exporter import export_checkpoint
 
@@ -95,7 +95,7 @@ def save(path: Path, change: Callable[[State], object]) -> dict[str, object]:
     change(state)
     path.mkdir()
     save_file(state, path / "model.safetensors")
-    return dict(WeightIndex.from_folder(path, "transformer"))
+    return dict(read_folder(path, "transformer"))
 
 
 @pytest.mark.parametrize("limit", [256 << 20, 1000])
@@ -132,7 +132,7 @@ def test_rows_of_unused_tokens_and_vectors_may_be_zero(tmp_path: Path) -> None:
     check_values(weights, weights)
     write_pocket(tmp_path / "pocket", torch.bfloat16)
     for part in ("transformer", "text_encoder", "vae"):
-        index = WeightIndex.from_folder(tmp_path / "pocket" / part, part)
+        index = read_folder(tmp_path / "pocket" / part, part)
         check_values(index, index)
 
 

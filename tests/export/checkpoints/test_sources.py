@@ -30,7 +30,7 @@ from klein_kv.export.checkpoints.sources import (
     find_source,
 )
 from klein_kv.export.checkpoints.weight_files import place_weights
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.exporter import export_checkpoint
 from tests.bfl_files import bfl_state, quantize, save_single_file
 
@@ -348,7 +348,7 @@ def test_free_licences_and_official_9b_weights_without_theirs(tmp_path, caplog):
 
 def place_vae(folder: Path, target: Path) -> weight_files.Placement:
     target.mkdir()
-    index = WeightIndex.from_folder(folder, "vae")
+    index = read_folder(folder, "vae")
     return place_weights(index, index, "float32", target, "vae")
 
 

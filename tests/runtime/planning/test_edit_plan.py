@@ -17,7 +17,7 @@ from klein_kv.artifacts.signature import KVFormat
 from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.runtime.planning.edit_plan import EditPlan, PlanOptions, Plans, plan_artifacts
 from klein_kv.runtime.planning.footprint import base_footprint
 from klein_kv.runtime.planning.memory_plan import RESERVED
@@ -39,7 +39,7 @@ def unique_bytes(folder: Path, blocks: int) -> dict[str, int]:
     """Bytes of the tensors that are read, from the headers of a checkpoint's files."""
     nbytes = {}
     for part in ("transformer", "text_encoder", "vae"):
-        index = WeightIndex.from_folder(folder / part, part)
+        index = read_folder(folder / part, part)
         unread = ("lm_head.", "model.norm.", *(f"model.layers.{i}." for i in range(blocks, 99)))
         nbytes[part] = sum(
             ref.nbytes
