@@ -132,16 +132,10 @@ FileWeight = WeightRef | PublishedWeight
 
 
 def read_weights(path: Path, prefixes: Sequence[str] = ()) -> dict[str, FileWeight]:
-    """Reads one safetensors file: its header and its scalar scales, no weight.
+    """Tensors of one safetensors file, scales folded into their weights; no weight is read.
 
-    Args:
-        path: the file.
-        prefixes: of names, any of which the file's may begin with. What a file with a whole
-            pipeline holds beside the tensors with a prefix is left out.
-
-    Returns:
-        Tensors by the file's own names without the prefix, companions folded into the weight that
-        they belong to.
+    By the file's own names, without the first of `prefixes` that any has; what a file with a whole
+    pipeline holds beside those with it is left out.
 
     Raises:
         CheckpointError: not a whole safetensors file, a scale that is missing, left over or

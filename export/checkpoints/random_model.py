@@ -189,9 +189,7 @@ _GAINS = MappingProxyType(
 def fill_random(module: nn.Module, generator: torch.Generator) -> None:
     """Draws every tensor of a module's state, in the order of its state_dict, in float32.
 
-    Args:
-        module: one of the networks, with storage.
-        generator: on the device of the module. Another device gives other numbers.
+    The generator is on the module's device; another device gives other numbers.
     """
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():

@@ -57,17 +57,10 @@ _MODELS = {3072: "klein 4B", 4096: "klein 9B"}
 
 
 def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight]:
-    """Finds every tensor of the transformer in one file; no weight is read.
+    """Finds every tensor of the transformer in one file, by diffusers' names; no weight is read.
 
-    Args:
-        path: a safetensors file, bf16 (or another float), fp8 or nvfp4.
-        config: the transformer's configuration, from the base checkpoint.
-
-    Returns:
-        Tensors by diffusers' names.
-
-    Raises:
-        CheckpointError: not a whole safetensors file; missing, unexpected or misshapen tensors.
+    A `CheckpointError` tells of a file that is no whole safetensors file, and of missing,
+    unexpected or misshapen tensors.
     """
     stored = read_weights(path, _PREFIXES)
     shapes = transformer_parameters(config)
@@ -107,15 +100,8 @@ def read_beside(
 ) -> dict[str, dict[str, FileWeight]]:
     """Text encoder and VAE of a file with a whole pipeline; it warns of what is not read.
 
-    Args:
-        path: the file.
-        parameters: names and shapes of each part's tensors.
-
-    Returns:
-        By part its tensors under the names of transformers and diffusers, not yet checked.
-
-    Raises:
-        CheckpointError: as `read_weights`.
+    By part its tensors under the names of transformers and diffusers, not yet checked;
+    `parameters` are names and shapes that each part should have. Errors as of `read_weights`.
     """
     refs = read_header(path, quantized=True)
     parts: dict[str, dict[str, FileWeight]] = {}

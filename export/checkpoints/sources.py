@@ -118,11 +118,8 @@ def find_source(
 ) -> Source:
     """Finds a checkpoint, downloading it if it is not on this machine.
 
-    Args:
-        checkpoint: a folder in diffusers layout, a .safetensors file with a transformer, a
-            Hugging Face repository `org/name`, or one file of it `org/name/file.safetensors`.
-        base: folder or repository with the rest of the pipeline, for a single file.
-        revision: branch, tag or commit of the repository.
+    Arguments are those of `export_checkpoint`; a repository is `org/name`, one file of it
+    `org/name/file.safetensors`.
 
     Raises:
         RequestError: arguments that contradict each other.
@@ -277,13 +274,10 @@ def known_sha256(path: Path) -> str:
 
 
 def copy_licences(source: Source, folder: Path) -> str:
-    """Copies LICENSE and NOTICE files and warns, once, if they forbid commercial use.
+    """Copies LICENSE and NOTICE files, warns if they forbid commercial use; a notice for people.
 
     A second file of the same name but another content, from the base of a single file, is kept
     beside the first as NAME.base.
-
-    Returns:
-        A notice for people.
     """
     copied: dict[str, bytes] = {}
     for place in source.licence_folders:

@@ -63,8 +63,8 @@ def place_weights(
         weights: the component's tensors.
         names: the tensors that the graphs use.
         dtype: wanted floating point type; integer tensors stay as they are.
-        folder: the component's folder inside the artifact folder; must exist.
-        component: its name, for the converted file and for messages.
+        folder: the component's own; must exist.
+        component: its name.
 
     Raises:
         CapacityError: not enough disk.
@@ -154,11 +154,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Checks free disk before writing.
-
-    Raises:
-        CapacityError: less than `nbytes` free.
-    """
+    """A `CapacityError` where less than `nbytes` are free."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CapacityError(

@@ -43,8 +43,8 @@ __all__ = ["verify_against"]
 
 _EXACT_BACKENDS = ("onnxruntime", "torch")
 """All graphs of a network run the same kernels: what must be the same is so bit for bit."""
-_STEPS, _FLATTEST = 4, 1e-3
-_SEED, _RANK = 7, 8
+_STEPS, _SEED, _RANK = 4, 7, 8
+_FLATTEST = 1e-3
 """Standard deviation of an image in 0..1 below which it shows nothing."""
 
 Array = NDArray[Any]

@@ -31,8 +31,7 @@ def component_parameters(config: ModelConfig, component: str) -> dict[str, tuple
 def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[str, WeightRef]:
     """Where each tensor of "transformer" or "text_encoder" lies.
 
-    Raises:
-        ArtifactError: a tensor is missing from the graphs' tables, or has another shape.
+    An `ArtifactError` tells of one that the graphs' tables lack, or have in another shape.
     """
     graph = "text_encoder"
     if component == "transformer":
@@ -50,13 +49,7 @@ def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[
 
 
 class MappedWeights(Mapping[str, torch.Tensor]):
-    """Tensors in files, read anew at each use.
-
-    Args:
-        refs: where they lie.
-        dtype: what to convert floats to; None leaves them.
-        device: where to put them.
-    """
+    """Tensors in files, read anew at each use; floats in `dtype`, where one is given."""
 
     def __init__(
         self,

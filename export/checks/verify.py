@@ -92,13 +92,10 @@ class DiffusersRun:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What diffusers computes in place of a graph, but for latents that a step gives.
+        """What diffusers computes on a graph's inputs, in float32, but for latents of a step.
 
-        Args:
-            graph: any but "vae_decoder" and "encode_references", whose keys and values are those
-                of "first_step"; after the text encoder, whose input is `PROMPT`, call
-                `load_denoiser`.
-            inputs: of the graph, in float32.
+        Any graph but "vae_decoder" and "encode_references", whose keys and values are those of
+        "first_step"; after the text encoder, whose input is `PROMPT`, call `load_denoiser`.
         """
         if graph == "text_encoder":
             embeds, _ = self._pipe.encode_prompt(

@@ -128,7 +128,7 @@ def calibrate(
     device: str | None = None,
     text_tokens: int = 512,
 ) -> dict[str, Ranges]:
-    """Runs the samples through the artifacts' own weights.
+    """Runs the samples through the artifacts' own weights, and gives ranges by component.
 
     Weights are mapped and used one at a time, so memory is bounded by the largest of them and the
     activations of one request.
@@ -141,7 +141,7 @@ def calibrate(
             runs; it always does, since the transformer reads what it makes.
         percentiles: also count how often each magnitude comes.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
-        text_tokens: prompt tokens.
+        text_tokens: of each prompt.
 
     Raises:
         CheckpointError: activations that are not finite.

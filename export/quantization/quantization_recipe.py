@@ -91,10 +91,6 @@ class QuantizationRecipe:
 
         A layer whose input features do not fill blocks of 16 stays as it is where nvfp4 is asked
         for; that is logged.
-
-        Args:
-            component: "transformer" or "text_encoder".
-            shapes: all tensors of the network.
         """
         default, formats = self._format(component), {}
         for name in [name for name, shape in shapes.items() if is_block_linear(name, shape)]:
@@ -123,11 +119,7 @@ class QuantizationRecipe:
         }
 
     def check_overrides(self, names: list[str]) -> None:
-        """Refuses a pattern that means no layer: most likely it is misspelt.
-
-        Raises:
-            RequestError: with the pattern.
-        """
+        """Refuses, with a `RequestError`, a pattern that means no layer: it is misspelt."""
         for pattern, _ in self.overrides:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise RequestError(
