@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.preview_matrix import PREVIEW
-from klein_kv.artifacts.signature import FLOAT8_KV_FILES, GRAPH_FILES, SMALL_GRAPH_FILES
+from klein_kv.artifacts.signature import (
+    FLOAT8_KV_FILES,
+    GRAPH_FILES,
+    PLAIN_GRAPH_FILES,
+    SMALL_GRAPH_FILES,
+)
 from klein_kv.errors import ArtifactError, CapacityError, CheckpointError, RequestError
 from klein_kv.export import exporter
 from klein_kv.export.checkpoints.fixture import make_fixture
 from klein_kv.export.exporter import export_checkpoint
-from tests.checkpoints import MODELS, save_checkpoint
 from tests.conftest import KleinExport
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -92,6 +96,24 @@ def test_folder(tiny_artifacts: Path, tiny_checkpoint: Path) -> None:
         assert not (tiny_artifacts / component).is_symlink()
 
 
+def test_plain_weights(plain_artifacts: Path) -> None:
+    assert Manifest.load(plain_artifacts).variant == "plain"
+    graphs = {name for name in files_below(plain_artifacts) if name.endswith(".onnx")}
+    assert graphs == {*PLAIN_GRAPH_FILES.values(), *SMALL_GRAPH_FILES.values()}
+
+
+def test_base_weights_need_guidance(
+    plain_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Undistilled weights are exported, but not without a word."""
+    folder = Path(shutil.copytree(plain_checkpoint, tmp_path / "base"))
+    edit_json(folder / "model_index.json", is_distilled=False)
+    export_checkpoint(folder, tmp_path / "out")
+    assert "is not distilled: it needs classifier-free guidance" in caplog.text
+    with pytest.raises(RequestError, match="not distilled: they need classifier-free guidance"):
+        KleinKVPipeline.from_pretrained(tmp_path / "out", threads=1)
+
+
 def test_result(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "artifacts"
     target.mkdir(parents=True)  # an empty folder is filled
@@ -122,16 +144,6 @@ def test_export_of_the_9b_shapes(klein_export: KleinExport) -> None:
     assert allocated < 50e6
     assert klein_export.nodes["cached_step"] <= 80 * 32
     assert Manifest.load(klein_export.artifacts).config.transformer.num_blocks == 32
-
-
-def test_shards_are_linked(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    save_checkpoint(checkpoint, MODELS["sharded"], seed=0)
-    result = export_checkpoint(checkpoint, tmp_path / "artifacts")
-    shards = sorted((checkpoint / "transformer").glob("*.safetensors"))
-    assert len(shards) > 1
-    for shard in shards:
-        assert (result.artifacts / "transformer" / shard.name).samefile(shard)
 
 
 def test_same_checkpoint_gives_the_same_files_and_stays_as_it_was(
@@ -420,9 +432,8 @@ def test_tensors_that_do_not_fit(
     assert_refused(checkpoint, CheckpointError, message.format(name=name))
 
 
-@pytest.mark.parametrize("file", COMPONENTS)
-def test_weights_that_are_no_safetensors(file: str, checkpoint: Path) -> None:
-    path, trap = checkpoint / file, checkpoint / "opened"
+def test_weights_that_are_no_safetensors(checkpoint: Path) -> None:
+    path, trap = checkpoint / TRANSFORMER, checkpoint / "opened"
     whole = path.read_bytes()
     pickled = b"cbuiltins\nopen\n(V" + str(trap).encode() + b"\nVw\ntR."  # makes a file when loaded
     for content in (whole[:-1], whole[:100], b"", b"<html>404 Not Found</html>", pickled):
@@ -455,11 +466,10 @@ def test_scheduler_that_the_loop_does_not_run(checkpoint: Path) -> None:
     assert_refused(checkpoint, CheckpointError, "scheduler config: _class_name is 'EulerDiscrete")
 
 
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
-def test_damaged_tokenizer(file: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_tokenizer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any weight is converted, which takes minutes."""
-    monkeypatch.setattr("klein_kv.export.exporter.place_weights", None)
-    (checkpoint / "tokenizer" / file).write_text("{")
+    monkeypatch.setattr(exporter, "place_weights", None)
+    (checkpoint / "tokenizer/tokenizer.json").write_text("{")
     assert_refused(checkpoint, CheckpointError, "tokenizer: .* cannot be loaded")
 
 
