@@ -56,7 +56,7 @@ def place_weights(
     """Puts a component's weights into the artifact folder.
 
     A checkpoint's file is linked (hard link, else reflink, else a copy, with a warning) if at least
-    half of the numbers used of it can be used as they lie there. All other tensors are converted, a
+    half of the bytes used of it can be used as they lie there. All other tensors are converted, a
     piece at a time, into one file.
 
     Args:
@@ -80,13 +80,12 @@ def place_weights(
     fit: Counter[Path] = Counter()
     for name, weight in used.items():
         for part in stored_parts(weight):
-            total[part.path] += math.prod(part.shape)
-            fit[part.path] += math.prod(part.shape) * (name in fitting)
+            total[part.path] += part.nbytes
+            fit[part.path] += part.nbytes * (name in fitting)
     shared = set()
     targets = {}
     for path in sorted(path for path, count in fit.items() if 0 < total[path] <= 2 * count):
-        read = sum(x.nbytes for x in fitting.values() if x.path == path)
-        linked = _link(path, folder, copy=2 * read + _HEADER >= path.stat().st_size)
+        linked = _link(path, folder, copy=2 * fit[path] + _HEADER >= path.stat().st_size)
         if linked is not None:
             targets[path], is_shared = linked
             shared |= {targets[path]} if is_shared else set()

@@ -21,7 +21,7 @@ from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
 
-__all__ = ["IR_DTYPES", "MICROSOFT", "OPSET", "OnnxOps", "external_tensor", "part_name"]
+__all__ = ["IR_DTYPES", "MICROSOFT", "OPSET", "OnnxOps", "part_name"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,19 +40,6 @@ IR_DTYPES = {
 """Tensor types of ONNX by the names that signatures and weights give them."""
 
 _INT64_MAX = np.iinfo(np.int64).max
-
-
-def external_tensor(name: str, ref: WeightRef) -> ir.ExternalTensor:
-    """Points at a tensor of a safetensors file beside the graph."""
-    return ir.ExternalTensor(
-        ref.path.name,
-        ref.offset,
-        ref.nbytes,
-        IR_DTYPES[ref.dtype],
-        shape=ir.Shape(ref.shape),
-        name=name,
-        base_dir=str(ref.path.parent),
-    )
 
 
 class OnnxOps:
@@ -82,11 +69,7 @@ class OnnxOps:
         return IR_DTYPES[self.dtype]
 
     def _value_from_spec(self, spec: TensorSpec) -> ir.Value:
-        value = ir.Value(
-            name=spec.name,
-            type=ir.TensorType(IR_DTYPES[spec.dtype]),
-            shape=ir.Shape(spec.shape),
-        )
+        value = ir.val(spec.name, IR_DTYPES[spec.dtype], spec.shape)
         value.meta["rank"] = len(spec.shape)
         if len(spec.shape) == 4:
             value.meta["heads"] = spec.shape[2:]
@@ -139,14 +122,18 @@ class OnnxOps:
         self._scope = ".".join(pieces[: blocks[0] + 1]) if blocks else pieces[0]
 
     def _initializer(self, key: str, ref: WeightRef) -> ir.Value:
+        """A tensor of a safetensors file beside the graph."""
         if key not in self._initializers:
-            tensor = external_tensor(key, ref)
-            self._initializers[key] = ir.Value(
-                name=key,
-                type=ir.TensorType(tensor.dtype),
+            tensor = ir.ExternalTensor(
+                ref.path.name,
+                ref.offset,
+                ref.nbytes,
+                IR_DTYPES[ref.dtype],
                 shape=ir.Shape(ref.shape),
-                const_value=tensor,
+                name=key,
+                base_dir=str(ref.path.parent),
             )
+            self._initializers[key] = ir.val(key, const_value=tensor)
         return self._initializers[key]
 
     def _ints(self, *values: int) -> ir.Value:
@@ -180,13 +167,7 @@ class OnnxOps:
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            tensor = ir.tensor(value, name=name)
-            self._constants[key] = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(value.shape),
-                const_value=tensor,
-            )
+            self._constants[key] = ir.val(name, const_value=ir.tensor(value, name=name))
         return self._constants[key]
 
     def linear(self, rows: ir.Value, weight: str, part: tuple[int, int] | None = None) -> ir.Value:
