@@ -296,7 +296,7 @@ class OnnxOps:
         causal = self._one("LessOrEqual", row, position)
         present = self._one("Cast", attention_mask, to=ir.DataType.BOOL)
         allowed = self._one("And", causal, self._one("Unsqueeze", present, self._ints(1, 2)))
-        least = float(ml_dtypes.finfo(NUMPY_DTYPES[self.dtype]).min)
+        least = float(ml_dtypes.finfo(NUMPY_DTYPES[self.dtype]).min)  # type: ignore[no-untyped-call]
         zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, least))
         return self._one("Where", allowed, zero, lowest)
 
