@@ -80,11 +80,6 @@ class PublishedWeight:
     first_row: int = 0
 
     @property
-    def path(self) -> Path:
-        """The file."""
-        return self.numbers.path
-
-    @property
     def dtype(self) -> str:
         """What `read` returns."""
         return "float32"

@@ -344,11 +344,8 @@ def test_vae_graphs_hold_no_weights_either(
 
 
 def test_kv_are_outputs_of_their_own() -> None:
-    model = built("first_step", "bfloat16")
-    outputs = [value.name for value in model.graph.outputs]
-    assert outputs == ["noise_pred", "latents", *kv_names(32)]
-    # A stack of them would cost a copy of gigabytes.
-    for value in model.graph.outputs[2:]:
+    """A stack of them would cost a copy of gigabytes."""
+    for value in built("first_step", "bfloat16").graph.outputs[2:]:
         assert value.producer().op_type in ("Cast", "Reshape")
 
 
