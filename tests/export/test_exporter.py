@@ -32,12 +32,6 @@ COMPONENTS = [TRANSFORMER, TEXT, VAE]
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "tiny"))
-
-
-@pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports write weights alone."""
     monkeypatch.setattr(exporter, "_write_graphs", lambda *_: {})

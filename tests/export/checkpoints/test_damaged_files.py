@@ -28,12 +28,6 @@ POINTER = (
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Access to model is restricted</title></head></html>"
 
 
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-
-
 @pytest.mark.parametrize("file", [TRANSFORMER, "vae/config.json", "tokenizer/tokenizer.json"])
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -59,9 +53,10 @@ def test_artifacts_that_were_cloned_without_lfs(tiny_artifacts: Path, tmp_path: 
         Manifest.load(artifacts)
 
 
-def test_byte_order_marks_are_read_over(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_byte_order_marks_are_read_over(
+    tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """Editors of Windows write them."""
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     for path in [*checkpoint.rglob("*.json"), *checkpoint.rglob("*.jinja")]:
         path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     for part in ("transformer", "text_encoder", "vae"):
@@ -145,4 +140,4 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_left(
     save_file(state, checkpoint / TRANSFORMER)
     with pytest.raises(CheckpointError, match=r"proj_out.weight .*\(NaN"):
         export_checkpoint(checkpoint, tmp_path / "artifacts")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

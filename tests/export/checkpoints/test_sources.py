@@ -30,7 +30,7 @@ from klein_kv.export.checkpoints.sources import (
 from klein_kv.export.checkpoints.weight_files import place_weights
 from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.exporter import export_checkpoint
-from tests.bfl_files import bfl_state, quantize, save_single_file
+from tests.bfl_files import quantize, save_single_file
 
 KV, KV_FP8 = "black-forest-labs/FLUX.2-klein-9b-kv", "black-forest-labs/FLUX.2-klein-9b-kv-fp8"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,17 +42,10 @@ def write_index(folder: Path, kind: str) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
 
 
-@pytest.fixture(scope="module")
-def state(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tiny transformer under the names of Black Forest Labs."""
-    file = tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors"
-    return bfl_state(load_file(file))
-
-
 @pytest.fixture
-def tiny_file(state: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+def tiny_file(bfl_tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
     """The tiny transformer as one bf16 file."""
-    bfl = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    bfl = {name: tensor.to(torch.bfloat16) for name, tensor in bfl_tensors.items()}
     return save_single_file(tmp_path / "flux-2-klein-9b-kv.safetensors", bfl)
 
 
@@ -391,19 +384,14 @@ def test_files_that_cannot_be_linked(way, tmp_path, monkeypatch, caplog):
 # --- whole checkpoints ---
 
 
-@pytest.fixture
-def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny_checkpoint, folder)
-    return folder
+def read(checkpoint: Path) -> Any:
+    return exporter._read_checkpoint(find_source(checkpoint), DEFAULT_TEXT_LAYERS)
 
 
-def read(checkpoint: Path | str, **options: Any) -> Any:
-    return exporter._read_checkpoint(find_source(checkpoint, **options), DEFAULT_TEXT_LAYERS)
-
-
-def test_text_encoder_shards_that_nobody_reads_are_not_linked(copy: Path, tmp_path: Path) -> None:
-    folder = copy / "text_encoder"
+def test_text_encoder_shards_that_nobody_reads_are_not_linked(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint / "text_encoder"
     state = load_file(folder / "model.safetensors")
     late = {n: t for n, t in state.items() if n.startswith(("lm_head.", "model.layers.27."))}
     early = {n: t for n, t in state.items() if n not in late}
@@ -412,7 +400,7 @@ def test_text_encoder_shards_that_nobody_reads_are_not_linked(copy: Path, tmp_pa
     (folder / "model.safetensors").unlink()
     weight_map = dict.fromkeys(early, "early.safetensors") | dict.fromkeys(late, "late.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    whole = read(copy)
+    whole = read(checkpoint)
     target = tmp_path / "out"
     target.mkdir()
     names = whole.parameters["text_encoder"]
@@ -420,30 +408,32 @@ def test_text_encoder_shards_that_nobody_reads_are_not_linked(copy: Path, tmp_pa
     assert [path.name for path in target.iterdir()] == ["early.safetensors"]
 
 
-def test_small_decoder(copy: Path) -> None:
+def test_small_decoder(checkpoint: Path) -> None:
     """`AutoencoderKLFlux2` with a narrower decoder, as its configuration describes it."""
     from diffusers import AutoencoderKLFlux2
 
-    config = json.loads((copy / "vae/config.json").read_text())
+    config = json.loads((checkpoint / "vae/config.json").read_text())
     vae = AutoencoderKLFlux2.from_config(config | {"decoder_block_out_channels": [8, 8, 16, 16]})
-    shutil.rmtree(copy / "vae")
-    vae.save_pretrained(copy / "vae")
-    shapes = read(copy).parameters["vae"]
+    shutil.rmtree(checkpoint / "vae")
+    vae.save_pretrained(checkpoint / "vae")
+    shapes = read(checkpoint).parameters["vae"]
     assert shapes["decoder.conv_in.weight"][0] == 16
     assert shapes["encoder.conv_out.weight"][1] == config["block_out_channels"][-1]
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_quantized_weights_need_a_type_to_become(tiny_checkpoint, tmp_path, state, kind):
-    path = save_single_file(tmp_path / "k.safetensors", quantize(state, kind))
+def test_quantized_weights_need_a_type_to_become(tiny_checkpoint, tmp_path, bfl_tensors, kind):
+    path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_tensors, kind))
     with pytest.raises(RequestError, match=rf"is quantized \(.* is {kind}\): add --dtype bf16"):
         export_checkpoint(path, tmp_path / "out", base=tiny_checkpoint, variant="kv")
     assert not (tmp_path / "out").exists()
 
 
-def test_export_from_the_hub(tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture, state):
+def test_export_from_the_hub(
+    tiny_checkpoint, tmp_path, hub, caplog, tiny_theirs, picture, bfl_tensors
+):
     """An official fp8 file with its base, out of a cache of links, to an image's latents."""
-    path = save_single_file(tmp_path / "k.safetensors", quantize(state, "fp8"))
+    path = save_single_file(tmp_path / "k.safetensors", quantize(bfl_tensors, "fp8"))
     file = OFFICIAL[KV_FP8].file
     hub.add(KV_FP8, {file: path.read_bytes(), "LICENSE.md": LICENCE.encode()})
     hub.add_folder(KV, tiny_checkpoint)

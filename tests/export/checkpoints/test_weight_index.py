@@ -1,7 +1,6 @@
 """The tensors of a component's folder: shards, and names that are not those of the network."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,9 @@ def with_lora(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_a_lora_that_was_left_in_a_checkpoint(
-    component: str, tiny_checkpoint: Path, tmp_path: Path
+    component: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     """The message counted missing and unexpected tensors, and said nothing of LoRA."""
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     (path,) = (checkpoint / component).glob("*.safetensors")
     state = with_lora(load_file(path))
     path.unlink()
@@ -139,11 +137,10 @@ def test_a_lora_in_place_of_a_checkpoint(name: str, tiny_checkpoint: Path, tmp_p
 # --- fp8 ---
 
 
-def test_fp8_text_encoder(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_fp8_text_encoder(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """ComfyUI's fp8 text encoders under transformers' names were refused by their type."""
     monkeypatch.setattr(exporter, "_write_graphs", lambda *_: {})
     monkeypatch.setattr(exporter, "save_preview_matrix", lambda *_: None)
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     path = checkpoint / "text_encoder/model.safetensors"
     state, expected = {}, {}
     for name, tensor in load_file(path).items():

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
-from safetensors.torch import load_file
 from torch import Tensor
 
 from klein_kv.artifacts.digest import file_digest
@@ -27,8 +26,8 @@ from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.quantization import quantize as module
 from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
 from klein_kv.export.quantization.quantize import QuantizeResult, quantize_artifacts
-from tests.bfl_files import bfl_state, save_single_file, tiled, untiled
 from tests.bfl_files import quantize as bfl_quantize
+from tests.bfl_files import save_single_file, tiled, untiled
 
 SAMPLES = make_samples(1, size=(128, 128))  # as `quantized_bf16_artifacts` was made with
 TOKENS = 32
@@ -287,22 +286,15 @@ def test_refuses_weights_that_are_not_finite(folder: Path) -> None:
 # --- files of Black Forest Labs, as they are ---
 
 
-@pytest.fixture(scope="module")
-def state(tiny_checkpoint: Path) -> dict[str, Tensor]:
-    """The transformer as Black Forest Labs name and lay it out."""
-    file = tiny_checkpoint / "transformer/diffusion_pytorch_model.safetensors"
-    return bfl_state(load_file(file))
-
-
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
 def test_a_published_file_is_stored_bit_for_bit(
     folder: Path,
     tmp_path: Path,
-    state: dict[str, Tensor],
+    bfl_tensors: dict[str, Tensor],
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    published = bfl_quantize(state, kind)
+    published = bfl_quantize(bfl_tensors, kind)
     path = save_single_file(tmp_path / "bfl.safetensors", published)
     monkeypatch.setattr(module, "calibrate", None)  # is not called
     result = quantized(folder, QuantizationRecipe("r", "fp8"), source=path)
@@ -339,10 +331,10 @@ def test_a_published_file_is_stored_bit_for_bit(
 
 
 def test_what_a_file_lacks_is_calibrated(
-    folder: Path, tmp_path: Path, state: dict[str, Tensor]
+    folder: Path, tmp_path: Path, bfl_tensors: dict[str, Tensor]
 ) -> None:
     """An input scale, and all of the text encoder."""
-    published = bfl_quantize(state, "fp8")
+    published = bfl_quantize(bfl_tensors, "fp8")
     del published["double_blocks.0.img_mlp.0.input_scale"]
     path = save_single_file(tmp_path / "bfl.safetensors", published)
     result = quantized(folder, "fp8", source=path)
@@ -378,18 +370,18 @@ def without_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_refuses_a_file_of_other_weights(
-    folder: Path, tmp_path: Path, state: dict[str, Tensor], change: Any, message: str
+    folder: Path, tmp_path: Path, bfl_tensors: dict[str, Tensor], change: Any, message: str
 ) -> None:
-    path = save_single_file(tmp_path / "bfl.safetensors", change(state))
+    path = save_single_file(tmp_path / "bfl.safetensors", change(bfl_tensors))
     with pytest.raises(RequestError, match=message):
         quantized(folder, "fp8", source=path)
 
 
 def test_layers_far_from_the_artifacts_come_with_a_warning(
-    folder: Path, tmp_path: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, bfl_tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     name = "single_blocks.1.linear1.weight"
-    other = bfl_quantize(state | {name: state[name].flip(0).contiguous()}, "fp8")
+    other = bfl_quantize(bfl_tensors | {name: bfl_tensors[name].flip(0).contiguous()}, "fp8")
     path = save_single_file(tmp_path / "flipped.safetensors", other)
     quantized(folder, QuantizationRecipe("r", "fp8"), source=path)
     assert "are the artifacts of the same model?" in caplog.text
