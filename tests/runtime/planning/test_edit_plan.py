@@ -205,17 +205,9 @@ def test_klein_9b_on_a_32_gb_card(klein_export: KleinExport) -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(quantized_bf16_artifacts: Path) -> Path:
     """The tiny artifacts in bfloat16 and in nvfp4."""
-    from klein_kv.export.checks.samples import make_samples
-    from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-    from klein_kv.export.quantization.quantize import quantize_artifacts
-
-    folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_bf16_artifacts, folder)
-    recipe = QuantizationRecipe.load("nvfp4")
-    quantize_artifacts(folder, recipe, make_samples(1, size=(128, 128)), text_tokens=32)
-    return folder
+    return quantized_bf16_artifacts
 
 
 def test_quantized_weights_are_those_of_the_files(
