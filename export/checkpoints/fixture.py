@@ -98,26 +98,18 @@ def _write_checkpoint(folder: Path, shapes: FixtureSize, seed: int, dtype: torch
 
 def _modules_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The three networks without storage, under the pipeline's names for them."""
+    config = Qwen3Config(
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False,
+        **shapes.text_encoder,
+    )
     with torch.device("meta"):
-        text_encoder = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=shapes.text_vocabulary,
-                hidden_size=shapes.text_hidden,
-                intermediate_size=shapes.text_intermediate,
-                num_hidden_layers=shapes.text_layers,
-                num_attention_heads=shapes.text_heads,
-                num_key_value_heads=shapes.text_kv_heads,
-                head_dim=shapes.text_head_dim,
-                max_position_embeddings=40960,
-                rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-                tie_word_embeddings=False,
-            )
-        )
-    # nn.Module's own `to`: see `random_model`.
-    text_encoder = nn.Module.to(text_encoder, dtype=dtype).eval()
+        text_encoder = Qwen3ForCausalLM(config)
     return {
         "transformer": transformer_on_meta(shapes, dtype),
-        "text_encoder": text_encoder,
+        # nn.Module's own `to`: see `random_model`.
+        "text_encoder": nn.Module.to(text_encoder, dtype=dtype).eval(),
         "vae": vae_on_meta(shapes, dtype),
     }
 
