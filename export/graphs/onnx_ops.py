@@ -21,12 +21,12 @@ from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
 
-__all__ = ["IR_DTYPES", "MICROSOFT", "OPSET", "OnnxOps", "part_name"]
+__all__ = ["IR_DTYPES", "MICROSOFT", "OnnxOps", "part_name"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OPSET = 23
+_OPSET = 23
 MICROSOFT = "com.microsoft"
 IR_DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -60,7 +60,7 @@ class OnnxOps:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
         self._scope = signature.graph
-        self._opsets = {"": OPSET, MICROSOFT: 1}
+        self._opsets = {"": _OPSET, MICROSOFT: 1}
         self.inputs = {spec.name: self._value_from_spec(spec) for spec in signature.inputs}
 
     @property
