@@ -49,27 +49,21 @@ class QuantizationRecipe:
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        allowed = {
-            "transformer": FORMATS,
-            "text_encoder": (*FORMATS, _KEEP),
-            "activations": _ACTIVATIONS,
-        }
-        for key, values in allowed.items():
-            if getattr(self, key) not in values:
+        kinds = (*FORMATS, _KEEP)
+        for what, value, allowed in (
+            ("transformer", self.transformer, FORMATS),
+            ("text_encoder", self.text_encoder, kinds),
+            ("activations", self.activations, _ACTIVATIONS),
+            *((f"the override of {pattern!r}", kind, kinds) for pattern, kind in self.overrides),
+        ):
+            if value not in allowed:
                 raise RequestError(
-                    f"recipe {self.name}: {key} is {getattr(self, key)!r}, expected one of "
-                    f"{', '.join(values)}"
+                    f"recipe {self.name}: {what} is {value!r}, expected one of {', '.join(allowed)}"
                 )
         if not 90 <= self.percentile <= 100:
             raise RequestError(
                 f"recipe {self.name}: percentile is {self.percentile}, expected 90 to 100"
             )
-        for pattern, kind in self.overrides:
-            if kind not in (*FORMATS, _KEEP):
-                raise RequestError(
-                    f"recipe {self.name}: the override of {pattern!r} is {kind!r}, expected one of "
-                    f"{', '.join((*FORMATS, _KEEP))}"
-                )
         if self.activations == "kept" and "nvfp4" in (self.transformer, self.text_encoder):
             raise RequestError(
                 f"recipe {self.name}: activations are kept and weights are nvfp4; only fp8 "
