@@ -22,6 +22,7 @@ from klein_kv.artifacts.attention_scales import AttentionScales, attention_scale
 from klein_kv.artifacts.config import ModelConfig, tensor_bytes
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import QuantizedLinear, is_block_linear
+from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.quantized_weights import QuantizedComponent, load_quantized
 from klein_kv.artifacts.signature import GraphSet, KVFormat, kv_names, quantized_graph_sets
 from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
@@ -117,12 +118,7 @@ def fp8(quantized_artifacts: Path) -> Quantized:
     return load(quantized_artifacts)
 
 
-def _ids(count: int, time: int) -> NDArray[np.int64]:
-    n = np.arange(count)
-    return np.stack([np.full(count, time), n // 8, n % 8, np.zeros_like(n)], 1)
-
-
-def step_inputs(config: ModelConfig, batch: int = 2, ref_tokens: int = 48) -> tuple[Arrays, Arrays]:
+def step_inputs(config: ModelConfig) -> tuple[Arrays, Arrays]:
     """Inputs of a step, and of the references, random but for time and positions."""
     rng, net = np.random.default_rng(5), config.transformer
 
@@ -130,16 +126,16 @@ def step_inputs(config: ModelConfig, batch: int = 2, ref_tokens: int = 48) -> tu
         return rng.standard_normal(shape, dtype=np.float32)
 
     step = {
-        "hidden_states": tokens(batch, 64, net.in_channels),
-        "encoder_hidden_states": tokens(batch, 20, net.joint_attention_dim),
+        "hidden_states": tokens(2, 64, net.in_channels),
+        "encoder_hidden_states": tokens(2, 20, net.joint_attention_dim),
         "timestep": np.array([700], np.float32),
         "sigma_step": np.array([-0.2], np.float32),
-        "img_ids": _ids(64, 0),
-        "txt_ids": np.stack([np.zeros(20, np.int64)] * 3 + [np.arange(20)], 1),
+        "img_ids": grid_ids(8, 8),
+        "txt_ids": text_ids(20),
     }
     refs = {
-        "ref_hidden_states": tokens(1, ref_tokens, net.in_channels),
-        "ref_ids": _ids(ref_tokens, 10),
+        "ref_hidden_states": tokens(1, 48, net.in_channels),
+        "ref_ids": reference_ids([(6, 8)]),
     }
     return step, refs
 
