@@ -59,20 +59,13 @@ _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # vectors of files that were cast
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export did.
-
-    Attributes:
-        dtype: floating point type of graphs and weights.
-        nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
-        seconds: wall time.
-        bytes_written: bytes of the folder that are not links to the checkpoint's files.
-    """
+    """What an export did."""
 
     artifacts: Path
-    dtype: str
-    nodes: dict[str, int]
-    seconds: float
-    bytes_written: int
+    dtype: str  # floating point type of graphs and weights
+    nodes: dict[str, int]  # number of ONNX nodes by label (`signature.distinct_graphs`)
+    seconds: float  # wall time
+    bytes_written: int  # bytes of the folder that are not links to the checkpoint's files
 
 
 @dataclass(frozen=True, slots=True)

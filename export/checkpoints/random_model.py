@@ -32,22 +32,15 @@ _TEXT_TAPS = 3  # hidden states 9, 18 and 27, side by side on the feature axis
 
 @dataclass(frozen=True, slots=True)
 class FixtureSize:
-    """Shapes of one checkpoint: arguments of the networks' own classes.
+    """Shapes of one checkpoint: arguments of the networks' own classes."""
 
-    Attributes:
-        transformer: of `Flux2Transformer2DModel`; a head is a multiple of 8 wide.
-        text_encoder: of `Qwen3Config`; at least 28 layers: the last hidden state of a Qwen3 model
-            is normalised, and must not be the last one that is read.
-        vae: of `AutoencoderKLFlux2`; four levels, a scale factor of 8.
-        dtype: of the weights when the caller names none.
-        sparse: holes in place of values: every weight reads as zero.
-    """
-
-    transformer: Mapping[str, int]
+    transformer: Mapping[str, int]  # of `Flux2Transformer2DModel`; a head is a multiple of 8 wide
+    # of `Qwen3Config`; at least 28 layers: the last hidden state of a Qwen3 model is normalised,
+    # and must not be the last one that is read
     text_encoder: Mapping[str, int]
-    vae: Mapping[str, Any]
-    dtype: str = "float32"
-    sparse: bool = False
+    vae: Mapping[str, Any]  # of `AutoencoderKLFlux2`; four levels, a scale factor of 8
+    dtype: str = "float32"  # of the weights when the caller names none
+    sparse: bool = False  # holes in place of values: every weight reads as zero
 
 
 # No fewer rows of the embedding than the tokenizer has tokens.

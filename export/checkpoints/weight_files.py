@@ -37,17 +37,11 @@ Weights = Mapping[str, StoredWeight]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the weights of a component lie now.
+    """Where the weights of a component lie now."""
 
-    Attributes:
-        refs: each tensor that the graphs use.
-        sources: files of the folder that hold the very bytes of a checkpoint's file.
-        shared: those of them that take no space of their own.
-    """
-
-    refs: dict[str, WeightRef]
-    sources: dict[Path, Path]
-    shared: frozenset[Path]
+    refs: dict[str, WeightRef]  # each tensor that the graphs use
+    sources: dict[Path, Path]  # files that hold the very bytes of a checkpoint's file
+    shared: frozenset[Path]  # those of them that take no space of their own
 
 
 def place_weights(
@@ -59,12 +53,8 @@ def place_weights(
     half of the bytes used of it can be used as they lie there. All other tensors are converted, a
     piece at a time, into one file.
 
-    Args:
-        weights: the component's tensors.
-        names: the tensors that the graphs use.
-        dtype: wanted floating point type; integer tensors stay as they are.
-        folder: the component's own; must exist.
-        component: its name.
+    `names` are the tensors that the graphs use, `dtype` is the floating point type they want;
+    integer tensors stay as they are.
 
     Raises:
         CapacityError: not enough disk.

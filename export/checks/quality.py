@@ -114,23 +114,16 @@ class Likeness:
 
 @dataclass(slots=True)
 class QualityReport:
-    """Everything that was measured.
-
-    Attributes:
-        reference: whose weights the float32 and bfloat16 runs used.
-        samples: number of requests.
-        bounds: relative error of each quantized layer above which it is more than rounding.
-        layers: errors of those that were run, against their own weights.
-        ends: text, keys and values, latents.
-        images: of each request, of the precision and of bfloat16.
-    """
+    """Everything that was measured."""
 
     precision: str
-    reference: str
-    samples: int
-    bounds: dict[str, float]
+    reference: str  # whose weights the float32 and bfloat16 runs used
+    samples: int  # number of requests
+    bounds: dict[str, float]  # relative error of each layer above which it is more than rounding
+    # of the layers that were run, against their own weights
     layers: dict[str, Difference] = field(default_factory=dict)
-    ends: dict[str, Errors] = field(default_factory=dict)
+    ends: dict[str, Errors] = field(default_factory=dict)  # text, keys and values, latents
+    # of each request, of the precision and of bfloat16
     images: dict[str, tuple[Likeness, Likeness]] = field(default_factory=dict)
 
     @property

@@ -43,12 +43,10 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 
 class OnnxOps:
-    """Collects nodes and initializers of one graph.
+    """Collects nodes and initializers of one graph, whose inputs exist from the start.
 
-    Args:
-        signature: the graph's contract; its inputs exist from the start.
-        dtype: type of activations and weights.
-        weights: where the weights lie; each file is referred to by name, beside the graph.
+    `dtype` is the type of activations and weights; the weights' files are referred to by name,
+    beside the graph.
     """
 
     def __init__(self, signature: Signature, dtype: str, weights: Mapping[str, WeightRef]) -> None:

@@ -28,24 +28,15 @@ _ACTIVATIONS = ("quantized", "kept")
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRecipe:
-    """How to quantize both networks.
+    """How to quantize both networks."""
 
-    Attributes:
-        name: the recipe's name, for people.
-        transformer: format of the transformer's block linears.
-        text_encoder: format of the text encoder's, or "bf16" to leave it.
-        activations: "quantized" multiplies in the format; "kept" saves memory alone.
-        percentile: share of a layer's input values, in percent, that its range covers; 100 is the
-            largest magnitude seen.
-        overrides: (pattern, format) of layers that differ, by weight name as `fnmatch` reads it;
-            the last one that matches counts.
-    """
-
-    name: str
-    transformer: str
-    text_encoder: str = _KEEP
-    activations: str = "quantized"
+    name: str  # for people
+    transformer: str  # format of the transformer's block linears
+    text_encoder: str = _KEEP  # format of the text encoder's, or "bf16" to leave it
+    activations: str = "quantized"  # multiplied in the format; "kept" saves memory alone
+    # share of a layer's input values, in percent, that its range covers
     percentile: float = 100.0
+    # (pattern, format) of layers that differ, by weight name as `fnmatch` reads it; the last counts
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
