@@ -59,8 +59,7 @@ def verify_against(
         artifacts: what is checked: graphs, or the engines below it.
         reference: float32 artifacts of the same checkpoint.
         out: file of the report, kept up to date from check to check.
-        options: of `KleinKVPipeline.from_pretrained`: backend, device, threads, precision,
-            kv_dtype, attention.
+        options: of `KleinKVPipeline.from_pretrained`.
     """
     artifacts, reference = artifacts.resolve(), reference.resolve()
     report = Report(out, {str(artifacts): "ARTIFACTS", str(reference): "FP32_ARTIFACTS"})

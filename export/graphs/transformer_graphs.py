@@ -35,13 +35,8 @@ def transformer_graph(
     Weights, numbers and block scales are external data in the safetensors files, and not read;
     other scales are constants. nvfp4 layers and float32 activations are an `ArtifactError`.
 
-    Args:
-        graph: which of them.
-        config: the checkpoint's configuration.
-        graphs: the set that the graph belongs to.
-        weights: where the transformer's tensors lie.
-        quantized: quantized layers by weight name; the others are as in `weights`.
-        scales: by block, where keys and values have constant ones, or attention is float8.
+    `graphs` is the set that the graph belongs to, `quantized` its quantized layers by weight name;
+    `scales`, by block, are needed where keys and values have constant ones or attention is float8.
     """
     kv_dtype, net = graphs.kv_dtype, config.transformer
     scales = scales or {}
