@@ -1,6 +1,5 @@
 """What tests of the runtime share."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,7 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.export.checkpoints.fixture import make_fixture
-from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.exporter import export_checkpoint
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.planning import memory
 from tests.conftest import MadeOnce
@@ -48,20 +44,6 @@ def pocket_artifacts(made_once: MadeOnce, pocket_checkpoint: Path) -> Path:
         export_checkpoint(pocket_checkpoint, folder / "fp32", variant="kv", dtype="float32")
 
     return made_once("pocket-fp32", make) / "fp32"
-
-
-@pytest.fixture(scope="session")
-def quantized(made_once: MadeOnce, tiny_artifacts: Path) -> Path:
-    """The tiny checkpoint in float32, and numbers of the shipped recipes."""
-
-    def make(folder: Path) -> None:
-        shutil.copytree(tiny_artifacts, folder / "artifacts")
-        samples = make_samples(2, size=(128, 128))
-        for name in ("fp8", "fp8-weight-only", "nvfp4"):
-            recipe = QuantizationRecipe.load(name)
-            quantize_artifacts(folder / "artifacts", recipe, samples, text_tokens=32)
-
-    return made_once("tiny-quantized", make) / "artifacts"
 
 
 @pytest.fixture

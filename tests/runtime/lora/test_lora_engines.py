@@ -97,7 +97,7 @@ def steps_apart(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64]:
     [
         ("tiny_bf16_artifacts", None, False),
         ("tiny_fp16_artifacts", None, True),
-        ("quantized", "fp8", True),
+        ("quantized_artifacts", "fp8", True),
     ],
 )
 def test_engines_merge_as_the_host_does(
@@ -186,11 +186,11 @@ def broken_engine(card: Card) -> list[WeightedAdapter]:
 )
 def test_what_a_device_does_not_merge_the_host_does(
     prepare: Callable[[Card], list[WeightedAdapter]],
-    quantized: Path,
+    quantized_artifacts: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    card = Card(quantized, tmp_path, "fp8")
+    card = Card(quantized_artifacts, tmp_path, "fp8")
     adapters = prepare(card)
     merger = card.merger()
     card.backend.replace_weights(merger.contents(adapters))
@@ -254,8 +254,8 @@ def test_a_switch_leaves_engines_and_captured_graphs_as_they_are(
     np.testing.assert_array_equal(edit(fresh), changed)
 
 
-def test_graphs_of_quantized_sets_alone_have_float8(quantized: Path) -> None:
-    manifest = Manifest.load(quantized)
+def test_graphs_of_quantized_sets_alone_have_float8(quantized_artifacts: Path) -> None:
+    manifest = Manifest.load(quantized_artifacts)
     small = {x.precision: set(x.small_files) for x in (manifest.graphs, GraphSet("kv", "bfloat16"))}
     assert small == {None: {"blend", "merge_lora"}}
     fp8 = manifest.choose_graphs(precision="fp8")

@@ -23,15 +23,17 @@ NAME = "transformer_blocks.0.ff.linear_in.weight"
 
 
 @pytest.fixture(scope="module")
-def own(quantized: Path) -> NDArray[np.float32]:
+def own(quantized_artifacts: Path) -> NDArray[np.float32]:
     """The tensor before."""
-    weights = component_weights(quantized, Manifest.load(quantized), "transformer")
+    weights = component_weights(
+        quantized_artifacts, Manifest.load(quantized_artifacts), "transformer"
+    )
     return map_weight(weights[NAME]).astype(np.float32)
 
 
-def adapter_of(quantized: Path, size: float) -> tuple[Adapter, NDArray[np.float32]]:
+def adapter_of(quantized_artifacts: Path, size: float) -> tuple[Adapter, NDArray[np.float32]]:
     """An adapter of one tensor, whose change has this deviation, and the change."""
-    shapes = transformer_parameters(Manifest.load(quantized).config.transformer)
+    shapes = transformer_parameters(Manifest.load(quantized_artifacts).config.transformer)
     rows, columns = shapes[NAME]
     rng = np.random.default_rng(0)
     up = rng.standard_normal((rows, 4)).astype(np.float32) * size / 2
@@ -41,12 +43,12 @@ def adapter_of(quantized: Path, size: float) -> tuple[Adapter, NDArray[np.float3
     return read_adapter(tensors, shapes), up @ down
 
 
-def open_merger(quantized: Path, precision: str | None = None) -> WeightMerger:
-    manifest = Manifest.load(quantized)
+def open_merger(quantized_artifacts: Path, precision: str | None = None) -> WeightMerger:
+    manifest = Manifest.load(quantized_artifacts)
     graphs = manifest.graphs
     if precision:
         graphs = GraphSet("kv", "float32", None, (("transformer", precision),))
-    return WeightMerger(quantized, manifest, graphs)
+    return WeightMerger(quantized_artifacts, manifest, graphs)
 
 
 def dequantized(merger: WeightMerger, layer: QuantizedLinear, adapters: Any) -> NDArray[Any]:
@@ -59,16 +61,16 @@ def dequantized(merger: WeightMerger, layer: QuantizedLinear, adapters: Any) -> 
 
 @pytest.mark.parametrize(("precision", "kept"), [("fp8", 0.97), ("nvfp4", 0.85)])
 def test_a_quantized_merge_keeps_a_small_change(
-    precision: str, kept: float, quantized: Path, own: NDArray[Any], monkeypatch: Any
+    precision: str, kept: float, quantized_artifacts: Path, own: NDArray[Any], monkeypatch: Any
 ) -> None:
     """By its projection on the change that was meant; from the numbers' grid much of it is lost."""
-    layer = load_quantized(quantized, "transformer", precision).linears[NAME]
-    adapter, change = adapter_of(quantized, 0.05 * float(own.std()))
+    layer = load_quantized(quantized_artifacts, "transformer", precision).linears[NAME]
+    adapter, change = adapter_of(quantized_artifacts, 0.05 * float(own.std()))
 
     def share(before: NDArray[Any], after: NDArray[Any]) -> float:
         return float(((after - before) * change).sum() / (change**2).sum())
 
-    merger = open_merger(quantized, precision)
+    merger = open_merger(quantized_artifacts, precision)
     after = dequantized(merger, layer, [(adapter, 1.0)])
     assert kept < share(layer.dequantize(), after) < 2 - kept
 
@@ -79,11 +81,11 @@ def test_a_quantized_merge_keeps_a_small_change(
 
 
 def test_what_does_not_fit_under_the_scale_is_told(
-    quantized: Path, own: NDArray[Any], caplog: pytest.LogCaptureFixture
+    quantized_artifacts: Path, own: NDArray[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for precision, size, warned in (("fp8", 0.1, False), ("fp8", 3.0, True), ("nvfp4", 3.0, True)):
-        adapter, _ = adapter_of(quantized, size * float(np.abs(own).max()))
-        merger = open_merger(quantized, precision)
+        adapter, _ = adapter_of(quantized_artifacts, size * float(np.abs(own).max()))
+        merger = open_merger(quantized_artifacts, precision)
         [content() for content in merger.contents([(adapter, 1.0)]).values()]
         caplog.clear()
         merger.warn()
@@ -92,17 +94,17 @@ def test_what_does_not_fit_under_the_scale_is_told(
 
 
 def test_weights_that_are_dequantized_ones_are_warned_of(
-    quantized: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+    quantized_artifacts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    layer = load_quantized(quantized, "transformer", "fp8").linears[NAME]
-    adapter, _ = adapter_of(quantized, 0.01)
-    merger = open_merger(quantized, "fp8")
+    layer = load_quantized(quantized_artifacts, "transformer", "fp8").linears[NAME]
+    adapter, _ = adapter_of(quantized_artifacts, 0.01)
+    merger = open_merger(quantized_artifacts, "fp8")
     with caplog.at_level(logging.WARNING):
         merger.contents([(adapter, 1.0)])[NAME]()
         assert not caplog.records
         grid = layer.dequantize()
         monkeypatch.setattr(merge, "map_weight", lambda _ref: grid)
-        other = open_merger(quantized, "fp8")
+        other = open_merger(quantized_artifacts, "fp8")
         other.contents([(adapter, 1.0)])[NAME]()
         other.contents([(adapter, 0.5)])[NAME]()
     assert [("dequantized" in x.message) for x in caplog.records] == [True]
