@@ -20,11 +20,11 @@ from klein_kv.runtime.serving.api.health import health_routes
 from klein_kv.runtime.serving.api.images import image_routes
 from klein_kv.runtime.serving.api.references import reference_routes
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Fetch, Front
+from klein_kv.runtime.serving.front import Fetch, Front, ShelvedReferences
 from klein_kv.runtime.serving.jobs import Engine
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
-from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
 from klein_kv.runtime.serving.runware.routes import runware_routes
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH
@@ -61,12 +61,13 @@ def make_app(
     `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
     ask for it themselves, and `app.state.public_below` what all such paths begin with.
     """
+    shelf: Kept[ShelvedReferences] = Kept(settings.shelf_bytes)
     front = Front(
         engine=engine,
         settings=settings,
         keys=KeyRing(settings.api_keys),
-        shelf=ReferenceShelf(settings.shelf_bytes),
-        metrics=Metrics(engine.gauges),
+        shelf=shelf,
+        metrics=Metrics(engine.gauges, lambda: shelf.nbytes),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
         fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
     )

@@ -1,7 +1,7 @@
 """One pipeline behind a queue: the engine of a service in one process.
 
 One thread opens the pipeline and runs one job after the other. Nothing but graphs runs there:
-images are prepared before, and made into arrays after it, in other threads.
+images are prepared before, and made into files after it, in other threads.
 """
 
 import asyncio
@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
 from klein_kv.runtime.serving.job_queue import JobQueue, Ticket
@@ -22,11 +21,11 @@ from klein_kv.runtime.serving.jobs import (
     EncodeJob,
     EncodeResult,
     EngineFacts,
+    Job,
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import (
     DeviceLostError,
-    Edited,
     PipelineRunner,
     StoppedError,
     is_out_of_memory,
@@ -62,7 +61,8 @@ class EngineRoom:
     ) -> None:
         self._open = open_runner
         self._on_failed = on_failed
-        self._queue = JobQueue(queue)
+        self._queue = JobQueue()
+        self._most = queue
         self._changed = threading.Condition()
         self._state = "starting"  # then "ready", "draining", "failed" or "closed"
         self._running: Ticket | None = None
@@ -110,10 +110,9 @@ class EngineRoom:
 
     def gauges(self) -> dict[str, float]:
         """See `Engine`."""
-        running = float(self._running is not None)
         return {
             "queue_depth": len(self._queue),
-            "in_flight": running,
+            "in_flight": float(self._running is not None),
             "job_seconds_average": self._seconds,
             **{f"{name}_total": count for name, count in self._counts.items()},
             **self._store_gauges,
@@ -125,7 +124,7 @@ class EngineRoom:
             if self._state in ("starting", "ready"):
                 self._state = "draining"
         end = time.monotonic() + timeout_s
-        while (self._running or len(self._queue)) and time.monotonic() < end:
+        while (self._running or self._queue) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self._give_up(draining())
         await asyncio.sleep(0)  # those who wait are told
@@ -140,12 +139,11 @@ class EngineRoom:
         self._thread.join(timeout_s)
         self._after.shutdown(wait=False)
 
-    async def _do(self, job: EditJob | EncodeJob, on_preview: OnPreview | None) -> Any:
-        loop = asyncio.get_running_loop()
-        ticket = Ticket(job, loop.create_future(), loop, on_preview)
+    async def _do(self, job: Job, on_preview: OnPreview | None) -> Any:
+        ticket = Ticket(job, asyncio.get_running_loop().create_future(), on_preview)
         with self._changed:
-            self._check(job)
-            self._queue.put(ticket)
+            self._check()
+            self._queue.append(ticket)
             self._changed.notify()
         try:
             async with asyncio.timeout(job.timeout_s):
@@ -159,24 +157,22 @@ class EngineRoom:
         finally:
             ticket.gone = True
             with self._changed:
-                self._queue.remove(ticket)
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
 
-    def _check(self, job: EditJob | EncodeJob) -> None:
+    def _check(self) -> None:
         """Refuses what cannot be taken on now."""
         if self._state == "draining":
             raise draining()
         if self._state != "ready":
             raise not_ready()
-        if self._queue.full:
-            waiting = len(self._queue) + 1
+        waiting = len(self._queue)
+        if waiting >= self._most:
             raise ServiceError(
                 "queue_full",
-                f"{len(self._queue)} requests are waiting, expected less; come again later",
-                retry_after_s=max(0.1, waiting * self._seconds),
+                f"{waiting} requests are waiting, expected less; come again later",
+                retry_after_s=max(0.1, (waiting + 1) * self._seconds),
             )
-        known = self.facts.loras
-        if any(name not in known for name, _ in job.loras):
-            raise ServiceError("invalid_value", "there is no such LoRA", "lora")
 
     # What the thread does -----------------------------------------------------------------------
 
@@ -204,7 +200,7 @@ class EngineRoom:
     def _next(self) -> Ticket | None:
         with self._changed:
             self._running = None
-            while not len(self._queue):
+            while not self._queue:
                 if self._state in ("closed", "failed"):
                     return None
                 self._changed.wait()
@@ -233,7 +229,9 @@ class EngineRoom:
         self._failures = 0
         self._counts["jobs"] += 1
         self._seconds += (seconds - self._seconds) * (_SMOOTHING if self._seconds else 1.0)
-        self._after.submit(self._finish, ticket, made, start - ticket.queued_at)
+        if isinstance(made, EditResult):
+            made = replace(made, queued_s=start - ticket.queued_at)
+        self._after.submit(self._answer, ticket, made)
         return None
 
     def _explain(
@@ -255,29 +253,20 @@ class EngineRoom:
         lost.__cause__ = error
         return lost
 
-    def _run(self, runner: PipelineRunner, ticket: Ticket) -> Edited | EncodeResult:
+    def _run(self, runner: PipelineRunner, ticket: Ticket) -> EditResult | EncodeResult:
         job = ticket.job
         if isinstance(job, EncodeJob):
             return runner.encode(job)
 
-        def on_denoised(step: int, latents: Any) -> None:
-            self._after.submit(self._show, runner, ticket, step, latents)
+        def on_denoised(latents: Any) -> None:
+            self._after.submit(self._show, runner, ticket, latents)
 
         return runner.edit(job, lambda: ticket.wanted, on_denoised)
 
-    def _show(self, runner: PipelineRunner, ticket: Ticket, step: int, latents: Any) -> None:
+    def _show(self, runner: PipelineRunner, ticket: Ticket, latents: Any) -> None:
         picture = runner.preview(latents) if ticket.wanted else None
         if picture is not None and ticket.on_preview is not None:
-            pixels, on_preview = np.asarray(picture), ticket.on_preview
-            self._on_loop(ticket, lambda: on_preview(step, pixels))
-
-    def _finish(self, ticket: Ticket, made: Edited | EncodeResult, queued_s: float) -> None:
-        if isinstance(made, Edited) and isinstance(ticket.job, EditJob):
-            images = tuple(np.asarray(image) for image in made.images)
-            seed, known = ticket.job.seed, made.references_known
-            self._answer(ticket, EditResult(images, seed, known, queued_s, made.stages_s))
-        else:
-            self._answer(ticket, made)
+            self._on_loop(ticket, ticket.on_preview, picture)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -291,7 +280,8 @@ class EngineRoom:
 
     def _give_up(self, why: ServiceError) -> None:
         with self._changed:
-            waiting = self._queue.empty()
+            waiting = [*self._queue]
+            self._queue.clear()
             if self._running is not None:
                 waiting.append(self._running)
         for ticket in waiting:
@@ -309,8 +299,8 @@ class EngineRoom:
 
         self._on_loop(ticket, tell)
 
-    def _on_loop(self, ticket: Ticket, call: Callable[[], None]) -> None:
+    def _on_loop(self, ticket: Ticket, call: Callable[..., None], *arguments: Any) -> None:
         try:
-            ticket.loop.call_soon_threadsafe(call)
+            ticket.result.get_loop().call_soon_threadsafe(call, *arguments)
         except RuntimeError:  # the loop is closed: nobody waits
             _log.debug("an answer came after its loop had ended")

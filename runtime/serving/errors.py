@@ -50,7 +50,6 @@ class ServiceError(KleinKVError):
         code: str,
         message: str,
         param: str | None = None,
-        *,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -58,6 +57,9 @@ class ServiceError(KleinKVError):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type["ServiceError"], tuple[object, ...]]:
+        return type(self), (self.code, self.message, self.param, self.retry_after_s)
 
     @property
     def status(self) -> int:

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
+from PIL import Image
 from starlette.datastructures import Headers
 
 from klein_kv.runtime.references.reference_set import images_digest
@@ -19,8 +21,9 @@ from klein_kv.runtime.serving.jobs import (
     OnPreview,
     Pixels,
 )
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
-from klein_kv.runtime.serving.reference_shelf import ReferenceShelf, ShelvedReferences
+from klein_kv.runtime.serving.outputs import OutputFormat, encode_image, image_parameters
 from klein_kv.runtime.serving.security.images_in import (
     bytes_from_base64,
     prepare_mask,
@@ -29,7 +32,7 @@ from klein_kv.runtime.serving.security.images_in import (
 from klein_kv.runtime.serving.security.keys import KeyRing
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["Fetch", "Front", "Upload"]
+__all__ = ["Fetch", "Front", "ShelvedReferences", "Upload"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +56,30 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ShelvedReferences:
+    """An ordered set of prepared images that were uploaded as a resource.
+
+    The engine keeps keys and values; these are what they are made from, so that any replica can
+    make them again, and a set that the GPU gave up costs a first step instead of an error.
+
+    Attributes:
+        digest: their `images_digest`, which is the id of the resource.
+        created: seconds since 1970.
+    """
+
+    digest: str
+    images: tuple[Pixels, ...]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Front:
     """The same for HTTP, WebSocket, and whatever engine. Used on the event loop."""
 
     engine: Engine
     settings: ServeSettings
     keys: KeyRing
-    shelf: ReferenceShelf
+    shelf: Kept[ShelvedReferences]
     metrics: Metrics
     threads: ThreadPoolExecutor
     fetch: Fetch
@@ -78,9 +98,20 @@ class Front:
         if not uploads:
             return (), ""
         self._check_count(len(uploads), uploads[0].param)
-        unit = self.engine.facts.unit
-        images = await asyncio.gather(*(self._prepare(upload, unit) for upload in uploads))
+        images = await asyncio.gather(*(self.prepared(upload) for upload in uploads))
         return tuple(images), await self.in_thread(digest_of, images)
+
+    async def prepared(self, upload: Upload) -> Pixels:
+        """A reference of one upload; see `prepare_upload`.
+
+        Raises:
+            ServiceError: it is no image, or none that a reference is made of.
+        """
+        data = await self.bytes_of(upload)
+        settings, unit = self.settings, self.engine.facts.unit
+        return await self.in_thread(
+            prepare_upload, data, settings.max_pixels, unit, settings.matte, upload.param
+        )
 
     async def mask(self, upload: Upload, first: Pixels) -> Pixels:
         """The mask of an edit whose first reference this is; see `prepare_mask`.
@@ -98,7 +129,7 @@ class Front:
         Raises:
             ServiceError: "reference_not_found", or together too many.
         """
-        sets = [self.shelf.get(i) for i in ids]
+        sets = [self.on_shelf(i) for i in ids]
         images = [image for held in sets for image in held.images]
         self._check_count(len(images), "references")
         if len(sets) == 1:
@@ -107,8 +138,23 @@ class Front:
 
     def shelve(self, images: tuple[Pixels, ...], digest: str) -> ShelvedReferences:
         """Keeps images under their digest."""
-        held = self.shelf.put(ShelvedReferences(digest, images))
-        self.metrics.shelf.set(self.shelf.nbytes)
+        held = self.shelf.get(digest) or ShelvedReferences(digest, images)
+        self.shelf.put(digest, held, sum(image.nbytes for image in images))
+        return held
+
+    def on_shelf(self, digest: str) -> ShelvedReferences:
+        """What is kept under an id.
+
+        Raises:
+            ServiceError: "reference_not_found".
+        """
+        held = self.shelf.get(digest)
+        if held is None:
+            raise ServiceError(
+                "reference_not_found",
+                "there are no references of this id; upload the images again",
+                "references",
+            )
         return held
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
@@ -118,8 +164,7 @@ class Front:
         _log.info(
             "%d of %dx%d in %d steps, %d references, %s: %.3f s after %.3f s in the queue",
             len(result.images),
-            result.images[0].shape[1],
-            result.images[0].shape[0],
+            *result.images[0].size,
             job.steps,
             len(job.references),
             "known" if result.references_known else "not known",
@@ -127,6 +172,20 @@ class Front:
             result.queued_s,
         )
         return result
+
+    def encode(
+        self,
+        job: EditJob,
+        image: Image.Image,
+        index: int,
+        kind: OutputFormat,
+        quality: int | None,
+    ) -> bytes:
+        """Image `index` of a job as a file's bytes; called in a thread."""
+        parameters = None
+        if self.settings.metadata:
+            parameters = image_parameters(job, self.engine.facts, image, index)
+        return encode_image(image, kind, quality, parameters)
 
     def check_model(self, name: str | None) -> None:
         """Refuses names that are not this model's.
@@ -191,13 +250,6 @@ class Front:
             raise ServiceError(
                 "invalid_value", f"{count} reference images, expected at most {most}", param
             )
-
-    async def _prepare(self, upload: Upload, unit: int) -> Pixels:
-        data = await self.bytes_of(upload)
-        settings = self.settings
-        return await self.in_thread(
-            prepare_upload, data, settings.max_pixels, unit, settings.matte, upload.param
-        )
 
 
 def digest_of(images: Sequence[Pixels]) -> str:

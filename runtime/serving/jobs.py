@@ -4,12 +4,14 @@ An engine is one pipeline behind a queue in this process (`EngineRoom`), or repl
 (`RayEngine`). What stands in front (HTTP, decoding, limits) is the same for both.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 __all__ = [
     "EditJob",
@@ -18,14 +20,17 @@ __all__ = [
     "EncodeResult",
     "Engine",
     "EngineFacts",
+    "Job",
     "OnPreview",
+    "Pixels",
+    "previews_and_result",
 ]
 
 Pixels = NDArray[np.uint8]
-"""An image [H, W, 3]."""
+"""A prepared image [H, W, 3]."""
 
-OnPreview = Callable[[int, Pixels], None]
-"""Called on the event loop after a step with its index, from 0, and what the image is by now."""
+OnPreview = Callable[[Image.Image], None]
+"""Called on the event loop after a step, with what the image is by now."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +84,9 @@ class EditJob:
     timeout_s: float | None = None
 
 
+Job = EditJob | EncodeJob
+
+
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
     """Keys and values are at hand.
@@ -100,16 +108,14 @@ class EditResult:
 
     Attributes:
         images: one per image asked for.
-        seed: of the first.
         references_known: no step had to compute keys and values.
         queued_s: seconds in the queue.
         stages_s: seconds by stage (`Timings.to_dict`).
     """
 
-    images: tuple[Pixels, ...]
-    seed: int
+    images: tuple[Image.Image, ...]
     references_known: bool
-    queued_s: float
+    queued_s: float = 0.0
     stages_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -168,3 +174,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees everything. Called in a thread, while the event loop runs."""
+
+
+async def previews_and_result(
+    edit: Callable[[EditJob, OnPreview | None], Awaitable[EditResult]], job: EditJob
+) -> AsyncGenerator[Image.Image | EditResult, None]:
+    """Previews of an edit as they come, and its result last; closing it takes the job back."""
+    previews: asyncio.Queue[Image.Image | None] = asyncio.Queue()
+    work = asyncio.ensure_future(edit(job, previews.put_nowait if job.previews else None))
+    work.add_done_callback(lambda _: previews.put_nowait(None))
+    try:
+        while (preview := await previews.get()) is not None:
+            yield preview
+        yield work.result()
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)

@@ -18,9 +18,12 @@ class Metrics:
 
     Args:
         gauges: `Engine.gauges`; names that end in "_total" are counts, "@NAME" is whose.
+        shelf_bytes: of uploaded references.
     """
 
-    def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self, gauges: Callable[[], dict[str, float]], shelf_bytes: Callable[[], float]
+    ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineGauges(gauges))
         self.requests = Counter(
@@ -55,9 +58,10 @@ class Metrics:
             ["references"],
             registry=self._registry,
         )
-        self.shelf = Gauge(
+        shelf = Gauge(
             "klein_kv_shelf_bytes", "Pixels of uploaded references", registry=self._registry
         )
+        shelf.set_function(shelf_bytes)
 
     def note_edit(self, result: EditResult, references: int) -> None:
         """Counts a job that is done."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,18 @@ from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.jobs import (
+    EditJob,
+    EditResult,
+    EncodeJob,
+    EncodeResult,
+    EngineFacts,
+    Job,
+)
 from klein_kv.runtime.timings import Timings
 
 __all__ = [
     "DeviceLostError",
-    "Edited",
     "PipelineRunner",
     "StoppedError",
     "WarmUp",
@@ -57,15 +63,6 @@ class WarmUp:
     width: int
     height: int
     references: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Edited:
-    """What a job gave, before it is made into an `EditResult`."""
-
-    images: list[Image.Image] = field(default_factory=list)
-    references_known: bool = False
-    stages_s: dict[str, float] = field(default_factory=dict)
 
 
 class PipelineRunner:
@@ -108,15 +105,15 @@ class PipelineRunner:
             _log.info("warmed up %dx%d: %s", size.width, size.height, self._warm_up(size).to_text())
 
     def edit(
-        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
-    ) -> Edited:
+        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[Any], None]
+    ) -> EditResult:
         """Makes the images of a job, one after the other: image i has the noise of `seed + i`.
 
         Args:
             job: what to make.
             wanted: asked after every step.
-            on_denoised: called with the index of a step and the latents that it foresees, after the
-                steps that previews are wanted of.
+            on_denoised: called with the latents that a step foresees, after the steps that previews
+                are wanted of.
 
         Raises:
             StoppedError: the job was not `wanted` any more.
@@ -128,10 +125,12 @@ class PipelineRunner:
             if not wanted():
                 raise StoppedError
             if step in shown:
-                on_denoised(step, tensors["denoised"])
+                on_denoised(tensors["denoised"])
 
         self._use(job.loras)
-        done = Edited()
+        images: list[Image.Image] = []
+        references_known = False
+        stages_s: dict[str, float] = {}
         for i in range(job.num_images):
             result = self._call(
                 job,
@@ -141,12 +140,11 @@ class PipelineRunner:
             )
             timings = self.pipe.timings
             if i == 0:
-                done.references_known = bool(job.references) and not (
-                    timings.first_step or timings.plain_steps
-                )
-            done.images += result.images
-            _add(done.stages_s, timings)
-        return done
+                computed = timings.first_step or timings.plain_steps
+                references_known = bool(job.references) and not computed
+            images += result.images
+            _add(stages_s, timings)
+        return EditResult(tuple(images), references_known, stages_s=stages_s)
 
     def encode(self, job: EncodeJob) -> EncodeResult:
         """Makes keys and values, or finds them."""
@@ -271,7 +269,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _prepared(job: EditJob | EncodeJob) -> Any:
+def _prepared(job: Job) -> Any:
     """References with their digest, so that nothing is resized or hashed on this thread."""
     if not job.references:
         return None

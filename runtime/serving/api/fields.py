@@ -1,7 +1,8 @@
 """Fields of a request, as JSON or as a form, checked before anything is decoded."""
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -23,6 +24,8 @@ from klein_kv.runtime.serving.security.limits import json_value
 from klein_kv.runtime.serving.settings import ServeSettings
 
 __all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_FIELDS = 64
 _LONGEST_NAME = 256
@@ -296,26 +299,27 @@ def body_schema(model: type[BaseModel], *images: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def checked(model: type[BaseModel], values: dict[str, Any]) -> Any:
-    """An instance of `model`.
+def checked(model: type[M], values: Mapping[str, Any]) -> M:
+    """An instance of `model`; None is as good as not there.
 
     Raises:
-        ServiceError: the first field that is missing, unknown or out of range.
+        ServiceError: the first field that is missing, unknown, out of range, or beyond the model.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = _short(str(first["loc"][0])) if first["loc"] else ""
-        if first["type"] == "missing":
-            code, text = "missing_required_parameter", "is missing"
-        elif first["type"] == "extra_forbidden":
-            code, text = "unknown_parameter", "is not known here"
-        else:
-            code = "invalid_value"
-            text = first["msg"].removeprefix("Value error, ")
-            text = text[:1].lower() + text[1:]
-        raise ServiceError(code, f"{name}: {text}", name) from None
+        if error.error_count() > MAX_FIELDS:
+            raise ServiceError("invalid_value", "too many fields are wrong") from None
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = _short(".".join(part for part in first["loc"] if isinstance(part, str)))
+    if first["type"] == "missing":
+        raise ServiceError("missing_required_parameter", f"{name} is missing", name)
+    if first["type"] == "extra_forbidden":
+        raise ServiceError("unknown_parameter", f"{name} is not known here", name)
+    code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else "invalid_value"
+    got = f" is {first['input']!r:.40}" if type(first["input"]) in (int, float) else ""
+    text = first["msg"].removeprefix("Value error, ")
+    raise ServiceError(code, f"{name}{got}: {text[:1].lower()}{text[1:]}", name)
 
 
 def _bad(param: str, text: str) -> ServiceError:

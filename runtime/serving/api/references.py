@@ -8,9 +8,8 @@ from klein_kv.runtime.serving.api.answers import json_response
 from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import ReferenceFields, body_schema, checked, read_fields
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Front
+from klein_kv.runtime.serving.front import Front, ShelvedReferences
 from klein_kv.runtime.serving.jobs import EncodeJob
-from klein_kv.runtime.serving.reference_shelf import ShelvedReferences
 
 __all__ = ["reference_routes"]
 
@@ -25,7 +24,7 @@ def reference_routes(front: Front) -> APIRouter:
     async def upload(request: Request) -> Response:
         """Keys and values of 1 to 4 images; the id is the images' digest."""
         sent = await read_fields(request, front)
-        fields: ReferenceFields = checked(ReferenceFields, sent.values)
+        fields = checked(ReferenceFields, sent.values)
         front.check_model(fields.model)
         front.check_loras(fields.lora)
         if not sent.images:
@@ -47,13 +46,12 @@ def reference_routes(front: Front) -> APIRouter:
     @routes.get("/v1/references/{reference}")
     async def look(reference: str) -> Response:
         """What is kept under an id."""
-        return json_response(_described(front.shelf.get(reference)))
+        return json_response(_described(front.on_shelf(reference)))
 
     @routes.delete("/v1/references/{reference}")
     async def forget(reference: str) -> Response:
         """Forgets the images; keys and values make room when others need it."""
-        front.shelf.delete(reference)
-        front.metrics.shelf.set(front.shelf.nbytes)
+        front.shelf.drop(front.on_shelf(reference).digest)
         return json_response({"id": reference, "object": "references", "deleted": True})
 
     return routes

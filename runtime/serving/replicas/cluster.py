@@ -20,9 +20,9 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, Self
 
 from klein_kv.errors import BackendError, RequestError
-from klein_kv.runtime.serving.jobs import EngineFacts
+from klein_kv.runtime.serving.jobs import EngineFacts, Job
 from klein_kv.runtime.serving.replicas.engine import RayEngine
-from klein_kv.runtime.serving.replicas.events import Event, Job, ReplicaLostError, Status
+from klein_kv.runtime.serving.replicas.events import Event, ReplicaLostError
 from klein_kv.runtime.serving.replicas.replica import Replica
 from klein_kv.runtime.serving.runner import PipelineRunner
 
@@ -151,10 +151,10 @@ class RayReplica:
         finally:
             self._ray.cancel(answers)  # nothing happens where it is done
 
-    async def status(self) -> Status:
+    async def status(self) -> tuple[bool, dict[str, float]]:
         """See `ReplicaHandle`."""
-        status: Status = await self._ask(self._actor.status.remote())
-        return status
+        ready, gauges = await self._ask(self._actor.status.remote())
+        return ready, gauges
 
     async def close(self, timeout_s: float) -> None:
         """See `ReplicaHandle`."""

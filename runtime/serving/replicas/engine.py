@@ -2,15 +2,18 @@
 
 Every job is sent by the digest of its references, so that a set's keys and values are made and kept
 on one replica. This process sends all jobs, so it needs no router beside itself: names of replicas
-are hashed (`routing.ranked`), and a replica that replaces a lost one has its name, hence its sets.
+are hashed (`ranked`), and a replica that replaces a lost one has its name, hence its sets.
 Nothing here knows of Ray; cluster.py does.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from PIL import Image
 
 from klein_kv.errors import BackendError, KleinKVError
 from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
@@ -20,20 +23,17 @@ from klein_kv.runtime.serving.jobs import (
     EncodeJob,
     EncodeResult,
     EngineFacts,
+    Job,
     OnPreview,
 )
 from klein_kv.runtime.serving.replicas.events import (
-    Job,
-    Preview,
-    Refusal,
     ReplicaHandle,
     ReplicaLostError,
     Result,
     Taken,
 )
-from klein_kv.runtime.serving.replicas.routing import ranked
 
-__all__ = ["RayEngine"]
+__all__ = ["RayEngine", "ranked"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,16 @@ class _Run:
     on_preview: OnPreview | None
     shown: int = 0
     taken: int = 0
+
+
+def ranked(key: str, names: Sequence[str]) -> list[str]:
+    """Names in the order in which they are to be asked for a key, its home first.
+
+    Each key has an order of its own: a name that is missing hands its keys on to all others alike,
+    and nothing else moves. Source: Thaler and Ravishankar, "A Name-Based Mapping Scheme for
+    Rendezvous" (1996).
+    """
+    return sorted(names, key=lambda name: hashlib.sha256(f"{name}\n{key}".encode()).digest())
 
 
 class RayEngine:
@@ -216,14 +226,16 @@ class RayEngine:
                 async for event in events:
                     if isinstance(event, Taken):
                         run.taken += 1
-                    elif isinstance(event, Preview):
+                    elif isinstance(event, Image.Image):
                         previews += 1
                         if run.on_preview is not None and previews > run.shown:
                             run.shown = previews
-                            run.on_preview(event.step, event.pixels)
-                    elif isinstance(event, Refusal):
+                            run.on_preview(event)
+                    elif isinstance(event, ServiceError):
                         run.taken -= event.code == "queue_full"
-                        raise event.error()
+                        if event.code in ("not_ready", "draining"):
+                            raise ReplicaLostError(event.message)  # as good as lost: it ends
+                        raise event
                     else:
                         return event
             raise ReplicaLostError("it ended without a result")
@@ -255,8 +267,7 @@ class RayEngine:
 
     async def _ask(self, place: _Place, handle: ReplicaHandle) -> None:
         async with asyncio.timeout(_ANSWER_WITHIN_S):
-            status = await handle.status()
-        place.up, place.gauges = status.ready, status.gauges
+            place.up, place.gauges = await handle.status()
 
     async def _keep(self, place: _Place) -> None:
         """Asks a replica again and again how it is, and replaces it when it is lost."""

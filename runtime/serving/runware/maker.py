@@ -7,10 +7,12 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.jobs import EditJob, Pixels
-from klein_kv.runtime.serving.outputs import base64_text, encode_image, image_parameters
+from klein_kv.runtime.serving.outputs import base64_text
 from klein_kv.runtime.serving.runware.answers import Answer, done, failed
 from klein_kv.runtime.serving.runware.store import Caller, ImageStore
 from klein_kv.runtime.serving.runware.tasks import ImageTask
@@ -29,8 +31,6 @@ class Order:
     """A task under way.
 
     Attributes:
-        task: without its references.
-        references: as they came, until they are pixels.
         digest: tells it from another task of the same UUID.
         prepared: set when the references are pixels.
         nbytes: of these.
@@ -38,7 +38,6 @@ class Order:
 
     task: ImageTask
     caller: Caller
-    references: list[str]
     digest: str = ""
     prepared: asyncio.Event = field(default_factory=asyncio.Event)
     nbytes: int = 0
@@ -46,7 +45,7 @@ class Order:
     @property
     def named(self) -> dict[str, Any]:
         """What an answer begins with."""
-        return {"taskType": "imageInference", "taskUUID": self.task.uuid}
+        return {"taskType": "imageInference", "taskUUID": self.task.task_uuid}
 
 
 class ImageMaker:
@@ -72,22 +71,22 @@ class ImageMaker:
         end = loop.time() + settings.timeout_s
         references, digest = await self._prepared(order)
         items = []
-        for first in range(0, task.count, settings.max_images):
+        for first in range(0, task.number_results, settings.max_images):
             job = EditJob(
-                prompt=task.prompt,
+                prompt=task.positive_prompt,
                 references=references,
                 digest=digest,
                 height=task.height,
                 width=task.width,
                 steps=task.steps,
                 seed=task.seed + first,
-                num_images=min(settings.max_images, task.count - first),
+                num_images=min(settings.max_images, task.number_results - first),
                 loras=task.loras,
                 timeout_s=max(0.0, end - loop.time()),
             )
-            images = await self._edit(job, wait=task.later, end=end)
-            for i, pixels in enumerate(images):
-                items.append(await self._item(order, job, i, pixels))
+            images = await self._edit(job, wait=task.delivery_method == "async", end=end)
+            for i, image in enumerate(images):
+                items.append(await self._item(order, job, i, image))
         return done(*items)
 
     async def _prepared(self, order: Order) -> tuple[tuple[Pixels, ...], str]:
@@ -96,15 +95,15 @@ class ImageMaker:
             Upload(
                 self._images.find(reference, order.caller, _REFERENCES) or reference, _REFERENCES
             )
-            for reference in order.references
+            for reference in order.task.references
         ]
-        order.references.clear()
+        order.task.references.clear()
         pixels, digest = await self._front.references(uploads)
         order.nbytes = sum(image.nbytes for image in pixels)
         order.prepared.set()
         return pixels, digest
 
-    async def _edit(self, job: EditJob, *, wait: bool, end: float) -> tuple[Pixels, ...]:
+    async def _edit(self, job: EditJob, *, wait: bool, end: float) -> tuple[Image.Image, ...]:
         """Makes images; who asks for them later has the time to wait for a place in the queue."""
         while True:
             try:
@@ -115,29 +114,32 @@ class ImageMaker:
                     raise
             await asyncio.sleep(_AGAIN_S)
 
-    async def _item(self, order: Order, job: EditJob, index: int, pixels: Pixels) -> dict[str, Any]:
+    async def _item(
+        self, order: Order, job: EditJob, index: int, image: Image.Image
+    ) -> dict[str, Any]:
         front, task = self._front, order.task
-        about = None
-        if front.settings.metadata:
-            about = image_parameters(job, front.engine.facts, pixels, index)
-        data = await front.in_thread(encode_image, pixels, task.kind, task.quality, about)
+        data = await front.in_thread(
+            front.encode, job, image, index, task.kind, task.output_quality
+        )
         item = order.named
-        if task.output == "URL":
-            ttl_s = min(task.ttl_s or front.settings.kept_s, front.settings.kept_s)
+        if task.output_type == "URL":
+            ttl_s = min(task.ttl or front.settings.kept_s, front.settings.kept_s)
             name, url = self._images.put(data, task.kind, order.caller, ttl_s)
             item |= {"imageUUID": name, "imageURL": url}
         else:
             text = await front.in_thread(base64_text, data)
             item["imageUUID"] = str(uuid.uuid4())
-            if task.output == "base64Data":
+            if task.output_type == "base64Data":
                 item["imageBase64Data"] = text
             else:
                 item["imageDataURI"] = f"data:image/{task.kind};base64,{text}"
         item["seed"] = job.seed + index
-        if task.cost:
+        if task.include_cost:
             item["cost"] = 0
-        if task.upload is not None:
-            await self._send.put_bytes(task.upload, data, f"image/{task.kind}", "uploadEndpoint")
+        if task.upload_endpoint is not None:
+            await self._send.put_bytes(
+                task.upload_endpoint, data, f"image/{task.kind}", "uploadEndpoint"
+            )
         return item
 
 

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.runware.kept import Kept
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.runware.tasks import is_uuid
 
 __all__ = ["PATH", "Caller", "ImageStore", "KeptImage"]
@@ -56,7 +56,7 @@ class ImageStore:
         kind = kind or next(kind for magic, kind in _MAGIC if data.startswith(magic))
         name = str(uuid.uuid4())
         image = KeptImage(data, kind, caller.owner, secrets.token_urlsafe(16))
-        self._kept.put(name, image, owner=caller.owner, nbytes=len(data), ttl_s=ttl_s)
+        self._kept.put(name, image, len(data), owner=caller.owner, ttl_s=ttl_s)
         return name, f"{caller.base}{PATH}/images/{name}/{image.secret}.{_SUFFIXES[kind]}"
 
     def find(self, reference: str, caller: Caller, param: str) -> bytes | None:

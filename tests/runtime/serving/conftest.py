@@ -103,14 +103,12 @@ class SteeredEngine:
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
         await self._act(job)
-        height, width = job.height, job.width
-        if height is None or width is None:
-            height, width = job.references[0].shape[:2]
-        grey = np.full((height, width, 3), 128, np.uint8)
-        for step in range(job.previews):
+        height, width = job.references[0].shape[:2] if job.references else (1024, 1024)
+        grey = Image.new("RGB", (job.width or width, job.height or height), (128, 128, 128))
+        for _ in range(job.previews):
             assert on_preview is not None
-            on_preview(step, grey)
-        return EditResult((grey,) * job.num_images, job.seed, bool(job.references), 0.0)
+            on_preview(grey)
+        return EditResult((grey,) * job.num_images, bool(job.references))
 
     async def encode(self, job: EncodeJob) -> EncodeResult:
         await self._act(job)

@@ -7,25 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from klein_kv.errors import BackendError
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.jobs import (
+    EditJob,
+    EditResult,
+    EncodeJob,
+    EncodeResult,
+    EngineFacts,
+    Job,
+)
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.replicas import engine as engine_module
 from klein_kv.runtime.serving.replicas.engine import RayEngine
-from klein_kv.runtime.serving.replicas.events import (
-    Event,
-    Job,
-    Preview,
-    Refusal,
-    ReplicaLostError,
-    Status,
-    Taken,
-)
+from klein_kv.runtime.serving.replicas.events import Event, ReplicaLostError, Taken
 
 FACTS = EngineFacts("pocket", "digest", "kv", 16, "fake")
 PIXELS = np.zeros((16, 16, 3), np.uint8)
+IMAGE = Image.fromarray(PIXELS)
 
 
 class FakeReplica:
@@ -46,10 +47,10 @@ class FakeReplica:
     async def open(self) -> EngineFacts:
         return self.facts
 
-    async def status(self) -> Status:
+    async def status(self) -> tuple[bool, dict[str, float]]:
         if self.dead.is_set():
             raise ReplicaLostError("killed")
-        return Status(self.ready, {"queue_depth": float(self.jobs)})
+        return self.ready, {"queue_depth": float(self.jobs)}
 
     async def close(self, timeout_s: float) -> None:
         self.closed = True
@@ -59,14 +60,14 @@ class FakeReplica:
             raise ReplicaLostError("killed before")
         yield Taken()
         if self.jobs >= self.room:
-            yield Refusal("queue_full", "full", retry_after_s=1.5)
+            yield ServiceError("queue_full", "full", retry_after_s=1.5)
             return
         self.jobs += 1
         self.most = max(self.most, self.jobs)
         try:
             if isinstance(job, EditJob):
                 for step in range(job.previews):
-                    yield Preview(step, PIXELS)
+                    yield Image.new("L", (1, 1), step)
             waits = [asyncio.ensure_future(x.wait()) for x in (self.go, self.dead)]
             try:
                 await asyncio.wait(waits, return_when="FIRST_COMPLETED")
@@ -79,7 +80,7 @@ class FakeReplica:
             if isinstance(job, EncodeJob):
                 yield EncodeResult(known=False, nbytes=1, tokens=1)
             else:
-                yield EditResult((PIXELS,), job.seed, references_known=False, queued_s=0.0)
+                yield EditResult((IMAGE,), references_known=False)
         finally:
             self.jobs -= 1
 
@@ -191,7 +192,11 @@ def test_a_lost_replica_loses_no_job_and_its_name_comes_back() -> None:
         shown: list[int] = []
         tasks = [asyncio.create_task(engine.edit(edit("b"))) for _ in range(2)]
         tasks.append(
-            asyncio.create_task(engine.edit(edit("b", previews=2), lambda i, _: shown.append(i)))
+            asyncio.create_task(
+                engine.edit(
+                    edit("b", previews=2), lambda image: shown.append(image.getpixel((0, 0)))
+                )
+            )
         )
         home = await fleet.where(jobs=3)
         home.dead.set()
@@ -292,7 +297,7 @@ def test_draining_ends_what_was_begun_and_takes_nothing_more() -> None:
         assert not drain.done()
         go(fleet)
         await drain
-        assert (await task).seed == 0
+        assert (await task).images == (IMAGE,)
 
     play(scenario)
 
@@ -314,7 +319,7 @@ def test_figures_are_told_by_replica() -> None:
     async def scenario(engine: RayEngine, fleet: Fleet) -> None:
         tasks = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
         await until(lambda: all(engine.gauges()[f"queue_depth@replica-{i}"] == 1 for i in range(3)))
-        text = Metrics(engine.gauges).text().decode()
+        text = Metrics(engine.gauges, lambda: 0).text().decode()
         assert 'klein_kv_engine_replica_up{replica="replica-2"} 1.0' in text
         assert text.count("# TYPE klein_kv_engine_queue_depth gauge") == 1
         go(fleet)

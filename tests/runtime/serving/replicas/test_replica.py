@@ -6,10 +6,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from PIL.Image import Image
 
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, EngineFacts
-from klein_kv.runtime.serving.replicas.events import Event, Job, Preview, Refusal, Taken
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EngineFacts, Job
+from klein_kv.runtime.serving.replicas.events import Event, Taken
 from klein_kv.runtime.serving.replicas.replica import Replica
 from tests.runtime.serving.test_engine_room import StubRunner
 
@@ -41,12 +43,12 @@ async def events(replica: Replica, job: Job) -> list[Event]:
 def test_a_job_is_told_as_events() -> None:
     async def test(replica: Replica, stub: StubRunner) -> None:
         refused = await events(replica, JOB)
-        assert isinstance(refused[-1], Refusal)
-        assert (refused[-1].code, refused[-1].error().status) == ("invalid_value", 400)
+        assert isinstance(refused[-1], ServiceError)
+        assert (refused[-1].code, refused[-1].status) == ("invalid_value", 400)
         stub.go.set()
         told = await events(replica, JOB)
-        assert [type(event) for event in told] == [Taken, Preview, Preview, EditResult]
-        assert (await replica.status()).gauges["jobs_total"] == 1
+        assert [type(event) for event in told] == [Taken, Image, Image, EditResult]
+        assert (await replica.status())[1]["jobs_total"] == 1
 
     with_replica(test, errors=[RequestError("no")])
 
@@ -56,13 +58,13 @@ def test_a_job_that_is_taken_back_frees_the_queue() -> None:
         first = asyncio.create_task(events(replica, JOB))
         assert await asyncio.to_thread(stub.begun.wait, 10)
         second = asyncio.create_task(events(replica, JOB))
-        while (await replica.status()).gauges["queue_depth"] != 1:
+        while (await replica.status())[1]["queue_depth"] != 1:
             await asyncio.sleep(0.01)
-        assert isinstance((await events(replica, JOB))[-1], Refusal)
+        assert isinstance((await events(replica, JOB))[-1], ServiceError)
         for task in (first, second):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
-        assert (await replica.status()).gauges["queue_depth"] == 0
+        assert (await replica.status())[1]["queue_depth"] == 0
         stub.go.set()
         assert isinstance((await events(replica, JOB))[-1], EditResult)
         assert stub.steps == 1 + 4
@@ -77,7 +79,7 @@ def test_what_cannot_be_opened_is_told() -> None:
     async def run() -> None:
         replica = Replica(open_runner, 1)
         assert await replica.open() == "ArtifactError: no folder"
-        assert not (await replica.status()).ready
+        assert not (await replica.status())[0]
 
     asyncio.run(run())
 
@@ -88,7 +90,7 @@ def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None
 
     async def test(replica: Replica, stub: StubRunner) -> None:
         told = await events(replica, JOB)
-        assert isinstance(told[-1], Refusal)
+        assert isinstance(told[-1], ServiceError)
         while not codes:
             await asyncio.sleep(0.01)
         assert codes == [1]

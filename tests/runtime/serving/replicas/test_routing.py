@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from klein_kv.runtime.serving.replicas.routing import ranked
+from klein_kv.runtime.serving.replicas.engine import ranked
 
 NAMES = [f"replica-{i}" for i in range(8)]
 KEYS = [f"{i:064x}" for i in range(4000)]

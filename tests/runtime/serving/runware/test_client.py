@@ -44,11 +44,12 @@ class PaintingEngine(SteeredEngine):
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
         result = await super().edit(job)
-        images = [image.copy() for image in result.images]
-        green = job.references[0][0, 0, 1] if job.references else 0
-        for i, image in enumerate(images):
-            image[:] = (job.seed + i) % 256, green, job.steps
-        return EditResult(tuple(images), job.seed, False, 0.0)
+        green = int(job.references[0][0, 0, 1]) if job.references else 0
+        images = [
+            Image.new("RGB", image.size, ((job.seed + i) % 256, green, job.steps))
+            for i, image in enumerate(result.images)
+        ]
+        return EditResult(tuple(images), references_known=False)
 
 
 @dataclass
@@ -396,9 +397,9 @@ def test_images_end(server: Server) -> None:
         url + "%ff",
     ):
         assert not exists(wrong)
-    for wrong in (url[:-1], url + "\ud800"):
+    for wrong, code in ((url[:-1], "imageNotFound"), (url + "\ud800", "invalidParameter")):
         answer = post(server, [new(referenceImages=[wrong])]).json()
-        assert answer["errors"][0]["code"] == "imageNotFound"
+        assert answer["errors"][0]["code"] == code
     noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
     noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
     upload = {"taskType": "imageUpload", "taskUUID": str(uuid.uuid4()), "image": noisy}

@@ -1,5 +1,6 @@
-"""What is kept for a while: images behind a URL, uploads, results to be asked for."""
+"""What is kept for a while: uploaded references, images behind a URL, results to be asked for."""
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class _Entry(Generic[V]):
 
 
 class Kept(Generic[V]):
-    """Values by key until their time is over, or until room is needed: the oldest go first.
+    """Values by key until their time is over, or room is needed: least recently used go first.
 
     Args:
         most_bytes: of all values.
@@ -44,23 +45,20 @@ class Kept(Generic[V]):
         self._own_limits = (int(most_bytes * share), max(1, int(most * share)))
         self._clock = clock
         self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()
-        self._bytes: dict[str, int] = {}
-        self._counts: dict[str, int] = {}
 
     @property
     def nbytes(self) -> int:
         """Of all values."""
-        return sum(self._bytes.values())
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        return sum(entry.nbytes for entry in self._entries.values())
 
     def fits(self, nbytes: int) -> bool:
         """Whether so much is not too much for one owner."""
         return nbytes <= self._own_limits[0]
 
-    def put(self, key: str, value: V, *, owner: str, nbytes: int, ttl_s: float) -> None:
-        """Keeps a value under a key that nothing is kept under.
+    def put(
+        self, key: str, value: V, nbytes: int, *, owner: str = "", ttl_s: float = math.inf
+    ) -> None:
+        """Keeps a value.
 
         Raises:
             ServiceError: it alone is more than the owner may have.
@@ -69,30 +67,32 @@ class Kept(Generic[V]):
             raise ServiceError(
                 "payload_too_large", "the images are larger than what is kept on this server"
             )
+        self._entries.pop(key, None)
         now = self._clock()
         for old in [old for old, entry in self._entries.items() if entry.end <= now]:
             self.drop(old)
-        while self._too_much(self._bytes.get(owner, 0), self._counts.get(owner, 0), nbytes, True):
-            self.drop(next(old for old, entry in self._entries.items() if entry.owner == owner))
-        while self._too_much(self.nbytes, len(self), nbytes, False):
-            self.drop(next(iter(self._entries)))
+        own = [old for old, entry in self._entries.items() if entry.owner == owner]
+        self._make_room(own, nbytes, *self._own_limits)
+        self._make_room(list(self._entries), nbytes, *self._limits)
         self._entries[key] = _Entry(value, owner, nbytes, now + ttl_s)
-        self._bytes[owner] = self._bytes.get(owner, 0) + nbytes
-        self._counts[owner] = self._counts.get(owner, 0) + 1
 
     def get(self, key: str) -> V | None:
         """The value, while it is there."""
         entry = self._entries.get(key)
-        return entry.value if entry is not None and entry.end > self._clock() else None
+        if entry is None or entry.end <= self._clock():
+            return None
+        self._entries.move_to_end(key)
+        return entry.value
 
     def drop(self, key: str) -> None:
         """Forgets a value that is there."""
-        entry = self._entries.pop(key)
-        self._bytes[entry.owner] -= entry.nbytes
-        self._counts[entry.owner] -= 1
-        if not self._counts[entry.owner]:
-            del self._bytes[entry.owner], self._counts[entry.owner]
+        del self._entries[key]
 
-    def _too_much(self, nbytes: int, count: int, more: int, own: bool) -> bool:
-        most_bytes, most = self._own_limits if own else self._limits
-        return nbytes + more > most_bytes or count >= most
+    def _make_room(self, keys: list[str], more: int, most_bytes: int, most: int) -> None:
+        """Drops the first of these, until one of `more` bytes goes beside the rest."""
+        count, nbytes = len(keys), sum(self._entries[key].nbytes for key in keys)
+        for key in keys:
+            if nbytes + more <= most_bytes and count < most:
+                return
+            count, nbytes = count - 1, nbytes - self._entries[key].nbytes
+            self.drop(key)
