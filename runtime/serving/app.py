@@ -113,7 +113,7 @@ def _service_error(error: Exception) -> ServiceError:
 class Gate:
     """What every request passes first and last: key, origin, limits, headers, metrics.
 
-    A WebSocket passes the origin's check alone: who is behind it is asked in its first message.
+    Who is behind a WebSocket is asked in its first message.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        known = self.front.keys.knows(Headers(scope=scope))
+        known = self.front.keys.bearer(Headers(scope=scope)) is not None
         self.active[known] += 1
         try:
             if scope["type"] == "websocket":
@@ -142,20 +142,25 @@ class Gate:
         finally:
             self.active[known] -= 1
 
-    def _check_load(self, known: bool) -> None:
-        """Refuses more than there is room for; strangers take no room from who has a key."""
-        most = self.front.settings.max_connections
-        if self.active[known] > (most if known else max(1, most // 4)):
-            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
+    def _check(self, scope: Scope, headers: Headers, known: bool) -> None:
+        """Refuses other sites' pages, strangers, and more than there is room for.
 
-    def _is_public(self, path: str) -> bool:
-        return path in self.public or path.startswith(self.below)
+        Strangers take no room from who has a key.
+        """
+        path = scope["path"]
+        if self.front.keys.open:
+            check_origin(headers, local=self.local)
+        elif not (known or path in self.public or path.startswith(self.below)):
+            raise ServiceError(
+                "invalid_api_key", "the API key is missing or wrong; send Authorization: Bearer KEY"
+            )
+        most = self.front.settings.max_connections
+        if path != "/health/live" and self.active[known] > (most if known else max(1, most // 4)):
+            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send, known: bool) -> None:
         try:
-            self._check_load(known)
-            if self.front.keys.open:
-                check_origin(Headers(scope=scope), local=self.local)
+            self._check(scope, Headers(scope=scope), known)
         except ServiceError:
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -180,12 +185,7 @@ class Gate:
             await send(message)
 
         try:
-            if self.front.keys.open:
-                check_origin(headers, local=self.local)
-            elif not (known or self._is_public(scope["path"])):
-                self.front.keys.check(headers)
-            if scope["path"] != "/health/live":
-                self._check_load(known)
+            self._check(scope, headers, known)
             body.check_length()
             await self.app(scope, body, sending)
         except (ClientGoneError, ClientDisconnect):

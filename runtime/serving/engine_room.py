@@ -83,11 +83,6 @@ class EngineRoom:
         return self._state == "ready"
 
     @property
-    def starting(self) -> bool:
-        """Opening or warming up."""
-        return self._state == "starting"
-
-    @property
     def facts(self) -> EngineFacts:
         """What was opened.
 

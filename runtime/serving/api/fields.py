@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, LiteralString, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import PydanticCustomError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -23,7 +24,16 @@ from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.security.limits import json_value
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
+__all__ = [
+    "EditFields",
+    "ReferenceFields",
+    "Sent",
+    "body_schema",
+    "checked",
+    "described",
+    "only",
+    "read_fields",
+]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -193,6 +203,19 @@ def _loras(value: Any) -> Any:
     return tuple(found)
 
 
+def only(why: LiteralString, *allowed: object) -> BeforeValidator:
+    """Takes what changes nothing, and refuses the rest as beyond this model or server."""
+
+    def check(value: object) -> object:
+        if value not in allowed:
+            raise PydanticCustomError("unsupported_parameter", why)
+        return value
+
+    return BeforeValidator(check)
+
+
+_NOT_KEPT = "images are not kept here: ask for b64_json"
+_OPAQUE = "the model makes opaque images: expected auto or opaque"
 _TEXT = {"type": "string"}
 Size = Annotated[
     tuple[int, int] | None,
@@ -235,12 +258,12 @@ class EditFields(_Fields):
     guidance_scale: float | None = None
     references: list[Annotated[str, Field(max_length=128)]] = Field([], max_length=4)
     strength: float | None = Field(None, gt=0, le=1)
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Annotated[Literal["b64_json"], only(_NOT_KEPT, "b64_json")] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
-    background: Literal["auto", "opaque", "transparent"] = "auto"
+    background: Annotated[Literal["auto", "opaque"], only(_OPAQUE, "auto", "opaque")] = "auto"
     quality: str | None = None
     style: str | None = None
     moderation: str | None = None
@@ -265,16 +288,6 @@ class EditFields(_Fields):
                         f"has a side of {side}, expected a multiple of {unit} from {least} to "
                         f"{settings.max_side}",
                     )
-        if self.response_format == "url":
-            raise ServiceError(
-                "unsupported_parameter",
-                "images are not kept here: ask for response_format b64_json",
-                "response_format",
-            )
-        if self.background == "transparent":
-            raise ServiceError(
-                "unsupported_parameter", "the model makes opaque images", "background"
-            )
         if self.partial_images and not self.stream:
             raise _bad("partial_images", "needs stream")
         if self.stream and self.n > 1:
@@ -284,18 +297,18 @@ class EditFields(_Fields):
 def body_schema(model: type[BaseModel], *images: str) -> dict[str, Any]:
     """What OpenAPI says of a request: JSON, and a form where it may hold `images`."""
     schema = model.model_json_schema()
-    kinds = {"application/json": "uri-reference", "multipart/form-data": "binary"}
-    content = {
-        kind: {
-            "schema": schema
-            | {
-                "properties": schema["properties"]
-                | {name: _TEXT | {"format": format_} for name in images}
-            }
-        }
-        for kind, format_ in kinds.items()
-        if images or kind == "application/json"
-    }
+    if not images:
+        return described({"application/json": schema})
+    content = {}
+    for kind, form in (("application/json", "uri-reference"), ("multipart/form-data", "binary")):
+        more = {name: _TEXT | {"format": form} for name in images}
+        content[kind] = schema | {"properties": schema["properties"] | more}
+    return described(content)
+
+
+def described(schemas: dict[str, Any]) -> dict[str, Any]:
+    """A request's body for OpenAPI, by its content type."""
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -65,7 +66,7 @@ def image_routes(front: Front) -> APIRouter:
 async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Response:
     ask = await _ask(request, front, sent)
     if ask.fields.stream:
-        completed = _completed(front, ask, kind)
+        completed = partial(_completed, front, ask, f"{kind}.completed")
         output_format = ask.fields.output_format
         return await stream_images(request, front, ask.job, output_format, kind, completed)
     return await unless_gone(request, _make(front, ask))
@@ -74,24 +75,13 @@ async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Resp
 async def _make(front: Front, ask: Ask) -> Response:
     result = await front.edit(ask.job)
     body = await front.in_thread(_document, front, ask, result)
-    return Response(body, media_type="application/json", headers=_facts(ask, result))
-
-
-def _completed(front: Front, ask: Ask, kind: str) -> Any:
-    def event(result: EditResult) -> bytes:
-        image = result.images[0]
-        value = {
-            "type": f"{kind}.completed",
-            "b64_json": _encoded(front, ask, image, 0),
-            "created_at": ask.created,
-            "seed": ask.job.seed,
-            "references_known": result.references_known,
-            "timings": {"queued": result.queued_s, **result.stages_s},
-            **_described(front, ask, image),
-        }
-        return json.dumps(value).encode()
-
-    return event
+    known = "known" if result.references_known else "new"
+    total = result.stages_s.get("total", 0.0)
+    headers = {
+        "x-references": known if ask.job.references else "none",
+        "server-timing": f"queue;dur={result.queued_s * 1e3:.1f}, gpu;dur={total * 1e3:.1f}",
+    }
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
@@ -151,6 +141,21 @@ def _document(front: Front, ask: Ask, result: EditResult) -> bytes:
     return json.dumps({"created": ask.created, "data": data, **described}).encode()
 
 
+def _completed(front: Front, ask: Ask, kind: str, result: EditResult) -> bytes:
+    """The last event of a stream."""
+    image = result.images[0]
+    value = {
+        "type": kind,
+        "b64_json": _encoded(front, ask, image, 0),
+        "created_at": ask.created,
+        "seed": ask.job.seed,
+        "references_known": result.references_known,
+        "timings": {"queued": result.queued_s, **result.stages_s},
+        **_described(front, ask, image),
+    }
+    return json.dumps(value).encode()
+
+
 def _described(front: Front, ask: Ask, image: Image.Image) -> dict[str, Any]:
     """What both a document and the last event of a stream say of images."""
     area = front.engine.facts.unit**2
@@ -169,13 +174,4 @@ def _described(front: Front, ask: Ask, image: Image.Image) -> dict[str, Any]:
             "output_tokens": made,
             "total_tokens": text + references + made,
         },
-    }
-
-
-def _facts(ask: Ask, result: EditResult) -> dict[str, str]:
-    known = "known" if result.references_known else "new"
-    total = result.stages_s.get("total", 0.0)
-    return {
-        "x-references": known if ask.job.references else "none",
-        "server-timing": f"queue;dur={result.queued_s * 1e3:.1f}, gpu;dur={total * 1e3:.1f}",
     }

@@ -2,7 +2,7 @@
 
 Every job is sent by the digest of its references, so that a set's keys and values are made and kept
 on one replica. This process sends all jobs, so it needs no router beside itself: names of replicas
-are hashed (`ranked`), and a replica that replaces a lost one has its name, hence its sets.
+are hashed (`rank`), and a replica that replaces a lost one has its name, hence its sets.
 Nothing here knows of Ray; cluster.py does.
 """
 
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -33,7 +33,7 @@ from klein_kv.runtime.serving.replicas.events import (
     Taken,
 )
 
-__all__ = ["RayEngine", "ranked"]
+__all__ = ["RayEngine", "rank"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,14 +73,14 @@ class _Run:
     taken: int = 0
 
 
-def ranked(key: str, names: Sequence[str]) -> list[str]:
-    """Names in the order in which they are to be asked for a key, its home first.
+def rank(key: str, name: str) -> bytes:
+    """A replica's rank for a key; the least is asked first, and is the key's home.
 
     Each key has an order of its own: a name that is missing hands its keys on to all others alike,
     and nothing else moves. Source: Thaler and Ravishankar, "A Name-Based Mapping Scheme for
     Rendezvous" (1996).
     """
-    return sorted(names, key=lambda name: hashlib.sha256(f"{name}\n{key}".encode()).digest())
+    return hashlib.sha256(f"{name}\n{key}".encode()).digest()
 
 
 class RayEngine:
@@ -101,7 +101,7 @@ class RayEngine:
     ) -> None:
         self._make_replica = make_replica
         self._on_failed = on_failed
-        self._places = {name: _Place(name) for name in (f"replica-{i}" for i in range(count))}
+        self._places = [_Place(f"replica-{i}") for i in range(count)]
         self._facts: EngineFacts | None = None
         self._opened = self._draining = False
         self._under_way: set[asyncio.Timeout] = set()
@@ -111,9 +111,7 @@ class RayEngine:
     @property
     def ready(self) -> bool:
         """All replicas were up once and one is now, and nobody drains."""
-        return (
-            self._opened and not self._draining and any(place.up for place in self._places.values())
-        )
+        return self._opened and not self._draining and any(place.up for place in self._places)
 
     @property
     def facts(self) -> EngineFacts:
@@ -141,10 +139,10 @@ class RayEngine:
     def gauges(self) -> dict[str, float]:
         """Those of every replica that is up, as of a second ago; and which are up or were lost."""
         figures: dict[str, float] = {}
-        for name, place in self._places.items():
+        for place in self._places:
             known = place.gauges if place.up else {}
             known = known | {"replica_up": place.up, "replica_lost_total": place.lost}
-            figures |= {f"{gauge}@{name}": value for gauge, value in known.items()}
+            figures |= {f"{gauge}@{place.name}": value for gauge, value in known.items()}
         return figures
 
     async def drain(self, timeout_s: float) -> None:
@@ -165,7 +163,7 @@ class RayEngine:
         self._draining = True
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
-        handles = [x.handle for x in self._places.values() if x.handle is not None]
+        handles = [place.handle for place in self._places if place.handle is not None]
         await asyncio.gather(*(handle.close(timeout_s) for handle in handles))
 
     # Jobs -----------------------------------------------------------------------------------------
@@ -209,12 +207,11 @@ class RayEngine:
 
     def _order(self, job: Job) -> list[_Place]:
         """Replicas to be asked, one after the other."""
-        up = [place for place in self._places.values() if place.up]
+        up = [place for place in self._places if place.up]
         key = job.digest or (str(job.loras) if job.loras else "")
         if not key:
             return sorted(up, key=lambda place: place.jobs)
-        ranks = ranked(key, [place.name for place in up])
-        return sorted((self._places[x] for x in ranks), key=lambda place: place.jobs >= _CROWD)
+        return sorted(up, key=lambda place: (place.jobs >= _CROWD, rank(key, place.name)))
 
     async def _at(self, place: _Place, run: _Run) -> Result:
         if place.handle is None:
@@ -245,11 +242,10 @@ class RayEngine:
     # Replicas -------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        places = self._places.values()
         try:
-            await asyncio.gather(*(self._open(place) for place in places))
+            await asyncio.gather(*map(self._open, self._places))
             self._opened = True
-            await asyncio.gather(*(self._keep(place) for place in places))
+            await asyncio.gather(*map(self._keep, self._places))
         except Exception as error:  # noqa: BLE001 - of every kind: it is told
             known = isinstance(error, KleinKVError)
             self._on_failed(error if known else BackendError(f"a replica is lost: {error}"))

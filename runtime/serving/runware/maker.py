@@ -137,9 +137,8 @@ class ImageMaker:
         if task.include_cost:
             item["cost"] = 0
         if task.upload_endpoint is not None:
-            await self._send.put_bytes(
-                task.upload_endpoint, data, f"image/{task.kind}", "uploadEndpoint"
-            )
+            kind, param = f"image/{task.kind}", "uploadEndpoint"
+            await self._send.send("PUT", task.upload_endpoint, data, kind, param)
         return item
 
 

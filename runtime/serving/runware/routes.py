@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import hashlib
-import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -14,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.websockets import WebSocketDisconnect
 
 from klein_kv.runtime.serving.api.disconnect import unless_gone
+from klein_kv.runtime.serving.api.fields import described
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front
 from klein_kv.runtime.serving.runware.answers import (
@@ -26,12 +25,10 @@ from klein_kv.runtime.serving.runware.answers import (
 )
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH, Caller
-from klein_kv.runtime.serving.runware.tasks import is_uuid
+from klein_kv.runtime.serving.runware.tasks import Task, is_uuid
 from klein_kv.runtime.serving.security.limits import json_value
 
 __all__ = ["runware_routes"]
-
-_log = logging.getLogger(__name__)
 
 _MOST_TASKS = 32  # of one message
 _MOST_AT_ONCE = 32  # of one connection
@@ -41,28 +38,7 @@ _LARGEST_WITHOUT_KEY = 1 << 20  # bytes of a request whose key is in a task
 _LARGEST_FIRST = 4096  # characters of the message that authenticates
 _SECONDS_TO_AUTHENTICATE = 10.0
 _TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": _MOST_TASKS,
-                    "items": {
-                        "type": "object",
-                        "required": ["taskType"],
-                        "properties": {
-                            "taskType": {"type": "string"},
-                            "taskUUID": {"type": "string", "format": "uuid"},
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
+_TASKS = {"type": "array", "minItems": 1, "maxItems": _MOST_TASKS}
 
 
 def runware_routes(front: Front, service: RunwareService) -> APIRouter:
@@ -76,7 +52,9 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
     routes = APIRouter(lifespan=lifespan)
     connections = _Connections(front, service)
 
-    @routes.post(PATH, openapi_extra=_BODY)
+    body = described({"application/json": _TASKS | {"items": Task.model_json_schema()}})
+
+    @routes.post(PATH, openapi_extra=body)
     async def tasks(request: Request) -> Response:
         """A list of tasks, each answered for itself."""
         try:
@@ -109,14 +87,12 @@ async def _post(request: Request, front: Front, service: RunwareService) -> list
     tasks = await front.in_thread(_tasks, await _body(request, most))
     answers: list[Answer] = []
     if isinstance(tasks[0], dict) and tasks[0].get("taskType") == "authentication":
-        owner = _owner_of(front, tasks[0].get("apiKey"))
+        owner = _known(front.keys.owner(tasks[0].get("apiKey")))
         answers = [done({"taskType": "authentication"})]
         tasks = tasks[1:]
-    if owner is None:
-        raise _no_key()
-    caller = Caller(owner, _base(request.base_url.scheme, request.headers))
+    caller = Caller(_known(owner), _base(request.base_url.scheme, request.headers))
     work = asyncio.gather(*(service.answer(task, caller) for task in tasks))
-    return answers + await unless_gone(request, _awaited(work))
+    return answers + await unless_gone(request, work)
 
 
 async def _body(request: Request, most: int) -> bytearray:
@@ -126,10 +102,6 @@ async def _body(request: Request, most: int) -> bytearray:
         if len(body) > most:
             raise _no_key()  # the limit of all requests is counted before this
     return body
-
-
-async def _awaited(work: "asyncio.Future[list[Answer]]") -> list[Answer]:
-    return await work
 
 
 def _tasks(text: str | bytearray) -> list[Any]:
@@ -149,20 +121,13 @@ def _owner(front: Front, headers: Headers) -> str | None:
         return ""
     if "authorization" not in headers:
         return None
-    front.keys.check(headers)
-    return _digest(headers["authorization"].partition(" ")[2].strip())
+    return _known(front.keys.bearer(headers))
 
 
-def _owner_of(front: Front, key: object) -> str:
-    if front.keys.open:
-        return ""
-    if not isinstance(key, str) or not front.keys.allows(key):
+def _known(owner: str | None) -> str:
+    if owner is None:
         raise _no_key()
-    return _digest(key)
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return owner
 
 
 def _no_key() -> ServiceError:
@@ -268,7 +233,7 @@ class _Connection:
             first, *self._rest = _tasks(text)
             if not isinstance(first, dict) or first.get("taskType") != "authentication":
                 raise _no_key()
-            owner = _owner_of(self._front, first.get("apiKey"))
+            owner = _known(self._front.keys.owner(first.get("apiKey")))
             session = first.get("connectionSessionUUID")
             if isinstance(session, str) and is_uuid(session):
                 self._session = session

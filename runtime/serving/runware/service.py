@@ -175,7 +175,7 @@ class RunwareService:
         for pause in _WEBHOOK_PAUSES_S:
             await asyncio.sleep(pause)
             with contextlib.suppress(ServiceError):
-                await self._send.post_json(url, body, "webhookURL")
+                await self._send.send("POST", url, body, "application/json", "webhookURL")
                 return
         _log.warning("a webhook was not delivered")
 

@@ -7,12 +7,13 @@ something else.
 
 import re
 import secrets
-from typing import Annotated, Any, Literal, LiteralString
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
+from klein_kv.runtime.serving.api.fields import only
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.outputs import OutputFormat
 
@@ -37,17 +38,6 @@ def _uuid(text: str) -> str:
     if not is_uuid(text):
         raise ValueError("expected a UUID")
     return text.lower()
-
-
-def _only(why: LiteralString, *allowed: object) -> BeforeValidator:
-    """Takes what changes nothing, and refuses the rest as beyond this model or server."""
-
-    def check(value: object) -> object:
-        if value not in allowed:
-            raise PydanticCustomError("unsupported_parameter", why)
-        return value
-
-    return BeforeValidator(check)
 
 
 def _without_guidance(scale: float) -> float:
@@ -136,18 +126,18 @@ class ImageTask(Task):
     steps: int = Field(4, ge=1, le=50)
     number_results: int = Field(1, ge=1, le=20)
     scheduler: Annotated[
-        Any, _only(_EULER, "Default", "Euler", "FlowMatchEulerDiscreteScheduler")
+        Any, only(_EULER, "Default", "Euler", "FlowMatchEulerDiscreteScheduler")
     ] = None
     cfg_scale: Annotated[float, AfterValidator(_without_guidance)] = Field(
         0.0, alias="CFGScale", ge=0, le=50
     )
-    acceleration: Annotated[Any, _only(_NOT_SKIPPED, "none")] = None
-    accelerator_options: Annotated[Any, _only(_NOT_SKIPPED)] = None
-    ultralytics: Annotated[Any, _only("this server has no detection models; leave it out")] = None
-    advanced_features: Annotated[Any, _only("this model has none; leave it out", {})] = None
-    routing: Annotated[Any, _only("this server alone computes; leave it out")] = None
+    acceleration: Annotated[Any, only(_NOT_SKIPPED, "none")] = None
+    accelerator_options: Annotated[Any, only(_NOT_SKIPPED)] = None
+    ultralytics: Annotated[Any, only("this server has no detection models; leave it out")] = None
+    advanced_features: Annotated[Any, only("this model has none; leave it out", {})] = None
+    routing: Annotated[Any, only("this server alone computes; leave it out")] = None
     safety: Annotated[dict[str, Any], AfterValidator(_without_filter)] = Field(default_factory=dict)
-    check_nsfw: Annotated[Any, _only(_NO_FILTER, False)] = Field(None, alias="checkNSFW")
+    check_nsfw: Annotated[Any, only(_NO_FILTER, False)] = Field(None, alias="checkNSFW")
     lora: list[Lora] = Field(default_factory=list, max_length=8)
     output_type: Literal["URL", "base64Data", "dataURI"] = "URL"
     output_format: Literal["JPG", "PNG", "WEBP"] = "JPG"

@@ -134,9 +134,8 @@ def pocket_service(pocket_artifacts: Path, pocket_checkpoint: Path) -> Iterator[
     room = EngineRoom(
         lambda: PipelineRunner(open_pipeline, (WarmUp(SIDE, SIDE, 1),), {"cyanotype": lora})
     )
-    while room.starting:
+    while not room.ready:
         time.sleep(0.01)
-    assert room.ready
     yield from serve_in_thread(room, ServeSettings(api_keys=(KEY,)))
     room.close()
 

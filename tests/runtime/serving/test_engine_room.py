@@ -95,7 +95,7 @@ def in_room(test: Room, queue: int = 16, on_failed: Any = None, **runner: Any) -
 
     async def run() -> None:
         async with asyncio.timeout(20):
-            while room.starting:
+            while not room.ready:
                 await asyncio.sleep(0.005)
             await test(room, stub)
 
@@ -306,7 +306,7 @@ def test_a_room_that_cannot_open_says_so() -> None:
         raise RequestError("no such folder")
 
     room = EngineRoom(fail, on_failed=failures.append)
-    while room.starting:
+    while not failures:
         time.sleep(0.005)
     assert not room.ready
     assert str(failures[0]) == "no such folder"

@@ -1,6 +1,7 @@
 """What the front does with replicas: without Ray, in one process."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from klein_kv.runtime.serving.jobs import (
 )
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.replicas import engine as engine_module
-from klein_kv.runtime.serving.replicas.engine import RayEngine
+from klein_kv.runtime.serving.replicas.engine import RayEngine, rank
 from klein_kv.runtime.serving.replicas.events import Event, ReplicaLostError, Taken
 
 FACTS = EngineFacts("pocket", "digest", "kv", 16, "fake")
@@ -348,3 +349,19 @@ def test_a_replica_that_cannot_be_opened_ends_the_start(fault: str) -> None:
             raise failures[0]
 
     asyncio.run(run())
+
+
+def test_sets_are_spread_evenly_and_a_lost_replica_moves_its_own_alone() -> None:
+    names, keys = [f"replica-{i}" for i in range(8)], [f"{i:064x}" for i in range(2000)]
+    left = [name for name in names if name != "replica-3"]
+    home = {key: min(names, key=lambda name: rank(key, name)) for key in keys}
+    moved = {key: min(left, key=lambda name: rank(key, name)) for key in keys}
+    share = Counter(home.values())
+    assert set(share) == set(names)
+    assert max(share.values()) < 1.2 * len(keys) / len(names)
+    assert all(moved[key] == home[key] for key in keys if home[key] != "replica-3")
+    spread = Counter(moved[key] for key in keys if home[key] == "replica-3")
+    assert set(spread) == set(left)
+    assert max(spread.values()) < 1.5 * share["replica-3"] / len(left)
+    # What two fronts, or one before and after a restart, must agree on.
+    assert sorted(names[:3], key=lambda name: rank("a", name))[0] == "replica-2"

@@ -73,8 +73,8 @@ def refusal(work: Coroutine[Any, Any, Any]) -> str:
 
 CALLS: dict[str, Callable[[Fetcher, str], Coroutine[Any, Any, Any]]] = {
     "get": lambda fetch, url: fetch.get(url, "x"),
-    "post": lambda fetch, url: fetch.post_json(url, b"{}", "x"),
-    "put": lambda fetch, url: fetch.put_bytes(url, b"data", "image/png", "x"),
+    "post": lambda fetch, url: fetch.send("POST", url, b"{}", "application/json", "x"),
+    "put": lambda fetch, url: fetch.send("PUT", url, b"data", "image/png", "x"),
 }
 
 WRONG_URLS = [
@@ -303,14 +303,14 @@ def test_size_and_time_have_an_end() -> None:
 
 def test_what_is_sent() -> None:
     wire = Wire(httpx.Response(204), httpx.Response(200), httpx.Response(500))
-    run(fetcher(wire).post_json(GOOD, b'{"a": 1}', "x"))
-    run(fetcher(wire).put_bytes(GOOD, b"pixels", "image/webp", "x"))
+    run(fetcher(wire).send("POST", GOOD, b'{"a": 1}', "application/json", "x"))
+    run(fetcher(wire).send("PUT", GOOD, b"pixels", "image/webp", "x"))
     post, put = wire.dialled
     assert (post.method, post.content) == ("POST", b'{"a": 1}')
     assert post.headers["content-type"] == "application/json"
     assert (put.method, put.content, put.headers["content-length"]) == ("PUT", b"pixels", "6")
     assert put.headers["content-type"] == "image/webp"
-    refusal(fetcher(wire).post_json(GOOD, b"{}", "x"))
+    refusal(CALLS["post"](fetcher(wire), GOOD))
 
 
 @pytest.fixture(scope="module")
