@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from klein_kv.runtime.serving.errors import ServiceError
@@ -153,26 +153,21 @@ async def _read_multipart(request: Request, sent: Sent, settings: ServeSettings)
         max_part_size=settings.max_body_bytes,
     )
     try:
-        form = await _parsed(parser, settings)
+        form = await parser.parse()
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 sent.add(name, UploadedBytes(await value.read()))
             elif value or name == "prompt":
                 sent.add(name, value)
-    finally:
-        for file in parser._files_to_close_on_error:  # one that is cut short is in no form
-            file.close()
-
-
-async def _parsed(parser: MultiPartParser, settings: ServeSettings) -> FormData:
-    try:
-        return await parser.parse()
     except (MultiPartException, FormParserError, KeyError, UnicodeError, AssertionError):
         raise ServiceError(
             "invalid_body",
             f"the form cannot be read, or has more than {settings.max_references} files or "
             f"{MAX_FIELDS} fields",
         ) from None
+    finally:
+        for file in parser._files_to_close_on_error:  # one that is cut short is in no form
+            file.close()
 
 
 def _size(value: Any) -> Any:

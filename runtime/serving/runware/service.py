@@ -30,12 +30,6 @@ _SOON_S = 1.0
 _LAST_S = 3.0  # for what is under way when the service ends
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    order: Order
-    work: asyncio.Task[Answer]
-
-
 @dataclass(frozen=True, slots=True)
 class _Done:
     digest: str  # of the order
@@ -58,7 +52,7 @@ class RunwareService:
         self.images = ImageStore(Kept(settings.kept_bytes, share=share))
         self._maker = ImageMaker(front, self.images, send)
         self._results: Kept[_Done] = Kept(settings.kept_bytes, share=share)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, tuple[Order, asyncio.Task[Answer]]] = {}
         self._webhooks: set[asyncio.Task[None]] = set()
 
     async def answer(self, task: object, caller: Caller) -> Answer:
@@ -67,12 +61,13 @@ class RunwareService:
 
     async def close(self) -> None:
         """Gives what runs a moment, and then gives it up."""
-        work: set[asyncio.Task[Any]] = {running.work for running in self._running.values()}
+        work: set[asyncio.Task[Any]] = {work for _, work in self._running.values()}
         if work := work | self._webhooks:
             await asyncio.wait(work, timeout=_LAST_S)
-        for task in work | self._webhooks:
+        work |= self._webhooks  # of what ended by now
+        for task in work:
             task.cancel()
-        await asyncio.gather(*work, *self._webhooks, return_exceptions=True)
+        await asyncio.gather(*work, return_exceptions=True)
 
     async def _do(self, task: object, caller: Caller) -> Answer:
         if not isinstance(task, dict):
@@ -109,7 +104,7 @@ class RunwareService:
         order = Order(task, caller, await self._front.in_thread(_digest, task) if later else "")
         key = f"{caller.owner} {task.task_uuid}"
         running, result = self._running.get(key), self._results.get(key)
-        known = running.order.digest if running else result.digest if result else None
+        known = running[0].digest if running else result.digest if result else None
         if known is not None and not (later and known == order.digest):
             raise ServiceError(
                 "conflict", "another task has this taskUUID; make a new one", "taskUUID"
@@ -120,9 +115,9 @@ class RunwareService:
             return result.answer
         if running is None:
             self._admit(caller)
-            running = _Running(order, asyncio.create_task(self._later(order, key)))
+            running = order, asyncio.create_task(self._later(order, key))
             self._running[key] = running
-        return await _first(running)
+        return await _first(*running)
 
     def _admit(self, caller: Caller) -> None:
         """Refuses more tasks than may be under way.
@@ -130,7 +125,7 @@ class RunwareService:
         Raises:
             ServiceError: "queue_full".
         """
-        orders = [running.order for running in self._running.values()]
+        orders = [order for order, _ in self._running.values()]
         own = sum(order.caller.owner == caller.owner for order in orders)
         nbytes = sum(order.nbytes for order in orders)
         full = len(orders) >= _MOST_LATER or nbytes >= self._front.settings.max_bodies_bytes
@@ -218,16 +213,16 @@ def _digest(task: ImageTask) -> str:
     return state.hexdigest()
 
 
-async def _first(running: _Running) -> Answer:
+async def _first(order: Order, work: asyncio.Task[Answer]) -> Answer:
     """What is said at first: that a task was taken on, or the result, if it comes soon enough.
 
     Runware's client asks after a second, and takes a result that comes before that. Until the
     references are pixels nothing is said, since only requests under way are counted by their size.
     """
-    await asyncio.wait({running.work}, timeout=_SOON_S)
-    prepared = asyncio.ensure_future(running.order.prepared.wait())
+    await asyncio.wait({work}, timeout=_SOON_S)
+    prepared = asyncio.ensure_future(order.prepared.wait())
     try:
-        await asyncio.wait({running.work, prepared}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, prepared}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         prepared.cancel()
-    return running.work.result() if running.work.done() else done(running.order.named)
+    return work.result() if work.done() else done(order.named)
