@@ -1,6 +1,7 @@
 """Services that tests share: pocket behind an engine room, and an engine that tests can steer."""
 
 import asyncio
+import base64
 import io
 import threading
 import time
@@ -165,18 +166,39 @@ def steered(steered_service: Served) -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def http() -> Iterator[httpx.Client]:
     """Without an address of its own."""
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(trust_env=False, timeout=60) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
-def png() -> Callable[..., bytes]:
-    """A file's bytes: `png(width, height, seed, kind)`."""
+def until(condition: Callable[[], object], seconds: float = 5) -> None:
+    """Waits until something has come to pass."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
 
-    def make(width: int = SIDE, height: int = SIDE, seed: int = 0, kind: str = "PNG") -> bytes:
-        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((width, height)).save(file, kind)
-        return file.getvalue()
 
-    return make
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int = SIDE, height: int = SIDE, seed: int = 0) -> bytes:
+    """A picture's file; each seed has another one."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return file_of(Image.fromarray(coarse).resize((width, height)))
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def decoded(text: str | None) -> Image.Image:
+    """The image in an answer."""
+    assert text is not None
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def pixels(text: str | None) -> Any:
+    return np.asarray(decoded(text))

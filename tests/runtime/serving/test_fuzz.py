@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from klein_kv.runtime.serving.api.fields import EditFields
 from klein_kv.runtime.serving.runware.tasks import MODEL, ImageTask
-from tests.runtime.serving.conftest import Served
+from tests.runtime.serving.conftest import Served, png
 
 LEAKS = re.compile(r'0x[0-9a-f]{6,}|Traceback|File "|/site-packages|(Error|Exception)\(')
 UUID = "50836053-a0ee-4cf5-b9d6-ae7c5d140ada"
@@ -157,7 +157,7 @@ def test_openai_routes_take_any_json(many: settings, http: httpx.Client) -> None
     check()
 
 
-def test_openai_routes_take_any_form(many: settings, http: httpx.Client, png: Any) -> None:
+def test_openai_routes_take_any_form(many: settings, http: httpx.Client) -> None:
     image = png(64, 64)
     plain = st.text(st.characters(codec="utf-8"), max_size=30)
     parts = st.tuples(

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -25,7 +24,17 @@ from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
 from klein_kv.runtime.serving.runware import service
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.settings import ServeSettings
-from tests.runtime.serving.conftest import KEY, Served, SteeredEngine, serve_in_thread
+from tests.runtime.serving.conftest import (
+    KEY,
+    Served,
+    SteeredEngine,
+    base64_of,
+    file_of,
+    pixels,
+    png,
+    serve_in_thread,
+    until,
+)
 
 KEYS = (KEY, "another key of the tests, long enough")
 PLAIN = {
@@ -44,9 +53,9 @@ class PaintingEngine(SteeredEngine):
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
         result = await super().edit(job)
-        green = int(job.references[0][0, 0, 1]) if job.references else 0
+        level = int(job.references[0][0, 0, 1]) if job.references else 0
         images = [
-            Image.new("RGB", image.size, ((job.seed + i) % 256, green, job.steps))
+            Image.new("RGB", image.size, ((job.seed + i) % 256, level, job.steps))
             for i, image in enumerate(result.images)
         ]
         return EditResult(tuple(images), references_known=False)
@@ -113,19 +122,13 @@ class Sink:
             def do_GET(self) -> None:
                 self.send_response(200)
                 self.end_headers()
-                self.wfile.write(png(9))
+                self.wfile.write(green(9))
 
             def log_message(self, *_args: Any) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
-
-    def wait(self, count: int) -> None:
-        end = time.monotonic() + 5
-        while len(self.got) < count:
-            assert time.monotonic() < end
-            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -139,23 +142,13 @@ def sink() -> Iterator[Sink]:
     thread.join()
 
 
-def file_of(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+def green(level: int, side: int = 64) -> bytes:
+    return file_of(Image.new("RGB", (side, side), (0, level, 0)))
 
 
-def png(green: int, side: int = 64) -> bytes:
-    return file_of(Image.new("RGB", (side, side), (0, green, 0)))
-
-
-def pixels(data: bytes) -> Any:
+def pixel(data: bytes) -> Any:
     with Image.open(io.BytesIO(data)) as image:
-        return np.array(image)
-
-
-def pixel(data: bytes) -> tuple[int, ...]:
-    return tuple(pixels(data)[0, 0])
+        return image.getpixel((0, 0))
 
 
 @asynccontextmanager
@@ -272,7 +265,7 @@ def test_formats(server: Server, kind: str, name: str) -> None:
 
 @both
 def test_uploads_are_references(server: Server, engine: PaintingEngine, transport: str) -> None:
-    data = base64.b64encode(png(200)).decode()
+    data = base64_of(green(200))
 
     async def work(c: Runware) -> Any:
         (upload,) = await c.image_upload({"image": data})
@@ -401,7 +394,7 @@ def test_images_end(server: Server) -> None:
         answer = post(server, [new(referenceImages=[wrong])]).json()
         assert answer["errors"][0]["code"] == code
     noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
-    noisy = base64.b64encode(file_of(Image.fromarray(noise))).decode()
+    noisy = base64_of(file_of(Image.fromarray(noise)))
     upload = {"taskType": "imageUpload", "taskUUID": str(uuid.uuid4()), "image": noisy}
     answer = post(server, [upload]).json()
     assert answer["errors"][0]["code"] == "maxSizeExceeded"  # one is more than half of what is kept
@@ -411,7 +404,7 @@ def test_webhooks_and_uploads(server: Server, sink: Sink, monkeypatch: pytest.Mo
     monkeypatch.setattr(service, "_WEBHOOK_PAUSES_S", (0.0, 0.1))
     task = new(webhookURL=sink.url, uploadEndpoint=sink.url, numberResults=2, outputFormat="WEBP")
     answer = post(server, [task]).json()
-    sink.wait(3)
+    until(lambda: len(sink.got) == 3)
     put, again, hook = sink.got
     assert (put[0], put[1], hook[0], hook[1]) == ("PUT", "image/webp", "POST", "application/json")
     assert put[2] != again[2]
@@ -419,7 +412,7 @@ def test_webhooks_and_uploads(server: Server, sink: Sink, monkeypatch: pytest.Mo
     sink.statuses = [500]  # a webhook is tried again, and hears of errors
     sink.got.clear()
     bad = post(server, [new(webhookURL=sink.url, referenceImages=["!"])]).json()
-    sink.wait(2)
+    until(lambda: len(sink.got) == 2)
     assert [json.loads(body) for _, _, body in sink.got] == [bad, bad]
     sink.statuses = [403]
     refused = post(server, [new(uploadEndpoint=sink.url)]).json()["errors"][0]
@@ -505,14 +498,13 @@ def test_what_waits_is_counted(
 
     try:
         assert [later(KEYS[0]) for _ in range(33)] == ["taken"] * 32 + ["rateLimitExceeded"]
-        large = base64.b64encode(png(1, 1024)).decode()  # 3 MiB of pixels each
+        large = base64_of(green(1, 1024))  # 3 MiB of pixels each
         assert [later(KEYS[1], referenceImages=[large]) for _ in range(2)] == ["taken"] * 2
         assert later(KEYS[1]) == "rateLimitExceeded"
         assert later(KEYS[1], referenceImages=["!"]) == "rateLimitExceeded"
     finally:
         gate.set()
-    while later(KEYS[1]) != "taken":
-        time.sleep(0.01)
+    until(lambda: later(KEYS[1]) == "taken")
 
 
 def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: PaintingEngine) -> None:
@@ -543,16 +535,11 @@ def test_a_closed_connection_takes_its_work_with_it(server: Server, engine: Pain
         busy, accepted = asyncio.run(main())
         assert busy["errors"][0]["code"] == "rateLimitExceeded"
         assert accepted["data"] == [{"taskType": "imageInference", "taskUUID": later["taskUUID"]}]
-        end = time.monotonic() + 5
-        while engine.cancelled < 33:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: engine.cancelled == 33)
         asked = [{"taskType": "getResponse", "taskUUID": later["taskUUID"]}]
         assert post(server, asked).json()["data"][0]["status"] == "processing"
         gate.set()
-        while (answer := post(server, asked).json()["data"][0])["status"] == "processing":
-            time.sleep(0.01)
-        assert answer["status"] == "success"
+        until(lambda: post(server, asked).json()["data"][0]["status"] == "success")
         assert engine.cancelled == 33
     finally:
         gate.set()
@@ -572,10 +559,8 @@ def test_pages_of_other_sites_are_kept_out() -> None:
         assert answer.json()["errors"][0]["code"] == "invalidURL"
 
 
-def test_pocket_makes_the_same_image_for_both_apis(
-    pocket_service: Served, png: Callable[..., bytes]
-) -> None:
-    data = base64.b64encode(png()).decode()
+def test_pocket_makes_the_same_image_for_both_apis(pocket_service: Served) -> None:
+    data = base64_of(png())
     fields = {"positivePrompt": "make it night", "width": 192, "height": 192, "steps": 2}
 
     async def work(c: Runware) -> Any:
@@ -585,7 +570,8 @@ def test_pocket_makes_the_same_image_for_both_apis(
     with httpx.Client(trust_env=False, timeout=60) as http:
         server = Server(pocket_service.url, None, http)
         (item,) = run(server, "rest", work)
-        ours = pixels(get(server, item["imageURL"]).content)
+        with Image.open(io.BytesIO(get(server, item["imageURL"]).content)) as image:
+            ours = np.asarray(image)
         body = {
             "prompt": "make it night",
             "images": [{"image_url": f"data:image/png;base64,{data}"}],
@@ -593,6 +579,6 @@ def test_pocket_makes_the_same_image_for_both_apis(
         body |= {"seed": 7, "size": "192x192", "num_inference_steps": 2}
         headers = {"authorization": f"Bearer {KEY}"}
         answer = http.post(f"{server.url}/v1/images/edits", json=body, headers=headers).json()
-    theirs = pixels(base64.b64decode(answer["data"][0]["b64_json"]))
+    theirs = pixels(answer["data"][0]["b64_json"])
     assert ours.shape == (192, 192, 3)
     assert np.array_equal(ours, theirs)
