@@ -164,6 +164,12 @@ def steered(steered_service: Served) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Of tests that are coroutines."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def http() -> Iterator[httpx.Client]:
     """Without an address of its own."""
     with httpx.Client(trust_env=False, timeout=60) as client:
