@@ -18,7 +18,6 @@ from klein_kv.runtime.serving.job_queue import JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeJob,
     EncodeResult,
     EngineFacts,
     Job,
@@ -98,7 +97,7 @@ class EngineRoom:
         result: EditResult = await self._do(job, on_preview)
         return result
 
-    async def encode(self, job: EncodeJob) -> EncodeResult:
+    async def encode(self, job: Job) -> EncodeResult:
         """See `Engine`."""
         result: EncodeResult = await self._do(job, None)
         return result
@@ -250,7 +249,7 @@ class EngineRoom:
 
     def _run(self, runner: PipelineRunner, ticket: Ticket) -> EditResult | EncodeResult:
         job = ticket.job
-        if isinstance(job, EncodeJob):
+        if not isinstance(job, EditJob):
             return runner.encode(job)
 
         def on_denoised(latents: Any) -> None:

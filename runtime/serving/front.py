@@ -12,18 +12,13 @@ from typing import ParamSpec, TypeVar
 from PIL import Image
 from starlette.datastructures import Headers
 
+from klein_kv.runtime.outputs.metadata import ImageParameters
 from klein_kv.runtime.references.reference_set import images_digest
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    Engine,
-    OnPreview,
-    Pixels,
-)
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview, Pixels
 from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
-from klein_kv.runtime.serving.outputs import OutputFormat, encode_image, image_parameters
+from klein_kv.runtime.serving.outputs import OutputFormat, encode_image
 from klein_kv.runtime.serving.security.images_in import (
     bytes_from_base64,
     prepare_mask,
@@ -182,9 +177,20 @@ class Front:
         quality: int | None,
     ) -> bytes:
         """Image `index` of a job as a file's bytes; called in a thread."""
-        parameters = None
-        if self.settings.metadata:
-            parameters = image_parameters(job, self.engine.facts, image, index)
+        if not self.settings.metadata:
+            return encode_image(image, kind, quality)
+        facts = self.engine.facts
+        loras = [f"{name}:{weight:g}" for name, weight in job.loras]
+        parameters = ImageParameters(
+            prompt=job.prompt,
+            steps=job.steps,
+            width=image.width,
+            height=image.height,
+            references=len(job.references),
+            model=" + ".join([facts.model, *loras]),
+            model_digest=facts.model_digest,
+            seed=job.seed + index,
+        )
         return encode_image(image, kind, quality, parameters)
 
     def check_model(self, name: str | None) -> None:

@@ -16,7 +16,6 @@ from PIL import Image
 __all__ = [
     "EditJob",
     "EditResult",
-    "EncodeJob",
     "EncodeResult",
     "Engine",
     "EngineFacts",
@@ -34,57 +33,47 @@ OnPreview = Callable[[Image.Image], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodeJob:
+class Job:
     """Reference images whose keys and values are wanted.
 
     Attributes:
         references: prepared images in order (`pixels.prepare_reference`, without the batch).
-        digest: their `images_digest`: the id of the set, and what requests are routed by.
+        digest: their `images_digest`: the id of the set, and what requests are routed by; "" of
+            none.
         loras: registered names and weights, -4 to 4.
         timeout_s: seconds until the result is of no use to anybody.
     """
 
-    references: tuple[Pixels, ...]
-    digest: str
+    references: tuple[Pixels, ...] = ()
+    digest: str = ""
     loras: tuple[tuple[str, float], ...] = ()
     timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class EditJob:
+class EditJob(Job):
     """One prompt, with or without references.
 
     Attributes:
         prompt: the text.
-        references: prepared images, in order; may be empty.
-        digest: their `images_digest`; "" without any.
         height, width: pixels; None for the first reference's.
         steps: of the loop.
         seed: of the first image; image i uses `seed + i`.
         num_images: images of this prompt.
-        loras: registered names and weights.
         mask: uint8 [H, W] of the first reference's size, 255 where it is to change; None edits all.
         strength: of an edit within a mask, above 0 up to 1.
         previews: most intermediate images that `OnPreview` wants, 0 to 3.
-        timeout_s: seconds until the result is of no use to anybody.
     """
 
     prompt: str
-    references: tuple[Pixels, ...] = ()
-    digest: str = ""
     height: int | None = None
     width: int | None = None
     steps: int = 4
     seed: int = 0
     num_images: int = 1
-    loras: tuple[tuple[str, float], ...] = ()
     mask: NDArray[np.uint8] | None = None
     strength: float = 1.0
     previews: int = 0
-    timeout_s: float | None = None
-
-
-Job = EditJob | EncodeJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +149,7 @@ class Engine(Protocol):
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
         """Makes images."""
 
-    async def encode(self, job: EncodeJob) -> EncodeResult:
+    async def encode(self, job: Job) -> EncodeResult:
         """Makes keys and values, for edits to come."""
 
     def gauges(self) -> dict[str, float]:

@@ -7,28 +7,10 @@ from typing import Literal
 from PIL import Image
 
 from klein_kv.runtime.outputs.metadata import QUALITY, ImageParameters, write_image
-from klein_kv.runtime.serving.jobs import EditJob, EngineFacts
 
-__all__ = ["OutputFormat", "base64_text", "encode_image", "image_parameters"]
+__all__ = ["OutputFormat", "base64_text", "encode_image"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-
-
-def image_parameters(
-    job: EditJob, facts: EngineFacts, image: Image.Image, index: int
-) -> ImageParameters:
-    """What is written into image `index` of a job."""
-    loras = [f"{name}:{weight:g}" for name, weight in job.loras]
-    return ImageParameters(
-        prompt=job.prompt,
-        steps=job.steps,
-        width=image.width,
-        height=image.height,
-        references=len(job.references),
-        model=" + ".join([facts.model, *loras]),
-        model_digest=facts.model_digest,
-        seed=job.seed + index,
-    )
 
 
 def encode_image(

@@ -20,14 +20,7 @@ from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    EncodeJob,
-    EncodeResult,
-    EngineFacts,
-    Job,
-)
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.timings import Timings
 
 __all__ = [
@@ -146,7 +139,7 @@ class PipelineRunner:
             _add(stages_s, timings)
         return EditResult(tuple(images), references_known, stages_s=stages_s)
 
-    def encode(self, job: EncodeJob) -> EncodeResult:
+    def encode(self, job: Job) -> EncodeResult:
         """Makes keys and values, or finds them."""
         self._use(job.loras)
         store = self.pipe.reference_store
@@ -189,14 +182,8 @@ class PipelineRunner:
     def gauges(self) -> dict[str, float]:
         """What the reference store holds and did."""
         stats = self.pipe.reference_store.stats
-        return {
-            "reference_store_bytes": stats.bytes,
-            "reference_store_entries": stats.entries,
-            "reference_store_hits": stats.hits,
-            "reference_store_misses": stats.misses,
-            "reference_store_restored": stats.restored,
-            "reference_store_evictions": stats.evictions,
-        }
+        names = ("bytes", "entries", "hits", "misses", "restored", "evictions")
+        return {f"reference_store_{name}": getattr(stats, name) for name in names}
 
     def close(self) -> None:
         """Frees the pipeline."""

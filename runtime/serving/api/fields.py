@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, LiteralString, TypeVar
 
 from fastapi import Request
@@ -39,13 +40,13 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_FIELDS = 64
 _LONGEST_NAME = 256
-_LISTS = ("image", "url", "references", "lora")
 _LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
 _MOST_LORAS = 8
 _LONGEST_LORA = 1000  # characters of all names and weights in one text
 _SMALL = 65536
 
 
+@dataclass(slots=True)
 class Sent:
     """What a request holds.
 
@@ -55,10 +56,9 @@ class Sent:
         mask: the field of that name.
     """
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.images: list[Upload] = []
-        self.mask: Upload | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    images: list[Upload] = field(default_factory=list)
+    mask: Upload | None = None
 
     def add(self, name: str, value: Any) -> None:
         """Takes in one field of a form, or one key of a JSON object.
@@ -71,15 +71,14 @@ class Sent:
             self.images += [Upload(_content(x, base), base) for x in _listed(value)]
         elif base == "mask":
             self.mask = Upload(_content(value, base), base)
-        elif not isinstance(value, UploadedBytes):
-            if base in _LISTS:
-                self.values.setdefault(base, []).extend(_listed(value))
-            elif name in self.values:
-                raise ServiceError("invalid_value", "a field is given twice", _short(name))
-            else:
-                self.values[name] = value
-        else:
+        elif isinstance(value, UploadedBytes):
             raise ServiceError("unknown_parameter", "a file in an unknown field", _short(name))
+        elif base in ("references", "lora"):
+            self.values.setdefault(base, []).extend(_listed(value))
+        elif name in self.values:
+            raise ServiceError("invalid_value", "a field is given twice", _short(name))
+        else:
+            self.values[name] = value
 
 
 class UploadedBytes(bytes):
@@ -226,7 +225,9 @@ Loras = Annotated[
 ]
 
 
-class _Fields(BaseModel):
+class ReferenceFields(BaseModel):
+    """Of `POST /v1/references`, besides images."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, max_length=256)
@@ -235,11 +236,7 @@ class _Fields(BaseModel):
     user: str | None = None
 
 
-class ReferenceFields(_Fields):
-    """Of `POST /v1/references`, besides images."""
-
-
-class EditFields(_Fields):
+class EditFields(ReferenceFields):
     """Of both image routes, besides images; OpenAI's names, and a few of our own.
 
     `quality`, `style`, `user`, `moderation` and `input_fidelity` have no effect here.

@@ -9,7 +9,7 @@ from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import ReferenceFields, body_schema, checked, read_fields
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, ShelvedReferences
-from klein_kv.runtime.serving.jobs import EncodeJob
+from klein_kv.runtime.serving.jobs import Job
 
 __all__ = ["reference_routes"]
 
@@ -37,7 +37,7 @@ def reference_routes(front: Front) -> APIRouter:
             )
         images, digest = await front.references(sent.images)
         timeout_s = front.timeout_s(request.headers, fields.timeout)
-        job = EncodeJob(images, digest, fields.lora, timeout_s)
+        job = Job(images, digest, fields.lora, timeout_s)
         encoded = await unless_gone(request, front.engine.encode(job))
         held = front.shelve(images, digest)
         facts = {"tokens": encoded.tokens, "bytes": encoded.nbytes, "known": encoded.known}

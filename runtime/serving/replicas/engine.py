@@ -20,7 +20,6 @@ from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeJob,
     EncodeResult,
     EngineFacts,
     Job,
@@ -130,7 +129,7 @@ class RayEngine:
         assert isinstance(result, EditResult)  # noqa: S101 - what a replica answers to an EditJob
         return result
 
-    async def encode(self, job: EncodeJob) -> EncodeResult:
+    async def encode(self, job: Job) -> EncodeResult:
         """See `Engine`. Edits of this set will be sent to the same replica."""
         result = await self._do(job, None)
         assert isinstance(result, EncodeResult)  # noqa: S101 - likewise

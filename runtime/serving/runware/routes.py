@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
 from klein_kv.runtime.serving.api.disconnect import unless_gone
@@ -86,11 +87,11 @@ async def _post(request: Request, front: Front, service: RunwareService) -> list
     most = front.settings.max_body_bytes if owner is not None else _LARGEST_WITHOUT_KEY
     tasks = await front.in_thread(_tasks, await _body(request, most))
     answers: list[Answer] = []
-    if isinstance(tasks[0], dict) and tasks[0].get("taskType") == "authentication":
+    if _is_login(tasks[0]):
         owner = _known(front.keys.owner(tasks[0].get("apiKey")))
         answers = [done({"taskType": "authentication"})]
         tasks = tasks[1:]
-    caller = Caller(_known(owner), _base(request.base_url.scheme, request.headers))
+    caller = Caller(_known(owner), _base(request))
     work = asyncio.gather(*(service.answer(task, caller) for task in tasks))
     return answers + await unless_gone(request, work)
 
@@ -139,10 +140,14 @@ def _no_key() -> ServiceError:
     )
 
 
-def _base(scheme: str, headers: Headers) -> str:
+def _base(connection: HTTPConnection) -> str:
     """How the caller calls this server."""
-    secure = scheme in ("https", "wss")
-    return f"http{'s' if secure else ''}://{headers.get('host', '')}"
+    scheme = connection.url.scheme.replace("ws", "http")
+    return f"{scheme}://{connection.headers.get('host', '')}"
+
+
+def _is_login(task: object) -> bool:
+    return isinstance(task, dict) and task.get("taskType") == "authentication"
 
 
 class _Connections:
@@ -220,7 +225,7 @@ class _Connection:
 
     async def _authenticated(self) -> Caller:
         """Accepts, and hears who it is; where that fails, the client is told, and left."""
-        base = _base(self._socket.url.scheme, self._socket.headers)
+        base = _base(self._socket)
         await self._socket.accept()
         try:
             owner = _owner(self._front, self._socket.headers)
@@ -231,7 +236,7 @@ class _Connection:
             if len(text) > _LARGEST_FIRST:
                 raise _no_key()
             first, *self._rest = _tasks(text)
-            if not isinstance(first, dict) or first.get("taskType") != "authentication":
+            if not _is_login(first):
                 raise _no_key()
             owner = _known(self._front.keys.owner(first.get("apiKey")))
             session = first.get("connectionSessionUUID")
@@ -273,7 +278,7 @@ class _Connection:
         self._all.held -= size
 
     async def _do(self, task: object, caller: Caller) -> None:
-        if isinstance(task, dict) and task.get("taskType") == "authentication":
+        if _is_login(task):
             answer = self._hello()  # again; it stays whose it is
         else:
             answer = await self._service.answer(task, caller)

@@ -22,10 +22,10 @@ from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeJob,
     EncodeResult,
     Engine,
     EngineFacts,
+    Job,
     OnPreview,
 )
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
@@ -85,7 +85,7 @@ class SteeredEngine:
 
     act: Callable[[], Any] | None = None
     ready: bool = True
-    jobs: list[EditJob | EncodeJob] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     cancelled: int = 0
     facts: EngineFacts = field(
         default_factory=lambda: EngineFacts(
@@ -93,7 +93,7 @@ class SteeredEngine:
         )
     )
 
-    async def _act(self, job: EditJob | EncodeJob) -> None:
+    async def _act(self, job: Job) -> None:
         self.jobs.append(job)
         try:
             if self.act is not None:
@@ -111,7 +111,7 @@ class SteeredEngine:
             on_preview(grey)
         return EditResult((grey,) * job.num_images, bool(job.references))
 
-    async def encode(self, job: EncodeJob) -> EncodeResult:
+    async def encode(self, job: Job) -> EncodeResult:
         await self._act(job)
         return EncodeResult(known=False, nbytes=1, tokens=1)
 

@@ -16,13 +16,7 @@ from klein_kv.errors import ArtifactError, CapacityError, NotFiniteError, Reques
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.job_queue import MOST_OVERTAKEN, JobQueue, Ticket
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    EncodeJob,
-    EncodeResult,
-    EngineFacts,
-)
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.serving.runner import DeviceLostError, StoppedError, preview_steps
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +60,7 @@ class StubRunner:
         images = (Image.new("RGB", (32, 16)),) * job.num_images
         return EditResult(images, True, stages_s={"total": 0.1})
 
-    def encode(self, job: EncodeJob) -> EncodeResult:
+    def encode(self, job: Job) -> EncodeResult:
         self.order.append(job.digest)
         return EncodeResult(known=False, nbytes=8, tokens=2)
 
@@ -133,7 +127,7 @@ async def test_a_job_gives_its_images_and_previews_before_them() -> None:
         assert (result.references_known, result.stages_s) == (True, {"total": 0.1})
         assert result.queued_s > 0
         assert shown == [0, 2]
-        encoded = await room.encode(EncodeJob((np.zeros((16, 16, 3), np.uint8),), "d"))
+        encoded = await room.encode(Job((np.zeros((16, 16, 3), np.uint8),), "d"))
         assert encoded == EncodeResult(known=False, nbytes=8, tokens=2)
         gauges = room.gauges()
         assert (gauges["jobs_total"], gauges["queue_depth"], gauges["in_flight"]) == (2, 0, 0)

@@ -12,14 +12,7 @@ from PIL import Image
 
 from klein_kv.errors import BackendError
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    EncodeJob,
-    EncodeResult,
-    EngineFacts,
-    Job,
-)
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.replicas import engine as engine_module
 from klein_kv.runtime.serving.replicas.engine import RayEngine, rank
@@ -78,7 +71,7 @@ class FakeReplica:
             if self.dead.is_set():
                 raise ReplicaLostError("killed")
             self.done.append(job.digest)
-            if isinstance(job, EncodeJob):
+            if not isinstance(job, EditJob):
                 yield EncodeResult(known=False, nbytes=1, tokens=1)
             else:
                 yield EditResult((IMAGE,), references_known=False)
@@ -157,7 +150,7 @@ async def test_a_set_stays_on_one_replica_and_what_has_none_is_spread(
 ) -> None:
     go(fleet)
     digests = [f"set-{i}" for i in range(12)]
-    await engine.encode(EncodeJob((PIXELS,), "set-0"))
+    await engine.encode(Job((PIXELS,), "set-0"))
     for digest in digests * 3:
         await engine.edit(edit(digest))
     for digest in digests:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.serving.replicas.events import Taken
 from klein_kv.runtime.serving.replicas.replica import Replica
 from tests.runtime.serving.test_engine_room import StubRunner, begun
@@ -35,7 +35,7 @@ async def opened(**runner: Any) -> AsyncIterator[tuple[Replica, StubRunner]]:
     assert stub.closed
 
 
-async def events(replica: Replica, job: EditJob | EncodeJob = JOB) -> list[Any]:
+async def events(replica: Replica, job: Job = JOB) -> list[Any]:
     return [event async for event in replica.do(job)]
 
 
@@ -47,7 +47,7 @@ async def test_a_job_is_told_as_events() -> None:
         stub.go.set()
         told = await events(replica)
         assert [type(event) for event in told] == [Taken, Image, Image, EditResult]
-        told = await events(replica, EncodeJob((), "d"))
+        told = await events(replica, Job((), "d"))
         assert [type(event) for event in told] == [Taken, EncodeResult]
         assert (await replica.status())[1]["jobs_total"] == 2
 
