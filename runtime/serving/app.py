@@ -20,7 +20,7 @@ from klein_kv.runtime.serving.api.health import health_routes
 from klein_kv.runtime.serving.api.images import image_routes
 from klein_kv.runtime.serving.api.references import reference_routes
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Fetch, Front, ShelvedReferences
+from klein_kv.runtime.serving.front import Front, ShelvedReferences
 from klein_kv.runtime.serving.jobs import Engine
 from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
@@ -50,13 +50,8 @@ _HEADERS = {
 }
 
 
-def make_app(
-    engine: Engine,
-    settings: ServeSettings,
-    fetch: Fetch | None = None,
-    send: Fetcher | None = None,
-) -> FastAPI:
-    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
+def make_app(engine: Engine, settings: ServeSettings, calls: Fetcher | None = None) -> FastAPI:
+    """Puts the service together; `calls` stands in for the guarded calls to other hosts.
 
     `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
     ask for it themselves, and `app.state.public_below` what all such paths begin with.
@@ -69,7 +64,7 @@ def make_app(
         shelf=shelf,
         metrics=Metrics(engine.gauges, lambda: shelf.nbytes),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
+        fetch=calls or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes),
     )
     app = FastAPI(
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
@@ -80,7 +75,7 @@ def make_app(
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
-    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
+    service = RunwareService(front, calls or Fetcher(settings.send_hosts, timeout_s=30))
     app.include_router(runware_routes(front, service))
     app.include_router(page_routes())
     app.add_exception_handler(ServiceError, _refused)

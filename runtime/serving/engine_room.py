@@ -55,8 +55,8 @@ class EngineRoom:
     def __init__(
         self,
         open_runner: Callable[[], PipelineRunner],
-        queue: int = 16,
-        on_failed: Callable[[BaseException], None] | None = None,
+        queue: int,
+        on_failed: Callable[[BaseException], None],
     ) -> None:
         self._open = open_runner
         self._on_failed = on_failed
@@ -173,23 +173,24 @@ class EngineRoom:
     def _work(self) -> None:
         try:
             runner = self._open()
-        except BaseException as error:  # noqa: BLE001 - of every kind: it is told
-            self._fail(error)
-            return
-        self._facts = runner.facts
-        self._store_gauges = runner.gauges()
-        with self._changed:
-            if self._state == "starting":
-                self._state = "ready"
-        _log.info("ready")
-        while (ticket := self._next()) is not None:
-            lost = self._serve(runner, ticket)
-            if lost is not None:
-                self._fail(lost)
-                return
+            self._facts = runner.facts
             self._store_gauges = runner.gauges()
-            del ticket  # its images
-        runner.close()
+            with self._changed:
+                if self._state == "starting":
+                    self._state = "ready"
+            _log.info("ready")
+            while (ticket := self._next()) is not None:
+                self._serve(runner, ticket)
+                self._store_gauges = runner.gauges()
+                del ticket  # its images
+        except BaseException as error:  # noqa: BLE001 - of every kind: it is told
+            with self._changed:
+                self._state = "failed"
+                self._running = None
+            self._give_up(not_ready())
+            self._on_failed(error)
+        else:
+            runner.close()
 
     def _next(self) -> Ticket | None:
         with self._changed:
@@ -201,20 +202,25 @@ class EngineRoom:
             self._running = self._queue.take()
             return self._running
 
-    def _serve(self, runner: PipelineRunner, ticket: Ticket) -> DeviceLostError | None:
-        """Does one job; returns what ended the device, if something did."""
+    def _serve(self, runner: PipelineRunner, ticket: Ticket) -> None:
+        """Does one job.
+
+        Raises:
+            DeviceLostError: nothing works any more.
+        """
         start = time.monotonic()
         for last_try in (False, True):
             if not ticket.wanted:
-                return None
+                return
             try:
                 made = self._run(runner, ticket)
                 break
             except StoppedError:
-                return None
+                return
             except Exception as error:  # noqa: BLE001 - told in words of ours
                 if last_try or not is_out_of_memory(error):
-                    return self._explain(runner, ticket, error)
+                    self._explain(runner, ticket, error)
+                    return
             # The error is gone here, and with it the buffers that its frames held.
             _log.warning("out of memory: kept references are given up, and the job runs again")
             self._counts["out_of_memory"] += 1
@@ -226,26 +232,22 @@ class EngineRoom:
         if isinstance(made, EditResult):
             made = replace(made, queued_s=start - ticket.queued_at)
         self._after.submit(self._answer, ticket, made)
-        return None
 
-    def _explain(
-        self, runner: PipelineRunner, ticket: Ticket, error: Exception
-    ) -> DeviceLostError | None:
+    def _explain(self, runner: PipelineRunner, ticket: Ticket, error: Exception) -> None:
         """Tells who waits; asks the device whether it still works, if nobody foresaw the error."""
         known = refusal(error)
         if known is not None:
             _log.info("a job was refused: %s", error)
             self._answer(ticket, known)
-            return None
+            return
         _log.error("a job failed", exc_info=error)
         self._answer(ticket, ServiceError("internal_error", "the request failed"))
         self._counts["failed"] += 1
         self._failures += 1
-        if runner.works(thoroughly=self._failures >= _MOST_FAILURES):
-            return None
-        lost = DeviceLostError(f"the device is lost ({type(error).__name__}: {error})")
-        lost.__cause__ = error
-        return lost
+        if not runner.works(thoroughly=self._failures >= _MOST_FAILURES):
+            raise DeviceLostError(
+                f"the device is lost ({type(error).__name__}: {error})"
+            ) from error
 
     def _run(self, runner: PipelineRunner, ticket: Ticket) -> EditResult | EncodeResult:
         job = ticket.job
@@ -261,16 +263,6 @@ class EngineRoom:
         picture = runner.preview(latents) if ticket.wanted else None
         if picture is not None and ticket.on_preview is not None:
             self._on_loop(ticket, ticket.on_preview, picture)
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._state = "failed"
-            self._running = None
-        self._give_up(not_ready())
-        if self._on_failed is not None:
-            self._on_failed(error)
-        else:
-            _log.error("the engine room is closed", exc_info=error)
 
     def _give_up(self, why: ServiceError) -> None:
         with self._changed:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
@@ -19,6 +19,7 @@ from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
 from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.outputs import OutputFormat, encode_image
+from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.security.images_in import (
     bytes_from_base64,
     prepare_mask,
@@ -27,15 +28,12 @@ from klein_kv.runtime.serving.security.images_in import (
 from klein_kv.runtime.serving.security.keys import KeyRing
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["Fetch", "Front", "ShelvedReferences", "Upload"]
+__all__ = ["Front", "ShelvedReferences", "Upload"]
 
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Fetch = Callable[[str, str], Awaitable[bytes]]
-"""Gives what is at a URL that the named parameter holds, or refuses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Front:
     shelf: Kept[ShelvedReferences]
     metrics: Metrics
     threads: ThreadPoolExecutor
-    fetch: Fetch
+    fetch: Fetcher
 
     async def in_thread(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs what takes long outside the event loop."""
@@ -246,7 +244,7 @@ class Front:
         if isinstance(content, bytes):
             return content
         if content[:4].lower() == "http":
-            return await self.fetch(content, upload.param)
+            return await self.fetch.get(content, upload.param)
         most = self.settings.max_body_bytes
         return await self.in_thread(bytes_from_base64, content, most, upload.param)
 

@@ -1,13 +1,10 @@
 """Replicas as actors of Ray: the only module that imports it.
 
-Why actors, and not Ray Serve, which is made of them: what is wanted is a name for each replica, and
-a new process of that name when one is lost, which is a few lines of engine.py. Serve's consistent
-hashing (alpha in 2.60) hashes a replica's random id, so the one that replaces it gets other sets.
-With a deployment per replica, calls to one that is being replaced wait in Serve's router (measured:
-8 to 10 s) where the next replica should be asked. Serve adds a controller, a port of every replica
-on all interfaces even where Ray itself listens on loopback, and applications that stay on the GPUs
-when the front is killed; actors end with the process that made them. Actors, generators and
-`ray.cancel` belong to Ray's stable core.
+Why actors, and not Ray Serve, which is made of them: Serve's consistent hashing (alpha in 2.60)
+hashes a replica's random id, so the one that replaces it gets other sets; with a deployment per
+replica, calls to one that is being replaced wait in its router (measured: 8 to 10 s) where the next
+replica should be asked; its replicas listen on all interfaces, and stay on the GPUs when the front
+is killed. Actors end with the process that made them.
 """
 
 import asyncio

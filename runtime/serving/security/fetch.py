@@ -89,10 +89,6 @@ class Fetcher:
         """Sends a body; anything but 2xx is a failure."""
         await self._timed(self._send(method, url, data, content_type, param), param)
 
-    async def close(self) -> None:
-        """Ends all connections."""
-        await self._transport.aclose()
-
     async def _timed(self, work: Awaitable[T], param: str) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):

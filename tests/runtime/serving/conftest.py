@@ -62,7 +62,7 @@ def serve_in_thread(
     engine: Engine, settings: ServeSettings, calls: Fetcher | None = None
 ) -> Iterator[Served]:
     """Serves on a free port until the generator is closed; `calls` goes to other hosts."""
-    app = make_app(engine, settings, calls and calls.get, calls)
+    app = make_app(engine, settings, calls)
     config = uvicorn_config(app, settings)
     config.port, config.http = 0, Protocol
     server = uvicorn.Server(config)
@@ -133,7 +133,9 @@ def pocket_service(pocket_artifacts: Path, pocket_checkpoint: Path) -> Iterator[
 
     lora = pocket_checkpoint / "lora" / "cyanotype.safetensors"
     room = EngineRoom(
-        lambda: PipelineRunner(open_pipeline, (WarmUp(SIDE, SIDE, 1),), {"cyanotype": lora})
+        lambda: PipelineRunner(open_pipeline, (WarmUp(SIDE, SIDE, 1),), {"cyanotype": lora}),
+        queue=16,
+        on_failed=print,
     )
     while not room.ready:
         time.sleep(0.01)

@@ -83,7 +83,7 @@ class StubRunner:
 
 @asynccontextmanager
 async def in_room(
-    queue: int = 16, on_failed: Any = None, **runner: Any
+    queue: int = 16, on_failed: Any = print, **runner: Any
 ) -> AsyncIterator[tuple[EngineRoom, StubRunner]]:
     """A room that is ready, and its runner."""
     stub = StubRunner(**runner)
@@ -272,7 +272,7 @@ async def test_a_room_that_cannot_open_says_so() -> None:
     def fail() -> Any:
         raise RequestError("no such folder")
 
-    room = EngineRoom(fail, on_failed=failures.append)
+    room = EngineRoom(fail, 1, failures.append)
     while not failures:
         await asyncio.sleep(0.005)
     assert not room.ready
@@ -300,3 +300,20 @@ async def test_draining_finishes_what_was_taken_on(patient: bool) -> None:
         else:
             assert [error.code for error in results] == ["draining"] * 2
     assert stub.order == (["runs", "waits"] if patient else ["runs"])
+
+
+def test_an_answer_after_its_loop_has_ended_is_nobodys() -> None:
+    stub = StubRunner()
+    room = EngineRoom(lambda: stub, 1, print)  # type: ignore[arg-type, return-value]
+
+    async def leave() -> None:
+        while not room.ready:
+            await asyncio.sleep(0.005)
+        await start(room, job())
+        await begun(stub)
+
+    asyncio.run(leave())
+    room.close(timeout_s=0)  # the job is under way still
+    stub.go.set()
+    room.close()
+    assert stub.closed

@@ -323,7 +323,7 @@ def test_tls_is_checked_against_the_name_and_no_proxy_is_asked(
         closed = Fetcher(("*",), **options)
         with pytest.raises(ServiceError, match="may not call"):
             await closed.get(f"https://{NAME}:{port}/a", "x")
-        await fetch.close()
+        await wire.aclose()
         server.close()
 
     run(talk())
