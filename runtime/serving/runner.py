@@ -209,6 +209,7 @@ class PipelineRunner:
             image_reference=others,
             mask_image=Image.fromarray(job.mask),
             strength=job.strength,
+            overlay=True,
             **arguments,
         )
 
