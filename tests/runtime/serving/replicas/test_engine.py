@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from klein_kv.errors import BackendError
-from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.errors import ServiceError, draining
 from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.replicas import engine as engine_module
@@ -36,7 +36,7 @@ class FakeReplica:
         self.jobs = 0
         self.most = 0
         self.ready = True
-        self.closed = False
+        self.closed = self.ending = False
 
     async def open(self) -> EngineFacts:
         return self.facts
@@ -53,6 +53,9 @@ class FakeReplica:
         if self.dead.is_set():
             raise ReplicaLostError("killed before")
         yield Taken()
+        if self.ending:
+            yield draining()
+            return
         if self.jobs >= self.room:
             yield ServiceError("queue_full", "full", retry_after_s=1.5)
             return
@@ -137,6 +140,12 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def edit(digest: str = "a", **changes: Any) -> EditJob:
     return replace(EditJob(prompt="p", references=(PIXELS,), digest=digest), **changes)
+
+
+async def refusal(work: Awaitable[Any]) -> ServiceError:
+    with pytest.raises(ServiceError) as error:
+        await work
+    return error.value
 
 
 def go(fleet: Fleet) -> None:
@@ -238,9 +247,8 @@ async def test_a_job_outlives_the_loss_of_all_replicas_but_kills_only_two(
     second = await fleet.where()
     assert second not in fleet.old
     second.dead.set()
-    with pytest.raises(ServiceError, match="twice") as error:
-        await task
-    assert error.value.code == "internal_error"
+    error = await refusal(task)
+    assert (error.code, error.message) == ("internal_error", "the request failed twice")
 
 
 @played(replicas=1)
@@ -248,9 +256,8 @@ async def test_without_a_replica_new_jobs_are_refused(engine: RayEngine, fleet: 
     assert engine.ready
     fleet.now["replica-0"].ready = False
     await until(lambda: not engine.ready)
-    with pytest.raises(ServiceError) as error:
-        await engine.edit(edit())
-    assert (error.value.code, error.value.status) == ("not_ready", 503)
+    error = await refusal(engine.edit(edit()))
+    assert (error.code, error.status) == ("not_ready", 503)
 
 
 @played(room=1)
@@ -269,9 +276,7 @@ async def test_cancelling_and_deadlines_free_the_place(engine: RayEngine, fleet:
         await asyncio.sleep(0.01)
         for replica in fleet:
             replica.room = 0
-    with pytest.raises(ServiceError) as error:
-        await task
-    assert error.value.code == "deadline"
+    assert (await refusal(task)).code == "deadline"
 
 
 @played()
@@ -283,9 +288,7 @@ async def test_draining_ends_what_was_begun_and_takes_nothing_more(
     drain = asyncio.create_task(engine.drain(5))
     await asyncio.sleep(0)
     assert not engine.ready
-    with pytest.raises(ServiceError) as error:
-        await engine.edit(edit())
-    assert error.value.code == "draining"
+    assert (await refusal(engine.edit(edit()))).code == "draining"
     assert not drain.done()
     go(fleet)
     await drain
@@ -297,10 +300,21 @@ async def test_what_is_not_done_in_time_is_told_so(engine: RayEngine, fleet: Fle
     task = asyncio.create_task(engine.edit(edit()))
     home = await fleet.where()
     await engine.drain(0.01)
-    with pytest.raises(ServiceError) as error:
-        await task
-    assert error.value.code == "draining"
+    assert (await refusal(task)).code == "draining"
     assert home.jobs == 0
+
+
+@played(replicas=2)
+async def test_a_replica_that_is_about_to_end_is_passed_over(
+    engine: RayEngine, fleet: Fleet
+) -> None:
+    go(fleet)
+    await engine.edit(edit())
+    home = next(replica for replica in fleet if replica.done)
+    home.ending = True
+    await engine.edit(edit())
+    assert sum(len(replica.done) for replica in fleet) == 2
+    assert len(home.done) == 1
 
 
 @played()

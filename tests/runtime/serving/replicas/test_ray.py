@@ -26,7 +26,7 @@ pytestmark = [
 
 REPLICAS = 2
 QUEUE = 2
-LONG_S = 1.5
+LONG_S = 1.0
 WARM_UP = [1, 6]
 
 
