@@ -18,10 +18,10 @@ from klein_kv.runtime.serving.job_queue import JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeResult,
     EngineFacts,
     Job,
     OnPreview,
+    Result,
 )
 from klein_kv.runtime.serving.runner import (
     DeviceLostError,
@@ -92,15 +92,28 @@ class EngineRoom:
             raise not_ready()
         return self._facts
 
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         """See `Engine`."""
-        result: EditResult = await self._do(job, on_preview)
-        return result
-
-    async def encode(self, job: Job) -> EncodeResult:
-        """See `Engine`."""
-        result: EncodeResult = await self._do(job, None)
-        return result
+        ticket = Ticket(job, asyncio.get_running_loop().create_future(), on_preview)
+        with self._changed:
+            self._check()
+            self._queue.append(ticket)
+            self._changed.notify()
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                result: Result = await ticket.result
+                return result
+        except TimeoutError:
+            self._counts["expired"] += 1
+            raise expired() from None
+        except asyncio.CancelledError:
+            self._counts["cancelled"] += 1
+            raise
+        finally:
+            ticket.gone = True
+            with self._changed:
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
 
     def gauges(self) -> dict[str, float]:
         """See `Engine`."""
@@ -132,27 +145,6 @@ class EngineRoom:
         self._give_up(draining())
         self._thread.join(timeout_s)
         self._after.shutdown(wait=False)
-
-    async def _do(self, job: Job, on_preview: OnPreview | None) -> Any:
-        ticket = Ticket(job, asyncio.get_running_loop().create_future(), on_preview)
-        with self._changed:
-            self._check()
-            self._queue.append(ticket)
-            self._changed.notify()
-        try:
-            async with asyncio.timeout(job.timeout_s):
-                return await ticket.result
-        except TimeoutError:
-            self._counts["expired"] += 1
-            raise expired() from None
-        except asyncio.CancelledError:
-            self._counts["cancelled"] += 1
-            raise
-        finally:
-            ticket.gone = True
-            with self._changed:
-                if ticket in self._queue:
-                    self._queue.remove(ticket)
 
     def _check(self) -> None:
         """Refuses what cannot be taken on now."""
@@ -249,7 +241,7 @@ class EngineRoom:
                 f"the device is lost ({type(error).__name__}: {error})"
             ) from error
 
-    def _run(self, runner: PipelineRunner, ticket: Ticket) -> EditResult | EncodeResult:
+    def _run(self, runner: PipelineRunner, ticket: Ticket) -> Result:
         job = ticket.job
         if not isinstance(job, EditJob):
             return runner.encode(job)

@@ -152,7 +152,8 @@ class Front:
 
     async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
         """Makes images and counts the job."""
-        result = await self.engine.edit(job, on_preview)
+        result = await self.engine.do(job, on_preview)
+        assert isinstance(result, EditResult)  # noqa: S101 - of an EditJob
         self.metrics.note_edit(result, len(job.references))
         _log.info(
             "%d of %dx%d in %d steps, %d references, %s: %.3f s after %.3f s in the queue",

@@ -7,7 +7,7 @@ An engine is one pipeline behind a queue in this process (`EngineRoom`), or repl
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ __all__ = [
     "Job",
     "OnPreview",
     "Pixels",
+    "Result",
     "previews_and_result",
 ]
 
@@ -108,6 +109,10 @@ class EditResult:
     stages_s: dict[str, float] = field(default_factory=dict)
 
 
+Result = EditResult | EncodeResult
+"""Of an `EditJob`, and of any other `Job`."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What stands behind the service; known once it is ready.
@@ -132,10 +137,10 @@ class EngineFacts:
 class Engine(Protocol):
     """Does jobs, one at a time per GPU. All methods are called on the event loop.
 
-    `edit` and `encode` raise `ServiceError`: "queue_full" (429) before anything is taken on,
-    "deadline" (504), "draining" or "not_ready" (503), "out_of_memory" (503), "invalid_value" (400)
-    for what the pipeline refuses. Cancelling their coroutine takes the job back: out of the queue,
-    or between two steps.
+    `do` raises `ServiceError`: "queue_full" (429) before anything is taken on, "deadline" (504),
+    "draining" or "not_ready" (503), "out_of_memory" (503), "invalid_value" (400) for what the
+    pipeline refuses. Cancelling its coroutine takes the job back: out of the queue, or between two
+    steps.
     """
 
     @property
@@ -146,11 +151,8 @@ class Engine(Protocol):
     def facts(self) -> EngineFacts:
         """See there."""
 
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        """Makes images."""
-
-    async def encode(self, job: Job) -> EncodeResult:
-        """Makes keys and values, for edits to come."""
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
+        """Makes images, or keys and values for edits to come."""
 
     def gauges(self) -> dict[str, float]:
         """Figures for /metrics: queue depth, jobs under way, the store's bytes, hits and so on.
@@ -165,12 +167,17 @@ class Engine(Protocol):
         """Frees everything. Called in a thread, while the event loop runs."""
 
 
+J = TypeVar("J", bound=Job)
+R = TypeVar("R", bound=Result)
+
+
 async def previews_and_result(
-    edit: Callable[[EditJob, OnPreview | None], Awaitable[EditResult]], job: EditJob
-) -> AsyncGenerator[Image.Image | EditResult, None]:
-    """Previews of an edit as they come, and its result last; closing it takes the job back."""
+    do: Callable[[J, OnPreview | None], Awaitable[R]], job: J
+) -> AsyncGenerator[Image.Image | R, None]:
+    """Previews of a job as they come, and its result last; closing it takes the job back."""
     previews: asyncio.Queue[Image.Image | None] = asyncio.Queue()
-    work = asyncio.ensure_future(edit(job, previews.put_nowait if job.previews else None))
+    wanted = isinstance(job, EditJob) and job.previews > 0
+    work = asyncio.ensure_future(do(job, previews.put_nowait if wanted else None))
     work.add_done_callback(lambda _: previews.put_nowait(None))
     try:
         while (preview := await previews.get()) is not None:

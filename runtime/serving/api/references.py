@@ -9,7 +9,7 @@ from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import ReferenceFields, body_schema, checked, read_fields
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, ShelvedReferences
-from klein_kv.runtime.serving.jobs import Job
+from klein_kv.runtime.serving.jobs import EncodeResult, Job
 
 __all__ = ["reference_routes"]
 
@@ -38,7 +38,8 @@ def reference_routes(front: Front) -> APIRouter:
         images, digest = await front.references(sent.images)
         timeout_s = front.timeout_s(request.headers, fields.timeout)
         job = Job(images, digest, fields.lora, timeout_s)
-        encoded = await unless_gone(request, front.engine.encode(job))
+        encoded = await unless_gone(request, front.engine.do(job))
+        assert isinstance(encoded, EncodeResult)  # noqa: S101 - of a Job that is no EditJob
         held = front.shelve(images, digest)
         facts = {"tokens": encoded.tokens, "bytes": encoded.nbytes, "known": encoded.known}
         return json_response({**_described(held), **facts}, 201)

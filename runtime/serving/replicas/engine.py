@@ -17,20 +17,8 @@ from PIL import Image
 
 from klein_kv.errors import BackendError, KleinKVError
 from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    EncodeResult,
-    EngineFacts,
-    Job,
-    OnPreview,
-)
-from klein_kv.runtime.serving.replicas.events import (
-    ReplicaHandle,
-    ReplicaLostError,
-    Result,
-    Taken,
-)
+from klein_kv.runtime.serving.jobs import EngineFacts, Job, OnPreview, Result
+from klein_kv.runtime.serving.replicas.events import ReplicaHandle, ReplicaLostError, Taken
 
 __all__ = ["RayEngine", "rank"]
 
@@ -123,18 +111,6 @@ class RayEngine:
             raise not_ready()
         return self._facts
 
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        """See `Engine`."""
-        result = await self._do(job, on_preview)
-        assert isinstance(result, EditResult)  # noqa: S101 - what a replica answers to an EditJob
-        return result
-
-    async def encode(self, job: Job) -> EncodeResult:
-        """See `Engine`. Edits of this set will be sent to the same replica."""
-        result = await self._do(job, None)
-        assert isinstance(result, EncodeResult)  # noqa: S101 - likewise
-        return result
-
     def gauges(self) -> dict[str, float]:
         """Those of every replica that is up, as of a second ago; and which are up or were lost."""
         figures: dict[str, float] = {}
@@ -167,7 +143,8 @@ class RayEngine:
 
     # Jobs -----------------------------------------------------------------------------------------
 
-    async def _do(self, job: Job, on_preview: OnPreview | None) -> Result:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
+        """See `Engine`. All jobs with the same references are sent to the same replica."""
         if self._draining:
             raise draining()
         if not self.ready:

@@ -10,11 +10,9 @@ from typing import Protocol
 from PIL import Image
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditResult, EncodeResult, EngineFacts, Job
+from klein_kv.runtime.serving.jobs import EngineFacts, Job, Result
 
-__all__ = ["Event", "ReplicaHandle", "ReplicaLostError", "Result", "Taken"]
-
-Result = EditResult | EncodeResult
+__all__ = ["Event", "ReplicaHandle", "ReplicaLostError", "Taken"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EngineFacts, Job, previews_and_result
+from klein_kv.runtime.serving.jobs import EngineFacts, Job, previews_and_result
 from klein_kv.runtime.serving.replicas.events import Event, Taken
 from klein_kv.runtime.serving.runner import PipelineRunner
 
@@ -49,10 +49,7 @@ class Replica:
         """Does a job. Before this returns or is cancelled, the job is done or taken back."""
         yield Taken()
         try:
-            if not isinstance(job, EditJob):
-                yield await self._room.encode(job)
-                return
-            async with contextlib.aclosing(previews_and_result(self._room.edit, job)) as made:
+            async with contextlib.aclosing(previews_and_result(self._room.do, job)) as made:
                 async for event in made:
                     yield event
         except ServiceError as error:

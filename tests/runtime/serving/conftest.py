@@ -27,6 +27,7 @@ from klein_kv.runtime.serving.jobs import (
     EngineFacts,
     Job,
     OnPreview,
+    Result,
 )
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
 from klein_kv.runtime.serving.security.fetch import Fetcher
@@ -93,7 +94,7 @@ class SteeredEngine:
         )
     )
 
-    async def _act(self, job: Job) -> None:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         self.jobs.append(job)
         try:
             if self.act is not None:
@@ -101,19 +102,14 @@ class SteeredEngine:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        await self._act(job)
+        if not isinstance(job, EditJob):
+            return EncodeResult(known=False, nbytes=1, tokens=1)
         height, width = job.references[0].shape[:2] if job.references else (1024, 1024)
         grey = Image.new("RGB", (job.width or width, job.height or height), (128, 128, 128))
         for _ in range(job.previews):
             assert on_preview is not None
             on_preview(grey)
         return EditResult((grey,) * job.num_images, bool(job.references))
-
-    async def encode(self, job: Job) -> EncodeResult:
-        await self._act(job)
-        return EncodeResult(known=False, nbytes=1, tokens=1)
 
     def gauges(self) -> dict[str, float]:
         return {"queue_depth": 3.0, "jobs_total": 7.0}

@@ -105,14 +105,14 @@ def job(prompt: str = "a", digest: str = "", **more: Any) -> EditJob:
 
 
 async def start(room: EngineRoom, *jobs: EditJob) -> list[asyncio.Task[Any]]:
-    tasks = [asyncio.create_task(room.edit(each)) for each in jobs]
+    tasks = [asyncio.create_task(room.do(each)) for each in jobs]
     await asyncio.sleep(0)
     return tasks
 
 
 async def refusal(room: EngineRoom, **fields: Any) -> ServiceError:
     with pytest.raises(ServiceError) as refused:
-        await room.edit(job(**fields))
+        await room.do(job(**fields))
     return refused.value
 
 
@@ -120,14 +120,14 @@ async def test_a_job_gives_its_images_and_previews_before_them() -> None:
     shown: list[Any] = []
     async with in_room() as (room, stub):
         stub.go.set()
-        result = await room.edit(
+        result = await room.do(
             job(num_images=2, previews=2), lambda image: shown.append(image.getpixel((0, 0))[0])
         )
         assert [image.size for image in result.images] == [(32, 16)] * 2
         assert (result.references_known, result.stages_s) == (True, {"total": 0.1})
         assert result.queued_s > 0
         assert shown == [0, 2]
-        encoded = await room.encode(Job((np.zeros((16, 16, 3), np.uint8),), "d"))
+        encoded = await room.do(Job((np.zeros((16, 16, 3), np.uint8),), "d"))
         assert encoded == EncodeResult(known=False, nbytes=8, tokens=2)
         gauges = room.gauges()
         assert (gauges["jobs_total"], gauges["queue_depth"], gauges["in_flight"]) == (2, 0, 0)
@@ -212,7 +212,7 @@ async def test_jobs_nobody_waits_for_leave_the_queue_or_stop_between_steps(why: 
             assert [error.code for error in results] == ["deadline", "deadline"]
         assert room.gauges()["queue_depth"] == 0
         stub.go.set()
-        assert (await room.edit(job("next"))).images
+        assert (await room.do(job("next"))).images
         assert room.gauges()[f"{why}_total"] == 2
     assert stub.order == ["runs", "next"]
     assert stub.steps == 1 + STEPS  # the first of "runs", then it stopped
@@ -221,13 +221,13 @@ async def test_jobs_nobody_waits_for_leave_the_queue_or_stop_between_steps(why: 
 async def test_out_of_memory_frees_references_and_tries_once_more() -> None:
     async with in_room(errors=[CapacityError("no memory")]) as (room, stub):
         stub.go.set()
-        assert (await room.edit(job())).images
+        assert (await room.do(job())).images
         assert stub.freed == 1
         stub.errors = [MemoryError(), RuntimeError("CUDA out of memory. Tried at 0x7f00")]
         refused = await refusal(room)
         assert (refused.code, refused.status) == ("out_of_memory", 503)
         assert "0x" not in refused.message
-        assert (await room.edit(job())).images  # the device still answers
+        assert (await room.do(job())).images  # the device still answers
 
 
 async def test_errors_are_told_in_words_of_the_service() -> None:
@@ -238,7 +238,7 @@ async def test_errors_are_told_in_words_of_the_service() -> None:
             refused = await refusal(room)
             assert refused.code == code
             assert "/secret" not in refused.message
-        assert (await room.edit(job())).images
+        assert (await room.do(job())).images
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ async def test_a_device_that_does_not_work_any_more_ends_the_room(
         if device:
             assert (await refusal(room)).code == "not_ready"
         else:
-            assert (await room.edit(job())).images
+            assert (await room.do(job())).images
     assert [str(error.__cause__) for error in failures] == ([str(survived)] if device else [])
     assert all(isinstance(error, DeviceLostError) for error in failures)
     assert stub.closed == (not device)  # a device that is gone may never come back from that

@@ -159,15 +159,15 @@ async def test_a_set_stays_on_one_replica_and_what_has_none_is_spread(
 ) -> None:
     go(fleet)
     digests = [f"set-{i}" for i in range(12)]
-    await engine.encode(Job((PIXELS,), "set-0"))
+    await engine.do(Job((PIXELS,), "set-0"))
     for digest in digests * 3:
-        await engine.edit(edit(digest))
+        await engine.do(edit(digest))
     for digest in digests:
         assert sum(digest in replica.done for replica in fleet) == 1
     assert sum(bool(replica.done) for replica in fleet) == 3
     for replica in fleet:
         replica.go.clear()
-    free = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
+    free = [asyncio.create_task(engine.do(edit(""))) for _ in range(3)]
     await until(lambda: all(replica.jobs == 1 for replica in fleet))
     go(fleet)
     await asyncio.gather(*free)
@@ -177,12 +177,12 @@ async def test_a_set_stays_on_one_replica_and_what_has_none_is_spread(
 async def test_a_crowd_is_spread_and_a_flood_is_refused_at_the_bound(
     engine: RayEngine, fleet: Fleet
 ) -> None:
-    tasks = [asyncio.create_task(engine.edit(edit())) for _ in range(4)]
+    tasks = [asyncio.create_task(engine.do(edit())) for _ in range(4)]
     home = await fleet.where(jobs=4)  # until there is a crowd, the set stays there
-    tasks += [asyncio.create_task(engine.edit(edit())) for _ in range(8)]
+    tasks += [asyncio.create_task(engine.do(edit())) for _ in range(8)]
     await until(lambda: sum(replica.jobs for replica in fleet) == 12)
     assert home.jobs == 4
-    tasks += [asyncio.create_task(engine.edit(edit())) for _ in range(8)]
+    tasks += [asyncio.create_task(engine.do(edit())) for _ in range(8)]
     await asyncio.wait(tasks, timeout=0.05)
     refused = [task.exception() for task in tasks if task.done()]
     assert [(x.status, x.retry_after_s) for x in refused] == [(429, 1.5)] * (20 - 3 * 5)
@@ -197,10 +197,10 @@ async def test_a_lost_replica_loses_no_job_and_its_name_comes_back(
     engine: RayEngine, fleet: Fleet
 ) -> None:
     shown: list[int] = []
-    tasks = [asyncio.create_task(engine.edit(edit("b"))) for _ in range(2)]
+    tasks = [asyncio.create_task(engine.do(edit("b"))) for _ in range(2)]
     tasks.append(
         asyncio.create_task(
-            engine.edit(edit("b", previews=2), lambda image: shown.append(image.getpixel((0, 0))))
+            engine.do(edit("b", previews=2), lambda image: shown.append(image.getpixel((0, 0))))
         )
     )
     home = await fleet.where(jobs=3)
@@ -213,7 +213,7 @@ async def test_a_lost_replica_loses_no_job_and_its_name_comes_back(
     assert engine.gauges()[f"replica_lost_total@{home.name}"] == 1
     await until(lambda: engine.gauges()[f"replica_up@{home.name}"] == 1)
     go(fleet)
-    await engine.edit(edit("b"))
+    await engine.do(edit("b"))
     assert fleet.now[home.name].done == ["b"]
 
 
@@ -221,8 +221,8 @@ async def test_a_lost_replica_loses_no_job_and_its_name_comes_back(
 async def test_a_job_that_was_taken_waits_where_new_ones_are_refused(
     engine: RayEngine, fleet: Fleet
 ) -> None:
-    tasks = [asyncio.create_task(engine.edit(edit(str(i)))) for i in range(2)]
-    tasks.append(asyncio.create_task(engine.edit(edit("a"))))
+    tasks = [asyncio.create_task(engine.do(edit(str(i)))) for i in range(2)]
+    tasks.append(asyncio.create_task(engine.do(edit("a"))))
     await until(lambda: sum(replica.jobs for replica in fleet) == 2)
     await asyncio.wait(tasks, timeout=0.02)
     refused = [task for task in tasks if task.done()]
@@ -239,7 +239,7 @@ async def test_a_job_that_was_taken_waits_where_new_ones_are_refused(
 async def test_a_job_outlives_the_loss_of_all_replicas_but_kills_only_two(
     engine: RayEngine, fleet: Fleet
 ) -> None:
-    task = asyncio.create_task(engine.edit(edit()))
+    task = asyncio.create_task(engine.do(edit()))
     await fleet.where()
     for replica in list(fleet):  # at once: the second one never had the job
         replica.dead.set()
@@ -256,19 +256,19 @@ async def test_without_a_replica_new_jobs_are_refused(engine: RayEngine, fleet: 
     assert engine.ready
     fleet.now["replica-0"].ready = False
     await until(lambda: not engine.ready)
-    error = await refusal(engine.edit(edit()))
+    error = await refusal(engine.do(edit()))
     assert (error.code, error.status) == ("not_ready", 503)
 
 
 @played(room=1)
 async def test_cancelling_and_deadlines_free_the_place(engine: RayEngine, fleet: Fleet) -> None:
-    task = asyncio.create_task(engine.edit(edit()))
+    task = asyncio.create_task(engine.do(edit()))
     home = await fleet.where()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert home.jobs == 0
-    task = asyncio.create_task(engine.edit(edit(timeout_s=0.05)))
+    task = asyncio.create_task(engine.do(edit(timeout_s=0.05)))
     (await fleet.where()).dead.set()
     for replica in fleet:
         replica.dead.set()
@@ -283,12 +283,12 @@ async def test_cancelling_and_deadlines_free_the_place(engine: RayEngine, fleet:
 async def test_draining_ends_what_was_begun_and_takes_nothing_more(
     engine: RayEngine, fleet: Fleet
 ) -> None:
-    task = asyncio.create_task(engine.edit(edit()))
+    task = asyncio.create_task(engine.do(edit()))
     await fleet.where()
     drain = asyncio.create_task(engine.drain(5))
     await asyncio.sleep(0)
     assert not engine.ready
-    assert (await refusal(engine.edit(edit()))).code == "draining"
+    assert (await refusal(engine.do(edit()))).code == "draining"
     assert not drain.done()
     go(fleet)
     await drain
@@ -297,7 +297,7 @@ async def test_draining_ends_what_was_begun_and_takes_nothing_more(
 
 @played()
 async def test_what_is_not_done_in_time_is_told_so(engine: RayEngine, fleet: Fleet) -> None:
-    task = asyncio.create_task(engine.edit(edit()))
+    task = asyncio.create_task(engine.do(edit()))
     home = await fleet.where()
     await engine.drain(0.01)
     assert (await refusal(task)).code == "draining"
@@ -309,17 +309,17 @@ async def test_a_replica_that_is_about_to_end_is_passed_over(
     engine: RayEngine, fleet: Fleet
 ) -> None:
     go(fleet)
-    await engine.edit(edit())
+    await engine.do(edit())
     home = next(replica for replica in fleet if replica.done)
     home.ending = True
-    await engine.edit(edit())
+    await engine.do(edit())
     assert sum(len(replica.done) for replica in fleet) == 2
     assert len(home.done) == 1
 
 
 @played()
 async def test_figures_are_told_by_replica(engine: RayEngine, fleet: Fleet) -> None:
-    tasks = [asyncio.create_task(engine.edit(edit(""))) for _ in range(3)]
+    tasks = [asyncio.create_task(engine.do(edit(""))) for _ in range(3)]
     await until(lambda: all(engine.gauges()[f"queue_depth@replica-{i}"] == 1 for i in range(3)))
     text = Metrics(engine.gauges, lambda: 0).text().decode()
     assert 'klein_kv_engine_replica_up{replica="replica-2"} 1.0' in text

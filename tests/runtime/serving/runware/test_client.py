@@ -20,7 +20,7 @@ from PIL import Image
 from runware import Runware, RunwareError
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, Job, OnPreview, Result
 from klein_kv.runtime.serving.runware import service
 from klein_kv.runtime.serving.security.fetch import Fetcher
 from klein_kv.runtime.serving.settings import ServeSettings
@@ -51,8 +51,10 @@ PLAIN = {
 class PaintingEngine(SteeredEngine):
     """Red is the seed, green that of the first reference, blue the steps."""
 
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        result = await super().edit(job)
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
+        result = await super().do(job)
+        assert isinstance(job, EditJob)
+        assert isinstance(result, EditResult)
         level = int(job.references[0][0, 0, 1]) if job.references else 0
         images = [
             Image.new("RGB", image.size, ((job.seed + i) % 256, level, job.steps))
