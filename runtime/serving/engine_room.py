@@ -65,7 +65,7 @@ class EngineRoom:
         self._changed = threading.Condition()
         self._state = "starting"  # then "ready", "draining", "failed" or "closed"
         self._running: Ticket | None = None
-        self._facts: EngineFacts | None = None
+        self.facts: EngineFacts | None = None
         self._store_gauges: dict[str, float] = {}
         self._counts = dict.fromkeys(("jobs", "cancelled", "expired", "out_of_memory", "failed"), 0)
         self._seconds = 0.0  # of a job, on average
@@ -80,17 +80,6 @@ class EngineRoom:
     def ready(self) -> bool:
         """Warmed up, and not draining."""
         return self._state == "ready"
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What was opened.
-
-        Raises:
-            ServiceError: "not_ready" before that.
-        """
-        if self._facts is None:
-            raise not_ready()
-        return self._facts
 
     async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         """See `Engine`."""
@@ -165,7 +154,7 @@ class EngineRoom:
     def _work(self) -> None:
         try:
             runner = self._open()
-            self._facts = runner.facts
+            self.facts = runner.facts
             self._store_gauges = runner.gauges()
             with self._changed:
                 if self._state == "starting":

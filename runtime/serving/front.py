@@ -14,8 +14,15 @@ from starlette.datastructures import Headers
 
 from klein_kv.runtime.outputs.metadata import ImageParameters
 from klein_kv.runtime.references.reference_set import images_digest
-from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, Engine, OnPreview, Pixels
+from klein_kv.runtime.serving.errors import ServiceError, not_ready
+from klein_kv.runtime.serving.jobs import (
+    EditJob,
+    EditResult,
+    Engine,
+    EngineFacts,
+    OnPreview,
+    Pixels,
+)
 from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.outputs import OutputFormat, encode_image
@@ -77,6 +84,17 @@ class Front:
     threads: ThreadPoolExecutor
     fetch: Fetcher
 
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine has opened.
+
+        Raises:
+            ServiceError: "not_ready" before that.
+        """
+        if self.engine.facts is None:
+            raise not_ready()
+        return self.engine.facts
+
     async def in_thread(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs what takes long outside the event loop."""
         loop = asyncio.get_running_loop()
@@ -101,7 +119,7 @@ class Front:
             ServiceError: it is no image, or none that a reference is made of.
         """
         data = await self.bytes_of(upload)
-        settings, unit = self.settings, self.engine.facts.unit
+        settings, unit = self.settings, self.facts.unit
         return await self.in_thread(
             prepare_upload, data, settings.max_pixels, unit, settings.matte, upload.param
         )
@@ -113,7 +131,7 @@ class Front:
             ServiceError: it is no mask of that image.
         """
         data = await self.bytes_of(upload)
-        unit, most = self.engine.facts.unit, self.settings.max_pixels
+        unit, most = self.facts.unit, self.settings.max_pixels
         return await self.in_thread(prepare_mask, data, most, unit, first.shape[:2])
 
     async def shelved(self, ids: Sequence[str]) -> tuple[tuple[Pixels, ...], str]:
@@ -178,7 +196,7 @@ class Front:
         """Image `index` of a job as a file's bytes; called in a thread."""
         if not self.settings.metadata:
             return encode_image(image, kind, quality)
-        facts = self.engine.facts
+        facts = self.facts
         loras = [f"{name}:{weight:g}" for name, weight in job.loras]
         parameters = ImageParameters(
             prompt=job.prompt,
@@ -198,7 +216,7 @@ class Front:
         Raises:
             ServiceError: "model_not_found".
         """
-        own = self.engine.facts.model
+        own = self.facts.model
         names = (own, own.rpartition("/")[2], "klein-kv", *self.settings.model_names)
         if name is not None and name not in names:
             raise ServiceError(
@@ -211,7 +229,7 @@ class Front:
         Raises:
             ServiceError: "invalid_value".
         """
-        known = self.engine.facts.loras
+        known = self.facts.loras
         if any(name not in known for name, _ in loras):
             names = ", ".join(known) or "none"
             raise ServiceError("invalid_value", f"there is no such LoRA; expected: {names}", "lora")

@@ -148,8 +148,8 @@ class Engine(Protocol):
         """Warmed up, and not draining."""
 
     @property
-    def facts(self) -> EngineFacts:
-        """See there."""
+    def facts(self) -> EngineFacts | None:
+        """What was opened; None before that."""
 
     async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         """Makes images, or keys and values for edits to come."""

@@ -87,7 +87,7 @@ async def _make(front: Front, ask: Ask) -> Response:
 async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
     """Checks everything that was sent, and prepares references."""
     fields = checked(EditFields, sent.values)
-    facts = front.engine.facts
+    facts = front.facts
     front.check_model(fields.model)
     fields.check(front.settings, facts.unit)
     if sent.images and fields.references:
@@ -158,7 +158,7 @@ def _completed(front: Front, ask: Ask, kind: str, result: EditResult) -> bytes:
 
 def _described(front: Front, ask: Ask, image: Image.Image) -> dict[str, Any]:
     """What both a document and the last event of a stream say of images."""
-    area = front.engine.facts.unit**2
+    area = front.facts.unit**2
     width, height = image.size
     text = _TEXT_TOKENS
     references = sum(x.shape[0] * x.shape[1] // area for x in ask.job.references)

@@ -29,7 +29,7 @@ def reference_routes(front: Front) -> APIRouter:
         front.check_loras(fields.lora)
         if not sent.images:
             raise ServiceError("missing_required_parameter", "image is missing", "image")
-        if front.engine.facts.variant == "plain":
+        if front.facts.variant == "plain":
             raise ServiceError(
                 "unsupported_parameter",
                 "this model has no references that can be kept; send images with each edit",

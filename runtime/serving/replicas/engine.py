@@ -89,7 +89,7 @@ class RayEngine:
         self._make_replica = make_replica
         self._on_failed = on_failed
         self._places = [_Place(f"replica-{i}") for i in range(count)]
-        self._facts: EngineFacts | None = None
+        self.facts: EngineFacts | None = None
         self._opened = self._draining = False
         self._under_way: set[asyncio.Timeout] = set()
         self._loop = asyncio.get_running_loop()
@@ -99,17 +99,6 @@ class RayEngine:
     def ready(self) -> bool:
         """All replicas were up once and one is now, and nobody drains."""
         return self._opened and not self._draining and any(place.up for place in self._places)
-
-    @property
-    def facts(self) -> EngineFacts:
-        """Of every replica.
-
-        Raises:
-            ServiceError: "not_ready" before one is open.
-        """
-        if self._facts is None:
-            raise not_ready()
-        return self._facts
 
     def gauges(self) -> dict[str, float]:
         """Those of every replica that is up, as of a second ago; and which are up or were lost."""
@@ -229,10 +218,10 @@ class RayEngine:
     async def _open(self, place: _Place) -> None:
         place.handle = self._make_replica(place.name)
         facts = await place.handle.open()
-        self._facts = self._facts or facts
-        if facts != self._facts:
+        self.facts = self.facts or facts
+        if facts != self.facts:
             raise BackendError(
-                f"{place.name} has {facts}, another one has {self._facts}; expected the same "
+                f"{place.name} has {facts}, another one has {self.facts}; expected the same "
                 "artifacts on every machine"
             )
         await self._ask(place, place.handle)

@@ -32,7 +32,7 @@ class Replica:
         self._opened = False
         self._room = EngineRoom(open_runner, queue, self._failed)
 
-    async def open(self) -> EngineFacts | str:
+    async def open(self) -> EngineFacts | str | None:
         """Waits until it is warm: what it is, or why it cannot be opened."""
         while not self._room.ready:
             if self._failure.done():

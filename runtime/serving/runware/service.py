@@ -94,7 +94,7 @@ class RunwareService:
         task = checked(ImageTask, sent)
         if task.model != MODEL:
             self._front.check_model(task.model)
-        task.check(self._front.engine.facts.unit)
+        task.check(self._front.facts.unit)
         self._front.check_loras(task.loras)
         urls = {"webhookURL": task.webhook_url, "uploadEndpoint": task.upload_endpoint}
         for param, url in urls.items():
