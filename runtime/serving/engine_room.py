@@ -184,11 +184,7 @@ class EngineRoom:
             return self._running
 
     def _serve(self, runner: PipelineRunner, ticket: Ticket) -> None:
-        """Does one job.
-
-        Raises:
-            DeviceLostError: nothing works any more.
-        """
+        """Does one job; raises `DeviceLostError` where nothing works any more."""
         start = time.monotonic()
         for last_try in (False, True):
             if not ticket.wanted:

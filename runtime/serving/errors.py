@@ -1,6 +1,7 @@
 """What a service answers when it refuses: a code from a fixed list, and a sentence of ours.
 
-No text of an exception below, no path and no address ever gets into an answer.
+To refuse is to raise a `ServiceError`. No text of an exception below, no path and no address ever
+gets into an answer.
 """
 
 from klein_kv.errors import KleinKVError

@@ -86,11 +86,7 @@ class Front:
 
     @property
     def facts(self) -> EngineFacts:
-        """What the engine has opened.
-
-        Raises:
-            ServiceError: "not_ready" before that.
-        """
+        """What the engine has opened; refuses with "not_ready" before that."""
         if self.engine.facts is None:
             raise not_ready()
         return self.engine.facts
@@ -101,11 +97,7 @@ class Front:
         return await loop.run_in_executor(self.threads, lambda: call(*args, **kwargs))
 
     async def references(self, uploads: Sequence[Upload]) -> tuple[tuple[Pixels, ...], str]:
-        """Prepared images of uploads, in order, and their digest; ((), "") of none.
-
-        Raises:
-            ServiceError: too many, or one that is no image; see `prepare_upload`.
-        """
+        """Prepared images of uploads, in order, and their digest; refuses too many."""
         if not uploads:
             return (), ""
         self._check_count(len(uploads), uploads[0].param)
@@ -113,11 +105,7 @@ class Front:
         return tuple(images), await self.in_thread(digest_of, images)
 
     async def prepared(self, upload: Upload) -> Pixels:
-        """A reference of one upload; see `prepare_upload`.
-
-        Raises:
-            ServiceError: it is no image, or none that a reference is made of.
-        """
+        """A reference of one upload; refuses as `prepare_upload` does."""
         data = await self.bytes_of(upload)
         settings, unit = self.settings, self.facts.unit
         return await self.in_thread(
@@ -125,21 +113,13 @@ class Front:
         )
 
     async def mask(self, upload: Upload, first: Pixels) -> Pixels:
-        """The mask of an edit whose first reference this is; see `prepare_mask`.
-
-        Raises:
-            ServiceError: it is no mask of that image.
-        """
+        """The mask of an edit whose first reference this is; refuses as `prepare_mask` does."""
         data = await self.bytes_of(upload)
         unit, most = self.facts.unit, self.settings.max_pixels
         return await self.in_thread(prepare_mask, data, most, unit, first.shape[:2])
 
     async def shelved(self, ids: Sequence[str]) -> tuple[tuple[Pixels, ...], str]:
-        """Images that were uploaded before, and their digest.
-
-        Raises:
-            ServiceError: "reference_not_found", or together too many.
-        """
+        """Images that were uploaded before, and their digest; refuses unknown ids, and too many."""
         sets = [self.on_shelf(i) for i in ids]
         images = [image for held in sets for image in held.images]
         self._check_count(len(images), "references")
@@ -154,11 +134,7 @@ class Front:
         return held
 
     def on_shelf(self, digest: str) -> ShelvedReferences:
-        """What is kept under an id.
-
-        Raises:
-            ServiceError: "reference_not_found".
-        """
+        """What is kept under an id; refuses others with "reference_not_found"."""
         held = self.shelf.get(digest)
         if held is None:
             raise ServiceError(
@@ -211,11 +187,7 @@ class Front:
         return encode_image(image, kind, quality, parameters)
 
     def check_model(self, name: str | None) -> None:
-        """Refuses names that are not this model's.
-
-        Raises:
-            ServiceError: "model_not_found".
-        """
+        """Refuses names that are not this model's, with "model_not_found"."""
         own = self.facts.model
         names = (own, own.rpartition("/")[2], "klein-kv", *self.settings.model_names)
         if name is not None and name not in names:
@@ -224,11 +196,7 @@ class Front:
             )
 
     def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:
-        """Refuses names that the operator did not register.
-
-        Raises:
-            ServiceError: "invalid_value".
-        """
+        """Refuses names that the operator did not register, with "invalid_value"."""
         known = self.facts.loras
         if any(name not in known for name, _ in loras):
             names = ", ".join(known) or "none"
@@ -254,11 +222,7 @@ class Front:
         return most if asked is None else min(asked, most)
 
     async def bytes_of(self, upload: Upload) -> bytes:
-        """A file's bytes, decoded or fetched.
-
-        Raises:
-            ServiceError: "invalid_image", "payload_too_large" or "url_refused".
-        """
+        """A file's bytes, decoded or fetched; refuses as `bytes_from_base64` and `Fetcher` do."""
         content = upload.content
         if isinstance(content, bytes):
             return content

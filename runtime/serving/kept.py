@@ -58,11 +58,7 @@ class Kept(Generic[V]):
     def put(
         self, key: str, value: V, nbytes: int, *, owner: str = "", ttl_s: float = math.inf
     ) -> None:
-        """Keeps a value.
-
-        Raises:
-            ServiceError: it alone is more than the owner may have.
-        """
+        """Keeps a value; refuses one that alone is more than the owner may have."""
         if not self.fits(nbytes):
             raise ServiceError(
                 "payload_too_large", "the images are larger than what is kept on this server"

@@ -61,11 +61,7 @@ class Sent:
     mask: Upload | None = None
 
     def add(self, name: str, value: Any) -> None:
-        """Takes in one field of a form, or one key of a JSON object.
-
-        Raises:
-            ServiceError: a field that is there twice, or a file where none belongs.
-        """
+        """Takes in one field of a form, or key of a JSON object; refuses it twice, or as a file."""
         base = re.sub(r"\[\d*\]$", "", name[:_LONGEST_NAME])
         if base in ("image", "url", "images"):
             self.images += [Upload(_content(x, base), base) for x in _listed(value)]
@@ -103,11 +99,7 @@ def _content(value: Any, param: str) -> bytes | str:
 
 
 async def read_fields(request: Request, front: Front) -> Sent:
-    """Reads a JSON object or a form.
-
-    Raises:
-        ServiceError: "invalid_body", or what `Sent.add` refuses.
-    """
+    """Reads a JSON object or a form; refuses what is neither with "invalid_body"."""
     sent = Sent()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -262,11 +254,7 @@ class EditFields(ReferenceFields):
     input_fidelity: str | None = None
 
     def check(self, settings: ServeSettings, unit: int) -> None:
-        """What depends on the service.
-
-        Raises:
-            ServiceError: "invalid_value" or "unsupported_parameter".
-        """
+        """Refuses what this service does not do, and what fields say against each other."""
         if self.n > settings.max_images:
             raise _bad("n", f"is {self.n}, expected at most {settings.max_images}")
         if len(self.prompt) > settings.max_prompt:
@@ -305,11 +293,7 @@ def described(schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(model: type[M], values: Mapping[str, Any]) -> M:
-    """An instance of `model`; None is as good as not there.
-
-    Raises:
-        ServiceError: the first field that is missing, unknown, out of range, or beyond the model.
-    """
+    """An instance of `model`; refuses the first field that is wrong. None is not given."""
     try:
         return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:

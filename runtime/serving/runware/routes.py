@@ -113,11 +113,7 @@ def _tasks(text: str | bytearray) -> list[Any]:
 
 
 def _owner(front: Front, headers: Headers) -> str | None:
-    """Whose request it is by its headers; None if they say nothing of it.
-
-    Raises:
-        ServiceError: "invalid_api_key".
-    """
+    """Whose request it is by its headers; None if they say nothing of it. Refuses wrong keys."""
     if front.keys.open:
         return ""
     if "authorization" not in headers:

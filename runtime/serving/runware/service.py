@@ -120,11 +120,7 @@ class RunwareService:
         return await _first(*running)
 
     def _admit(self, caller: Caller) -> None:
-        """Refuses more tasks than may be under way.
-
-        Raises:
-            ServiceError: "queue_full".
-        """
+        """Refuses more tasks than may be under way, with "queue_full"."""
         orders = [order for order, _ in self._running.values()]
         own = sum(order.caller.owner == caller.owner for order in orders)
         nbytes = sum(order.nbytes for order in orders)

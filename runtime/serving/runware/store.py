@@ -62,8 +62,7 @@ class ImageStore:
     def find(self, reference: str, caller: Caller, param: str) -> bytes | None:
         """A file of this caller by UUID, or anybody's by its URL; None of another text.
 
-        Raises:
-            ServiceError: "reference_not_found": its time is over, or it never was.
+        Refuses with "reference_not_found" where its time is over, or it never was.
         """
         own = f"{caller.base}{PATH}/images/"
         if reference.startswith(own):
@@ -93,11 +92,7 @@ class ImageStore:
         )
 
     def drop(self, name: str, caller: Caller, param: str) -> None:
-        """Forgets a file of this caller's.
-
-        Raises:
-            ServiceError: as of `find`, or "invalid_value": another text than a UUID.
-        """
+        """Forgets a file of this caller's; refuses as `find` does, and what is no UUID."""
         if not is_uuid(name):
             raise ServiceError("invalid_value", f"{param} is no UUID of an image", param)
         self.find(name, caller, param)

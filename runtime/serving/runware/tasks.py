@@ -164,11 +164,7 @@ class ImageTask(Task):
         return _KINDS[self.output_format]
 
     def check(self, unit: int) -> None:
-        """What fields say of each other, and of the `unit` that the model's sides are multiples of.
-
-        Raises:
-            ServiceError: its `param` names the field at fault.
-        """
+        """Refuses what fields say against each other, and sides that are no multiples of `unit`."""
         for name, side, other in (
             ("width", self.width, self.height),
             ("height", self.height, self.width),
