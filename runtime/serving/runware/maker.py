@@ -124,7 +124,7 @@ class ImageMaker:
         item = order.named
         if task.output_type == "URL":
             ttl_s = min(task.ttl or front.settings.kept_s, front.settings.kept_s)
-            name, url = self._images.put(data, task.kind, order.caller, ttl_s)
+            name, url = self._images.put(data, order.caller, ttl_s)
             item |= {"imageUUID": name, "imageURL": url}
         else:
             text = await front.in_thread(base64_text, data)

@@ -38,7 +38,6 @@ _MOST_UNKNOWN = 8
 _LARGEST_WITHOUT_KEY = 1 << 20  # bytes of a request whose key is in a task
 _LARGEST_FIRST = 4096  # characters of the message that authenticates
 _SECONDS_TO_AUTHENTICATE = 10.0
-_TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 _TASKS = {"type": "array", "minItems": 1, "maxItems": _MOST_TASKS}
 
 
@@ -73,7 +72,7 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
         if found is None:
             raise ServiceError("not_found", "there is no such image, or its time is over")
         headers = {"cross-origin-resource-policy": "cross-origin"}
-        return Response(found.data, media_type=_TYPES[found.kind], headers=headers)
+        return Response(found.data, media_type=f"image/{found.kind}", headers=headers)
 
     routes.add_api_websocket_route(PATH, connections.serve)
     return routes

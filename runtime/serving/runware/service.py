@@ -196,7 +196,7 @@ class RunwareService:
         front = self._front
         data = await front.bytes_of(Upload(task.content, param))
         await front.prepared(Upload(data, param))  # is it a reference?
-        image, url = self.images.put(data, None, caller, front.settings.kept_s)
+        image, url = self.images.put(data, caller, front.settings.kept_s)
         return done(item | {f"{param}UUID": image, f"{param}URL": url})
 
 

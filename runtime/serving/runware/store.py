@@ -51,9 +51,9 @@ class ImageStore:
     def __init__(self, kept: Kept[KeptImage]) -> None:
         self._kept = kept
 
-    def put(self, data: bytes, kind: str | None, caller: Caller, ttl_s: float) -> tuple[str, str]:
-        """Keeps a file; returns its UUID and URL. A `kind` of None is told by how it begins."""
-        kind = kind or next(kind for magic, kind in _MAGIC if data.startswith(magic))
+    def put(self, data: bytes, caller: Caller, ttl_s: float) -> tuple[str, str]:
+        """Keeps a file; returns its UUID and URL."""
+        kind = next(kind for magic, kind in _MAGIC if data.startswith(magic))
         name = str(uuid.uuid4())
         image = KeptImage(data, kind, caller.owner, secrets.token_urlsafe(16))
         self._kept.put(name, image, len(data), owner=caller.owner, ttl_s=ttl_s)
@@ -85,11 +85,8 @@ class ImageStore:
         if image is None:
             return None
         expected = f"{image.secret}.{_SUFFIXES[image.kind]}"
-        return (
-            image
-            if hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace"))
-            else None
-        )
+        same = hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace"))
+        return image if same else None
 
     def drop(self, name: str, caller: Caller, param: str) -> None:
         """Forgets a file of this caller's; refuses as `find` does, and what is no UUID."""

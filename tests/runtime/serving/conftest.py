@@ -174,7 +174,7 @@ def http() -> Iterator[httpx.Client]:
         yield client
 
 
-def until(condition: Callable[[], object], seconds: float = 5) -> None:
+def until(condition: Callable[[], object], seconds: float = 15) -> None:
     """Waits until something has come to pass."""
     end = time.monotonic() + seconds
     while not condition():

@@ -347,6 +347,8 @@ def test_models_and_health(http: httpx.Client, steered: Served) -> None:
     response = http.get(f"{steered.url}/health/ready")
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert http.get(f"{steered.url}/health/live").json() == {"status": "live"}
+    steered.engine.facts = None  # it is being opened
+    assert http.get(f"{steered.url}/v1/models").json()["error"]["code"] == "not_ready"
 
 
 def test_litellm_edits_and_generates(steered: Served) -> None:
