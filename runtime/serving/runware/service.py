@@ -13,7 +13,7 @@ from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.runware.answers import Answer, as_json, done, failed, frame
-from klein_kv.runtime.serving.runware.maker import ImageMaker, Order, answered
+from klein_kv.runtime.serving.runware.maker import Order, answered
 from klein_kv.runtime.serving.runware.store import Caller, ImageStore
 from klein_kv.runtime.serving.runware.tasks import MODEL, ImageTask, MediaTask, Task, UploadTask
 from klein_kv.runtime.serving.security.fetch import Fetcher
@@ -50,7 +50,6 @@ class RunwareService:
         settings = front.settings
         share = 1.0 if len(settings.api_keys) < 2 else 0.5
         self.images = ImageStore(Kept(settings.kept_bytes, share=share))
-        self._maker = ImageMaker(front, self.images, send)
         self._results: Kept[_Done] = Kept(settings.kept_bytes, share=share)
         self._running: dict[str, tuple[Order, asyncio.Task[Answer]]] = {}
         self._webhooks: set[asyncio.Task[None]] = set()
@@ -101,11 +100,12 @@ class RunwareService:
             if url is not None:
                 self._send.check(url, param)
         later = task.delivery_method == "async"
-        order = Order(task, caller, await self._front.in_thread(_digest, task) if later else "")
+        digest = await self._front.in_thread(_digest, task) if later else ""
+        order = Order(self._front, self.images, self._send, task, caller, digest)
         key = f"{caller.owner} {task.task_uuid}"
         running, result = self._running.get(key), self._results.get(key)
         known = running[0].digest if running else result.digest if result else None
-        if known is not None and not (later and known == order.digest):
+        if known is not None and not (later and known == digest):
             raise ServiceError(
                 "conflict", "another task has this taskUUID; make a new one", "taskUUID"
             )
@@ -153,7 +153,7 @@ class RunwareService:
 
     async def _finished(self, order: Order) -> Answer:
         """What became of a task; a webhook hears of it as well."""
-        answer = await self._maker.make(order)
+        answer = await answered(order.named, order.make())
         url = order.task.webhook_url
         if url is not None and len(self._webhooks) < _MOST_WEBHOOKS:
             webhook = asyncio.create_task(self._notify(url, answer))
