@@ -45,11 +45,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An image of a request: a file's bytes; or text: a data URI, base64, or a URL.
-
-    Attributes:
-        param: the field that held it.
-    """
+    """An image in a field `param`: a file's bytes; or text: a data URI, base64, or a URL."""
 
     content: bytes | str
     param: str = "image"

@@ -39,8 +39,7 @@ class Job:
 
     Attributes:
         references: prepared images in order (`pixels.prepare_reference`, without the batch).
-        digest: their `images_digest`: the id of the set, and what requests are routed by; "" of
-            none.
+        digest: their `images_digest`: the set's id, and what jobs are routed by; "" of none.
         loras: registered names and weights, -4 to 4.
         timeout_s: seconds until the result is of no use to anybody.
     """
@@ -56,11 +55,8 @@ class EditJob(Job):
     """One prompt, with or without references.
 
     Attributes:
-        prompt: the text.
         height, width: pixels; None for the first reference's.
-        steps: of the loop.
         seed: of the first image; image i uses `seed + i`.
-        num_images: images of this prompt.
         mask: uint8 [H, W] of the first reference's size, 255 where it is to change; None edits all.
         strength: of an edit within a mask, above 0 up to 1.
         previews: most intermediate images that `OnPreview` wants, 0 to 3.
@@ -79,13 +75,7 @@ class EditJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """Keys and values are at hand.
-
-    Attributes:
-        known: they were before.
-        nbytes: bytes of them.
-        tokens: reference tokens.
-    """
+    """Keys and values of so many reference tokens are at hand; `known`: they were before."""
 
     known: bool
     nbytes: int
@@ -97,7 +87,6 @@ class EditResult:
     """Images of a job.
 
     Attributes:
-        images: one per image asked for.
         references_known: no step had to compute keys and values.
         queued_s: seconds in the queue.
         stages_s: seconds by stage (`Timings.to_dict`).
@@ -122,7 +111,6 @@ class EngineFacts:
         model_digest: of graphs and weights.
         variant: "kv", or "plain" (no reference resources).
         unit: sides of images are multiples of it, in pixels.
-        backend: where it runs.
         loras: registered names.
     """
 

@@ -46,12 +46,7 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """An edit whose engines are loaded and compiled before the service is ready.
-
-    Attributes:
-        width, height: pixels.
-        references: how many, of the same size.
-    """
+    """An edit, with references of its size, that is compiled for before the service is ready."""
 
     width: int
     height: int
@@ -102,15 +97,8 @@ class PipelineRunner:
     ) -> EditResult:
         """Makes the images of a job, one after the other: image i has the noise of `seed + i`.
 
-        Args:
-            job: what to make.
-            wanted: asked after every step.
-            on_denoised: called with the latents that a step foresees, after the steps that previews
-                are wanted of.
-
-        Raises:
-            StoppedError: the job was not `wanted` any more.
-            ServiceError: "out_of_memory", or "invalid_value" for what the pipeline refuses.
+        `wanted` is asked after every step, and ends the job by `StoppedError`; `on_denoised` gets
+        the latents that a step foresees, where previews are wanted. Raises what the pipeline does.
         """
         shown = preview_steps(job.steps, job.previews)
 

@@ -48,13 +48,7 @@ _SMALL = 65536
 
 @dataclass(slots=True)
 class Sent:
-    """What a request holds.
-
-    Attributes:
-        values: fields by name.
-        images: reference images, in order.
-        mask: the field of that name.
-    """
+    """What a request holds: fields by name, reference images in order, and a mask."""
 
     values: dict[str, Any] = field(default_factory=dict)
     images: list[Upload] = field(default_factory=list)

@@ -45,11 +45,11 @@ async def stream_images(
         job: what to make.
         output_format: of previews.
         kind: "image_edit" or "image_generation".
-        completed: the data of the last event; called in a thread.
+        completed: makes the data of the last event; called in a thread.
 
     Raises:
         ClientGoneError: the client went before that.
-        ServiceError: the job was refused before anything was sent.
+        ServiceError: the job was refused before that.
     """
     events = _events(front, job, output_format, kind, completed)
     first = asyncio.ensure_future(anext(events))
