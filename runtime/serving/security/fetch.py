@@ -53,8 +53,6 @@ class Fetcher:
         timeout_s: for everything: the resolver, all redirects, the last byte.
         resolve: another resolver than the system's.
         transport: what dials an address, for tests.
-        loopback: for tests alone: http to addresses of this machine, on any port. No option of the
-            command line and no setting leads here.
 
     Every method raises `ServiceError("url_refused")`, whose message names no host and no address,
     and tells what this server may not call from what did not answer, but no more.
@@ -69,7 +67,6 @@ class Fetcher:
         timeout_s: float = 10.0,
         resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
-        loopback: bool = False,
     ) -> None:
         self._hosts = tuple(host.lower() for host in hosts)
         self._ports = ports
@@ -79,7 +76,6 @@ class Fetcher:
         # A kept connection would be found by its address, whatever name its certificate was for.
         limits = httpx.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=0)
         self._transport = transport or httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
-        self._loopback = loopback
 
     async def get(self, url: str, param: str) -> bytes:
         """What is at a URL."""
@@ -154,8 +150,6 @@ class Fetcher:
             raise _refused(f"not a URL of at most {_LONGEST_URL} plain characters", param)
         if "@" in re.split("[/?#]", url.partition("//")[2])[0]:
             raise _refused("the URL holds a name or a password", param)
-        if self._loopback and host in ("127.0.0.1", "localhost"):
-            return target
         if target.scheme != "https":
             raise _refused("the URL is of another scheme than https", param)
         if (443 if target.port is None else target.port) not in self._ports:
@@ -184,7 +178,7 @@ class Fetcher:
         found: list[str] = []
         with contextlib.suppress(socket.gaierror):  # no name of an inner network is told from none
             found = await self._resolve(host, target.port or 443)
-        if not found or not all(is_public(x) or self._is_loopback(x) for x in found):
+        if not found or not all(map(is_public, found)):
             raise _refused(_NOT_ALLOWED, param)  # one such among public ones is no accident
         port = "" if target.port is None else f":{target.port}"
         sent = {"host": host + port, "accept-encoding": "identity", "user-agent": "klein-kv"}
@@ -204,9 +198,6 @@ class Fetcher:
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failed = error
         raise failed
-
-    def _is_loopback(self, address: str) -> bool:
-        return self._loopback and address in ("127.0.0.1", "::1")
 
 
 def _joined(base: httpx.URL, location: str) -> str:

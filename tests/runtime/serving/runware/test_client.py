@@ -8,8 +8,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import httpx
@@ -151,11 +150,34 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+class Sink(httpx.AsyncBaseTransport):
+    """A web server of the client's, which has a picture too."""
+
+    url = "https://client.example.com/"
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str, bytes]] = []
+        self.statuses: list[int] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, stream=httpx.ByteStream(green(9)))
+        self.got.append((request.method, request.headers["content-type"], request.content))
+        return httpx.Response(self.statuses.pop(0) if self.statuses else 200)
+
+
+SINK = Sink()
+
+
+async def resolve(_host: str, _port: int) -> list[str]:
+    return ["93.184.215.14"]
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     limits: dict[str, Any] = {"kept_bytes": 1 << 20, "max_images": 3}
     limits |= {"max_body_bytes": 1 << 21, "max_bodies_bytes": 1 << 22}
-    calls = Fetcher(("*",), loopback=True)
+    calls = Fetcher(("*",), resolve=resolve, transport=SINK)
     with serving(PaintingEngine(), calls, api_keys=KEYS, **limits) as server:
         yield server
 
@@ -168,44 +190,11 @@ def engine(server: Server) -> PaintingEngine:
     return engine
 
 
-class Sink:
-    """A web server of the client's."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[str, str, bytes]] = []
-        self.statuses: list[int] = []
-        sink = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def take(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                sink.got.append((self.command, self.headers["content-type"], body))
-                self.send_response(sink.statuses.pop(0) if sink.statuses else 200)
-                self.end_headers()
-
-            do_POST = do_PUT = take  # noqa: N815
-
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(green(9))
-
-            def log_message(self, *_args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
-
-
 @pytest.fixture
-def sink() -> Iterator[Sink]:
-    sink = Sink()
-    thread = Thread(target=sink.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield sink
-    sink.server.shutdown()
-    sink.server.server_close()
-    thread.join()
+def sink() -> Sink:
+    """As if it were new."""
+    SINK.__init__()  # type: ignore[misc]
+    return SINK
 
 
 def green(level: int, side: int = 64) -> bytes:
