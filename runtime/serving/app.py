@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -78,9 +77,7 @@ def make_app(engine: Engine, settings: ServeSettings, calls: Fetcher | None = No
     service = RunwareService(front, calls or Fetcher(settings.send_hosts, timeout_s=30))
     app.include_router(runware_routes(front, service))
     app.include_router(page_routes())
-    app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Gate, front=front, public=app.state.public, below=app.state.public_below)
     return app
 
@@ -93,8 +90,6 @@ def _service_error(error: Exception) -> ServiceError:
     """What a client is told of an error."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, RequestValidationError):
-        return ServiceError("invalid_value", "the request does not have the form of this route")
     if isinstance(error, HTTPException):
         if error.status_code == 405:
             return ServiceError("method_not_allowed", "this path has no such method")

@@ -3,7 +3,6 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -29,21 +28,13 @@ class Kept(Generic[V]):
         most_bytes: of all values.
         most: values.
         share: of both limits, what one owner may have: what comes then displaces the owner's own.
-        clock: seconds.
 
     Used on the event loop alone.
     """
 
-    def __init__(
-        self,
-        most_bytes: int,
-        most: int = 10_000,
-        share: float = 1.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, most_bytes: int, most: int = 10_000, share: float = 1.0) -> None:
         self._limits = (most_bytes, most)
         self._own_limits = (int(most_bytes * share), max(1, int(most * share)))
-        self._clock = clock
         self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()
 
     @property
@@ -64,7 +55,7 @@ class Kept(Generic[V]):
                 "payload_too_large", "the images are larger than what is kept on this server"
             )
         self._entries.pop(key, None)
-        now = self._clock()
+        now = time.monotonic()
         for old in [old for old, entry in self._entries.items() if entry.end <= now]:
             self.drop(old)
         own = [old for old, entry in self._entries.items() if entry.owner == owner]
@@ -75,7 +66,7 @@ class Kept(Generic[V]):
     def get(self, key: str) -> V | None:
         """The value, while it is there."""
         entry = self._entries.get(key)
-        if entry is None or entry.end <= self._clock():
+        if entry is None or entry.end <= time.monotonic():
             return None
         self._entries.move_to_end(key)
         return entry.value

@@ -1,14 +1,18 @@
 """What makes room for what."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.kept import Kept
 
 
-def test_what_is_kept_makes_room_and_ends() -> None:
+def test_what_is_kept_makes_room_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    kept: Kept[str] = Kept(100, 5, 0.5, clock=lambda: now)
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("klein_kv.runtime.serving.kept.time", clock)
+    kept: Kept[str] = Kept(100, 5, 0.5)
 
     def put(key: str, owner: str = "a", nbytes: int = 20, ttl_s: float = 60) -> None:
         kept.put(key, key, nbytes, owner=owner, ttl_s=ttl_s)
