@@ -41,7 +41,7 @@ class Protocol(PunctualProtocol):
 
 
 KEY = "a key of the tests, long enough"
-SIDE = 192
+SIDE = 128
 
 
 @dataclass
