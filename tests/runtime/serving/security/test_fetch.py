@@ -216,6 +216,21 @@ def test_redirects() -> None:
         assert len(wire.dialled) == 1
 
 
+def test_the_system_is_asked_for_addresses_and_they_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def answer(host: str, port: int, *_: Any) -> list[Any]:
+        asked.append(host)
+        return [(2, 1, 6, "", (address, port)) for address in (PUBLIC, PUBLIC, "10.0.0.1")]
+
+    monkeypatch.setattr("socket.getaddrinfo", answer)
+    wire = Wire()
+    assert "may not call" in refusal(Fetcher(("*",), transport=wire).get(GOOD, "x"))
+    assert (asked, wire.dialled) == ([NAME], [])
+
+
 def test_a_silent_address_is_not_the_last_one() -> None:
     silent = httpx.ConnectError("10.9.8.7 refused")
     wire = Wire(silent, httpx.ConnectTimeout(""))
