@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,8 @@ def _serve(args: argparse.Namespace) -> Result:
     if args.ray is not None:
         from klein_kv.runtime.serving.replicas.cluster import RayCluster
 
-        with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
+        cluster = RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device)
+        with closing(cluster):
             settings = replace(settings, threads=settings.threads * cluster.count)
             serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
         return {}, "", 0

@@ -14,7 +14,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Self
+from typing import Any
 
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.runtime.serving.jobs import EngineFacts, Job
@@ -115,12 +115,6 @@ class RayCluster:
         self._ray.shutdown()
         if self._folder is not None:
             self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class RayReplica:
