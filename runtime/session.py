@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -18,13 +18,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, CapacityError, KleinKVError, RequestError
-from klein_kv.runtime.backends.backend import (
-    Backend,
-    Buffer,
-    DeviceClock,
-    GraphMemory,
-    WeightChanges,
-)
+from klein_kv.runtime.backends.backend import Backend, Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
@@ -33,7 +27,6 @@ from klein_kv.runtime.planning.request import Request, flagship_request
 from klein_kv.runtime.timings import (
     COPIES,
     LOADING,
-    HostClock,
     Span,
     Timings,
     nvtx_ranges,
@@ -45,8 +38,7 @@ __all__ = ["Session"]
 _log = logging.getLogger(__name__)
 
 _MARGIN = 100
-"""One part in so many of a device is left alone: what alignment and the driver take is not known
-exactly."""
+"""One part in so many of a device is left alone, for alignment and the driver."""
 
 _PARTS = {
     "text_encoder": "text encoder",
@@ -76,12 +68,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        manifest: Manifest,
-        graphs: GraphSet,
-        *,
-        nvtx: bool = False,
+        self, backend: Backend, manifest: Manifest, graphs: GraphSet, *, nvtx: bool = False
     ) -> None:
         self.backend = backend
         self.plan: MemoryPlan | None = None
@@ -98,7 +85,6 @@ class Session:
         self._kept_kv = 0
         self._free: FreeSets = lambda _missing, _keep: 0
         self._keep: str | None = None
-        self._clock = backend if isinstance(backend, DeviceClock) else HostClock()
         self._spans: list[Span] | None = None
         self._thread = 0  # whose spans are recorded
         self._range: Callable[[str], contextlib.AbstractContextManager[object]] = (
@@ -165,11 +151,12 @@ class Session:
             CapacityError: where weights are mapped files, no memory for the `nbytes` of tensors
                 that were the file's own before and are not any more.
         """
-        if self._maps_weights() and nbytes > self.backend.available_memory():
+        mapped = not self._weights(self._built_graphs())
+        if mapped and nbytes > (available := self.backend.available_memory()):
             raise CapacityError(
                 f"the adapters change {size_text(nbytes)} of weights, which then have to be in "
-                f"memory; {size_text(self.backend.available_memory())} can be had. Merge them into "
-                "artifacts of their own: klein-kv export --lora"
+                f"memory; {size_text(available)} can be had. Merge them into artifacts of their "
+                "own: klein-kv export --lora"
             )
         with self._span(LOADING):
             self.backend.replace_weights(changes)
@@ -255,12 +242,7 @@ class Session:
 
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""
-        graphs: dict[str, set[str]] = {component: set() for component in COMPONENTS}
-        for graph in self._graphs.files:
-            with contextlib.suppress(ArtifactError):  # an engine that was not built
-                self.graph_memory(graph)
-                graphs[component_of(graph)].add(graph)
-        weights = {component: self._weights(names) for component, names in graphs.items()}
+        weights = self._component_weights(self._built_graphs())
         available = self.backend.available_memory()
         request = flagship_request(self._graphs.variant, self._config)
         besides = 0
@@ -286,11 +268,7 @@ class Session:
         )
 
     def _footprint(self, request: Request) -> Footprint:
-        graphs = {*request.stages, *self._loaded}
-        weights = {
-            component: self._weights(g for g in graphs if component_of(g) == component)
-            for component in COMPONENTS
-        }
+        weights = self._component_weights({*request.stages, *self._loaded})
         return Footprint(self._config, self._graphs, weights)
 
     def _capacity(self, request: Request) -> int:
@@ -299,6 +277,21 @@ class Session:
         if request.kv_held:
             own += self._footprint(request).kv_bytes(request)
         return self.backend.available_memory() + own
+
+    def _built_graphs(self) -> list[str]:
+        """All graphs but those that no engine was built of."""
+        built = []
+        for graph in self._graphs.files:
+            with contextlib.suppress(ArtifactError):
+                self.graph_memory(graph)
+                built.append(graph)
+        return built
+
+    def _component_weights(self, graphs: Collection[str]) -> dict[str, int]:
+        return {
+            component: self._weights(g for g in graphs if component_of(g) == component)
+            for component in COMPONENTS
+        }
 
     def _weights(self, graphs: Iterable[str]) -> int:
         """Bytes of the tensors of these graphs, each once."""
@@ -315,13 +308,6 @@ class Session:
         except RequestError:
             return None
         return max((need for need in needs if need is not None), default=None)
-
-    def _maps_weights(self) -> bool:
-        for graph in self._graphs.files:
-            with contextlib.suppress(ArtifactError):  # an engine that was not built
-                if self.graph_memory(graph).weights:
-                    return False
-        return True
 
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)
@@ -414,7 +400,7 @@ class Session:
         start = time.perf_counter()
         try:
             yield lambda: timings_from_spans(
-                spans, self._clock.elapsed, time.perf_counter() - start
+                spans, self.backend.elapsed, time.perf_counter() - start
             )
         finally:
             self._spans = outer
@@ -426,6 +412,6 @@ class Session:
             if spans is None:
                 yield
                 return
-            start = self._clock.mark()
+            start = self.backend.mark()
             yield
-            spans.append(Span(stage, start, self._clock.mark()))
+            spans.append(Span(stage, start, self.backend.mark()))

@@ -6,7 +6,6 @@ host's clock. What is loaded when its graph first runs counts for that graph.
 """
 
 import functools
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from klein_kv.errors import BackendError
 
-__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
+__all__ = ["COPIES", "LOADING", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
 
 COPIES = "copies"
 LOADING = "load"
@@ -119,18 +118,6 @@ def timings_from_spans(
         copies=sum(seconds[COPIES]),
         total=total,
     )
-
-
-class HostClock:
-    """Marks for backends whose calls return when the work is done."""
-
-    def mark(self) -> float:
-        """Now, in seconds."""
-        return time.perf_counter()
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two marks."""
-        return float(end - start)
 
 
 def nvtx_ranges() -> Callable[[str], Any]:

@@ -60,8 +60,7 @@ _MOST_ENGINES = 4
 _LARGE = 1 << 30
 """Bytes of weights in an engine, from which on no two of a graph stay loaded."""
 
-_Loaded = dict[str, OrderedDict[Path, Engine]]
-"""By graph and folder, least recently used first."""
+_Loaded = dict[str, OrderedDict[Path, Engine]]  # by graph and folder, least recently used first
 
 
 class TrtBackend:
@@ -102,8 +101,7 @@ class TrtBackend:
         self._graphs = graphs or manifest.graphs
         built = open_engines(artifacts, manifest, self._graphs, engines)
         self._trt = trt or load_module(built.module)
-        name, version = self._trt.__name__, module_version(self._trt)
-        built.for_module(name, version)  # before a GPU is asked for
+        built = built.for_module(self._trt.__name__, module_version(self._trt))
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
@@ -119,7 +117,7 @@ class TrtBackend:
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory:
-                self._engines = built.for_device(name, version, self._memory.compute_capability)
+                self._engines = built.for_sm(self._memory.compute_capability)
                 virtual = VirtualMemory(self._memory)
                 self._kv = KvMemory(self._memory, virtual)
                 self._scratch = Scratch(self._memory, virtual)
@@ -300,13 +298,9 @@ class TrtBackend:
             self._memory.staging.upload(target, content[start - first : stop - first])
 
     def available_memory(self) -> int:
-        with self._memory:
-            memory = self._memory
-            buffers = sum(
-                engine.buffer_bytes
-                for engines in self._loaded.values()
-                for engine in engines.values()
-            )
+        with self._memory as memory:
+            loaded = [engine for engines in self._loaded.values() for engine in engines.values()]
+            buffers = sum(engine.buffer_bytes for engine in loaded)
             return memory.free + memory.idle + self._kv.idle + self._scratch.nbytes + buffers
 
     def graph_memory(self, graph: str) -> GraphMemory:
@@ -397,21 +391,18 @@ class TrtBackend:
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
         """Weights on the device; those that are not there yet go into one piece of memory."""
-        placed = {ref: self._weights.get(ref) for ref in refs.values()}
-        missing = sorted(
-            (ref for ref, buffer in placed.items() if buffer is None),
-            key=lambda ref: (ref.path, ref.offset),
-        )
-        fresh, start = {}, 0
+        placed = {ref: self._weights[ref] for ref in refs.values() if ref in self._weights}
+        missing = set(refs.values()) - placed.keys()
         if missing:
             slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in missing),), "uint8")
-            for ref in missing:
-                pointer = slab.pointer + start
+            fresh, pointer = {}, slab.pointer
+            for ref in sorted(missing, key=lambda ref: (ref.path, ref.offset)):
                 fresh[ref] = DeviceBuffer(pointer, ref.shape, ref.dtype, slab.block)
-                start += aligned(ref.nbytes)
+                pointer += aligned(ref.nbytes)
             self._write_weights({ref: name for name, ref in refs.items() if ref in fresh}, fresh)
             self._weights.update(fresh)
-        return {name: fresh.get(ref) or self._weights[ref] for name, ref in refs.items()}
+            placed |= fresh
+        return {name: placed[ref] for name, ref in refs.items()}
 
 
 def _drop_old_shapes(loaded: _Loaded, memory: CudaMemory) -> None:
