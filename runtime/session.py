@@ -57,7 +57,6 @@ class Session:
     """Runs the graphs of one artifact folder, a request at a time.
 
     Attributes:
-        backend: what runs them.
         plan: of the request under way or the last one.
         watch: called with every graph that ran and its outputs.
         make_room: asked for bytes of the device that others of this process hold, where a request
@@ -187,10 +186,7 @@ class Session:
     def admit(self, request: Request, free: FreeSets, keep: str | None = None) -> MemoryPlan:
         """Plans a request, or refuses it before any of it is run; graphs then follow the plan.
 
-        Args:
-            request: what is to be made.
-            free: see `FreeSets`.
-            keep: digest of the references that the steps need.
+        `keep` is the digest of the references that the steps need.
 
         Raises:
             CapacityError: it cannot fit, with the numbers and what would.
@@ -213,9 +209,7 @@ class Session:
     def prepare(self, kv: Mapping[str, Buffer] | None = None, *, eager: bool = False) -> None:
         """Loads what the admitted request needs and takes its memory, where all of it fits at once.
 
-        Args:
-            kv: keys and values that the steps start with, where they are known.
-            eager: see `Backend.prepare`.
+        `kv` are the keys and values that the steps start with, where they are known.
         """
         plan = self.plan
         self._eager = eager
@@ -340,30 +334,28 @@ class Session:
             if component_of(graph) not in stage.resident and graph in self._loaded:
                 _log.info("%s makes room for %s", graph, stage.name)
                 self.release(graph)
-        needed = self._weights_to_come({stage.name}) + stage.passing
-        if stage.name in ("first_step", "encode_references"):
-            needed += stage.parts.get("kv", 0)
-        self._free_sets(needed, None if stage.name == "vae_decoder" else self._keep)
+        makes_kv = stage.name in ("first_step", "encode_references")
+        missing = self._missing({stage.name}, stage.passing + makes_kv * stage.parts.get("kv", 0))
+        if missing > 0:
+            self._free(missing, None if stage.name == "vae_decoder" else self._keep)
 
     def _make_room_for_all(self, plan: MemoryPlan) -> None:
         """Releases what the request does not need, then reference sets, if memory lacks."""
         stages = set(plan.request.stages)
-        needed = self._weights_to_come(stages) + max(stage.passing for stage in plan.stages)
-        needed += 0 if plan.request.kv_held else plan.kv_bytes
+        besides = max(stage.passing for stage in plan.stages)
+        besides += 0 if plan.request.kv_held else plan.kv_bytes
         own = {component_of(graph) for graph in stages}
         for graph in sorted(self._loaded):
-            if needed > self.backend.available_memory() and component_of(graph) not in own:
+            if component_of(graph) not in own and self._missing(stages, besides) > 0:
                 _log.info("%s makes room for %s", graph, ", ".join(plan.request.stages))
                 self.release(graph)
-        self._free_sets(needed, self._keep)
+        if (missing := self._missing(stages, besides)) > 0:
+            self._free(missing, self._keep)
 
-    def _weights_to_come(self, graphs: set[str]) -> int:
-        return self._weights(self._loaded | graphs) - self._weights(self._loaded)
-
-    def _free_sets(self, needed: int, keep: str | None) -> None:
-        missing = needed - self.backend.available_memory()
-        if missing > 0:
-            self._free(missing, keep)
+    def _missing(self, graphs: set[str], besides: int) -> int:
+        """Bytes that the device lacks for `besides` and the weights that these graphs load."""
+        to_come = self._weights(self._loaded | graphs) - self._weights(self._loaded)
+        return to_come + besides - self.backend.available_memory()
 
     def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
         assert self.plan is not None  # noqa: S101 - asked before

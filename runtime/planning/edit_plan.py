@@ -1,4 +1,4 @@
-"""`klein-kv plan`: what edits with an artifact folder need of a GPU and of the host.
+"""`klein-kv plan`: what edits with an artifact folder need of a GPU.
 
 Only headers and manifests are read, and no GPU is asked: its memory is what the vendor says.
 """
@@ -15,7 +15,6 @@ from klein_kv.artifacts.engines.targets import find_target
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.runtime.backends.trt.memory import STAGING_BYTES
 from klein_kv.runtime.planning.footprint import (
     Footprint,
     base_footprint,
@@ -29,23 +28,16 @@ from klein_kv.runtime.planning.request import Request, edit_stages, flagship_req
 
 __all__ = ["EditPlan", "PlanOptions", "Plans", "plan_artifacts"]
 
-_HOST_MEMORY = {
-    "export": 700_000_000,  # measured at 9B, most of it libraries (docs/checkpoints.md)
-    "build, shared weights": 1_700_000_000,  # measured at 9B, recipe `default` (docs/engines.md)
-    "run: pinned buffers for uploads": STAGING_BYTES,
-}
-"""Bytes at the peak; none of it grows with the weights."""
-
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What to plan.
+    """What to plan; sizes are (width, height) in pixels.
 
     Attributes:
         gpu: name of a GPU with known figures.
-        size: (width, height) of the output in pixels.
+        size: of the output.
         references: numbers of reference images.
-        reference_size: (width, height) of each.
+        reference_size: of each.
         precisions: of the transformer's block linears: "fp8", "nvfp4", "fp8-weight-only", or the 16
             bits that the artifacts hold, "bf16" or "fp16"; None takes that, fp8 and nvfp4.
         text_precision: of the text encoder's; None takes what the artifacts or the recipes of
@@ -70,10 +62,13 @@ class PlanOptions:
     engines: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in ("bf16", "fp8"):
-            raise RequestError(f"kv_dtype is {self.kv_dtype!r}, expected 'bf16' or 'fp8'")
-        if self.attention not in (None, "fp8"):
-            raise RequestError(f"attention is {self.attention!r}, expected 'fp8' or None")
+        for name, given, known in (
+            ("kv_dtype", self.kv_dtype, ("bf16", "fp8")),
+            ("attention", self.attention, ("fp8", None)),
+        ):
+            if given not in known:
+                expected = " or ".join(map(repr, known))
+                raise RequestError(f"{name} is {given!r}, expected {expected}")
         for name, value, least in (
             ("references", min(self.references, default=0), 0),
             ("memory", self.memory, 1),
@@ -126,14 +121,13 @@ class EditPlan:
 class Plans:
     """All that `klein-kv plan` tells: edits by precision, then number of references.
 
-    `capacity` is the GPU's memory, `host` the host's at the peak, by what takes it; in bytes.
-    `engines` tells in pixels what the engines that were found take.
+    `capacity` is the GPU's memory in bytes; `engines` tells in pixels what the engines that were
+    found take.
     """
 
     gpu: str
     capacity: int
     edits: tuple[EditPlan, ...]
-    host: dict[str, int]
     engines: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +137,6 @@ class Plans:
             "capacity": self.capacity,
             "reserved": RESERVED,
             "plans": [edit.to_dict() for edit in self.edits],
-            "host": self.host,
             "engines": self.engines,
         }
 
@@ -162,13 +155,18 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
         raise RequestError(
             f"the figures of {target.name} are not known; name another GPU, e.g. rtx5090"
         )
+    unit = manifest.config.vae.multiple_of
+    for what, size in (("size", options.size), ("reference_size", options.reference_size)):
+        if any(side < unit or side % unit for side in size):
+            raise RequestError(
+                f"{what} is {size[0]}x{size[1]}, expected multiples of {unit} pixels"
+            )
     base = base_footprint(artifacts, manifest)
-    own = base.precisions["transformer"]
-    usual = ("fp8", "nvfp4") if options.attention else (own, "fp8", "nvfp4")
+    own = () if options.attention else (base.precisions["transformer"],)
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
     planner = _Planner(artifacts, manifest, capacity, target.sm, options.engines)
     edits = []
-    for precision in options.precisions or usual:
+    for precision in options.precisions or (*own, "fp8", "nvfp4"):
         footprint = _footprint(artifacts, manifest, base, precision, options)
         for count in options.references:
             first = planner(footprint, _request(manifest, options, count, known=False))
@@ -177,10 +175,7 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
                 again = planner(footprint, _request(manifest, options, count, known=True), first)
             choices = () if first.fits else tuple(what_fits(first, planner))
             edits.append(EditPlan(first, again, choices, planner.kept_sets(footprint)))
-    plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
-    again_loaded = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
-    host = _HOST_MEMORY | ({"run: file cache for weights": again_loaded} if again_loaded else {})
-    return Plans(target.gpu.name, capacity, tuple(edits), host, tuple(planner.found))
+    return Plans(target.gpu.name, capacity, tuple(edits), tuple(planner.found))
 
 
 def _footprint(
@@ -217,12 +212,6 @@ def _footprint(
 
 
 def _request(manifest: Manifest, options: PlanOptions, count: int, *, known: bool) -> Request:
-    unit = manifest.config.vae.multiple_of
-    for what, size in (("size", options.size), ("reference_size", options.reference_size)):
-        if any(side < unit or side % unit for side in size):
-            raise RequestError(
-                f"{what} is {size[0]}x{size[1]}, expected multiples of {unit} pixels"
-            )
     return Request(
         height=options.size[1],
         width=options.size[0],

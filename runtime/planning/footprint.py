@@ -43,17 +43,11 @@ def component_of(graph: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes on a device, whatever is asked of it.
-
-    Attributes:
-        config: the checkpoint's configuration.
-        graphs: which graphs run: their types and precisions.
-        weights: bytes by component.
-    """
+    """What a model takes on a device, whatever is asked of it."""
 
     config: ModelConfig
-    graphs: GraphSet
-    weights: Mapping[str, int]
+    graphs: GraphSet  # which run: their types and precisions
+    weights: Mapping[str, int]  # bytes by component
 
     @property
     def precisions(self) -> dict[str, str]:
@@ -67,14 +61,11 @@ class Footprint:
         return self.graphs.kv_dtype in tuple(KVFormat)
 
     def changed(
-        self, *, float8_kv: bool | None = None, attention: str | None = None, **precisions: str
+        self, *, float8_kv: bool = False, attention: str | None = None, **precisions: str
     ) -> "Footprint":
         """The same model with its block linears in other precisions; the rest keeps its type.
 
-        Args:
-            float8_kv: keys and values in eight bits; None leaves them.
-            attention: "fp8" for attention in float8, whose keys and values are float8 too.
-            precisions: keys of `PRECISIONS` by component.
+        `float8_kv` has keys and values in eight bits, which `attention` "fp8" needs.
         """
         own, now = dtype_name(self.graphs.dtype), self.precisions
         after, linears = now | precisions, linear_weights(self.config)
@@ -82,10 +73,10 @@ class Footprint:
         for part, name in after.items():
             saved = int(linears[part] * (PRECISIONS[now[part]] - PRECISIONS[name]))
             weights[part] = max(0, weights[part] - saved)
-        packed = self.float8_kv if float8_kv is None else float8_kv
-        kv_dtype = self.graphs.kv_dtype if not packed else KVFormat.FP8_PER_HEAD
-        if packed and after["transformer"] != own:
-            kv_dtype = KVFormat.FP8_CONSTANT
+        kv_dtype = self.graphs.kv_dtype
+        if float8_kv or self.float8_kv:
+            quantized = after["transformer"] != own
+            kv_dtype = KVFormat.FP8_CONSTANT if quantized else KVFormat.FP8_PER_HEAD
         graphs = replace(
             self.graphs,
             kv_dtype=kv_dtype,

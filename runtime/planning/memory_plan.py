@@ -36,20 +36,12 @@ def size_text(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Device memory while one graph runs.
+    """Device memory while one graph runs, in bytes."""
 
-    Attributes:
-        name: of the graph.
-        parts: bytes by part; weights under their component's name, inputs and outputs as
-            "activations".
-        loads: bytes of weights that are loaded for it.
-        scratch_source: name of the engines that reported it, or "estimated".
-    """
-
-    name: str
-    parts: dict[str, int]
-    loads: int
-    scratch_source: str
+    name: str  # of the graph
+    parts: dict[str, int]  # weights by component, inputs and outputs as "activations", and the rest
+    loads: int  # weights that are loaded for it
+    scratch_source: str  # name of the engines that reported it, or "estimated"
 
     @property
     def total(self) -> int:
@@ -112,14 +104,9 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         stages = [
-            {
-                "graph": stage.name,
-                **stage.parts,
-                "total": stage.total,
-                "loads": stage.loads,
-                "scratch_source": stage.scratch_source,
-            }
-            for stage in self.stages
+            {"graph": x.name, **x.parts, "total": x.total}
+            | {"loads": x.loads, "scratch_source": x.scratch_source}
+            for x in self.stages
         ]
         return {"peak": self.peak, "fits": self.fits, "loads": self.loads, "stages": stages}
 
@@ -169,9 +156,7 @@ def make_plan(
 
     # 2. All together, with the scratch that they share; else what one leaves is given back.
     largest = max(held_scratch, *(parts["scratch"] for parts in rows.values()))
-    together = (
-        sum(component_bytes[name] for name in {component_of(name) for name in rows}) + largest
-    )
+    together = largest + sum(component_bytes[part] for part in set(map(component_of, rows)))
     together += max(sum(parts.values()) - parts["scratch"] for parts in rows.values())
     if together <= capacity:
         rows = {name: parts | {"scratch": largest} for name, parts in rows.items()}
@@ -211,14 +196,12 @@ def _buffers(footprint: Footprint, request: Request) -> dict[str, int]:
 
 def _sources(footprint: Footprint, request: Request) -> int:
     """What is copied to the graphs' inputs and exists besides: uploads, text, reference tokens."""
+    config, total = footprint.config, 0
     steps = [name for name in request.stages if name.endswith("_step")]
-    return sum(
-        _nbytes(
-            footprint.graphs.signature(name, footprint.config).inputs,
-            request.sizes(name, footprint.config),
-        )
-        for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}
-    )
+    for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}:
+        inputs = footprint.graphs.signature(name, config).inputs
+        total += _nbytes(inputs, request.sizes(name, config))
+    return total
 
 
 def _nbytes(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> int:

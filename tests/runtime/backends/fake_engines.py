@@ -40,6 +40,7 @@ def make_engines(
     """
     manifest = Manifest.load(artifacts, check_files=False)
     graphs = graphs or manifest.graphs
+    folder.mkdir(parents=True, exist_ok=True)
     records = {}
     for graph in sizes or manifest.held_graphs(graphs):
         needs = (scratch or {}).get(graph, SCRATCH)
@@ -98,6 +99,8 @@ def _write(
         )
 
     shapes = {spec.name: limits(spec) for spec in signature.inputs}
+    symbols = {axis for spec in signature.inputs for axis in spec.shape if isinstance(axis, str)}
+    spans = {} if sizes is None else {axis: (sizes[axis],) * 3 for axis in sorted(symbols)}
     data = engine_blob(graph, [shapes])
     write_atomic(folder / f"{graph}.engine", data)
     return EngineRecord(
@@ -111,7 +114,7 @@ def _write(
         inputs=tuple(info(spec) for spec in signature.inputs),
         outputs=tuple(info(spec) for spec in signature.outputs),
         weights={name: ref.place(artifacts) for name, ref in weights.items()},
-        profiles=(ProfileRecord("any", {}, shapes, scratch),),  # type: ignore[arg-type]
+        profiles=(ProfileRecord("any", spans, shapes, scratch),),  # type: ignore[arg-type]
         scratch_bytes=scratch,
         seconds=0.0,
         peak_rss=0,
