@@ -1,6 +1,5 @@
 """The denoising loop: which graphs run, on which buffers, and what stays where it is."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 import pytest
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.positions import grid_ids, text_ids
@@ -16,13 +14,13 @@ from klein_kv.artifacts.signature import GraphSet, kv_names
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.loop import LoopInputs, denoise_loop
 from klein_kv.schedule import make_schedule
-from tests.runtime.conftest import Run, Watch
+from tests.runtime.conftest import Run
 
 GRAPHS = GraphSet("kv", "float32")
 
 
 @pytest.fixture
-def calls(tiny_ours: KleinKVPipeline, watch: Watch) -> list[Run]:
+def calls(tiny_ours, watch):
     return watch(tiny_ours)
 
 
@@ -30,9 +28,7 @@ def graphs(calls: list[Run]) -> list[str]:
     return [run.graph for run in calls]
 
 
-def test_graphs_of_an_edit(
-    tiny_ours: KleinKVPipeline, calls: list[Run], picture: Callable[..., Image.Image]
-) -> None:
+def test_graphs_of_an_edit(tiny_ours, calls, picture):
     tiny_ours("a red kite", image=[picture(128, 128), picture(128, 64)], seed=0)
     assert graphs(calls) == [
         "text_encoder",
@@ -44,16 +40,14 @@ def test_graphs_of_an_edit(
     ]
 
 
-def test_graphs_without_references(tiny_ours: KleinKVPipeline, calls: list[Run]) -> None:
+def test_graphs_without_references(tiny_ours, calls):
     tiny_ours("a red kite", height=128, width=128, seed=0)
     assert graphs(calls) == ["text_encoder", *4 * ["cached_step"], "vae_decoder"]
     for name in kv_names(3):
         assert calls[1].inputs[name].shape() == [1, 0, 2, 32]
 
 
-def test_graphs_with_references_at_hand(
-    tiny_ours: KleinKVPipeline, calls: list[Run], picture: Callable[..., Image.Image]
-) -> None:
+def test_graphs_with_references_at_hand(tiny_ours, calls, picture):
     references = tiny_ours.encode_references(picture(128, 128))
     tiny_ours("a red kite", references=references, seed=0)
     expected = ["vae_encoder", "encode_references", "text_encoder", *4 * ["cached_step"]]
@@ -64,7 +58,7 @@ def test_graphs_with_references_at_hand(
 
 
 @pytest.fixture
-def addresses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+def addresses(monkeypatch):
     """Where ONNX Runtime itself reads every input and writes every output, run by run."""
     runs: list[dict[str, int]] = []
     bound: dict[str, int] = {}
@@ -87,13 +81,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("per_prompt", [1, 2])
-def test_keys_and_values_stay_where_they_are(
-    per_prompt: int,
-    tiny_ours: KleinKVPipeline,
-    calls: list[Run],
-    addresses: list[dict[str, int]],
-    picture: Callable[..., Image.Image],
-) -> None:
+def test_keys_and_values_stay_where_they_are(per_prompt, tiny_ours, calls, addresses, picture):
     """Every cached step reads the very memory that the first step wrote: batch 1, no copy."""
     image = picture(128, 128)
     tiny_ours("a red kite", image=image, num_images_per_prompt=per_prompt, seed=0)
@@ -105,9 +93,7 @@ def test_keys_and_values_stay_where_they_are(
         assert {run[name] for run in steps[1:]} == {steps[0][f"out:{name}"]}
 
 
-def test_latents_go_from_step_to_step_without_a_copy(
-    tiny_ours: KleinKVPipeline, calls: list[Run]
-) -> None:
+def test_latents_go_from_step_to_step_without_a_copy(tiny_ours, calls):
     tiny_ours("a red kite", height=128, width=128, seed=0)
     steps = [run for run in calls if run.graph == "cached_step"]
     for one, following in pairwise(steps):
@@ -132,7 +118,7 @@ def loop_inputs(pipeline: KleinKVPipeline, ref_tokens: int) -> LoopInputs:
     )
 
 
-def test_memory_does_not_grow_with_steps(tiny_ours: KleinKVPipeline) -> None:
+def test_memory_does_not_grow_with_steps(tiny_ours):
     tokens = 16384
     inputs = loop_inputs(tiny_ours, tokens)
     nbytes = tiny_ours.config.transformer.kv_bytes(tokens, "float32")
@@ -153,7 +139,7 @@ def test_memory_does_not_grow_with_steps(tiny_ours: KleinKVPipeline) -> None:
     np.testing.assert_array_equal(inputs.kv["k_ref.0"].numpy(), first)
 
 
-def test_early_end(tiny_ours: KleinKVPipeline) -> None:
+def test_early_end(tiny_ours):
     schedule = make_schedule({"use_dynamic_shifting": True}, 5, 16)
     steps: list[int] = []
 
@@ -166,7 +152,7 @@ def test_early_end(tiny_ours: KleinKVPipeline) -> None:
     assert steps == [0, 1]
 
 
-def test_time_and_step_sizes(tiny_ours: KleinKVPipeline, calls: list[Run]) -> None:
+def test_time_and_step_sizes(tiny_ours, calls):
     schedule = make_schedule({"use_dynamic_shifting": True}, 3, 16)
     denoise_loop(tiny_ours.backend, schedule, loop_inputs(tiny_ours, 0), GRAPHS)
     for i, (_, inputs, _) in enumerate(calls):

@@ -74,7 +74,7 @@ Open = Callable[..., Machine]
 
 
 @pytest.fixture(scope="module")
-def open_machine(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Open:
+def open_machine(tiny_artifacts, tmp_path_factory):
     """Machines of some capacity, on the same engines."""
     engines = make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"))
 
@@ -85,7 +85,7 @@ def open_machine(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def pictures():
     """Large enough that the first step needs most memory."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (256, 272, 3), dtype=np.uint8)) for _ in range(2)]
@@ -121,7 +121,7 @@ def residents(plan: MemoryPlan, graph: str) -> set[str]:
     return set(stage.resident)
 
 
-def test_all_stays_where_it_fits(open_machine: Open, pictures: list[Any]) -> None:
+def test_all_stays_where_it_fits(open_machine, pictures):
     machine = open_machine()
     machine(pictures)
     machine(pictures, prompt="another")
@@ -133,8 +133,8 @@ def test_all_stays_where_it_fits(open_machine: Open, pictures: list[Any]) -> Non
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_components_take_turns_on_the_smallest_device_that_is_accepted(
-    open_machine: Open, pictures: list[Any], count: int
-) -> None:
+    open_machine, pictures, count
+):
     image = pictures[:count] or None
     roomy = open_machine()
     expected = [roomy(image), roomy(image, prompt="b")]
@@ -150,9 +150,7 @@ def test_components_take_turns_on_the_smallest_device_that_is_accepted(
         open_machine(capacity - 2)(image)
 
 
-def test_text_encoder_is_gone_before_the_transformer_comes(
-    open_machine: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_encoder_is_gone_before_the_transformer_comes(open_machine, monkeypatch):
     roomy = open_machine()
     roomy()
     machine = open_machine(least_capacity(roomy))
@@ -175,9 +173,7 @@ def test_text_encoder_is_gone_before_the_transformer_comes(
     assert events[:3] == ["load text_encoder", "release text_encoder", "load cached_step"]
 
 
-def test_a_known_prompt_leaves_the_transformer_alone(
-    open_machine: Open, pictures: list[Any]
-) -> None:
+def test_a_known_prompt_leaves_the_transformer_alone(open_machine, pictures):
     """Regression: the plan made room for a text encoder that was not needed."""
     roomy = open_machine()
     roomy(pictures)
@@ -198,9 +194,7 @@ def test_a_known_prompt_leaves_the_transformer_alone(
     assert {"text_encoder", "first_step", "cached_step"} <= set(machine.trt.loads[before:])
 
 
-def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
-    open_machine: Open, pictures: list[Any]
-) -> None:
+def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(open_machine, pictures):
     roomy = open_machine()
     expected = roomy(pictures[:1])
     roomy(pictures)
@@ -222,7 +216,7 @@ def test_what_cannot_fit_is_refused_with_numbers_before_any_engine_runs(
     np.testing.assert_array_equal(machine(pictures[:1]), expected)  # what it said would fit
 
 
-def test_kept_references_give_way_on_a_device(open_machine: Open, pictures: list[Any]) -> None:
+def test_kept_references_give_way_on_a_device(open_machine, pictures):
     roomy = open_machine()
     expected = roomy(pictures)
     capacity = least_capacity(roomy)
@@ -234,7 +228,7 @@ def test_kept_references_give_way_on_a_device(open_machine: Open, pictures: list
     assert (stats.misses, stats.evictions, stats.entries) == (2, 1, 1)
 
 
-def test_kept_references_outstay_the_transformer(open_machine: Open, pictures: list[Any]) -> None:
+def test_kept_references_outstay_the_transformer(open_machine, pictures):
     """Weights come back from files sooner than keys and values are computed again."""
     roomy = open_machine()
     expected = roomy(pictures, prompt="b")
@@ -257,8 +251,8 @@ def test_kept_references_outstay_the_transformer(open_machine: Open, pictures: l
 
 
 def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
-    open_machine: Open, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    open_machine, pictures, monkeypatch
+):
     """Regression: a closure held them until the request was done."""
     machine = open_machine()
     held: list[tuple[str, int]] = []
@@ -274,7 +268,7 @@ def test_keys_and_values_that_nobody_keeps_are_gone_before_decoding(
     assert used["cached_step"] - used["vae_decoder"] > 0.9 * machine.plan.kv_bytes
 
 
-def test_known_references_count_once(open_machine: Open, pictures: list[Any]) -> None:
+def test_known_references_count_once(open_machine, pictures):
     """What a set holds already is not asked for again, and it stays through all stages."""
     roomy = open_machine()
     expected = roomy(pictures)
@@ -288,9 +282,7 @@ def test_known_references_count_once(open_machine: Open, pictures: list[Any]) ->
 
 
 @pytest.mark.parametrize("graph", ["text_encoder", "encode_references"])
-def test_prompts_and_references_alone_are_planned_too(
-    open_machine: Open, pictures: list[Any], graph: str
-) -> None:
+def test_prompts_and_references_alone_are_planned_too(open_machine, pictures, graph):
     machine = open_machine(100_000)
     calls = {
         "text_encoder": lambda: machine.pipe.encode_prompt("a kite"),
@@ -301,7 +293,7 @@ def test_prompts_and_references_alone_are_planned_too(
     assert not machine.trt.loads
 
 
-def test_a_failed_load_leaves_no_weights(open_machine: Open) -> None:
+def test_a_failed_load_leaves_no_weights(open_machine):
     machine = open_machine()
 
     def fail(_blob: bytes) -> None:
@@ -314,9 +306,7 @@ def test_a_failed_load_leaves_no_weights(open_machine: Open) -> None:
 
 
 @pytest.mark.parametrize("call", ["create_execution_context", "execute_async_v3"])
-def test_a_failed_request_leaves_room_for_the_next(
-    open_machine: Open, pictures: list[Any], call: str
-) -> None:
+def test_a_failed_request_leaves_room_for_the_next(open_machine, pictures, call):
     """Regression: weights of an engine that broke were never counted, and never went."""
     roomy = open_machine()
     expected = roomy(pictures)
@@ -328,9 +318,7 @@ def test_a_failed_request_leaves_room_for_the_next(
     np.testing.assert_array_equal(machine(pictures), expected)
 
 
-def test_a_callback_leaves_the_plan_to_the_request_under_way(
-    open_machine: Open, pictures: list[Any]
-) -> None:
+def test_a_callback_leaves_the_plan_to_the_request_under_way(open_machine, pictures):
     """Regression: after another prompt, the steps went on without making room."""
 
     def other(pipe: KleinKVPipeline, *_: Any) -> dict[str, Any]:
@@ -344,9 +332,7 @@ def test_a_callback_leaves_the_plan_to_the_request_under_way(
     np.testing.assert_array_equal(machine(pictures, callback_on_step_end=other), expected)
 
 
-def test_a_callback_that_asks_for_nothing_costs_no_planning(
-    open_machine: Open, pictures: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_callback_that_asks_for_nothing_costs_no_planning(open_machine, pictures, monkeypatch):
     """Regression: room was made before every step, as if another request had come between."""
     machine = open_machine()
     machine(pictures)
@@ -360,8 +346,8 @@ def test_a_callback_that_asks_for_nothing_costs_no_planning(
 
 @pytest.mark.parametrize("scratch", [20_000, 600_000])
 def test_no_capacity_makes_a_request_touch_memory_that_is_not_there(
-    open_machine: Open, pictures: list[Any], scratch: int
-) -> None:
+    open_machine, pictures, scratch
+):
     """Regression: taking memory for keys and values took the scratch away before the run."""
     roomy = open_machine()
     expected = roomy(pictures)

@@ -5,7 +5,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,6 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import BackendError, RequestError
 from klein_kv.runtime.timings import Span, Timings, timings_from_spans
 from tests.conftest import load_ours
-from tests.runtime.conftest import Picture
 
 SIZE = {"height": 128, "width": 128, "seed": 0}
 
@@ -26,7 +24,7 @@ def minus(start: float, end: float) -> float:
     return end - start
 
 
-def test_spans_become_stages() -> None:
+def test_spans_become_stages():
     spans = [
         Span("copies", 0.0, 0.5),
         Span("text_encoder", 1.0, 3.0),
@@ -60,7 +58,7 @@ def test_spans_become_stages() -> None:
     )
 
 
-def test_plain_steps_are_told_apart() -> None:
+def test_plain_steps_are_told_apart():
     spans = [Span("plain_step", 0.0, 2.0), Span("plain_step", 2.5, 4.0)]
     timings = timings_from_spans(spans, minus, 5.0)
     assert timings.plain_steps == timings.steps == (2.0, 1.5)
@@ -108,7 +106,7 @@ class SlowBackend:
 
 
 @pytest.fixture
-def slow(tiny_artifacts: Path, tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
+def slow(tiny_artifacts, tiny_ours):
     backend = SlowBackend(tiny_ours.backend)
     pipe = KleinKVPipeline(
         tiny_artifacts, Manifest.load(tiny_artifacts), backend, reference_cache_bytes=1 << 24
@@ -117,7 +115,7 @@ def slow(tiny_artifacts: Path, tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
     return pipe
 
 
-def test_timings_of_calls(slow: KleinKVPipeline, picture: Picture) -> None:
+def test_timings_of_calls(slow, picture):
     """From the backend's own clock, for a first edit, a repeated one, and text alone."""
     assert slow.timings == Timings()
     images = [picture(128, 128), picture(64, 64)]
@@ -143,7 +141,7 @@ def test_timings_of_calls(slow: KleinKVPipeline, picture: Picture) -> None:
     assert (slow.timings.vae_decode, slow.timings.step_gaps) == (0, ())
 
 
-def test_host_clock_adds_up(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+def test_host_clock_adds_up(tiny_ours, picture):
     tiny_ours("a kite", image=picture(128, 128), num_inference_steps=3, **SIZE)
     timings = tiny_ours.timings
     once = (timings.text, timings.vae_encode, timings.first_step, timings.vae_decode)
@@ -153,7 +151,7 @@ def test_host_clock_adds_up(tiny_ours: KleinKVPipeline, picture: Picture) -> Non
     assert timings.stages + sum(timings.step_gaps) <= timings.total
 
 
-def test_a_failed_call_leaves_the_timings(tiny_ours: KleinKVPipeline) -> None:
+def test_a_failed_call_leaves_the_timings(tiny_ours):
     tiny_ours("a kite", num_inference_steps=1, **SIZE)
     before = tiny_ours.timings
     with pytest.raises(RequestError):
@@ -161,9 +159,7 @@ def test_a_failed_call_leaves_the_timings(tiny_ours: KleinKVPipeline) -> None:
     assert tiny_ours.timings is before
 
 
-def test_what_callbacks_do_is_a_gap_and_inner_calls_count_for_themselves(
-    tiny_artifacts: Path, tiny_ours: KleinKVPipeline
-) -> None:
+def test_what_callbacks_do_is_a_gap_and_inner_calls_count_for_themselves(tiny_artifacts, tiny_ours):
     inner = load_ours(tiny_artifacts)
 
     def call_another(*_: Any) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def test_what_callbacks_do_is_a_gap_and_inner_calls_count_for_themselves(
     assert tiny_ours.timings.step_gaps[0] >= inner.timings.stages
 
 
-def test_other_threads_are_not_recorded(slow: KleinKVPipeline) -> None:
+def test_other_threads_are_not_recorded(slow):
     backend = slow.session
     with backend.record() as timings:
         thread = threading.Thread(target=backend.upload, args=(np.zeros(4, np.float32),))
@@ -187,12 +183,7 @@ def test_other_threads_are_not_recorded(slow: KleinKVPipeline) -> None:
         assert timings().copies == 2**-10
 
 
-def test_the_command_line_tells_them(
-    tiny_artifacts: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_command_line_tells_them(tiny_artifacts, tmp_path, capsys, caplog):
     from klein_kv.cli import main
 
     with caplog.at_level("INFO", logger="klein_kv"):
@@ -209,7 +200,7 @@ def test_the_command_line_tells_them(
 
 
 @pytest.fixture
-def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ranges(monkeypatch):
     """An nvtx module that notes which ranges open and close."""
     seen: list[str] = []
 
@@ -224,9 +215,7 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_nvtx_ranges_of_a_call(
-    ranges: list[str], tiny_artifacts: Path, tiny_ours: KleinKVPipeline
-) -> None:
+def test_nvtx_ranges_of_a_call(ranges, tiny_artifacts, tiny_ours):
     manifest = Manifest.load(tiny_artifacts)
     pipe = KleinKVPipeline(tiny_artifacts, manifest, tiny_ours.backend, nvtx=True)
     pipe.set_progress_bar_config(disable=True)
@@ -242,9 +231,7 @@ def test_nvtx_ranges_of_a_call(
     assert not ranges, "off unless asked for"
 
 
-def test_missing_nvtx_names_its_extra(
-    tiny_ours: KleinKVPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_nvtx_names_its_extra(tiny_ours, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with pytest.raises(BackendError, match=r"pip install 'klein-kv\[nvtx\]'"):
         KleinKVPipeline(tiny_ours.artifacts, tiny_ours.manifest, tiny_ours.backend, nvtx=True)

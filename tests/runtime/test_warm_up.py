@@ -11,7 +11,7 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.timings import Timings
-from tests.runtime.conftest import Picture, Run, SetFree, Watch
+from tests.runtime.conftest import Run
 
 
 def fresh(artifacts: Path) -> KleinKVPipeline:
@@ -31,13 +31,7 @@ def shapes(runs: list[Run]) -> list[tuple[str, dict[str, tuple[int, ...]]]]:
 
 @pytest.mark.parametrize("references", [[], [(128, 96)], [(64, 128), (96, 96)]])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_runs_the_very_shapes_of_a_call(
-    references: list[tuple[int, int]],
-    batch: int,
-    tiny_artifacts: Path,
-    watch: Watch,
-    picture: Picture,
-) -> None:
+def test_runs_the_very_shapes_of_a_call(references, batch, tiny_artifacts, watch, picture):
     pipe = fresh(tiny_artifacts)
     runs = watch(pipe)
     timings = pipe.warm_up(
@@ -55,7 +49,7 @@ def test_runs_the_very_shapes_of_a_call(
     assert len(extra) == bool(references)
 
 
-def test_plain_weights(plain_artifacts: Path, watch: Watch, picture: Picture) -> None:
+def test_plain_weights(plain_artifacts, watch, picture):
     pipe = fresh(plain_artifacts)
     runs = watch(pipe)
     counts = {"num_inference_steps": 2, "max_sequence_length": 16}
@@ -66,7 +60,7 @@ def test_plain_weights(plain_artifacts: Path, watch: Watch, picture: Picture) ->
     assert during == shapes(runs)
 
 
-def test_leaves_no_trace(tiny_artifacts: Path, picture: Picture) -> None:
+def test_leaves_no_trace(tiny_artifacts, picture):
     request: dict[str, Any] = {
         "prompt": "a kite",
         "image": picture(96, 96),
@@ -91,7 +85,7 @@ def test_leaves_no_trace(tiny_artifacts: Path, picture: Picture) -> None:
     assert pipe.backend._sessions == sessions, "the call had nothing left to load"  # type: ignore[attr-defined]
 
 
-def test_size_defaults_to_the_first_reference(tiny_artifacts: Path, watch: Watch) -> None:
+def test_size_defaults_to_the_first_reference(tiny_artifacts, watch):
     pipe = fresh(tiny_artifacts)
     runs = watch(pipe)
     pipe.warm_up(references=[(130, 170)], num_inference_steps=1, max_sequence_length=8)
@@ -113,14 +107,12 @@ def test_size_defaults_to_the_first_reference(tiny_artifacts: Path, watch: Watch
         ({"max_sequence_length": 0}, "max_length is 0"),
     ],
 )
-def test_bad_sizes(request_: dict[str, Any], message: str, tiny_ours: KleinKVPipeline) -> None:
+def test_bad_sizes(request_, message, tiny_ours):
     with pytest.raises(RequestError, match=message):
         tiny_ours.warm_up(**request_)
 
 
-def test_too_large_for_memory_gives_nothing_up(
-    tiny_artifacts: Path, set_free: SetFree, picture: Picture
-) -> None:
+def test_too_large_for_memory_gives_nothing_up(tiny_artifacts, set_free, picture):
     """A call would let kept references go for its sake; warming up is not worth them."""
     pipe = fresh(tiny_artifacts)
     pipe.encode_references(picture(128, 128))
@@ -130,9 +122,7 @@ def test_too_large_for_memory_gives_nothing_up(
     assert pipe.reference_store.stats.entries == 1
 
 
-def test_engines_are_loaded_before_the_call(
-    tiny_artifacts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_are_loaded_before_the_call(tiny_artifacts, monkeypatch):
     """On every backend: whatever the warm-up loaded is what the call finds."""
     pipe = fresh(tiny_artifacts)
     loaded: list[str] = []

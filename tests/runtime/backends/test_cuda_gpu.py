@@ -3,7 +3,6 @@
 Needs cuda-python and an NVIDIA GPU of any kind, and nothing else.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +21,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def memory() -> Iterator[CudaMemory]:
+def memory():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     status, count = runtime.cudaGetDeviceCount()
     if int(status) != 0 or not count:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
 from klein_kv.runtime.planning.memory_plan import RESERVED
 from klein_kv.runtime.planning.request import flagship_request
-from tests.conftest import KleinExport, MadeOnce
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import make_engines
 from tests.runtime.backends.test_trt_loop import Machine
@@ -45,7 +43,7 @@ SCRATCH = {  # of the engines for this shape (docs/engines.md)
 
 
 @pytest.fixture(scope="module")
-def artifacts(klein_export: KleinExport, made_once: MadeOnce) -> Path:
+def artifacts(klein_export, made_once):
     """klein 9B in bfloat16, fp8 and nvfp4: tables of weights that lie in files with holes."""
 
     def make(folder: Path) -> None:
@@ -104,9 +102,7 @@ def quantize_tables(artifacts: Path, precision: str) -> None:
 
 
 @pytest.fixture
-def card(
-    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Machine]:
+def card(artifacts, tmp_path, monkeypatch):
     """A pipeline in a precision on a card, with engines for the flagship edit."""
     monkeypatch.setattr(staging, "_read", lambda *_: None)  # no weights are read
     load = Manifest.load
@@ -135,7 +131,7 @@ def card(
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def pictures():
     rng = np.random.default_rng(0)
     return [
         Image.fromarray(rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)) for _ in range(8)

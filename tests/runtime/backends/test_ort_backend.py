@@ -22,7 +22,7 @@ from klein_kv.runtime.backends.ort.backend import OrtBackend
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_artifacts: Path) -> OrtBackend:
+def backend(tiny_artifacts):
     return open_cpu(tiny_artifacts)
 
 
@@ -152,7 +152,7 @@ def test_missing_library(tiny_artifacts, monkeypatch):
 
 
 @pytest.fixture
-def folder(tiny_artifacts: Path, tmp_path: Path) -> Path:
+def folder(tiny_artifacts, tmp_path):
     """A copy to tamper with."""
     return Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
 

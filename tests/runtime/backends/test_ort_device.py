@@ -36,7 +36,7 @@ def open_cuda(artifacts: Path, fake: FakeOnnxruntime | None = None) -> OrtBacken
 
 
 @pytest.fixture(scope="module", params=[CPU, CUDA_1], ids=["cpu", "cuda"])
-def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
+def backend(request, tiny_artifacts):
     device: OrtDevice = request.param
     module = onnxruntime if device is CPU else FakeOnnxruntime()
     manifest = Manifest.load(tiny_artifacts)
@@ -279,7 +279,7 @@ def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(graph, tiny_bf
 
 
 @pytest.fixture
-def gpu() -> OrtDevice:
+def gpu():
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
     from klein_kv.runtime.backends.ort.device import open_device
@@ -294,13 +294,8 @@ def gpu() -> OrtDevice:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_gpu_makes_the_cpus_image(
-    precision: str,
-    gpu: OrtDevice,
-    tiny_artifacts: Path,
-    tiny_bf16_artifacts: Path,
-    tiny_ours: KleinKVPipeline,
-    picture: Picture,
-) -> None:
+    precision, gpu, tiny_artifacts, tiny_bf16_artifacts, tiny_ours, picture
+):
     folder = tiny_artifacts if precision == "float32" else tiny_bf16_artifacts
     pipe = KleinKVPipeline.from_pretrained(folder, backend="onnxruntime", device="cuda:0")
     pipe.set_progress_bar_config(disable=True)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ def open_torch(artifacts: Path, device: str = "cpu", **options: Any) -> TorchBac
 
 
 @pytest.fixture
-def backend(tiny_artifacts: Path) -> TorchBackend:
+def backend(tiny_artifacts):
     return open_torch(tiny_artifacts)
 
 
 @pytest.fixture
-def config(tiny_artifacts: Path) -> ModelConfig:
+def config(tiny_artifacts):
     return Manifest.load(tiny_artifacts).config
 
 
@@ -254,7 +254,7 @@ def test_keys_and_values_keep_nothing_else_alive(backend, config):
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
+def compiler():
     """Skips where torch.compile has no C++ compiler; leaves no compiled code behind."""
     try:
         cpp_builder.get_cpp_compiler()
@@ -285,7 +285,7 @@ def test_compiled_blocks(tiny_artifacts, backend, config):
 
 
 @pytest.fixture
-def gpu() -> str:
+def gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU that torch sees")
     return "cuda:0"

@@ -47,12 +47,12 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder() -> Recorder:
+def recorder():
     return Recorder()
 
 
 @pytest.fixture
-def graphs(recorder: Recorder) -> StepGraphs:
+def graphs(recorder):
     return StepGraphs(recorder.step, KV, recorder.capture)
 
 

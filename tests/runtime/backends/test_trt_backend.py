@@ -34,18 +34,18 @@ from tests.runtime.backends.fake_trt import FakeTrt
 
 
 @pytest.fixture
-def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
+def engines(tiny_artifacts, tmp_path):
     """A folder of "engines" of the tiny artifacts."""
     return make_engines(tiny_artifacts, tmp_path)
 
 
 @pytest.fixture
-def manifest(tiny_artifacts: Path) -> Manifest:
+def manifest(tiny_artifacts):
     return Manifest.load(tiny_artifacts)
 
 
 @pytest.fixture
-def backend(tiny_artifacts: Path, engines: Path) -> TrtBackend:
+def backend(tiny_artifacts, engines):
     return open_on(FakeCuda(), tiny_artifacts, engines)
 
 

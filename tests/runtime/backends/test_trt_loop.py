@@ -6,7 +6,7 @@ The stand-ins are as strict as TensorRT-RTX and CUDA (`fake_trt`, `fake_cuda`); 
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,19 +103,19 @@ def sizes_of(references: list[Shape], height: int = 128, width: int = 160) -> di
 
 
 @pytest.fixture(scope="module")
-def engines(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engines(tiny_artifacts, tmp_path_factory):
     """For any shape."""
     return make_engines(tiny_artifacts, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def pictures():
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)) for _ in range(12)]
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_ours: KleinKVPipeline) -> Callable[..., np.ndarray]:
+def expected(tiny_ours):
     """ONNX Runtime's image."""
 
     def make(image: Any = None, **changes: Any) -> np.ndarray:
@@ -130,12 +130,8 @@ def expected(tiny_ours: KleinKVPipeline) -> Callable[..., np.ndarray]:
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_every_step_after_the_first_request_is_a_replay(
-    count: int,
-    tiny_artifacts: Path,
-    tmp_path: Path,
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+    count, tiny_artifacts, tmp_path, pictures, expected
+):
     """Engines of one shape. Regression: buffers rotated, so that every step captured anew."""
     folder = make_engines(tiny_artifacts, tmp_path, sizes=sizes_of([(96, 128)] * count))
     machine = Machine(tiny_artifacts, folder)
@@ -192,9 +188,7 @@ def test_warming_up_compiles_for_the_shape_at_once(tiny_artifacts, engines, pict
     assert counts["waits"] == counts["allocations"] == 0
 
 
-def test_an_edit_inside_a_mask_stays_on_the_device(
-    tiny_artifacts: Path, engines: Path, pictures: list[Image.Image], tiny_ours: KleinKVPipeline
-) -> None:
+def test_an_edit_inside_a_mask_stays_on_the_device(tiny_artifacts, engines, pictures, tiny_ours):
     """Steps and what mixes them replay in turn; another mask waits for nothing either."""
     machine = Machine(tiny_artifacts, engines)
     machine.pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
@@ -213,9 +207,7 @@ def test_an_edit_inside_a_mask_stays_on_the_device(
         assert counts["waits"] == counts["allocations"] == 0
 
 
-def test_engines_of_an_earlier_build_are_named(
-    tiny_artifacts: Path, tmp_path: Path, pictures: list[Image.Image]
-) -> None:
+def test_engines_of_an_earlier_build_are_named(tiny_artifacts, tmp_path, pictures):
     machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path, sizes=sizes_of([])))
     pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
     with pytest.raises(ArtifactError, match=r"no engine of blend, only of .*klein-kv build"):
@@ -223,11 +215,8 @@ def test_engines_of_an_earlier_build_are_named(
 
 
 def test_batches_and_repeated_prompts_stay_on_the_device(
-    tiny_artifacts: Path,
-    engines: Path,
-    pictures: list[Image.Image],
-    expected: Callable[..., np.ndarray],
-) -> None:
+    tiny_artifacts, engines, pictures, expected
+):
     """Regression: text and tokens went to the host and back to be repeated or put together."""
     machine = Machine(tiny_artifacts, engines)
     request: dict[str, Any] = {"prompt": ["a kite", "snow"], "num_images_per_prompt": 2}
@@ -346,7 +335,7 @@ def test_a_closed_pipeline_says_so(tiny_artifacts, engines):
 
 
 @pytest.fixture
-def two_devices(tiny_artifacts: Path, engines: Path) -> Iterator[list[Machine]]:
+def two_devices(tiny_artifacts, engines):
     cuda = FakeCuda(devices=2)
     machines = [Machine(tiny_artifacts, engines, cuda, device=i) for i in range(2)]
     yield machines

@@ -32,7 +32,7 @@ class Device:
 
 
 @pytest.fixture(params=[(), (0,)], ids=["prompt", "lagging"])
-def device(request: pytest.FixtureRequest) -> Device:
+def device(request):
     return Device(lagging=request.param)
 
 
