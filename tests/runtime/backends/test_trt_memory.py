@@ -23,7 +23,7 @@ PAGE = 4096
 class Device:
     """A device with everything that the executor has of it."""
 
-    def __init__(self, capacity: int = 1 << 30, staging_bytes: int = 1 << 16, **options: Any):
+    def __init__(self, capacity=1 << 30, staging_bytes=1 << 16, **options: Any) -> None:
         self.cuda = FakeCuda(capacity, **options)
         self.memory = CudaMemory(self.cuda.cuda, staging_bytes=staging_bytes)
         virtual = VirtualMemory(self.memory)
@@ -99,22 +99,18 @@ def upload(memory: CudaMemory, refs: list[WeightRef]) -> dict[WeightRef, NDArray
 
 @pytest.mark.parametrize("staging_bytes", [1 << 12, 1 << 16, 1 << 24])
 def test_weights_arrive_whole(staging_bytes, tiny_artifacts, monkeypatch):
-    """Tensors larger and smaller than a piece, on a stream that lags."""
+    """Tensors larger and smaller than a piece, on a stream that lags.
+
+    Regression: each load pinned and freed 128 MB.
+    """
     monkeypatch.setattr(staging, "_PIECE", 1 << 14)
     device = Device(staging_bytes=staging_bytes, lagging=(0,))
     refs = list(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]).values())
-    for ref, got in upload(device.memory, refs).items():
-        np.testing.assert_array_equal(got, map_weight(ref))
-
-
-def test_staging_memory_is_pinned_once(tiny_artifacts):
-    """Regression: each load pinned and freed 128 MB."""
-    device = Device()
-    refs = list(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]).values())
-    for _ in range(3):
-        upload(device.memory, refs)
-    assert device.cuda.calls["cudaHostAlloc"] == 1
-    assert device.cuda.calls["cudaFreeHost"] == 0
+    for _ in range(2):
+        for ref, got in upload(device.memory, refs).items():
+            np.testing.assert_array_equal(got, map_weight(ref))
+    calls = device.cuda.calls
+    assert (calls["cudaHostAlloc"], calls["cudaFreeHost"]) == (1, 0)
 
 
 def test_a_file_that_is_too_short_is_one_clear_error(tmp_path):
@@ -133,20 +129,20 @@ def test_a_file_that_is_too_short_is_one_clear_error(tmp_path):
 # --- addresses that stay ---
 
 
-def fill(address: int, nbytes: int, value: int) -> None:
-    array_at(address, (nbytes,), "uint8").fill(value)
+def at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    return array_at(address, (nbytes,), "uint8")
 
 
 def test_scratch_grows_where_it_is():
     device = Device()
     pointer = device.scratch.pointer
     device.scratch.require(1)
-    fill(pointer, PAGE, 7)
+    at(pointer, PAGE).fill(7)
     waits = device.cuda.waits
     device.scratch.require(3 * PAGE + 1)
     assert device.scratch.nbytes == 4 * PAGE
-    assert array_at(pointer, (PAGE,), "uint8").min() == 7, "what was there stays"
-    fill(pointer, 4 * PAGE, 8)
+    assert at(pointer, PAGE).min() == 7, "what was there stays"
+    at(pointer, 4 * PAGE).fill(8)
     assert device.cuda.waits == waits, "growing waits for nothing"
     device.scratch.require(PAGE)
     device.scratch.shrink()
@@ -158,27 +154,21 @@ def test_scratch_grows_where_it_is():
 def test_sets_are_found_at_one_place():
     device = Device()
     first, second = device.kv.take(5 * PAGE), device.kv.take(2 * PAGE)
-    fill(first.pointer, 5 * PAGE, 1)
-    fill(second.pointer, 2 * PAGE, 2)
+    at(first.pointer, 5 * PAGE).fill(1)
+    at(second.pointer, 2 * PAGE).fill(2)
     place = device.kv.place
     for block, value, nbytes in ((first, 1, 5 * PAGE), (second, 2, 2 * PAGE), (first, 1, PAGE)):
         device.kv.hold(block)
-        assert set(array_at(place, (nbytes,), "uint8").tolist()) == {value}
-    array_at(place, (PAGE,), "uint8").fill(9)
-    assert array_at(first.pointer, (1,), "uint8")[0] == 9, "the same memory, not a copy"
+        assert set(at(place, nbytes).tolist()) == {value}
+    at(place, PAGE).fill(9)
+    assert at(first.pointer, 1)[0] == 9, "the same memory, not a copy"
     assert device.cuda.used == 7 * PAGE
 
-
-def test_a_set_that_is_there_already_costs_nothing():
-    device = Device()
-    block = device.kv.take(PAGE)
-    device.kv.hold(block)
     waits, allocations = device.cuda.waits, device.cuda.allocations
-    device.kv.hold(block)
-    del block  # idle, and still in the place
-    again = device.kv.take(PAGE)
-    device.kv.hold(again)
-    assert (device.cuda.waits, device.cuda.allocations) == (waits, allocations)
+    device.kv.hold(first)
+    del first, block  # idle, and still in the place
+    device.kv.hold(device.kv.take(5 * PAGE))
+    assert (device.cuda.waits, device.cuda.allocations) == (waits, allocations), "it costs nothing"
 
 
 def test_idle_memory_goes_where_it_is_needed():
@@ -240,9 +230,6 @@ def test_the_stand_in_refuses_what_cuda_refuses():
     raw.cudaFree(pointer)
     with pytest.raises(AssertionError, match="not device memory"):
         raw.cudaMemcpyAsync(pointer, host.ctypes.data, 1, 1, stream)
-
-
-def test_the_stand_in_refuses_to_unmap_what_is_still_to_be_used():
     device = Device(lagging=(0,))
     block = device.kv.take(PAGE)
     device.memory.copy(block.pointer, block.pointer, 10)
