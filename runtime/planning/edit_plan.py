@@ -164,62 +164,18 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
     base = base_footprint(artifacts, manifest)
     own = () if options.attention else (base.precisions["transformer"],)
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
-    planner = _Planner(artifacts, manifest, capacity, target.sm, options.engines)
+    planner = _Planner(artifacts, manifest, options, capacity, target.sm)
     edits = []
     for precision in options.precisions or (*own, "fp8", "nvfp4"):
-        footprint = _footprint(artifacts, manifest, base, precision, options)
+        footprint = planner.footprint(base, precision)
         for count in options.references:
-            first = planner(footprint, _request(manifest, options, count, known=False))
+            first = planner(footprint, planner.request(count, known=False))
             again = None
             if first.kv_bytes:
-                again = planner(footprint, _request(manifest, options, count, known=True), first)
+                again = planner(footprint, planner.request(count, known=True), first)
             choices = () if first.fits else tuple(what_fits(first, planner))
             edits.append(EditPlan(first, again, choices, planner.kept_sets(footprint)))
     return Plans(target.gpu.name, capacity, tuple(edits), tuple(planner.found))
-
-
-def _footprint(
-    artifacts: Path, manifest: Manifest, base: Footprint, precision: str, options: PlanOptions
-) -> Footprint:
-    """The model in another precision: from its files where they are there, else from shapes."""
-    own = base.precisions["transformer"]
-    text = options.text_precision
-    if text is None:
-        # The recipes of `klein-kv quantize` make the text encoder smaller too.
-        recipe = {"text_encoder": {"nvfp4": "fp8"}.get(precision, precision)}
-        text = manifest.precisions.get(precision, recipe).get("text_encoder", own)
-    for name in (precision, text):
-        if name != own and name not in PRECISION_FORMATS:
-            raise RequestError(
-                f"precision is {name!r}, expected one of {own}, {', '.join(PRECISION_FORMATS)} "
-                f"for {artifacts}"
-            )
-    if options.attention is not None and precision == own:
-        raise RequestError(
-            f"attention is {options.attention!r} and precision {precision!r}: its scales belong to "
-            "a quantized precision; name fp8 or nvfp4"
-        )
-    footprint = base.changed(
-        float8_kv=options.kv_dtype == "fp8" or options.attention is not None,
-        attention=options.attention,
-        transformer=precision,
-        text_encoder=text,
-    )
-    # Every form of keys and values reads the same weights.
-    plain = replace(footprint.graphs, kv_dtype=None, attention=None)
-    weights = {**footprint.weights, **file_weights(artifacts, manifest, plain)}
-    return replace(footprint, weights=weights)
-
-
-def _request(manifest: Manifest, options: PlanOptions, count: int, *, known: bool) -> Request:
-    return Request(
-        height=options.size[1],
-        width=options.size[0],
-        references=(options.reference_size[::-1],) * count,
-        stages=edit_stages(manifest.variant, count, known=known),
-        batch=options.batch,
-        kv_held=known,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +184,51 @@ class _Planner:
 
     artifacts: Path
     manifest: Manifest
+    options: PlanOptions
     capacity: int
     sm: int
-    folder: Path | None
     found: dict[str, None] = field(default_factory=dict)  # what the engines take
+
+    def footprint(self, base: Footprint, precision: str) -> Footprint:
+        """The model in another precision: from its files where they are there, else from shapes."""
+        own, options = base.precisions["transformer"], self.options
+        text = options.text_precision
+        if text is None:
+            # The recipes of `klein-kv quantize` make the text encoder smaller too.
+            recipe = {"text_encoder": {"nvfp4": "fp8"}.get(precision, precision)}
+            text = self.manifest.precisions.get(precision, recipe).get("text_encoder", own)
+        for name in (precision, text):
+            if name != own and name not in PRECISION_FORMATS:
+                raise RequestError(
+                    f"precision is {name!r}, expected one of {own}, {', '.join(PRECISION_FORMATS)} "
+                    f"for {self.artifacts}"
+                )
+        if options.attention is not None and precision == own:
+            raise RequestError(
+                f"attention is {options.attention!r} and precision {precision!r}: its scales "
+                "belong to a quantized precision; name fp8 or nvfp4"
+            )
+        footprint = base.changed(
+            float8_kv=options.kv_dtype == "fp8" or options.attention is not None,
+            attention=options.attention,
+            transformer=precision,
+            text_encoder=text,
+        )
+        # Every form of keys and values reads the same weights.
+        plain = replace(footprint.graphs, kv_dtype=None, attention=None)
+        held = file_weights(self.artifacts, self.manifest, plain)
+        return replace(footprint, weights={**footprint.weights, **held})
+
+    def request(self, count: int, *, known: bool) -> Request:
+        """An edit with so many references, whose keys and values are known or not."""
+        return Request(
+            height=self.options.size[1],
+            width=self.options.size[0],
+            references=(self.options.reference_size[::-1],) * count,
+            stages=edit_stages(self.manifest.variant, count, known=known),
+            batch=self.options.batch,
+            kv_held=known,
+        )
 
     def __call__(
         self, footprint: Footprint, request: Request, after: MemoryPlan | None = None
@@ -267,10 +264,10 @@ class _Planner:
 
     def _engines(self, footprint: Footprint) -> EngineSet:
         """Those for this device; without any, every choice is an `ArtifactError`."""
-        graphs = footprint.graphs
+        graphs, folder = footprint.graphs, self.options.engines
         try:
-            return open_engines(self.artifacts, self.manifest, graphs, self.folder).for_sm(self.sm)
+            return open_engines(self.artifacts, self.manifest, graphs, folder).for_sm(self.sm)
         except (ArtifactError, BuildError, KeyError):
-            if self.folder is not None and not (self.folder / ENGINE_MANIFEST).exists():
+            if folder is not None and not (folder / ENGINE_MANIFEST).exists():
                 raise
             return EngineSet(())

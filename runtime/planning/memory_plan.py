@@ -17,7 +17,6 @@ from typing import Any
 from klein_kv.artifacts.signature import TensorSpec, is_kv
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.request import Request
-from klein_kv.runtime.planning.scratch import estimate_scratch
 
 __all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 
@@ -138,7 +137,7 @@ def make_plan(
     for name in request.stages:
         if name not in needs:
             sizes = request.sizes(name, footprint.config)
-            needs[name] = estimate_scratch(name, footprint, sizes), "estimated"
+            needs[name] = footprint.scratch_bytes(name, sizes), "estimated"
     buffers = _buffers(footprint, request)
     component_bytes = {name: footprint.weights[name] + buffers[name] for name in COMPONENTS}
 

@@ -126,14 +126,7 @@ class OrtBackend:
         self._changes: dict[str, Callable[[], Any]] = {}
         self._loading = threading.Lock()
 
-    def prepare(
-        self,
-        graph: str,
-        shapes: Mapping[str, tuple[int, ...]],
-        kv: Mapping[str, Buffer] | None = None,
-        *,
-        eager: bool = False,
-    ) -> None:
+    def prepare(self, graph: str, *_: Any, **__: Any) -> None:
         self._session(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:

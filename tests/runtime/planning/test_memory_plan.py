@@ -13,7 +13,6 @@ from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, linear_weights
 from klein_kv.runtime.planning.memory_plan import RESERVED, MemoryPlan, make_plan, size_text
 from klein_kv.runtime.planning.request import Request, edit_stages
-from klein_kv.runtime.planning.scratch import estimate_scratch
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 GB = 10**9
@@ -111,7 +110,7 @@ def test_what_is_mixed_with_an_image_counts():
     blend = mixed.stage("blend")
     assert blend is not None
     assert blend.parts["kv"] == KV
-    assert estimate_scratch("blend", FOOTPRINT, request().sizes("blend", KLEIN_9B)) == 0
+    assert FOOTPRINT.scratch_bytes("blend", request().sizes("blend", KLEIN_9B)) == 0
 
 
 def test_other_inputs_change_the_stages():
@@ -166,7 +165,7 @@ def test_linear_weights_are_those_of_the_checkpoint(config):
 )
 def test_estimates_beside_engines(graph, reported, within):
     """Engines of klein 9B, 1024x1024, four references, TensorRT-RTX 1.7.1: never far below."""
-    planned = estimate_scratch(graph, FOOTPRINT, request().sizes(graph, KLEIN_9B))
+    planned = FOOTPRINT.scratch_bytes(graph, request().sizes(graph, KLEIN_9B))
     assert reported * 0.95 < planned < reported * (1 + within)
 
 
