@@ -70,12 +70,7 @@ def subject(request):
     return Subject(load_ours(artifacts, backend), theirs, precision)
 
 
-def their_step(
-    subject: Subject,
-    inputs: Arrays,
-    references: Arrays | None = None,
-    cache: Flux2KVCache | None = None,
-) -> tuple[Any, Flux2KVCache]:
+def their_step(subject, inputs, references=None, cache=None):
     """diffusers' transformer as its pipeline calls it: extract, cached or plain."""
     x = {name: torch.from_numpy(value) for name, value in inputs.items()}
     hidden, ids, options = x["hidden_states"], x["img_ids"], {}

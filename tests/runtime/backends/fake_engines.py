@@ -1,7 +1,7 @@
 """Stand-ins of `fake_trt` at work: a folder of "engines", a pipeline on them, inputs of graphs."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,7 @@ class Machine:
         return made, counts
 
 
-def make_engines(
-    artifacts: Path,
-    folder: Path,
-    graphs: GraphSet | None = None,
-    sizes: Mapping[str, Mapping[str, int]] | None = None,
-    scratch: Mapping[str, int] | None = None,
-) -> Path:
+def make_engines(artifacts, folder, graphs=None, sizes=None, scratch=None):
     """Writes what a build would, of every graph of the artifacts.
 
     Args:
@@ -138,15 +132,7 @@ def random_inputs(signature: Signature, **sizes: int) -> dict[str, NDArray[Any]]
     return inputs
 
 
-def _write(
-    artifacts: Path,
-    folder: Path,
-    manifest: Manifest,
-    graphs: GraphSet,
-    graph: str,
-    sizes: Mapping[str, int] | None,
-    scratch: int,
-) -> EngineRecord:
+def _write(artifacts, folder, manifest, graphs, graph, sizes, scratch):
     signature = graphs.signature(graph, manifest.config)
     weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.file(graph))
 

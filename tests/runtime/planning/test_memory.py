@@ -29,6 +29,9 @@ def test_request_is_refused_first(fresh, picture, set_free):
         fresh("a red kite", image=[picture(128, 128)] * 4)
     with pytest.raises(CapacityError, match="the request needs"):
         fresh("a red kite")
+    set_free(22_000_000)
+    with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
+        fresh.encode_references([picture(256, 256)] * 20)
 
 
 def test_refusal_names_what_would_fit(fresh, picture, set_free):
@@ -47,13 +50,6 @@ def test_refusal_names_what_would_fit(fresh, picture, set_free):
         fresh("a red kite", image=images[: fitting + 1], **request)
     fresh("a red kite", image=[picture(width, height)] * 20, **request)
     fresh("a red kite", image=images[:fitting], **request)
-
-
-@pytest.mark.usefixtures("no_graph_runs")
-def test_references_alone_are_refused_first(fresh, picture, set_free):
-    set_free(22_000_000)
-    with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
-        fresh.encode_references([picture(256, 256)] * 20)
 
 
 def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
