@@ -334,10 +334,11 @@ class Session:
             if component_of(graph) not in stage.resident and graph in self._loaded:
                 _log.info("%s makes room for %s", graph, stage.name)
                 self.release(graph)
-        makes_kv = stage.name in ("first_step", "encode_references")
-        missing = self._missing({stage.name}, stage.passing + makes_kv * stage.parts.get("kv", 0))
-        if missing > 0:
-            self._free(missing, None if stage.name == "vae_decoder" else self._keep)
+        besides = stage.passing
+        if stage.name in ("first_step", "encode_references"):
+            besides += stage.parts.get("kv", 0)
+        keep = None if stage.name == "vae_decoder" else self._keep
+        self._free_sets(self._missing({stage.name}, besides), keep)
 
     def _make_room_for_all(self, plan: MemoryPlan) -> None:
         """Releases what the request does not need, then reference sets, if memory lacks."""
@@ -349,8 +350,11 @@ class Session:
             if component_of(graph) not in own and self._missing(stages, besides) > 0:
                 _log.info("%s makes room for %s", graph, ", ".join(plan.request.stages))
                 self.release(graph)
-        if (missing := self._missing(stages, besides)) > 0:
-            self._free(missing, self._keep)
+        self._free_sets(self._missing(stages, besides), self._keep)
+
+    def _free_sets(self, missing: int, keep: str | None) -> None:
+        if missing > 0:
+            self._free(missing, keep)
 
     def _missing(self, graphs: set[str], besides: int) -> int:
         """Bytes that the device lacks for `besides` and the weights that these graphs load."""

@@ -50,22 +50,14 @@ class DeviceContent:
 
 @dataclass(frozen=True, slots=True)
 class GraphMemory:
-    """What a graph takes on the device besides the buffers that go in and come out.
+    """What a graph takes on the device besides the buffers that go in and come out."""
 
-    Attributes:
-        weights: bytes by tensor while the graph is loaded, which graphs that name the same tensor
-            share. Empty where weights are mapped files, which the system drops by itself.
-        keeps_scratch: the backend keeps the memory of a run for its next run, and
-            `available_memory` cannot tell it from memory in use.
-        fixed_buffers: inputs and outputs of every graph have memory of their own while it is
-            loaded, and all graphs share scratch that stays as large as the largest.
-        kv_copies: further places that the backend keeps for keys and values of a request.
-    """
-
+    # Bytes by tensor while the graph is loaded, which graphs that name the same tensor share. Empty
+    # where weights are mapped files, which the system drops by itself.
     weights: Mapping[Hashable, int] = field(default_factory=dict)
-    keeps_scratch: bool = False
-    fixed_buffers: bool = False
-    kv_copies: int = 0
+    keeps_scratch: bool = False  # for the next run, as memory in use for `available_memory`
+    fixed_buffers: bool = False  # own inputs and outputs while loaded, scratch shared by all graphs
+    kv_copies: int = 0  # further places that the backend keeps for a request's keys and values
 
 
 class Backend(Protocol):
@@ -115,10 +107,8 @@ class Backend(Protocol):
     def replace_weights(self, changes: WeightChanges) -> None:
         """Gives weights of the transformer another content, now and wherever they are loaded.
 
-        After an error it must be called again for the same tensors before graphs run.
-
-        Raises:
-            BackendError: the weights are not the backend's to change.
+        After an error it must be called again for the same tensors before graphs run. BackendError:
+        the weights are not the backend's to change.
         """
 
     def available_memory(self) -> int:
@@ -128,11 +118,7 @@ class Backend(Protocol):
         """What a graph takes, loaded or not; ArtifactError: there is no such graph here."""
 
     def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Bytes that a graph takes while it runs at these shapes; None where that is not known.
-
-        Raises:
-            RequestError: it does not run at these shapes.
-        """
+        """Bytes that a run at these shapes takes, None: not known; RequestError: it cannot run."""
 
     def mark(self) -> Any:
         """A point in the device's work, taken without waiting for it."""

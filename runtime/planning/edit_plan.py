@@ -80,20 +80,14 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class EditPlan:
-    """One line of the plan: a precision and a number of references.
+    """One line of the plan: a precision and a number of references."""
 
-    Attributes:
-        first: a new prompt and new references.
-        again: a new prompt and references whose keys and values stayed on the device; None
-            without references, and for plain weights, which keep none.
-        choices: what would fit instead, where the first does not.
-        kept_sets: sets of four 1024x1024 references whose keys and values stay on the device.
-    """
-
-    first: MemoryPlan
+    first: MemoryPlan  # of a new prompt and new references
+    # Of a new prompt and references whose keys and values stayed on the device; None without
+    # references, and for plain weights, which keep none.
     again: MemoryPlan | None
-    choices: tuple[Choice, ...]
-    kept_sets: int
+    choices: tuple[Choice, ...]  # what would fit instead, where the first does not
+    kept_sets: int  # of four 1024x1024 references, whose keys and values stay on the device
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,16 +113,12 @@ class EditPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """All that `klein-kv plan` tells: edits by precision, then number of references.
-
-    `capacity` is the GPU's memory in bytes; `engines` tells in pixels what the engines that were
-    found take.
-    """
+    """All that `klein-kv plan` tells."""
 
     gpu: str
-    capacity: int
-    edits: tuple[EditPlan, ...]
-    engines: tuple[str, ...] = ()
+    capacity: int  # bytes of its memory
+    edits: tuple[EditPlan, ...]  # by precision, then number of references
+    engines: tuple[str, ...] = ()  # what those that were found take, in pixels
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

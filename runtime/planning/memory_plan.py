@@ -123,15 +123,10 @@ def make_plan(
 ) -> MemoryPlan:
     """Adds everything up, for a device of `capacity` bytes, and decides which weights stay.
 
-    Args:
-        footprint: the model.
-        request: what is to be made.
-        capacity: bytes.
-        scratch: bytes and their source by graph, where known; the rest is estimated.
-        loaded: components on the device now; None plans a request that follows one like it.
-        reserved: bytes that are not to be had.
-        kv_copies: see `GraphMemory`.
-        held_scratch: bytes of shared scratch that an earlier request left.
+    `scratch` has bytes and their source by graph, where known; the rest is estimated. `loaded` are
+    the components on the device now; None plans a request that follows one like it. `reserved`
+    bytes are not to be had, `held_scratch` are what an earlier request left of shared scratch;
+    `kv_copies` is `GraphMemory`'s.
     """
     needs = dict(scratch or {})
     for name in request.stages:

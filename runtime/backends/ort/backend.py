@@ -81,13 +81,8 @@ class OrtBackend:
     """Runs an artifact folder, whose manifest has been checked, with ONNX Runtime.
 
     Every run returns when its work is done. Buffers are `OrtValue`s, and go to other libraries of
-    the same device without a copy through DLPack.
-
-    Args:
-        threads: per operator; None lets ONNX Runtime choose (one per physical core).
-        graphs: which graphs of the folder; None takes the manifest's.
-        onnxruntime: the module; None imports it.
-        cuda: CUDA's bindings, asked for a GPU's free memory; None loads cuda-python.
+    the same device without a copy through DLPack. Threads are those of an operator: None lets ONNX
+    Runtime choose, one per physical core. Libraries that are None are imported.
 
     Raises:
         BackendError: onnxruntime is not installed, has no provider for the device, or the device

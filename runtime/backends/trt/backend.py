@@ -66,15 +66,9 @@ _Loaded = dict[str, OrderedDict[Path, Engine]]  # by graph and folder, least rec
 class TrtBackend:
     """Runs the engines of one artifact folder, whose manifest has been checked, on one GPU.
 
-    What is still open when the program ends is closed then, and its kernels are kept.
-
-    Args:
-        engines: folder of the engines; None takes those below `artifacts/engines` that were built
-            from `graphs` for this GPU and this TensorRT.
-        device: ordinal of the GPU.
-        cuda: CUDA's bindings; None loads cuda-python.
-        trt: TensorRT module; None loads the one that the engines were built with.
-        graphs: which graphs of the folder; None takes the manifest's.
+    What is still open when the program ends is closed then, and its kernels are kept. Without a
+    folder of engines it takes those below `artifacts/engines` that were built from the graphs for
+    this GPU and this TensorRT; what else is None comes from the manifest or is imported.
 
     Raises:
         ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
@@ -234,7 +228,8 @@ class TrtBackend:
         for graph, file in self._graphs.files.items():
             refs = self._table(file)
             touched = {ref: name for name, ref in refs.items() if split_part(name)[0] in changes}
-            if touched and self._embeds_weights(graph):
+            built = [folder.manifest.engines.get(graph) for folder in self._engines.folders]
+            if touched and any(record is not None and not record.weights for record in built):
                 raise BackendError(
                     f"the engine of {graph} has its weights inside, where adapters cannot reach "
                     "them; build the engines with weights as inputs, which is the default"
@@ -304,10 +299,8 @@ class TrtBackend:
             return memory.free + memory.idle + self._kv.idle + self._scratch.nbytes + buffers
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        record = self._engines.records(graph)[0]
-        weights: dict[Hashable, int] = {
-            ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
-        }
+        refs = self._engines.records(graph)[0].weight_refs(self._artifacts).values()
+        weights: dict[Hashable, int] = {ref: aligned(ref.nbytes) for ref in refs}
         if not weights:  # inside the engine
             held = self._table(self._graphs.file(graph))
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
@@ -377,10 +370,6 @@ class TrtBackend:
         with contextlib.suppress(OSError):  # the folder may be read-only
             folder.mark_used()
         return loaded
-
-    def _embeds_weights(self, graph: str) -> bool:
-        engines = [folder.manifest.engines.get(graph) for folder in self._engines.folders]
-        return any(record is not None and not record.weights for record in engines)
 
     def _embedded_bytes(self, graph: str, folder: EngineFolder) -> int:
         """Bytes of the weights that lie in an engine itself."""

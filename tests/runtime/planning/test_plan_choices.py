@@ -25,6 +25,7 @@ def choices(capacity, asked, *, footprint=FOOTPRINT, device=True):
 
 
 LIGHT = replace(FOOTPRINT, weights=dict.fromkeys(FOOTPRINT.weights, 0))
+SMALL = FOOTPRINT.changed(transformer="nvfp4", text_encoder="fp8")
 TOGETHER = "nvfp4 transformer, fp8 text encoder and fp8 K/V"
 
 
@@ -44,6 +45,7 @@ TOGETHER = "nvfp4 transformer, fp8 text encoder and fp8 K/V"
         (10 * GB, request(4), {}, [f"2 references with {TOGETHER}"]),
         (15 * GB, request(4, batch=2, text_tokens=8192), {}, [f"batch 1 with {TOGETHER}"]),
         (5 * GB, request(4), {}, []),
+        (5 * GB, request(4), {"footprint": SMALL}, []),
         # A host has fewer choices.
         (
             6_200_000_000,
