@@ -248,7 +248,8 @@ def compiler():
         pytest.skip(f"torch.compile needs a C++ compiler on a CPU: {error}")
     torch.compiler.reset()
     counters.clear()
-    yield
+    with torch._inductor.config.patch({"cpp_cache_precompile_headers": False}):
+        yield
     torch.compiler.reset()
 
 
