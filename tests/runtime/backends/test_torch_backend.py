@@ -248,8 +248,7 @@ def compiler():
         pytest.skip(f"torch.compile needs a C++ compiler on a CPU: {error}")
     torch.compiler.reset()
     counters.clear()
-    with torch._inductor.config.patch({"cpp_cache_precompile_headers": False}):
-        yield
+    yield
     torch.compiler.reset()
 
 
