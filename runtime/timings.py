@@ -70,7 +70,7 @@ class Timings:
     @property
     def stages(self) -> float:
         """All stages together; the rest of `total` is the host's own work."""
-        once = sum(getattr(self, name) for name in _ONCE)
+        once: float = sum(getattr(self, name) for name in _ONCE)
         return once + sum(self.cached_steps) + sum(self.plain_steps)
 
     def to_dict(self) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class TrtBackend:
         self._graphs = graphs or manifest.graphs
         built = open_engines(artifacts, manifest, self._graphs, engines)
         self._trt = trt or load_module(built.module)
-        built = built.for_module(self._trt.__name__, module_version(self._trt))
+        name, version = self._trt.__name__, module_version(self._trt)
+        built.for_module(name, version)  # before a GPU is asked for
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
@@ -111,7 +112,7 @@ class TrtBackend:
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory:
-                self._engines = built.for_sm(self._memory.compute_capability)
+                self._engines = built.for_device(name, version, self._memory.compute_capability)
                 virtual = VirtualMemory(self._memory)
                 self._kv = KvMemory(self._memory, virtual)
                 self._scratch = Scratch(self._memory, virtual)
@@ -380,7 +381,7 @@ class TrtBackend:
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
         """Weights on the device; those that are not there yet go into one piece of memory."""
-        placed = {ref: self._weights[ref] for ref in refs.values() if ref in self._weights}
+        placed = {ref: held for ref in refs.values() if (held := self._weights.get(ref)) is not None}
         missing = set(refs.values()) - placed.keys()
         if missing:
             slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in missing),), "uint8")
