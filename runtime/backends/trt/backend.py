@@ -381,7 +381,7 @@ class TrtBackend:
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
         """Weights on the device; those that are not there yet go into one piece of memory."""
-        placed = {ref: held for ref in refs.values() if (held := self._weights.get(ref)) is not None}
+        placed = {ref: held for ref in refs.values() if (held := self._weights.get(ref))}
         missing = set(refs.values()) - placed.keys()
         if missing:
             slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in missing),), "uint8")
