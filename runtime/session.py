@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -236,11 +237,13 @@ class Session:
 
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""
-        weights = self._component_weights(self._built_graphs())
+        built = self._built_graphs()
+        weights = self._component_weights(built)
         available = self.backend.available_memory()
         request = flagship_request(self._graphs.variant, self._config)
+        request = replace(request, stages=tuple(x for x in request.stages if x in built))
         besides = 0
-        if any(weights.values()):
+        if request.stages and any(weights.values()):
             stages = self._make(request, available).stages
             besides = max(stage.passing for stage in stages) + available // _MARGIN
         kv_bytes = self._footprint(request).kv_bytes(request)

@@ -132,11 +132,20 @@ def test_an_edit_inside_a_mask_stays_on_the_device(tiny_artifacts, engines, pict
         assert_replays(counts, least=10)  # text, the image, three steps, four mixtures, pixels
 
 
-def test_engines_of_an_earlier_build_are_named(tiny_artifacts, tmp_path, pictures):
-    machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path, sizes=sizes_of(0)))
-    pipe = KleinKVInpaintPipeline.from_pipe(machine.pipe)
+def test_engines_that_were_not_built_are_named_when_they_are_asked_for(
+    tiny_artifacts, tmp_path, pictures, expected
+):
+    """Regression: the default budget for references asked for all of them."""
+    folder = make_engines(tiny_artifacts, tmp_path / "old", sizes=sizes_of(0))
+    pipe = KleinKVInpaintPipeline.from_pipe(Machine(tiny_artifacts, folder).pipe)
     with pytest.raises(ArtifactError, match=r"no engine of blend, only of .*klein-kv build"):
         pipe("a kite", image=pictures[0], strength=0.5)
+
+    few = {graph: sizes_of(0)[graph] for graph in ("text_encoder", "cached_step", "vae_decoder")}
+    machine = Machine(tiny_artifacts, make_engines(tiny_artifacts, tmp_path / "few", sizes=few))
+    np.testing.assert_allclose(machine(), expected(), atol=1e-5)
+    with pytest.raises(ArtifactError, match=r"no engine of first_step, only of .*klein-kv build"):
+        machine(pictures[:1])
 
 
 def test_batches_and_repeated_prompts_stay_on_the_device(
