@@ -4,8 +4,8 @@ Three runs of the same requests in torch, from the same noise: float32, bfloat16
 layers simulated (`quantized_torch_ops`). float32 is the judge; what bfloat16 loses against it is
 the noise floor below which nothing can be told. Errors are given
 
-    by layer    on the layer's own inputs: output of the quantized layer against its own weight
-    by block    on the block's inputs in float32
+    by layer    on its inputs in float32: output of the quantized layer against its own weight
+    by block    on its inputs in float32
     end to end  text, reference keys and values, latents after each step, and images
 
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
@@ -25,13 +25,13 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import UNREAD_TEXT, check_weights, read_folder
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
     component_weights,
 )
-from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
+from klein_kv.export.checks.block_ops import ComparingOps
 from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
@@ -56,7 +56,6 @@ __all__ = [
 ]
 
 _STEPS, _WORST = 4, 5
-
 
 Three = tuple[TorchOps, TorchOps, TorchOps]
 """A network in float32, which is the judge, in bfloat16 and in the precision."""
@@ -85,24 +84,17 @@ class Likeness:
 
 @dataclass(slots=True)
 class QualityReport:
-    """Everything that was measured.
-
-    Attributes:
-        reference: whose weights the float32 and bfloat16 runs used.
-        samples: number of requests.
-        bounds: relative error of each quantized layer above which it is more than rounding.
-        layers: errors of those that were run, against their own weights.
-        ends: text, keys and values, latents.
-        images: of each request, of the precision and of bfloat16.
-    """
+    """Everything that was measured."""
 
     precision: str
-    reference: str
-    samples: int
-    bounds: dict[str, float]
+    reference: str  # whose weights the float32 and bfloat16 runs used
+    samples: int  # number of requests
+    bounds: dict[str, float]  # relative error of each layer above which it is more than rounding
+    # of the layers that were run, against their own weights
     layers: dict[str, Difference] = field(default_factory=dict)
     blocks: dict[str, Errors] = field(default_factory=dict)
-    ends: dict[str, Errors] = field(default_factory=dict)
+    ends: dict[str, Errors] = field(default_factory=dict)  # text, keys and values, latents
+    # of each request, of the precision and of bfloat16
     images: dict[str, tuple[Likeness, Likeness]] = field(default_factory=dict)
 
     @property
@@ -169,23 +161,19 @@ def measure_quality(
         },
     )
 
-    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
-        report.blocks.setdefault(block, Errors()).add(judge, *others)
+    def note(block: str, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
+        report.blocks.setdefault(block, Errors()).add(judge, floor, subject)
 
     def networks(component: str) -> Three:
         own = component_weights(artifacts, manifest, component)
         reference = own if checkpoint is None else _reference(checkpoint, manifest, component)
         dtype: torch.dtype = getattr(torch, manifest.dtype)
-        weights = MappedWeights(own, dtype, device)
-        exact = MappedWeights(reference, torch.float32, device)
-        floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
-        layers = linears.get(component, {})
         fp8 = scales if attention and component == "transformer" else None
-        comparing = ComparingOps(weights, dtype, layers, report.layers, fp8)
-        if component == "text_encoder":  # it has no blocks that could be run alone
-            return TorchOps(exact, torch.float32), floor, comparing
-        judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
-        return judge, floor, QuantizedOps(weights, dtype, layers, fp8)
+        weights = MappedWeights(own, dtype, device)
+        subject = QuantizedOps(weights, dtype, linears.get(component, {}), fp8)
+        floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
+        exact = MappedWeights(reference, torch.float32, device)
+        return ComparingOps(exact, floor, subject, report.layers, note), floor, subject
 
     text, transformer = networks("text_encoder"), networks("transformer")
     vae = FloatVae(artifacts, manifest)
@@ -210,18 +198,16 @@ def measure_quality(
 
 
 def _reference(checkpoint: Path, manifest: Manifest, component: str) -> Mapping[str, WeightRef]:
-    index = WeightIndex.from_folder(checkpoint / component, component)
-    index.expect(
-        component_parameters(manifest.config, component),
-        ignore=("model.layers.", "model.norm.", "lm_head."),
-    )
-    wrong = [name for name, weight in index.items() if not isinstance(weight, WeightRef)]
+    weights = read_folder(checkpoint / component, component)
+    shapes = component_parameters(manifest.config, component)
+    check_weights(component, weights, shapes, UNREAD_TEXT)
+    wrong = [name for name, weight in weights.items() if not isinstance(weight, WeightRef)]
     if wrong:
         raise RequestError(
             f"{checkpoint}: {wrong[0]} is quantized, expected the checkpoint that quantized "
             "weights are measured against, in bf16 or float32"
         )
-    return {name: weight for name, weight in index.items() if isinstance(weight, WeightRef)}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, WeightRef)}
 
 
 def _run(
@@ -310,7 +296,7 @@ def text_from_report(report: QualityReport) -> str:
             for name, x in rows.items()
         ]
     title = f"the {len(worst)} worst of {len(report.layers)} layers"
-    lines.append(f"\n{title}, on their own inputs, to their own weights")
+    lines.append(f"\n{title}, on their inputs in fp32, to their own weights")
     for name in worst:
         mark = "  FAILED" if name in report.failed else ""
         lines.append(f"{name:48} {_columns(report.layers[name])}{mark}")

@@ -17,10 +17,7 @@ from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.runtime.planning.edit_plan import EditPlan, PlanOptions, plan_artifacts
 from klein_kv.runtime.planning.footprint import base_footprint
 from klein_kv.runtime.planning.memory_plan import RESERVED, Stage
@@ -37,7 +34,7 @@ def unique_bytes(folder, blocks):
     """Bytes of the tensors that are read, from the headers of a checkpoint's files."""
     nbytes = {}
     for part in ("transformer", "text_encoder", "vae"):
-        index = WeightIndex.from_folder(folder / part, part)
+        index = read_folder(folder / part, part)
         unread = ("lm_head.", "model.norm.", *(f"model.layers.{i}." for i in range(blocks, 99)))
         nbytes[part] = sum(
             ref.nbytes
@@ -193,27 +190,19 @@ def test_klein_9b_on_a_32_gb_card(klein_export):
 # --- quantized precisions ---
 
 
-@pytest.fixture(scope="module")
-def quantized(tiny_bf16_artifacts, tmp_path_factory):
-    """The tiny artifacts in bfloat16 and in nvfp4."""
-    folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_bf16_artifacts, folder)
-    recipe = QuantizationRecipe.load("nvfp4")
-    quantize_artifacts(folder, recipe, make_samples(1, size=(128, 128)), text_tokens=32)
-    return folder
-
-
-def test_quantized_weights_are_those_of_the_files(quantized, tiny_bf16_artifacts):
+def test_quantized_weights_are_those_of_the_files(quantized_bf16_artifacts, tiny_bf16_artifacts):
     """What is planned from shapes before they are made is what they then take."""
     planned = one(tiny_bf16_artifacts, precisions=("nvfp4",)).first.footprint
-    made = one(quantized, precisions=("nvfp4",)).first.footprint
+    made = one(quantized_bf16_artifacts, precisions=("nvfp4",)).first.footprint
     networks = {"transformer": "nvfp4", "text_encoder": "fp8"}
     assert made.precisions == planned.precisions == networks
     assert dict(made.weights) == dict(planned.weights)
     # Independent of the planner: numbers and block scales of the files, and what stays as it is.
-    full = base_footprint(quantized, Manifest.load(quantized)).weights
+    full = base_footprint(quantized_bf16_artifacts, Manifest.load(quantized_bf16_artifacts)).weights
     for component, name in networks.items():
-        held = read_header(quantized / component / f"{name}.safetensors", quantized=True)
+        held = read_header(
+            quantized_bf16_artifacts / component / f"{name}.safetensors", quantized=True
+        )
         originals = sum(2 * prod(r.shape) for n, r in held.items() if not n.endswith(BLOCK_SCALES))
         stored = sum(ref.nbytes for ref in held.values())
         assert made.weights[component] == full[component] - originals + stored
@@ -237,14 +226,14 @@ ATTENTION = STATIC | {"attention": "fp8"}
     ],
 )
 def test_engines_count_for_what_they_were_built_from(
-    engine, kind, asked, counts, built, quantized, tmp_path
+    engine, kind, asked, counts, built, quantized_bf16_artifacts, tmp_path
 ):
     """Attention in float8 falls back to engines that share its keys and values."""
-    digest = Manifest.load(quantized).files[f"transformer/{engine}.onnx"].digest
+    digest = Manifest.load(quantized_bf16_artifacts).files[f"transformer/{engine}.onnx"].digest
     engines = EngineManifest.load(built / ENGINES)
     record = replace(engines.engines["cached_step"], onnx_digest=digest)
     replace(engines, engines={"cached_step": record}, **kind).save(tmp_path)
-    first = one(quantized, precisions=("nvfp4",), engines=tmp_path, **asked).first
+    first = one(quantized_bf16_artifacts, precisions=("nvfp4",), engines=tmp_path, **asked).first
     expected = tmp_path.name if counts else "estimated"
     assert stage_of(first, "cached_step").scratch_source == expected
 
