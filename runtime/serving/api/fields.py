@@ -300,7 +300,8 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
     if first["type"] == "extra_forbidden":
         raise ServiceError("unknown_parameter", f"{name} is not known here", name)
     code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else "invalid_value"
-    got = f" is {first['input']!r:.40}" if type(first["input"]) in (int, float) else ""
+    value = first["input"]
+    got = f" is {value!r:.40}" if isinstance(value, int | float | str) else ""
     text = first["msg"].removeprefix("Value error, ")
     raise ServiceError(code, f"{name}{got}: {text[:1].lower()}{text[1:]}", name)
 
