@@ -112,7 +112,7 @@ def test_a_changed_engine_is_refused(engines: Path, inspect: Callable[..., Any])
     assert "changed or damaged" in error
 
 
-def test_a_lora_is_matched(tiny_artifacts: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_lora_is_matched(short_artifacts: Path, tmp_path: Path, capsys: Any) -> None:
     path, module = tmp_path / "style.safetensors", "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {"lora_down.weight": torch.ones(3, 64), "lora_up.weight": torch.ones(192, 3)}
     tensors |= {"alpha": torch.tensor(1.5)}
@@ -130,11 +130,11 @@ def test_a_lora_is_matched(tiny_artifacts: Path, tmp_path: Path, capsys: Any) ->
     }
     tensors = load_file(path) | {"lora_te_x.alpha": torch.ones(())}
     save_file(tensors, path)
-    assert main(["inspect", str(path), "--artifacts", str(tiny_artifacts), "-q", "--json"]) == 0
+    assert main(["inspect", str(path), "--artifacts", str(short_artifacts), "-q", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     names = [f"transformer_blocks.0.attn.to_{part}.weight" for part in "kqv"]
     assert (value["tensors"], value["unmatched"]) == (names, ["lora_te_x.alpha"])
-    assert main(["inspect", str(path), "--artifacts", str(tiny_artifacts)]) == 0
+    assert main(["inspect", str(path), "--artifacts", str(short_artifacts)]) == 0
     out = capsys.readouterr().out
     assert "format    kohya" in out
     assert "changes   3 of " in out
@@ -142,12 +142,12 @@ def test_a_lora_is_matched(tiny_artifacts: Path, tmp_path: Path, capsys: Any) ->
     path.write_bytes(b"PK\x03\x04")
     assert main(["inspect", str(path)]) == 1
     assert "is a pickle" in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path), "--artifacts", str(tiny_artifacts)]) == 1
+    assert main(["inspect", str(tmp_path), "--artifacts", str(short_artifacts)]) == 1
     assert "is no file" in capsys.readouterr().err
 
 
-def test_a_gpu_is_a_matter_of_engines(tiny_artifacts: Path, capsys: Any) -> None:
-    assert main(["inspect", str(tiny_artifacts), "--gpu", "rtx5090"]) == 1
+def test_a_gpu_is_a_matter_of_engines(short_artifacts: Path, capsys: Any) -> None:
+    assert main(["inspect", str(short_artifacts), "--gpu", "rtx5090"]) == 1
     assert "holds no engines" in capsys.readouterr().err
-    assert main(["inspect", str(tiny_artifacts), "--polygraphy"]) == 0
+    assert main(["inspect", str(short_artifacts), "--polygraphy"]) == 0
     assert capsys.readouterr().out.count("polygraphy run ") == 9

@@ -28,8 +28,6 @@ def diffusers_scheduler(
     """Part 6 of Flux2KleinKVPipeline.__call__, with its own functions."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-    if hasattr(scheduler.config, "use_flow_sigmas") and scheduler.config.use_flow_sigmas:
-        sigmas = None
     mu = reference.compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
     reference.retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
     return scheduler
@@ -50,7 +48,7 @@ def test_mu(tokens: int, steps: int) -> None:
     assert empirical_mu(tokens, steps) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tokens=st.integers(1, 20_000), steps=st.integers(1, 60), data=st.data())
 def test_equals_diffusers(tokens: int, steps: int, data: st.DataObject) -> None:
     below_one = st.floats(2**-10, 1 - 2**-10)
@@ -59,10 +57,10 @@ def test_equals_diffusers(tokens: int, steps: int, data: st.DataObject) -> None:
     assert_same(make_schedule(KLEIN, steps, tokens, sigmas), theirs)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 @pytest.mark.parametrize("tokens", [64, 1024, 4096, 4300, 4301, 16384])
-def test_klein_sizes(tokens: int, steps: int) -> None:
-    assert_same(make_schedule(KLEIN, steps, tokens), diffusers_scheduler(KLEIN, steps, tokens))
+def test_klein_sizes(tokens: int) -> None:
+    for steps in (1, 2, 4, 50):
+        assert_same(make_schedule(KLEIN, steps, tokens), diffusers_scheduler(KLEIN, steps, tokens))
 
 
 def test_custom_sigmas_set_the_number_of_steps_but_not_the_shift() -> None:
@@ -77,9 +75,10 @@ def test_custom_sigmas_of_zero_and_as_array() -> None:
     sigmas = np.array([1.0, 0.25, 0.0])
     ours = make_schedule(KLEIN, 4, 1024, sigmas)
     with np.errstate(divide="ignore"):
-        theirs = diffusers_scheduler(KLEIN, 4, 1024, sigmas)
-    assert_same(ours, theirs)
+        assert_same(ours, diffusers_scheduler(KLEIN, 4, 1024, sigmas))
     assert ours.sigmas.tolist()[-2:] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="read-only"):
+        ours.sigmas[0] = 2.0
 
 
 @pytest.mark.parametrize(
@@ -165,8 +164,3 @@ def test_rounding_equals_torch(dtype: str, values: list[float]) -> None:
 def test_rounding_to_another_type_is_refused() -> None:
     with pytest.raises(RequestError, match="float8"):
         round_to_dtype(np.zeros(1, np.float32), "float8")
-
-
-def test_schedule_is_read_only() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        make_schedule(KLEIN, 4, 1024).sigmas[0] = 2.0

@@ -86,14 +86,6 @@ def test_tensors(graph: str) -> None:
         assert all(x == signature.output(x.name) for x in specs if specs is signature.outputs)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtype_is_that_of_the_activations(dtype: str) -> None:
-    signature = make_signature("first_step", KLEIN_9B, dtype)
-    floats = {spec.dtype for spec in signature.outputs} | {signature.input("hidden_states").dtype}
-    assert floats == {dtype}
-    assert signature.input("timestep").dtype == "float32"
-
-
 def test_every_block_has_its_own_tensors() -> None:
     assert kv_names(2) == ["k_ref.0", "v_ref.0", "k_ref.1", "v_ref.1"]
     assert kv_names(1, KVFormat.FP8_PER_HEAD) == [
@@ -163,16 +155,11 @@ def test_keys_and_values_in_another_type() -> None:
         make_signature("first_step", KLEIN_9B, "bfloat16", "float16")
 
 
-def test_symbols() -> None:
-    signature = make_signature("cached_step", KLEIN_9B, "float32")
+def test_symbols_and_sizes() -> None:
+    signature = make_signature("cached_step", KLEIN_9B, "bfloat16")
     assert signature.symbols == ("batch", "image_tokens", "text_tokens", "ref_tokens")
-    assert make_signature("vae_encoder", KLEIN_9B, "float32").symbols == ("height", "width")
-
-
-def test_concrete_shape_and_bytes() -> None:
-    spec = make_signature("cached_step", KLEIN_9B, "bfloat16").input("k_ref.7")
+    spec = signature.input("k_ref.7")
     assert spec.concrete({"ref_tokens": 0}) == (1, 0, 32, 128)
-    assert spec.nbytes({"ref_tokens": 0}) == 0
     assert spec.nbytes({"ref_tokens": 16384}) == 128 << 20
     with pytest.raises(KeyError):
         spec.concrete({"batch": 1})

@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from klein_kv.artifacts.config import ITEM_SIZE
 from klein_kv.artifacts.weights import (
     NUMPY_DTYPES,
+    graph_weights,
     map_weight,
     read_header,
     read_metadata,
     safetensors_header,
+    save_graph_weights,
 )
-from klein_kv.errors import CheckpointError
+from klein_kv.errors import ArtifactError, CheckpointError
 
 SHARED_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -105,16 +107,12 @@ def test_rows_are_a_range_of_bytes(tmp_path: Path) -> None:
         (b"\x08\0\0", "not a whole safetensors file"),
         (file_of(b"", length=0), "not a safetensors file"),
         (file_of({}, length=1 << 62), "claims 4611686018427387904 bytes"),
-        (file_of({}, length=200_000_000), "claims 200000000 bytes"),
         (file_of({}, length=3), "claims 3 bytes"),
         (file_of(b"{not json"), "not a safetensors file"),
         (file_of(b"\xff\xfe{}"), "not a safetensors file"),
         (file_of(b"[" * 100_000), "not a safetensors file"),
         (file_of([1, 2]), "no JSON object"),
-        (file_of("text"), "no JSON object"),
-        (file_of(None), "no JSON object"),
         (file_of({"a": None}), "header entry of a is malformed"),
-        (file_of({"a": [1, 2]}), "header entry of a is malformed"),
         (file_of({"a": {}}), "header entry of a is malformed"),
         (file_of({"a": entry(shape=5)}, bytes(8)), "malformed"),
         (file_of({"a": entry(offsets=[0])}, bytes(8)), "malformed"),
@@ -152,8 +150,7 @@ def test_damage_is_refused(content: bytes, message: str, write: Callable[..., Pa
         read_header(path)
     assert str(path) in str(caught.value)
     if not message.startswith("dtype F"):  # of the types that klein-kv does not read
-        with pytest.raises(SafetensorError):
-            safe_open(path, "np")
+        assert open_or_none(path) is None
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -163,16 +160,16 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
-@pytest.mark.parametrize("metadata", [[], "x", {"a": 1}, {"a": None}, {"a": "\ud800"}])
-def test_metadata_that_is_no_texts(metadata: Any, write: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match="the metadata is no JSON object of texts"):
-        read_metadata(write(file_of({"__metadata__": metadata})))
-
-
 def test_pickle_is_refused_unopened(write: Callable[..., Path]) -> None:
     path = write(b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix")
     with pytest.raises(CheckpointError, match="only safetensors is read"):
         read_header(path)
+
+
+@pytest.mark.parametrize("metadata", [[], "x", {"a": 1}, {"a": None}, {"a": "\ud800"}])
+def test_metadata_that_is_no_texts(metadata: Any, write: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="the metadata is no JSON object of texts"):
+        read_metadata(write(file_of({"__metadata__": metadata})))
 
 
 VALUES = st.recursive(
@@ -206,13 +203,15 @@ def assert_parsed_or_refused(path: Path) -> None:
     assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
 
 
-@SHARED_FOLDER
-@given(content=st.binary(max_size=200))
-def test_any_bytes(content: bytes, write: Callable[..., Path]) -> None:
-    assert_parsed_or_refused(write(content))
+def open_or_none(path: Path) -> Any:
+    """The library's reader, or None where it refuses the file."""
+    try:
+        return safe_open(path, "np")
+    except SafetensorError:
+        return None
 
 
-@SHARED_FOLDER
+@settings(SHARED_FOLDER, max_examples=40)
 @given(header=HEADERS | VALUES, size=st.integers(0, 80))
 def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
     assert_parsed_or_refused(write(file_of(header, bytes(size))))
@@ -231,39 +230,82 @@ def test_any_cut_or_flipped_bit(
     tensors = {f"t{i}": ("float32", tuple(shape)) for i, shape in enumerate(shapes)}
     content = bytearray(safetensors_header(tensors))
     content += bytes(sum(4 * int(np.prod(shape)) for shape in shapes))
-    whole = write(bytes(content))
-    refs = read_header(whole)
+    refs = read_header(write(bytes(content)))
     assert {name: ref.shape for name, ref in refs.items()} == {
         n: s for n, (_, s) in tensors.items()
     }
     if cut < len(content):
-        short = write(bytes(content[:cut]), "short.safetensors")
         with pytest.raises(CheckpointError):
-            read_header(short)
+            read_header(write(bytes(content[:cut])))
     if flip < len(content):
         content[flip] ^= 1 << bit
-        flipped = write(bytes(content), "flipped.safetensors")
+        flipped = write(bytes(content))
         assert_parsed_or_refused(flipped)
-        with safe_open_or_none(flipped) as theirs:
-            if theirs is not None and all(  # NumPy has no bfloat16; other types are not ours
-                theirs.get_slice(name).get_dtype() in ("F32", "F16", "I64", "U8")
-                for name in theirs.keys()  # noqa: SIM118
-            ):
-                assert set(read_header(flipped)) == set(theirs.keys())
+        theirs = open_or_none(flipped)
+        if theirs is not None:
+            names = set(theirs.keys())
+            # NumPy has no bfloat16; other types are not ours
+            if {theirs.get_slice(name).get_dtype() for name in names} <= {
+                "F32",
+                "F16",
+                "I64",
+                "U8",
+            }:
+                assert set(read_header(flipped)) == names
 
 
-class safe_open_or_none:  # noqa: N801
-    """The library's reader, or None where it refuses the file."""
+# --- weight tables ---
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = safe_open(path, "np")
-        except SafetensorError:
-            self.file = None
 
-    def __enter__(self) -> Any:
-        return self.file.__enter__() if self.file else None
+def test_table_is_written_and_read(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, 2), "v": torch.zeros(3)}, tmp_path / "x.safetensors")
+    refs = read_header(tmp_path / "x.safetensors")
+    table = {"w[1:3]": refs["w"].rows(1, 3), "v": refs["v"]}
+    save_graph_weights(tmp_path / "x.weights.json", table)
+    assert graph_weights(tmp_path, "x.onnx") == table
 
-    def __exit__(self, *error: object) -> None:
-        if self.file:
-            self.file.__exit__(*error)
+
+PLACE = ["x.safetensors", 8, 32, "float32", [4, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: "../outside"}, "leaves the folder"),
+        ({0: "/etc/hostname"}, "leaves the folder"),
+        ({0: "link"}, "outside the folder"),
+        ({0: "none.safetensors"}, "cannot be read"),
+        ({0: "nul\0"}, "cannot be read"),
+        ({0: None}, "cannot be read"),
+        ({1: -1}, "is said to take bytes"),
+        ({1: 9}, "is said to take bytes 9 to 41 of x.safetensors, which has 40"),
+        ({1: "0"}, "cannot be read"),
+        ({1: 1.5}, "cannot be read"),
+        ({2: 4}, "is said to take bytes"),
+        ({2: 1 << 60, 4: [1 << 58]}, "is said to take bytes"),
+        ({3: "float64"}, "cannot be read"),
+        ({3: ["float32"]}, "cannot be read"),
+        ({4: [4, 1]}, "is said to take bytes"),
+        ({4: [-4, -2]}, "is said to take bytes"),
+        ({4: "64"}, "cannot be read"),
+        ({4: [4.0, 2]}, "cannot be read"),
+        ({4: 8}, "cannot be read"),
+    ],
+)
+def test_bad_weight_table(change: dict[int, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(bytes(40))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "x.safetensors").write_bytes(bytes(40))
+    (folder / "link").symlink_to(tmp_path / "outside")
+    place = [change.get(column, value) for column, value in enumerate(PLACE)]
+    (folder / "x.weights.json").write_text(json.dumps({"w": place}))
+    with pytest.raises(ArtifactError, match=message):
+        graph_weights(folder, "x.onnx")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1]}', "[" * 100_000])
+def test_unreadable_weight_table(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.weights.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"x\.weights\.json cannot be read"):
+        graph_weights(tmp_path, "x.onnx")
