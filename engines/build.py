@@ -21,7 +21,7 @@ from klein_kv.artifacts.engines.engine_manifest import (
     PACKED_SUFFIX,
     EngineManifest,
 )
-from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.engines.targets import (
     Target,
     check_precision,
@@ -264,12 +264,7 @@ def _record(
         outputs=built.outputs,
         weights=weights,
         profiles=tuple(
-            ProfileRecord(
-                profile.name,
-                dict(profile.symbols),
-                profile.shapes,
-                scratch,
-            )
+            replace(profile, scratch_bytes=scratch)
             for profile, scratch in zip(task.profiles, built.scratch_bytes, strict=True)
         ),
         scratch_bytes=max(built.scratch_bytes),

@@ -3,17 +3,18 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.engines.rewrite.graph_rewrite import Graph, read_graph
-from klein_kv.engines.sizes.profiles import EngineProfile, engine_profiles
+from klein_kv.engines.sizes.profiles import engine_profiles
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 
@@ -32,7 +33,7 @@ class BuildTask:
 
     graph: str
     source: Graph
-    profiles: list[EngineProfile]
+    profiles: list[ProfileRecord]
     onnx_digest: str
     key: str
 
@@ -114,7 +115,7 @@ def make_task(
         "version": engines.version,
         "sm": engines.sm,
         "shared": shared,
-        "profiles": [asdict(profile) for profile in profiles],
+        "profiles": [{"name": x.name, "symbols": x.symbols, "shapes": x.shapes} for x in profiles],
         # Weights of inputs may change without a new engine; embedded ones are part of it.
         "weights": [] if shared else _weight_digests(artifacts, manifest, source),
     }

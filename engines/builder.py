@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import psutil
 
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.engines.targets import Target, compute_capability
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.progress import make_monitor
 from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
-from klein_kv.engines.sizes.profiles import EngineProfile
 from klein_kv.errors import BackendError, BuildError, CapacityError
 from klein_kv.machine import peak_memory
 
@@ -54,7 +54,7 @@ def build_engine(
     trt: Any,
     name: str,
     graph: Graph,
-    profiles: Sequence[EngineProfile],
+    profiles: Sequence[ProfileRecord],
     target: Target,
     progress: bool | None = None,
 ) -> BuiltEngine:
@@ -194,7 +194,7 @@ def _tensors(
 
 
 def _configure(
-    trt: Any, builder: Any, profiles: Sequence[EngineProfile], capability: Any, target: Target
+    trt: Any, builder: Any, profiles: Sequence[ProfileRecord], capability: Any, target: Target
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

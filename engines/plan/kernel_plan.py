@@ -6,16 +6,15 @@ enough to see what is computed in low precision (`applied`), and to price a plan
 """
 
 import json
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from klein_kv.artifacts.config import text_of
 from klein_kv.errors import MALFORMED, ArtifactError, BuildError
+from klein_kv.json_values import from_json
 
 __all__ = ["FORMAT", "Kernel", "KernelPlan", "Operand", "parse_line"]
 
@@ -147,14 +146,8 @@ class KernelPlan:
             value = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
                 raise ArtifactError(f"{path} is not a kernel plan of this klein-kv; build again")
-            kernels = tuple(_kernel_from_json(kernel) for kernel in value["kernels"])
-            return cls(
-                text_of(value["graph"]),
-                text_of(value["engine"]),
-                kernels,
-                int(value["scratch_bytes"]),
-                tuple(map(text_of, value["weights"])),
-            )
+            plan: Self = from_json(cls, value)
+            return plan
         except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error!r}; build again") from error
 
@@ -192,26 +185,3 @@ def _operands(text: str) -> list[Operand]:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",")) if text else ()
-
-
-def _kernel_from_json(value: dict[str, Any]) -> Kernel:
-    def operands(key: str) -> tuple[Operand, ...]:
-        return tuple(
-            Operand(
-                text_of(o["name"]),
-                tuple(map(operator.index, o["dims"])),
-                tuple(map(operator.index, o["strides"])),
-                text_of(o["dtype"]),
-            )
-            for o in value[key]
-        )
-
-    return Kernel(
-        text_of(value["name"]),
-        text_of(value["kind"]),
-        operands("inputs"),
-        operands("constants"),
-        operands("outputs"),
-        tuple(map(text_of, value["onnx_layers"])),
-        int(value["stream"]),
-    )

@@ -5,12 +5,11 @@ stay inside the folder.
 """
 
 import json
-import operator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json, text_of
+from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json
 from klein_kv.artifacts.digest import (
     combine_digests,
     file_digest,
@@ -30,6 +29,7 @@ from klein_kv.artifacts.signature import (
     quantized_graph_sets,
 )
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError, RequestError
+from klein_kv.json_values import from_json
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
@@ -193,21 +193,8 @@ class Manifest:
             if "num_levels" in value["config"]["vae"]:  # a folder from before the VAE was described
                 vae = read_json(folder / "vae/config.json", "vae config")
                 value["config"]["vae"] = asdict(VaeConfig.from_dict(vae))
-            manifest = cls(
-                model_id=text_of(value["model_id"]),
-                variant=value["variant"],
-                dtype=value["dtype"],
-                config=ModelConfig.from_saved(value["config"]),
-                scheduler={**value["scheduler"]},
-                prompt=PromptFormat(**value["prompt"]),
-                files={name: _file_record(**record) for name, record in value["files"].items()},
-                licence=text_of(value["licence"]),
-                distilled=bool(value.get("distilled", True)),
-                precisions={
-                    name: {component: text_of(files) for component, files in networks.items()}
-                    for name, networks in value.get("precisions", {}).items()
-                },
-            )
+            known = {field.name for field in fields(cls)}
+            manifest: Self = from_json(cls, {x: value[x] for x in known & value.keys()})
         except (*MALFORMED, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
@@ -266,10 +253,6 @@ class Manifest:
                     f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
                     f"{expected}; it was changed or damaged, export the checkpoint again"
                 )
-
-
-def _file_record(bytes: int, digest: str, sha256: str = "") -> FileRecord:  # noqa: A002
-    return FileRecord(operator.index(bytes), text_of(digest), text_of(sha256))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

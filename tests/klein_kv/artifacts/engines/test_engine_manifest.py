@@ -107,7 +107,7 @@ def test_paths_stay_in_their_folders(folder: Path) -> None:
         ({"engines": {"x": asdict(RECORD) | {"scratch_bytes": 1e999}}}, "incomplete"),
         ({"engines": {"x": asdict(RECORD) | {"sha256": [1]}}}, "incomplete"),
         (
-            {"engines": {"x": asdict(replace(RECORD, profiles=(replace(PROFILE, shapes=BENT),)))}},
+            {"engines": {"x": asdict(RECORD) | {"profiles": [asdict(PROFILE) | {"shapes": BENT}]}}},
             "incomplete.* numbers of axes",
         ),
     ],
