@@ -3,6 +3,7 @@
 `pytest tests/test_killed.py --kills 50` does so more often.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -34,6 +35,7 @@ Job = Callable[[Path], object]
 
 def start(work: Callable[[], object]) -> int:
     """Runs it in a process that has all libraries loaded already; returns its number."""
+    gc.collect()  # a child that ended a session of ONNX Runtime would wait for threads it has not
     pid = os.fork()
     if pid:
         return pid
