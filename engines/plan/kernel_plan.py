@@ -40,11 +40,6 @@ ITEM_BITS = {
 # The builder's stream synchronisation and shape arithmetic on the host: no work for the GPU.
 _NO_KERNEL = ("signal", "wait", "shape_call")
 
-_FIELDS = (
-    ("Inputs: ", ", Constants: "),
-    ("Constants: ", ", Outputs: "),
-    ("Outputs: ", ", TacticName: "),
-)
 _OPERAND = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], "
     r"Strides: \[(?P<strides>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)"
@@ -60,11 +55,6 @@ class Operand:
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-
-    @property
-    def known(self) -> bool:
-        """Whether every dimension is a number."""
-        return all(dim >= 0 for dim in self.dims)
 
     @property
     def elements(self) -> int:
@@ -93,8 +83,7 @@ class Kernel:
     @property
     def operation(self) -> str:
         """The name without what makes it unique: equal for equal kernels of different blocks."""
-        match = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
-        return match[1] if match else self.name
+        return re.sub(r"^_*(myl_)?|(_U\d+)?(_myl\d+_\d+)?$", "", self.name)
 
     @property
     def is_attention(self) -> bool:
@@ -116,7 +105,7 @@ class KernelPlan:
     def known(self) -> bool:
         """Whether every operand has concrete dimensions: not so for dynamic shapes."""
         return all(
-            operand.known
+            min(operand.dims, default=0) >= 0
             for kernel in self.kernels
             for operand in (*kernel.inputs, *kernel.constants, *kernel.outputs)
         )
@@ -160,17 +149,21 @@ def parse_line(line: str) -> Kernel:
             f"cannot read the builder's kernel plan: expected 'Name: ..., LayerType: ..., "
             f"Inputs: ...', got {line[:120]!r}"
         )
-    operands = []
-    for start, end in _FIELDS:
-        text, closing, _ = line.partition(start)[2].partition(end)
-        operands.append(tuple(_operands(text)) if closing else ())
+    inputs, constants, outputs = (
+        tuple(_operands(line.partition(f"{field}: [")[2].partition(end)[0]))
+        for field, end in (
+            ("Inputs", ", Constants: "),
+            ("Constants", ", Outputs: "),
+            ("Outputs", ", TacticName: "),
+        )
+    )
     stream = re.search(r", StreamId: (\d+)", line)
     return Kernel(
         name=head["name"],
         kind=head["kind"],
-        inputs=operands[0],
-        constants=operands[1],
-        outputs=operands[2],
+        inputs=inputs,
+        constants=constants,
+        outputs=outputs,
         onnx_layers=tuple(_ONNX_LAYER.findall(line.rpartition("Metadata: ")[2])),
         stream=int(stream[1]) if stream else 0,
     )
