@@ -37,6 +37,7 @@ from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
 from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.machine import peak_memory
 from klein_kv.unfinished import remove_leftovers
 
 __all__ = ["build_artifacts", "engine_folder"]
@@ -205,15 +206,13 @@ def _build_one(
     """Builds one engine, checks its kernel plans, and writes it and the manifest that names it."""
     graph = task.graph
     built = build_engine(trt, graph, task.source, task.profiles, target, progress)
-    weights = task.source.weights if task.source.shared else {}
-    scratch = max(built.scratch_bytes)
+    record, data = _record(artifacts, task, built)
     plans = [
-        KernelPlan.from_lines(graph, engines.title, lines, scratch, tuple(weights))
-        for lines in built.layers or [[]]
+        KernelPlan.from_lines(graph, engines.title, x, record.scratch_bytes, tuple(record.weights))
+        for x in built.layers or [[]]
     ]
     for plan in plans:
-        check_applied(graph, engines.title, task.source.quantized, plan)
-    record, data = _record(artifacts, task, built)
+        check_applied(task.source.quantized, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A reader must never find an engine beside the digest of another one.
@@ -231,10 +230,10 @@ def _build_one(
     _log.info(
         "%s: %.1f s, %.1f MB, scratch %.2f GB, peak memory of the build %.2f GB",
         graph,
-        built.seconds,
+        record.seconds,
         record.bytes / 1e6,
-        scratch / 1e9,
-        built.peak_rss / 1e9,
+        record.scratch_bytes / 1e9,
+        record.peak_rss / 1e9,
     )
     return done
 
@@ -248,13 +247,14 @@ def _record(
     use: the 80 MB of the 9B `first_step` for dynamic shapes pack to 10. Unpacking takes 0.1 s.
     """
     data: bytes | memoryview = memoryview(built.plan)
-    weights = {}
+    weights, suffix = {}, ""
     if task.source.shared:
-        data = zlib.compress(data, 1)
+        data, suffix = zlib.compress(data, 1), PACKED_SUFFIX
         weights = {name: ref.place(artifacts) for name, ref in task.source.weights.items()}
+    pairs = zip(task.profiles, built.scratch_bytes, strict=True)
     record = EngineRecord(
         graph=task.graph,
-        file=f"{task.graph}.engine{PACKED_SUFFIX if task.source.shared else ''}",
+        file=f"{task.graph}.engine{suffix}",
         layers=f"{task.graph}.layers.json",
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -263,12 +263,9 @@ def _record(
         inputs=built.inputs,
         outputs=built.outputs,
         weights=weights,
-        profiles=tuple(
-            replace(profile, scratch_bytes=scratch)
-            for profile, scratch in zip(task.profiles, built.scratch_bytes, strict=True)
-        ),
+        profiles=tuple(replace(profile, scratch_bytes=scratch) for profile, scratch in pairs),
         scratch_bytes=max(built.scratch_bytes),
         seconds=built.seconds,
-        peak_rss=built.peak_rss,
+        peak_rss=peak_memory(),
     )
     return record, data

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein_kv.artifacts.config import dtype_name
-from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
@@ -92,25 +91,14 @@ def make_task(
     `BuildError` if the recipe has no sizes for it.
     """
     file = graphs.file(graph)
-    if file not in manifest.files:
-        raise ArtifactError(f"{artifacts}: klein.json lists no {file}; export again")
-    path = artifacts / file
-    try:
-        digest = file_digest(path)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}); export again") from error
-    if digest != manifest.files[file].digest:
-        raise ArtifactError(
-            f"{path} is not the graph that klein.json describes: got {digest}, expected "
-            f"{manifest.files[file].digest}; export the checkpoint again"
-        )
+    manifest.check_file(artifacts, file)
     shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
     signature = graphs.signature(graph, manifest.config)
-    source = read_graph(path, signature, shared)
+    source = read_graph(artifacts / file, signature, shared)
     profiles = engine_profiles(signature, recipe, manifest.config)
     parts = {  # everything that an engine depends on: equal keys need no new build
         "builder": _BUILDER_VERSION,
-        "onnx": digest,
+        "onnx": manifest.files[file].digest,
         "module": engines.module,
         "version": engines.version,
         "sm": engines.sm,
@@ -120,7 +108,7 @@ def make_task(
         "weights": [] if shared else _weight_digests(artifacts, manifest, source),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return BuildTask(graph, source, profiles, digest, key)
+    return BuildTask(graph, source, profiles, manifest.files[file].digest, key)
 
 
 def _weight_digests(artifacts: Path, manifest: Manifest, graph: Graph) -> list[str]:

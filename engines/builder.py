@@ -20,7 +20,6 @@ from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.progress import make_monitor
 from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
 from klein_kv.errors import BackendError, BuildError, CapacityError
-from klein_kv.machine import peak_memory
 
 __all__ = ["BuiltEngine", "build_engine"]
 
@@ -47,7 +46,6 @@ class BuiltEngine:
     layers: list[list[str]]
     scratch_bytes: tuple[int, ...]
     seconds: float
-    peak_rss: int
 
 
 def build_engine(
@@ -99,7 +97,6 @@ def build_engine(
         layers=log.layers,
         scratch_bytes=tuple(log.scratch_bytes),
         seconds=time.perf_counter() - start,
-        peak_rss=peak_memory(),
     )
 
 
@@ -184,13 +181,13 @@ def _tensors(
         trt.DataType.FP8: "float8_e4m3fn",
     }
 
-    inputs = (network.get_input(i) for i in range(network.num_inputs))
-    outputs = (network.get_output(i) for i in range(network.num_outputs))
-    fed = (tensor for tensor in inputs if tensor.name not in graph.weights)
-    return (
-        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in fed),
-        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in outputs),
-    )
+    def spec(tensor: Any) -> TensorSpec:
+        return TensorSpec(tensor.name, names[tensor.dtype], tuple(tensor.shape))
+
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    fed = [tensor for tensor in inputs if tensor.name not in graph.weights]
+    return tuple(map(spec, fed)), tuple(map(spec, outputs))
 
 
 def _configure(

@@ -73,13 +73,8 @@ class Manifest:
         valid.
         """
         others = self.quantized_files | set(SMALL_GRAPH_FILES.values())
-        return combine_digests(
-            {
-                name: record.digest
-                for name, record in self.files.items()
-                if name.endswith((".onnx", ".safetensors")) and name not in others
-            }
-        )
+        names = [x for x in self.files if x.endswith((".onnx", ".safetensors"))]
+        return combine_digests({x: self.files[x].digest for x in names if x not in others})
 
     @property
     def quantized_files(self) -> set[str]:
@@ -99,9 +94,7 @@ class Manifest:
                 f"the artifacts of {self.model_id} hold no precision {precision!r} (quantized: "
                 f"{held}); make it with `klein-kv quantize ARTIFACTS --recipe {precision}`"
             )
-        starts = tuple(
-            f"{component}/{name}." for component, name in self.precisions[precision].items()
-        )
+        starts = tuple(f"{part}/{name}." for part, name in self.precisions[precision].items())
         return sorted(name for name in self.files if name.startswith(starts))
 
     @property
@@ -218,14 +211,16 @@ class Manifest:
     def check_precisions(self, folder: Path) -> None:
         """Refuses precisions and networks of other names, and ones whose files are not listed."""
         for precision, networks in self.precisions.items():
-            wrong = None if "transformer" in networks else "has no transformer"
-            for component, name in networks.items():
-                if component not in _QUANTIZED or not {precision, name} <= set(PRECISION_FORMATS):
-                    wrong = f"has other names than expected ({component!r} in {name!r})"
-                    break
-                missing = [x for x in quantized_files(component, name) if x not in self.files]
-                if missing:
-                    wrong = f"lists no {missing[0]}"
+            known = {precision, *networks.values()} <= set(PRECISION_FORMATS)
+            files = [x for pair in networks.items() for x in quantized_files(*pair)]
+            missing = [x for x in files if x not in self.files]
+            wrong = None
+            if not known or not set(networks) <= set(_QUANTIZED):
+                wrong = f"has other names than expected ({networks})"
+            elif "transformer" not in networks:
+                wrong = "has no transformer"
+            elif missing:
+                wrong = f"lists no {missing[0]}"
             if wrong is not None:
                 raise ArtifactError(
                     f"{folder / MANIFEST}: precision {precision!r} {wrong}; quantize again"
@@ -233,26 +228,32 @@ class Manifest:
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder where a file is missing, or has another size or digest."""
-        for name, record in self.files.items():
-            try:
-                path = inside(folder, name)
-                size = path.stat().st_size
-                digest = file_digest(path) if size == record.bytes else ""
-            except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
-                raise ArtifactError(
-                    f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
-                    "export the checkpoint again"
-                ) from error
-            if digest != record.digest:
-                got, expected = digest, record.digest
-                if size != record.bytes:
-                    got, expected = f"{size} bytes", f"{record.bytes} bytes"
-                if other := stand_in(path):
-                    raise ArtifactError(f"{path} {other}")
-                raise ArtifactError(
-                    f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
-                    f"{expected}; it was changed or damaged, export the checkpoint again"
-                )
+        for name in self.files:
+            self.check_file(folder, name)
+
+    def check_file(self, folder: Path, name: str) -> None:
+        """The same for one file that is listed."""
+        record = self.files[name]
+        try:
+            path = inside(folder, name)
+            size = path.stat().st_size
+            digest = file_digest(path) if size == record.bytes else ""
+        except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
+            raise ArtifactError(
+                f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
+                "export the checkpoint again"
+            ) from error
+        if digest == record.digest:
+            return
+        got, expected = digest, record.digest
+        if size != record.bytes:
+            got, expected = f"{size} bytes", f"{record.bytes} bytes"
+        if other := stand_in(path):
+            raise ArtifactError(f"{path} {other}")
+        raise ArtifactError(
+            f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
+            f"{expected}; it was changed or damaged, export the checkpoint again"
+        )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

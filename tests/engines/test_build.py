@@ -286,7 +286,7 @@ def test_artifacts_that_no_engine_is_built_of(short_artifacts: Path, tmp_path: P
 def test_a_graph_that_is_not_ours_is_refused(artifacts: Path) -> None:
     cached, other = (artifacts / GRAPH_FILES[name] for name in ("cached_step", "first_step"))
     _damage(cached, other.read_bytes())
-    with pytest.raises(ArtifactError, match=r"is not the graph that klein\.json describes"):
+    with pytest.raises(ArtifactError, match=r"is not the file that klein\.json describes"):
         build_artifacts(artifacts, recipe=RECIPE, graphs=["cached_step"])
     manifest = Manifest.load(artifacts, check_files=False)
     same = {GRAPH_FILES["cached_step"]: manifest.files[GRAPH_FILES["first_step"]]}

@@ -174,12 +174,12 @@ def test_a_product_that_falls_back_is_refused() -> None:
 
     def check(weight: str, kind: str) -> None:
         plan = KernelPlan("cached_step", "test", (_nvfp4_gemm(weight, (layer,)),), 0, ())
-        check_applied("cached_step", "test", QuantizedNodes({layer: kind}, ()), plan)
+        check_applied(QuantizedNodes({layer: kind}, ()), plan)
 
     check("FP4E2M1", "nvfp4")
     empty = KernelPlan("cached_step", "test", (), 0, ())
     with pytest.raises(BuildError, match="1 of 1 quantized products"):
-        check_applied("cached_step", "test", QuantizedNodes({layer: "fp8"}, ()), empty)
+        check_applied(QuantizedNodes({layer: "fp8"}, ()), empty)
     for weight, kind in (("BFloat16", "nvfp4"), ("FP4E2M1", "fp8")):
         with pytest.raises(BuildError, match=f"1 of 1 quantized products .*: {layer}"):
             check(weight, kind)
