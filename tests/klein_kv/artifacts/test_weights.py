@@ -26,8 +26,6 @@ from klein_kv.artifacts.weights import (
 )
 from klein_kv.errors import ArtifactError, CheckpointError
 
-SHARED_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
 
 def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -108,40 +106,27 @@ def test_rows_are_a_range_of_bytes(tmp_path: Path) -> None:
         (file_of(b"", length=0), "not a safetensors file"),
         (file_of({}, length=1 << 62), "claims 4611686018427387904 bytes"),
         (file_of({}, length=3), "claims 3 bytes"),
-        (file_of(b"{not json"), "not a safetensors file"),
         (file_of(b"\xff\xfe{}"), "not a safetensors file"),
         (file_of(b"[" * 100_000), "not a safetensors file"),
         (file_of([1, 2]), "no JSON object"),
-        (file_of({"a": None}), "header entry of a is malformed"),
         (file_of({"a": {}}), "header entry of a is malformed"),
         (file_of({"a": entry(shape=5)}, bytes(8)), "malformed"),
-        (file_of({"a": entry(offsets=[0])}, bytes(8)), "malformed"),
         (file_of({"a": entry(offsets=[0, 4, 8])}, bytes(8)), "malformed"),
-        (file_of({"a": entry(offsets=5)}, bytes(8)), "malformed"),
-        (file_of({"a": entry(shape="12")}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(shape=[2.0])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(shape=[True, 2])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(shape=[-1, -2])}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(shape=[float("inf")])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(offsets=[float("nan"), 8])}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(offsets=[-8, 0])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(offsets=[8, 0])}, bytes(8)), "should take 8 bytes"),
-        (file_of({"a": entry(offsets=[0, 4])}, bytes(8)), "should take 8 bytes"),
         (file_of({"a": entry(shape=[2**70])}, bytes(8)), "should take"),
         (file_of({"a": entry("F64")}, bytes(8)), "dtype F64, expected one of F32, F16, BF16"),
         (file_of({"a": entry("F8_E4M3")}, bytes(8)), "dtype F8_E4M3"),
         (file_of({"a": entry(["F32"])}, bytes(8)), "dtype"),
-        (file_of({"a": entry({})}, bytes(8)), "dtype"),
-        (file_of({"a": entry(None)}, bytes(8)), "dtype None"),
         (file_of({"a": entry()}, bytes(7)), "truncated or has a tail"),
-        (file_of({"a": entry(offsets=[2**62, 2**62 + 8])}, bytes(8)), "follows a gap"),
         (file_of({"a": entry()}, bytes(9)), "its tensors end at"),
         (file_of({"a": entry(offsets=[4, 12])}, bytes(12)), "follows a gap"),
         (
             file_of({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
             "b starts at byte .* overlaps the tensor before it",
         ),
-        (file_of({"a": entry(), "b": entry()}, bytes(8)), "overlaps"),
     ],
 )
 def test_damage_is_refused(content: bytes, message: str, write: Callable[..., Path]) -> None:
@@ -150,7 +135,8 @@ def test_damage_is_refused(content: bytes, message: str, write: Callable[..., Pa
         read_header(path)
     assert str(path) in str(caught.value)
     if not message.startswith("dtype F"):  # of the types that klein-kv does not read
-        assert open_or_none(path) is None
+        with pytest.raises(SafetensorError):
+            safe_open(path, "np")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -177,81 +163,32 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
-SHAPES = st.lists(st.integers(0, 5), max_size=3) | VALUES
-OFFSETS = st.lists(st.integers(0, 64), min_size=2, max_size=2) | VALUES
 ENTRIES = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "U8"]) | VALUES,
-        "shape": SHAPES,
-        "data_offsets": OFFSETS,
+        "shape": st.lists(st.integers(0, 5), max_size=3) | VALUES,
+        "data_offsets": st.lists(st.integers(0, 64), min_size=2, max_size=2) | VALUES,
     }
 )
 HEADERS = st.dictionaries(st.text(max_size=3), ENTRIES | VALUES, max_size=3)
 
 
-def assert_parsed_or_refused(path: Path) -> None:
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(header=HEADERS | VALUES, size=st.integers(0, 80))
+def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
     """Nothing but `CheckpointError`; what is accepted lies inside the file, and can be mapped."""
-    size = path.stat().st_size
+    path = write(file_of(header, bytes(size)))
     try:
         refs = read_header(path)
     except CheckpointError:
         return
     for ref in refs.values():
-        assert 8 <= ref.offset <= ref.offset + ref.nbytes <= size
+        assert 8 <= ref.offset <= ref.offset + ref.nbytes <= path.stat().st_size
         assert map_weight(ref).shape == ref.shape
     ranges = sorted((ref.offset, ref.offset + ref.nbytes) for ref in refs.values())
     assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
-
-
-def open_or_none(path: Path) -> Any:
-    """The library's reader, or None where it refuses the file."""
-    try:
-        return safe_open(path, "np")
-    except SafetensorError:
-        return None
-
-
-@settings(SHARED_FOLDER, max_examples=40)
-@given(header=HEADERS | VALUES, size=st.integers(0, 80))
-def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
-    assert_parsed_or_refused(write(file_of(header, bytes(size))))
-
-
-@SHARED_FOLDER
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
-    cut=st.integers(0, 400),
-    flip=st.integers(0, 400),
-    bit=st.integers(0, 7),
-)
-def test_any_cut_or_flipped_bit(
-    shapes: list[list[int]], cut: int, flip: int, bit: int, write: Callable[..., Path]
-) -> None:
-    tensors = {f"t{i}": ("float32", tuple(shape)) for i, shape in enumerate(shapes)}
-    content = bytearray(safetensors_header(tensors))
-    content += bytes(sum(4 * int(np.prod(shape)) for shape in shapes))
-    refs = read_header(write(bytes(content)))
-    assert {name: ref.shape for name, ref in refs.items()} == {
-        n: s for n, (_, s) in tensors.items()
-    }
-    if cut < len(content):
-        with pytest.raises(CheckpointError):
-            read_header(write(bytes(content[:cut])))
-    if flip < len(content):
-        content[flip] ^= 1 << bit
-        flipped = write(bytes(content))
-        assert_parsed_or_refused(flipped)
-        theirs = open_or_none(flipped)
-        if theirs is not None:
-            names = set(theirs.keys())
-            # NumPy has no bfloat16; other types are not ours
-            if {theirs.get_slice(name).get_dtype() for name in names} <= {
-                "F32",
-                "F16",
-                "I64",
-                "U8",
-            }:
-                assert set(read_header(flipped)) == names
 
 
 # --- weight tables ---
@@ -272,22 +209,16 @@ PLACE = ["x.safetensors", 8, 32, "float32", [4, 2]]
     ("change", "message"),
     [
         ({0: "../outside"}, "leaves the folder"),
-        ({0: "/etc/hostname"}, "leaves the folder"),
         ({0: "link"}, "outside the folder"),
         ({0: "none.safetensors"}, "cannot be read"),
         ({0: "nul\0"}, "cannot be read"),
-        ({0: None}, "cannot be read"),
         ({1: -1}, "is said to take bytes"),
         ({1: 9}, "is said to take bytes 9 to 41 of x.safetensors, which has 40"),
-        ({1: "0"}, "cannot be read"),
         ({1: 1.5}, "cannot be read"),
-        ({2: 4}, "is said to take bytes"),
         ({2: 1 << 60, 4: [1 << 58]}, "is said to take bytes"),
         ({3: "float64"}, "cannot be read"),
-        ({3: ["float32"]}, "cannot be read"),
         ({4: [4, 1]}, "is said to take bytes"),
         ({4: [-4, -2]}, "is said to take bytes"),
-        ({4: "64"}, "cannot be read"),
         ({4: [4.0, 2]}, "cannot be read"),
         ({4: 8}, "cannot be read"),
     ],
