@@ -117,19 +117,17 @@ def test_prompts_from_a_file(capsys, monkeypatch, short_artifacts, tmp_path):
         assert image.tobytes() == pixels
 
 
-@pytest.mark.parametrize("matte", ["white", "none"])
-def test_matte_of_references(capsys, short_artifacts, tmp_path, matte):
-    clear, seen = tmp_path / "clear.png", tmp_path / "seen.png"
-    Image.new("RGBA", (64, 64), (200, 30, 90, 0)).save(clear)
-    Image.new("RGB", (64, 64), "white" if matte == "white" else (200, 30, 90)).save(seen)
+def test_matte_of_references(capsys, short_artifacts, tmp_path):
+    Image.new("RGBA", (64, 64), (200, 30, 90, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
     images = []
-    for reference, *options in ((clear, "--matte", matte), (seen,)):
-        out = tmp_path / "out.png"
-        argv = ("-p", "x", "-r", reference, "--steps", 1, "--seed", 1, "-o", out)
-        assert run(capsys, "generate", short_artifacts, *argv, *options)[0] == 0
-        with Image.open(out) as image:
+    for name, *options in (("clear.png",), ("white.png",), ("clear.png", "--matte", "none")):
+        argv = ("-p", "x", "-r", tmp_path / name, "--steps", 1, "--seed", 1)
+        argv += ("-o", tmp_path / "out.png", *options)
+        assert run(capsys, "generate", short_artifacts, *argv)[0] == 0
+        with Image.open(tmp_path / "out.png") as image:
             images.append(image.tobytes())
-    assert images[0] == images[1]
+    assert images[0] == images[1] != images[2]
 
 
 def test_a_larger_limit_for_photos(capsys, monkeypatch, short_artifacts, tmp_path):
@@ -184,23 +182,19 @@ def test_doctor_tells_versions_and_readiness(capsys):
         (("-p", "x", "--height", "500"), "height is 500, expected a multiple of 16"),
         (("-p", "x", "--height", "4112"), "output is 1024x4112, 4.2 megapixels"),
         (("-p", "x", "--steps", "0"), "num_inference_steps is 0, expected 1 to 50"),
-        (("-p", "x", "--seed", str(2**64)), f"seed is {2**64}"),
         (("-p", "x", "--backend", "abacus"), "backend is 'abacus'"),
         (("-p", "x", "-r", "{tmp}/none.png"), "does not exist"),
         (("-p", "x", "-r", "{tmp}/small.png"), "63x200"),
         (("-p", "x", "-r", "{tmp}/cut.png"), "cut short"),
         (("-p", "x", "-r", "{tmp}/bomb.png"), "too large"),
-        (("-p", "x", "-r", "{tmp}/text.png"), "not an image"),
         (("-p", "x", "-o", "{tmp}/out.gif"), "ends in .png, .jpg, .jpeg or .webp"),
         (
             ("-p", "x", "-o", "{tmp}/out.jpg", "--quality", "100"),
             "quality is 100, expected 20 to 99",
         ),
-        (("-p", "x", "-o", "{tmp}/out.webp", "--width", "16400", "--height", "64"), "most 16383"),
         (("-p", "x", "-o", "-", "--num-images", "2"), "standard output takes one image, got 2"),
         (("-p", "x", "-o", "-", "--json"), "--json goes to standard output too"),
         (("-p", "x", "-r", "{tmp}/whole.png", "--matte", "mauvish"), "matte is 'mauvish'"),
-        (("--prompts", "{tmp}/none.txt"), "none.txt cannot be read"),
         (("--prompts", "{tmp}/empty.txt"), "holds no text, expected one prompt per line"),
         (("--prompts", "{tmp}/whole.png"), "whole.png cannot be read"),
         (("-p", "x", "-o", "{tmp}/nowhere/out.png"), "does not exist"),
@@ -210,7 +204,6 @@ def test_bad_requests_are_one_line(capsys, short_artifacts, tmp_path, argv, mess
     picture(tmp_path / "small.png", 63, 200)
     whole = picture(tmp_path / "whole.png", 128, 128).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n  \n", encoding="utf-8")
     if any("bomb" in arg for arg in argv):
         Image.new("1", (13400, 13400)).save(tmp_path / "bomb.png")

@@ -95,7 +95,6 @@ def test_goes_on_where_it_was_interrupted(
     ("options", "message"),
     [
         (("--gpu", "voodoo2"), "voodoo2"),
-        (("--gpu", "rtx3090", "--precision", "fp8"), "takes compute capability 8.9"),
         (("--gpu", "rtx4090", "--precision", "nvfp4"), "choose bf16 or fp8"),
     ],
 )
