@@ -85,23 +85,20 @@ def test_engines_with_float8_keys_and_values(built: Path) -> None:
 
 
 def test_all_graphs_build(built: Path) -> None:
-    engines = EngineManifest.load(_folder(built))
-    small = ("blend", "merge_lora")
+    folder, small = _folder(built), ("blend", "merge_lora")
+    engines = EngineManifest.load(folder)
     assert set(engines.engines) == {*GRAPH_FILES, *small}
     assert (engines.module, engines.sm, engines.precision) == ("tensorrt_rtx", 120, "bf16")
     for graph, record in engines.engines.items():
-        assert (_folder(built) / record.file).stat().st_size == record.bytes
-        plan = engines.read_engine(_folder(built), graph)
-        packed = not graph.startswith("vae_")
-        assert record.file == f"{graph}.engine{'.zlib' if packed else ''}"
-        assert (len(plan) > record.bytes) if packed else (len(plan) == record.bytes)
-        assert (record.weights == {}) == (graph.startswith("vae_") or graph in small)
-        assert record.seconds > 0
+        assert (folder / record.file).stat().st_size == record.bytes
+        plan, embedded = engines.read_engine(folder, graph), graph.startswith("vae_")
+        assert record.file == f"{graph}.engine{'' if embedded else '.zlib'}"
+        assert (len(plan) == record.bytes) if embedded else (len(plan) > record.bytes)
+        assert (record.weights == {}) == (embedded or graph in small)
+        assert min(record.seconds, record.peak_rss) > 0
         assert (record.scratch_bytes > 0) == (graph != "blend")  # one kernel
-        assert record.peak_rss > 0
-    files = {path.name for path in _folder(built).iterdir()}
-    expected = {f"{graph}.layers.json" for graph in engines.engines} | {"engine.json"}
-    assert files == expected | {record.file for record in engines.engines.values()}
+    files = {name for x in engines.engines.values() for name in (x.file, x.layers)}
+    assert {path.name for path in folder.iterdir()} == files | {"engine.json"}
 
 
 def test_plain_weights_build(plain_checkpoint: Path, tmp_path: Path) -> None:
@@ -123,16 +120,13 @@ def test_plain_weights_build(plain_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_transformer_engines_bind_the_same_weights(built: Path) -> None:
     records = EngineManifest.load(_folder(built)).engines
-    first, cached = records["first_step"].weights, records["cached_step"].weights
-    assert first == cached
+    first = records["first_step"].weights
+    assert first == records["cached_step"].weights
     assert records["encode_references"].weights.items() <= first.items()
     refs = records["first_step"].weight_refs(built)
-    name = "single_transformer_blocks.0.attn.to_out.weight"
-    assert refs[name].shape == first[name].shape
-    assert [tensor.name for tensor in records["first_step"].outputs][:2] == [
-        "noise_pred",
-        "latents",
-    ]
+    assert {name: ref.shape for name, ref in refs.items()} == {x: first[x].shape for x in first}
+    names = [tensor.name for tensor in records["first_step"].outputs]
+    assert names[:2] == ["noise_pred", "latents"]
 
 
 def test_every_attention_is_fused_and_no_weight_is_copied(built: Path) -> None:
@@ -241,13 +235,13 @@ def test_dynamic_shapes_and_several_profiles(artifacts: Path) -> None:
         [[profiles]]
         name = "edit"
         text_tokens = 64
-        output = ["128x128", "256x256", "512x256"]
+        output = ["128x128", "128x128", "256x128"]
         references = [0, 1, 4]
         reference_size = ["16x16", "32x32", "32x32"]
         [[profiles]]
         name = "text"
         text_tokens = 64
-        output = "512x512"
+        output = "256x256"
         references = 0
         """,
         "two",
@@ -255,7 +249,7 @@ def test_dynamic_shapes_and_several_profiles(artifacts: Path) -> None:
     graphs = ["cached_step", "vae_encoder"]
     encoder, cached = build_artifacts(artifacts, recipe=recipe, graphs=graphs, progress=False)
     assert [profile.name for profile in cached.profiles] == ["edit", "text"]
-    assert cached.profile_for({"img_ids": (1024, 4)}) == 1
+    assert cached.profile_for({"img_ids": (256, 4)}) == 1
     assert cached.inputs[0].shape == (-1, -1, 128)
     assert len(encoder.profiles) == 4
     path = engine_folder(artifacts, "rtx5090", "bf16", "two") / cached.layers
