@@ -1,22 +1,39 @@
-"""What JSON made of texts, numbers, dataclasses and named tuples, read back as those.
+"""JSON files of ours: their format is checked, and values are read as the types of their fields.
 
-JSON files are other people's: a value of another type than its field's is an error, not a surprise.
+Such files are other people's: a value of another type is an error, not a surprise.
 """
 
+import json
 import operator
-from dataclasses import is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["from_json", "text_of"]
+from klein_kv.errors import MALFORMED, ArtifactError
+
+__all__ = ["from_json", "read_document"]
 
 
-def text_of(value: Any) -> str:
-    """A text that a file holds; a TypeError if it is none, a ValueError if no Unicode."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
-    value.encode()  # JSON may hold half a surrogate pair
+def read_document(path: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
+    """A JSON object that says its format, `kind`, and its version.
+
+    An `ArtifactError` tells of another one, and of the `remedy`; a FileNotFoundError of none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise
+    except (OSError, *MALFORMED) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; {remedy}") from error
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != kind:
+        raise ArtifactError(f"{path}: the format is {found!r}, expected {kind!r}; {remedy}")
+    if value.get("format_version") != version:
+        raise ArtifactError(
+            f"{path} has format version {value.get('format_version')}, this klein-kv reads "
+            f"{version}; upgrade klein-kv, or {remedy}"
+        )
     return value
 
 
@@ -28,18 +45,18 @@ def from_json(kind: Any, value: Any) -> Any:
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
-        return text_of(value)
+        return _text(value)
     if kind is int:
         return operator.index(value)
     if kind is float:
         if type(value) not in (int, float):
             raise TypeError(f"{value!r:.80} is no number")
         return float(value)
-    if is_dataclass(kind):
+    if hasattr(kind, "__dataclass_fields__"):
         types = _types(kind)
         return kind(**{name: from_json(types[name], item) for name, item in value.items()})
     if origin is dict:
-        return {text_of(name): from_json(inner[1], item) for name, item in value.items()}
+        return {_text(name): from_json(inner[1], item) for name, item in value.items()}
     if origin is UnionType:
         return None if value is None and NoneType in inner else from_json(inner[0], value)
     if origin is tuple and inner[-1] is ...:
@@ -51,6 +68,13 @@ def from_json(kind: Any, value: Any) -> Any:
         pairs = zip(_types(kind).values(), _sequence(value), strict=True)
         return kind(*(from_json(each, item) for each, item in pairs))
     return value  # of any type, or checked by its class
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    value.encode()  # JSON may hold half a surrogate pair
+    return value
 
 
 def _sequence(value: Any) -> Any:

@@ -77,18 +77,16 @@ class ShapeProfile:
             for side in Size._fields:
                 values = Range(*(getattr(size, side) for size in sizes))
                 _check_range(self.name, f"{field} {side}", values, 1)
-        largest = self.output.max
-        if largest.width * largest.height > MAX_OUTPUT_AREA:
-            raise BuildError(
-                f"profile {self.name}: output is up to {largest.width}x{largest.height}, expected "
-                "at most the area of 2048x2048"
-            )
-        largest = self.reference_size.max
-        if largest.width * largest.height > MAX_REFERENCE_AREA:
-            raise BuildError(
-                f"profile {self.name}: reference_size is up to {largest.width}x{largest.height}, "
-                "expected at most the area of 1024x1024: larger references are made smaller"
-            )
+        for field, most, side, why in (
+            ("output", MAX_OUTPUT_AREA, 2048, ""),
+            ("reference_size", MAX_REFERENCE_AREA, 1024, ": larger references are made smaller"),
+        ):
+            width, height = getattr(self, field).max
+            if width * height > most:
+                raise BuildError(
+                    f"profile {self.name}: {field} is up to {width}x{height}, expected at most "
+                    f"the area of {side}x{side}{why}"
+                )
 
     @property
     def fixed(self) -> bool:

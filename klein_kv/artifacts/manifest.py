@@ -29,7 +29,7 @@ from klein_kv.artifacts.signature import (
     quantized_graph_sets,
 )
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError, RequestError
-from klein_kv.json_values import from_json
+from klein_kv.json_values import from_json, read_document
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
@@ -257,9 +257,8 @@ class Manifest:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_document(folder / MANIFEST, _FORMAT, FORMAT_VERSION, "export again")
     except FileNotFoundError as error:
         hint = ""
         if (folder / "model_index.json").exists():
@@ -267,14 +266,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error
-    except (OSError, *MALFORMED) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")
-    version = value.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}, this klein-kv reads {FORMAT_VERSION}; "
-            "upgrade klein-kv or export again"
-        )
-    return value

@@ -15,7 +15,7 @@ from typing import Any, Self
 from klein_kv.artifacts.digest import inside, write_atomic
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.errors import MALFORMED, ArtifactError
-from klein_kv.json_values import from_json
+from klein_kv.json_values import from_json, read_document
 
 __all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
@@ -94,21 +94,12 @@ class EngineManifest:
         """
         path = folder / ENGINE_MANIFEST
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_document(path, _FORMAT, _FORMAT_VERSION, "build again")
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{folder} holds no engines: it has no {ENGINE_MANIFEST}; build them with "
                 "`klein-kv build`"
             ) from error
-        except (OSError, *MALFORMED) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}; build again") from error
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a manifest of engines; build again")
-        if value.get("format_version") != _FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path} has format version {value.get('format_version')}, this klein-kv reads "
-                f"{_FORMAT_VERSION}; build again"
-            )
         if value.pop("digest", None) != _self_digest(value):
             raise ArtifactError(f"{path} was changed after it was written; build again")
         try:

@@ -115,10 +115,6 @@ class EngineSet:
             )
         return replace(self, folders=own)
 
-    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
-        return self.for_module(module, version).for_sm(sm)
-
     def for_sm(self, sm: int) -> "EngineSet":
         """Those for one compute capability, or a `BuildError`."""
         own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)

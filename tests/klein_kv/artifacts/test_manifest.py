@@ -101,7 +101,7 @@ def test_not_an_artifact_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (b"{", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
-        (b"[]", "not a klein-kv manifest"),
+        (b"[]", "the format is None, expected 'klein-kv artifacts'"),
         (b'{"format": "klein-kv artifacts"}', "has format version None"),
     ],
 )
@@ -152,7 +152,10 @@ CHANGES = [
     (put(dtype="float64"), NOT_OURS),
     (put(variant="base"), NOT_OURS),
     *(
-        (put(format_version=x), f"format version {x}, this klein-kv reads 1; upgrade klein-kv")
+        (
+            put(format_version=x),
+            f"format version {x}, this klein-kv reads 1; upgrade klein-kv, or export",
+        )
         for x in (FORMAT_VERSION + 1, "1")
     ),
     (put("files", **{GRAPH_FILES["vae_decoder"]: DROP}), r"lists no vae/decoder.onnx \(graph vae_"),

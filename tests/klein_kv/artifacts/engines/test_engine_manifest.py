@@ -100,7 +100,7 @@ def test_paths_stay_in_their_folders(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "not a manifest of engines"),
+        ({"format": "x"}, "the format is 'x', expected 'klein-kv engines'"),
         ({"format_version": 2}, "format version 2, this klein-kv reads 1"),
         ({"sm": 1e999}, "incomplete"),
         ({"module": None}, "incomplete"),

@@ -183,10 +183,12 @@ def test_engines_of_another_gpu_or_library_are_left_out(
     manifest = Manifest.load(tiny_artifacts)
     found = open_engines(artifacts, manifest, manifest.graphs)
     assert {x.path.name for x in found.folders} == {"general", "shape", "old", "other"}
-    kept = found.for_device("fake_trt", "0.0.1", 120)
+    kept = found.for_module("fake_trt", "0.0.1").for_sm(120)
     assert {x.path.name for x in kept.folders} == {"shape", "general"}
-    assert [x.path.name for x in found.for_device("fake_trt", "0.0.1", 89).folders] == ["other"]
+    assert [x.path.name for x in found.for_module("fake_trt", "0.0.1").for_sm(89).folders] == [
+        "other"
+    ]
     with pytest.raises(BuildError, match=r"this is fake_trt 9, which cannot load them"):
-        found.for_device("fake_trt", "9", 120)
+        found.for_module("fake_trt", "9").for_sm(120)
     with pytest.raises(BuildError, match=r"12\.0 .*, this GPU has 8\.6; .* sm86"):
-        found.for_device("fake_trt", "0.0.1", 86)
+        found.for_module("fake_trt", "0.0.1").for_sm(86)
