@@ -7,21 +7,23 @@ afterwards: a build that is interrupted leaves whole engines, and the next one g
 """
 
 import hashlib
+import json
 import logging
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
     PACKED_SUFFIX,
     EngineManifest,
 )
-from klein_kv.artifacts.engines.engine_record import EngineRecord
+from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.engines.targets import (
     Target,
     check_precision,
@@ -31,12 +33,14 @@ from klein_kv.artifacts.engines.targets import (
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.engines.build_task import BuildTask, artifact_precision, chosen_graphs, make_task
+from klein_kv.artifacts.signature import GraphSet
 from klein_kv.engines.builder import BuiltEngine, build_engine
 from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
+from klein_kv.engines.rewrite.graph_rewrite import Graph, read_graph
+from klein_kv.engines.sizes.profiles import NEED_REFERENCES, engine_profiles
 from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
-from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.machine import peak_memory
 from klein_kv.unfinished import remove_leftovers
 
@@ -46,6 +50,22 @@ _log = logging.getLogger(__name__)
 
 _ENGINE_BYTES = 128 << 20
 """Disk set aside for the code of one engine; the largest measured has 80 MB."""
+
+_ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
+
+_BUILDER_VERSION = 2
+"""Raise it when the same inputs are to be built differently: engines are then built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One graph to build, everything about it decided."""
+
+    graph: str
+    source: Graph
+    profiles: list[ProfileRecord]
+    onnx_digest: str
+    key: str
 
 
 def build_artifacts(
@@ -99,7 +119,7 @@ def build_artifacts(
         precision=precision or recipe.precision,
         attention=attention or recipe.attention,
     )
-    precision = artifact_precision(manifest, recipe)
+    precision = _artifact_precision(manifest, recipe)
     goal = find_target(target or recipe.target)
     check_precision(precision, goal)
     trt = load_module(module)
@@ -122,7 +142,7 @@ def build_artifacts(
         attention=chosen.attention,
     )
     tasks = [
-        make_task(artifacts, manifest, chosen, graph, recipe, engines)
+        _make_task(artifacts, manifest, chosen, graph, recipe, engines)
         for graph in chosen_graphs(graphs, recipe, list(manifest.held_graphs(chosen)))
     ]
     remove_leftovers(folder)
@@ -135,6 +155,88 @@ def build_artifacts(
     for task in pending:
         engines = _build_one(trt, artifacts, folder, engines, task, goal, progress)
     return [engines.engines[task.graph] for task in tasks]
+
+
+def _artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
+    """The precision to build: the recipe's quantized one, or the artifacts' own, "bf16" or "fp16".
+
+    A `BuildError` if these are fp32 or not the recipe's, or to have attention in fp8.
+    """
+    held = dtype_name(manifest.dtype)
+    if held == "fp32":
+        raise BuildError(
+            "the artifacts are fp32, expected bf16 or fp16: TensorRT has no fused attention in "
+            "fp32, and fp32 graphs use an operator of ONNX Runtime; export with --dtype bf16"
+        )
+    if recipe.precision in PRECISION_FORMATS:
+        return recipe.precision
+    if recipe.attention is not None:
+        raise BuildError(
+            f"recipe {recipe.name}: attention is {recipe.attention!r} and precision is "
+            f"{recipe.precision or held}; attention in fp8 needs calibrated scales, which belong "
+            "to a quantized precision: name one (--precision fp8 or nvfp4)"
+        )
+    if recipe.precision not in (None, held):
+        raise BuildError(
+            f"recipe {recipe.name} is for {recipe.precision}, the artifacts are {held}; export "
+            f"with --dtype {recipe.precision}, or choose another recipe"
+        )
+    return held
+
+
+def chosen_graphs(
+    graphs: Sequence[str] | None, recipe: Recipe, available: Sequence[str]
+) -> list[str]:
+    """The graphs to build, in the order of `available`; None are all that the recipe can use."""
+    unknown = [graph for graph in graphs or () if graph not in available]
+    if unknown:
+        raise RequestError(f"unknown graph {unknown[0]!r}, expected some of {', '.join(available)}")
+    if graphs is not None:
+        return [graph for graph in available if graph in graphs]
+    references = any(profile.references.max for profile in recipe.profiles)
+    return [graph for graph in available if references or graph not in NEED_REFERENCES]
+
+
+def _make_task(
+    artifacts: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    recipe: Recipe,
+    engines: EngineManifest,
+) -> _Task:
+    """Reads and checks one graph and settles how it is built.
+
+    An `ArtifactError` if the graph is not the exported one, or its weights are not whole; a
+    `BuildError` if the recipe has no sizes for it.
+    """
+    file = graphs.file(graph)
+    manifest.check_file(artifacts, file)
+    shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
+    signature = graphs.signature(graph, manifest.config)
+    source = read_graph(artifacts / file, signature, shared)
+    profiles = engine_profiles(signature, recipe, manifest.config)
+    parts = {  # everything that an engine depends on: equal keys need no new build
+        "builder": _BUILDER_VERSION,
+        "onnx": manifest.files[file].digest,
+        "module": engines.module,
+        "version": engines.version,
+        "sm": engines.sm,
+        "shared": shared,
+        "profiles": [{"name": x.name, "symbols": x.symbols, "shapes": x.shapes} for x in profiles],
+        # Weights of inputs may change without a new engine; embedded ones are part of it.
+        "weights": [] if shared else _weight_digests(artifacts, manifest, source),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _Task(graph, source, profiles, manifest.files[file].digest, key)
+
+
+def _weight_digests(artifacts: Path, manifest: Manifest, graph: Graph) -> list[str]:
+    files = {ref.path.relative_to(artifacts).as_posix() for ref in graph.weights.values()}
+    missing = sorted(files - set(manifest.files))
+    if missing:
+        raise ArtifactError(f"{artifacts}: klein.json lists no {missing[0]}; export again")
+    return [f"{name} {manifest.files[name].digest}" for name in sorted(files)]
 
 
 def engine_folder(
@@ -155,7 +257,7 @@ def engine_folder(
 
 
 def _reusable(
-    folder: Path, engines: EngineManifest, tasks: Sequence[BuildTask], force: bool
+    folder: Path, engines: EngineManifest, tasks: Sequence[_Task], force: bool
 ) -> dict[str, EngineRecord]:
     """Records of engines that are there, whole, and built from the same inputs."""
     if force or not (folder / ENGINE_MANIFEST).exists():
@@ -181,7 +283,7 @@ def _reusable(
     return whole
 
 
-def _check_disk(folder: Path, tasks: Sequence[BuildTask]) -> None:
+def _check_disk(folder: Path, tasks: Sequence[_Task]) -> None:
     needed = sum(
         _ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
     )
@@ -199,7 +301,7 @@ def _build_one(
     artifacts: Path,
     folder: Path,
     engines: EngineManifest,
-    task: BuildTask,
+    task: _Task,
     target: Target,
     progress: bool | None,
 ) -> EngineManifest:
@@ -239,7 +341,7 @@ def _build_one(
 
 
 def _record(
-    artifacts: Path, task: BuildTask, built: BuiltEngine
+    artifacts: Path, task: _Task, built: BuiltEngine
 ) -> tuple[EngineRecord, bytes | memoryview]:
     """The record of an engine, and the content of its file.
 

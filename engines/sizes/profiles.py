@@ -11,14 +11,14 @@ from klein_kv.errors import BuildError
 from klein_kv.networks.merge import MOST_ROWS, RANKS
 from klein_kv.networks.transformer import transformer_parameters
 
-__all__ = ["engine_profiles"]
+__all__ = ["NEED_REFERENCES", "engine_profiles"]
 
 MAX_ASPECT = 8
 """Longer over shorter side of a reference image (diffusers: `Flux2KleinKVPipeline.check_inputs`
 and its image processor)."""
 
-_NEED_REFERENCES = ("first_step", "encode_references")
-"""Graphs that do not run on 0 reference tokens."""
+NEED_REFERENCES = ("vae_encoder", "encode_references", "first_step")
+"""Graphs that do not run without references."""
 
 
 def engine_profiles(
@@ -80,11 +80,11 @@ def _boxes(graph: str, profile: ShapeProfile, unit: int) -> list[tuple[str, dict
     """Symbol ranges of one recipe profile for one graph; several for the VAE encoder."""
     symbols = _symbol_ranges(profile, unit)
     tokens = symbols["ref_tokens"]
+    if graph in NEED_REFERENCES and not tokens.max:
+        return []
     if graph == "vae_encoder":
-        return _reference_boxes(profile, unit) if tokens.max else []
-    if graph in _NEED_REFERENCES:
-        if not tokens.max:
-            return []
+        return _reference_boxes(profile, unit)
+    if graph in NEED_REFERENCES:
         smallest = profile.reference_size.min
         least = (smallest.width // unit) * (smallest.height // unit)
         symbols["ref_tokens"] = Range(*(max(value, least) for value in tokens))

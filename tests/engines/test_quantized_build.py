@@ -2,19 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
-from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.artifacts.engines.targets import GPUS
-from klein_kv.artifacts.manifest import FileRecord, Manifest
 from klein_kv.artifacts.signature import KVFormat
 from klein_kv.cli import main
 from klein_kv.engines import build
@@ -180,52 +176,6 @@ def test_combinations_that_do_not_exist_are_refused(
 def test_a_precision_that_is_not_there_is_refused(short_bf16_artifacts: Path) -> None:
     with pytest.raises(ArtifactError, match="klein-kv quantize ARTIFACTS --recipe fp8"):
         built(short_bf16_artifacts, ["cached_step"], precision="fp8")
-
-
-def change_graph(
-    folder: Path, file: str, change: Callable[[onnx.ModelProto], str]
-) -> tuple[str, Path]:
-    """Changes one graph of a copy of the artifacts, and has the manifest know it."""
-    path = folder / file
-    model = onnx.ModelProto.FromString(path.read_bytes())
-    node = change(model)
-    path.unlink()  # it may be a hard link
-    path.write_bytes(model.SerializeToString())
-    manifest = Manifest.load(folder, check_files=False)
-    record = FileRecord(path.stat().st_size, file_digest(path))
-    replace(manifest, files=manifest.files | {file: record}).save(folder)
-    return node, folder
-
-
-def scale_from_file(model: onnx.ModelProto) -> str:
-    """Takes one weight's scale out of the graph, into the file: then it becomes an input."""
-    made = {output: node for node in model.graph.node for output in node.output}
-    gemm = next(
-        node
-        for node in model.graph.node
-        if node.op_type == "Gemm" and node.name.startswith("transformer_blocks.0/")
-    )
-    block_scales = made[made[gemm.input[1]].input[1]]
-    scale = next(x for x in model.graph.initializer if x.name == block_scales.input[1])
-    scale.ClearField("raw_data")
-    scale.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "nvfp4.safetensors"), ("offset", "0"), ("length", "4")):
-        scale.external_data.add(key=key, value=value)
-    return gemm.name
-
-
-def test_a_product_that_falls_back_fails_the_build(artifacts: Path, tmp_path: Path) -> None:
-    """With a scale as an input TensorRT dequantizes, and multiplies in 16 bits: without a word."""
-    folder = tmp_path / "artifacts"
-    shutil.copytree(
-        artifacts, folder, copy_function=os.link, ignore=shutil.ignore_patterns("engines")
-    )
-    node, folder = change_graph(folder, "transformer/nvfp4.cached_step.onnx", scale_from_file)
-    with pytest.raises(BuildError, match="cached_step: quantization was not applied") as caught:
-        built(folder, ["cached_step"], precision="nvfp4")
-    assert node in str(caught.value)
-    assert f"1 of {CACHED} quantized products" in str(caught.value)
-    assert not (engine_folder(folder, "rtx5090", "nvfp4", "tiny") / "engine.json").exists()
 
 
 def test_attention_that_falls_back_fails_the_build(

@@ -91,8 +91,7 @@ def test_deep_grey_that_is_not_finite(tmp_path: Path) -> None:
     assert list(pixels[0, :3]) == [0, 255, 0]
     low = RAMP[0, 3]
     np.testing.assert_allclose(pixels[1:], (RAMP[1:] - low) / (1 - low) * 255, atol=1)
-    flat = prepare_reference(Image.new("F", (64, 64), 7.0), MULTIPLE)
-    assert not flat.any()
+    assert not prepare_reference(Image.new("F", (64, 64), 7.0), MULTIPLE).any()
     with pytest.raises(RequestError, match="no finite value"):
         prepare_reference(Image.new("F", (64, 64), np.nan), MULTIPLE)
 
@@ -122,14 +121,20 @@ def see_through(mode: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return palette
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGBa", "large RGBA"])
+WHITE = (255, 255, 255)
+
+
 @pytest.mark.parametrize(
-    ("matte", "expected"),
-    [({}, (255, 255, 255)), ({"matte": "black"}, (0, 0, 0)), ({"matte": "#10ff20"}, (16, 255, 32))],
+    ("mode", "size", "matte", "expected"),
+    [
+        *((mode, (64, 64), {}, WHITE) for mode in ("RGBA", "LA", "P", "RGBa")),
+        ("RGBA", (1100, 1000), {}, WHITE),
+        ("LA", (64, 64), {"matte": "black"}, (0, 0, 0)),
+        ("P", (64, 64), {"matte": "#10ff20"}, (16, 255, 32)),
+    ],
 )
-def test_transparency_is_laid_on_a_colour(mode: str, matte: Any, expected: Any) -> None:
-    image = see_through(mode) if len(mode) < 5 else see_through(mode[6:], (1100, 1000))
-    mode = image.mode
+def test_transparency_is_laid_on_a_colour(mode: str, size: Any, matte: Any, expected: Any) -> None:
+    image = see_through(mode, size)
     pixels = prepare_reference(image, MULTIPLE, **matte)[0]
     half = pixels.shape[1] // 2
     assert (pixels[:, half + 8 :] == expected).all()
