@@ -1,10 +1,12 @@
 """`KleinKVInpaintPipeline`: an edit inside a mask, or one that starts from an image.
 
 The call is diffusers' `Flux2KleinInpaintPipeline.__call__` without what belongs to guidance, which
-distilled weights do not have; with `seed=`, `mask_blur=`, and a mask that may be left out.
+distilled weights do not have; with `seed=`, `mask_blur=`, `overlay=`, and a mask that may be left
+out.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,7 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
         seed: int | None = None,
         mask_blur: float = 0,
+        overlay: bool = False,
     ) -> KleinKVOutput | tuple[Any]:
         """Changes an image.
 
@@ -77,8 +80,11 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
             strength: part of the steps that are run, 0 to 1: with four, 0.75 runs three, on the
                 image with noise; from above 0.75 on all four run, on noise alone.
             latents: noise of one's own; the first step then starts from it as it is.
-            mask_blur: radius in pixels of a Gaussian blur of a PIL mask; with `padding_mask_crop`
-                its edge becomes soft.
+            mask_blur: radius in pixels of a Gaussian blur of a PIL mask; where the result is laid
+                over the image, its edge becomes soft.
+            overlay: lays the result over the image, so that pixels where the mask is black stay as
+                they are, to the bit, where the VAE would change them; `output_type` is "pil".
+                With `padding_mask_crop` that is so anyway.
 
         Raises:
             RequestError: a bad argument; nothing has been computed then.
@@ -86,15 +92,16 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
             CapacityError: the request does not fit into memory.
             NotFiniteError: the result holds NaN or infinity.
         """
-        if padding_mask_crop is not None and output_type != "pil":
+        if (overlay or padding_mask_crop is not None) and output_type != "pil":
+            option = "overlay" if overlay else "padding_mask_crop"
             raise RequestError(
-                f"output_type is {output_type!r}, expected 'pil' with padding_mask_crop: what was "
-                "made is laid over the image"
+                f"output_type is {output_type!r}, expected 'pil' with {option}: what was made is "
+                "laid over the image"
             )
         if image is None:
             raise RequestError("image is None, expected the PIL image that is to be changed")
         unit, picture = self.config.vae.multiple_of, to_rgb(image, self.encoder.matte)
-        start, crop = make_start(
+        start, crops = make_start(
             picture,
             mask_image,
             output_size(self.config, height, width, size_of(picture, unit), None),
@@ -103,6 +110,7 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
             noised=latents is None,
             padding=padding_mask_crop,
             blur=mask_blur,
+            overlay=overlay,
         )
         arguments = CallArguments(
             prompt=prompt,
@@ -124,8 +132,8 @@ class KleinKVInpaintPipeline(KleinKVPipeline):
             start=start,
         )
         images = self._make(arguments, attention_kwargs)
-        if crop is not None:
-            images = [lay_back(result, *crop) for result in images]
+        if crops:  # one for all, or over and over
+            images = [lay_back(made, *crop) for made, crop in zip(images, cycle(crops))]
         return KleinKVOutput(images) if return_dict else (images,)
 
     def _warm_start(self, height: int | None, width: int | None) -> StartImage:

@@ -141,6 +141,7 @@ def _change(args: argparse.Namespace) -> dict[str, Any]:
         "mask_image": None if args.mask is None else load_image(args.mask, "black"),
         "strength": 0.8 if args.strength is None else args.strength,
         "padding_mask_crop": args.padding_mask_crop,
+        "overlay": True,
     }
 
 

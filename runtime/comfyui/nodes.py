@@ -21,7 +21,7 @@ from klein_kv.runtime.comfyui.models import (
     artifact_folders,
     open_model,
 )
-from klein_kv.runtime.comfyui.pictures import image_from_pixels, pictures_from_image
+from klein_kv.runtime.comfyui.pictures import image_from_made, pictures_from_image
 from klein_kv.runtime.comfyui.run_facts import RunFacts
 from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -280,12 +280,14 @@ class KleinKVEdit(io.ComfyNode):
                 "image_reference": list(references[1:]),
                 "mask_image": None if mask is None else mask.float().cpu().numpy(),
                 "strength": strength,
+                "output_type": "pil",
+                "overlay": True,
             }
             made: Any = KleinKVInpaintPipeline.from_pipe(pipe)(**request)
         else:
             made = pipe(**request, image=list(references))
         facts = RunFacts.of(pipe, model.precision, len(references))
-        return io.NodeOutput(image_from_pixels(made.images), facts)
+        return io.NodeOutput(image_from_made(made.images), facts)
 
 
 class KleinKVInfo(io.ComfyNode):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from klein_kv.errors import RequestError
 
-__all__ = ["image_from_pixels", "pictures_from_image"]
+__all__ = ["image_from_made", "pictures_from_image"]
 
 
 def pictures_from_image(image: torch.Tensor) -> list[Image.Image]:
@@ -25,6 +25,8 @@ def pictures_from_image(image: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(x[..., 0] if x.shape[2] == 1 else x) for x in pixels]
 
 
-def image_from_pixels(pixels: NDArray[np.float32]) -> torch.Tensor:
-    """An IMAGE of float32 [B, H, W, 3] in 0..1."""
-    return torch.from_numpy(pixels)
+def image_from_made(made: NDArray[np.float32] | list[Image.Image]) -> torch.Tensor:
+    """An IMAGE of float32 [B, H, W, 3] in 0..1, or of PIL images of one size."""
+    if isinstance(made, list):
+        made = np.stack([np.asarray(x, np.float32) for x in made]) / np.float32(255)
+    return torch.from_numpy(made)

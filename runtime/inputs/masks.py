@@ -12,7 +12,7 @@ from PIL import Image
 
 from klein_kv.errors import RequestError
 
-__all__ = ["Box", "check_mask", "crop_box", "fit", "lay_back", "mask_tokens"]
+__all__ = ["Box", "check_mask", "crop_box", "fit", "lay_back", "mask_pixels", "mask_tokens"]
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a region, in pixels."""
@@ -33,13 +33,24 @@ def mask_tokens(
 ) -> NDArray[np.float32]:
     """How much of each token is made anew: [n, S, 1] of 0, 1/4, 1/2, 3/4 or 1, for n masks.
 
-    Pixels of 0.5 and more count as 1; a token has the mean of the four in its middle.
+    Pixels of 0.5 and more count as 1; a token has the mean of the four in its middle. See
+    `mask_pixels`; `unit` is the pixels of a token's side.
+    """
+    height, width = size
+    pixels = mask_pixels(mask, size, box) >= 0.5
+    cells = pixels.reshape(len(pixels), height // unit, unit, width // unit, unit)
+    middle = slice(unit // 2 - 1, unit // 2 + 1)
+    means: NDArray[np.float32] = cells[:, :, middle, :, middle].mean((2, 4), np.float32)
+    return means.reshape(len(means), -1, 1)
+
+
+def mask_pixels(mask: Any, size: tuple[int, int], box: Box | None = None) -> NDArray[Any]:
+    """Masks [n, H, W] in 0..1, as large as the image that is worked on.
 
     Args:
         mask: a PIL image, white where the image changes; numpy [H, W], [B, H, W] or [B, H, W, 1] or
             torch [B, 1, H, W], of truth values or numbers in 0..1; or a list of any of these.
-        size: height and width of the image that is worked on.
-        unit: pixels of a token's side.
+        size: height and width of that image.
         box: the region of a PIL mask, mode L, that becomes this image.
 
     Raises:
@@ -48,12 +59,7 @@ def mask_tokens(
     masks = mask if isinstance(mask, list | tuple) else [mask]
     if not masks:
         raise RequestError("mask_image is an empty list, expected at least one mask")
-    height, width = size
-    pixels = np.concatenate([_pixels(one, size, box) for one in masks]) >= 0.5
-    cells = pixels.reshape(len(pixels), height // unit, unit, width // unit, unit)
-    middle = slice(unit // 2 - 1, unit // 2 + 1)
-    means: NDArray[np.float32] = cells[:, :, middle, :, middle].mean((2, 4), np.float32)
-    return means.reshape(len(means), -1, 1)
+    return np.concatenate([_pixels(one, size, box) for one in masks])
 
 
 def _pixels(mask: Any, size: tuple[int, int], box: Box | None) -> NDArray[Any]:

@@ -10,7 +10,14 @@ from PIL import Image, ImageFilter
 
 from klein_kv.artifacts.pixels import MAX_AREA
 from klein_kv.errors import RequestError
-from klein_kv.runtime.inputs.masks import Box, check_mask, crop_box, fit, mask_tokens
+from klein_kv.runtime.inputs.masks import (
+    Box,
+    check_mask,
+    crop_box,
+    fit,
+    mask_pixels,
+    mask_tokens,
+)
 from klein_kv.schedule import Schedule
 
 __all__ = ["Crop", "StartImage", "make_start", "size_of"]
@@ -83,7 +90,7 @@ class StartImage:
 
 
 class Crop(NamedTuple):
-    """A region that was worked on alone, and what it is laid back on; sizes are the original's."""
+    """A region that was worked on, and what it is laid back on; sizes are the original's."""
 
     original: Image.Image
     mask: Image.Image  # mode L
@@ -118,7 +125,8 @@ def make_start(
     noised: bool,
     padding: int | None,
     blur: float,
-) -> tuple[StartImage, Crop | None]:
+    overlay: bool,
+) -> tuple[StartImage, list[Crop]]:
     """Prepares image and mask; nothing is computed yet.
 
     A region is cut out of the image as it came; diffusers makes that smaller first.
@@ -132,6 +140,10 @@ def make_start(
         noised: see `StartImage`.
         padding: works on the region of the mask alone, with so many pixels around it.
         blur: radius in pixels of a Gaussian blur of the mask.
+        overlay: without `padding` too, what is made is laid over the image, of the size to work at.
+
+    Returns:
+        Where to start; and what results are laid back on, one for each mask, or none.
 
     Raises:
         RequestError: a mask or a size that cannot be worked with.
@@ -145,7 +157,11 @@ def make_start(
         tokens = None if mask is None else mask_tokens(mask, size, unit)
         reduced = image.resize(_reduced(image), Image.Resampling.LANCZOS)
         pixels = np.array(reduced.resize((width, height), Image.Resampling.LANCZOS))
-        return StartImage(pixels[None], tokens, strength, noised), None
+        crops = []
+        if overlay and mask is not None:
+            masks = [Image.fromarray(np.uint8((x * 255).round())) for x in mask_pixels(mask, size)]
+            crops = [Crop(Image.fromarray(pixels), x, (0, 0, width, height)) for x in masks]
+        return StartImage(pixels[None], tokens, strength, noised), crops
     if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
         raise RequestError(f"padding_mask_crop is {padding!r}, expected 0 or more pixels")
     mask = check_mask(mask)
@@ -154,4 +170,4 @@ def make_start(
     crop = Crop(image, mask.convert("L"), crop_box(mask.convert("L"), size, padding))
     pixels = np.array(fit(image.crop(crop.box), size))
     tokens = mask_tokens(crop.mask, size, unit, crop.box)
-    return StartImage(pixels[None], tokens, strength, noised), crop
+    return StartImage(pixels[None], tokens, strength, noised), [crop]

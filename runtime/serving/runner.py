@@ -224,6 +224,7 @@ class PipelineRunner:
             image_reference=others,
             mask_image=Image.fromarray(job.mask),
             strength=job.strength,
+            overlay=True,
             **arguments,
         )
 

@@ -239,7 +239,7 @@ def test_arguments_are_diffusers() -> None:
     theirs = inspect.signature(Flux2KleinInpaintPipeline.__call__).parameters
     mine = inspect.signature(KleinKVInpaintPipeline.__call__).parameters
     expected = [x for x in theirs if x not in ("guidance_scale", "negative_prompt_embeds")]
-    assert list(mine) == [*expected, "seed", "mask_blur"]
+    assert list(mine) == [*expected, "seed", "mask_blur", "overlay"]
     for name in expected:
         default = theirs[name].default
         default = tuple(default) if isinstance(default, list) else default
@@ -258,6 +258,24 @@ def test_sizes(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
     assert (one.size, asked.size, region.size) == ((144, 128), (192, 96), (150, 130))
     black = np.asarray(mask) == 0
     np.testing.assert_array_equal(np.asarray(region)[black], np.asarray(image)[black])
+
+
+def test_overlaid_pixels_are_the_images(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
+    """Each result over the image, where its own mask is black; soft edges mix both."""
+    pipe = KleinKVInpaintPipeline.from_pipe(tiny_ours)
+    image, edge = picture(128, 96, 1), patch(128, 96, soft=True)
+    masks = [edge, Image.fromarray(255 - np.asarray(edge))]
+    request = SHORT | {"image": image, "num_inference_steps": 1, "seed": 0, "mask_image": masks}
+    request["prompt"] = [PROMPT, "snow"]
+    plain, laid = (pipe(**request, overlay=overlay).images for overlay in (False, True))
+    for made, result, mask in zip(plain, laid, masks, strict=True):
+        expected = VaeImageProcessor().apply_overlay(mask, image, made)
+        difference = np.asarray(result, np.int16) - np.asarray(expected)
+        assert np.abs(difference).max() <= 1
+        for value, same in ((0, image), (255, made)):
+            at = np.asarray(mask) == value
+            np.testing.assert_array_equal(np.asarray(result)[at], np.asarray(same)[at])
+        assert made.tobytes() != result.tobytes() != image.tobytes()
 
 
 def test_warming_up_runs_what_a_call_runs(
@@ -302,6 +320,7 @@ BLACK = Image.new("L", (128, 96))
         ({"padding_mask_crop": -1}, "padding_mask_crop is -1"),
         ({"padding_mask_crop": 8, "mask_image": None}, "mask_image is a NoneType"),
         ({"padding_mask_crop": 8, "output_type": "np"}, "expected 'pil' with padding_mask_crop"),
+        ({"overlay": True, "output_type": "np"}, "expected 'pil' with overlay"),
         ({"mask_blur": -1}, "mask_blur is -1"),
         ({"mask_blur": 3, "mask_image": np.ones((96, 128))}, "mask_image is a ndarray"),
         ({"latents": np.zeros((2, 128, 8, 8), np.float32)}, "latents has shape"),
@@ -351,6 +370,7 @@ def test_command(
     assert main(["generate", str(tiny_artifacts), *arguments, *mask]) == 0
     pipe: Any = KleinKVInpaintPipeline.from_pipe(tiny_ours)
     request = {"image": picture(128, 96), "mask_image": patch(128, 96), "strength": 0.5}
+    request["overlay"] = True
     (expected,) = pipe(PROMPT, **request, num_inference_steps=2, seed=1).images
     with Image.open(out) as image:
         assert image.tobytes() == expected.tobytes()
