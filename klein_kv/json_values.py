@@ -26,8 +26,8 @@ def read_document(path: Path, kind: str, version: int, remedy: str) -> dict[str,
         raise
     except (OSError, *MALFORMED) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; {remedy}") from error
-    found = value.get("format") if isinstance(value, dict) else None
-    if found != kind:
+    if not isinstance(value, dict) or value.get("format") != kind:
+        found = value.get("format") if isinstance(value, dict) else None
         raise ArtifactError(f"{path}: the format is {found!r}, expected {kind!r}; {remedy}")
     if value.get("format_version") != version:
         raise ArtifactError(

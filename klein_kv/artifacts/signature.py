@@ -78,11 +78,6 @@ class KVFormat(StrEnum):
     FP8_CONSTANT = "float8_e4m3fn static"
     """Float8 whose scales are constants of the graphs."""
 
-    @property
-    def dtype(self) -> str:
-        """Type of the numbers."""
-        return "float8_e4m3fn"
-
 
 _FLOAT8_KV = "_fp8_kv"
 
@@ -297,7 +292,7 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
 
 
 def _numbers(dtype: str, kv_dtype: str | None) -> str:
-    return dtype if kv_dtype in (None, dtype) else KVFormat(kv_dtype).dtype
+    return dtype if kv_dtype in (None, dtype) else "float8_e4m3fn"
 
 
 def make_signature(

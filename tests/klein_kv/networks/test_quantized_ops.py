@@ -37,17 +37,13 @@ def test_rounding_is_numpys_bit_for_bit(dtype: torch.dtype, seed: int) -> None:
     for scale in (fp8_scale(float(np.abs(host).max())), 0.01):
         expected = dequantize_fp8(quantize_fp8(host, scale), scale)
         np.testing.assert_array_equal(round_to_fp8(x, scale).numpy(), expected)
+    grid = np.arange(-96, 97, dtype=np.float32)[:, None] / 16  # each a block whose scale is 1
+    ties = np.concatenate([grid, np.full_like(grid, 6), np.zeros((193, 14), np.float32)], 1)
+    expected = dequantize_nvfp4(*quantize_nvfp4(ties, 1.0), 1.0)
+    np.testing.assert_array_equal(round_to_nvfp4(torch.from_numpy(ties), 1.0).numpy(), expected)
     for scale in (nvfp4_scale(float(np.abs(host).max())), 1e-3, 1.0):
         expected = dequantize_nvfp4(*quantize_nvfp4(host, scale), scale)
         np.testing.assert_array_equal(round_to_nvfp4(x, scale).numpy(), expected)
-
-
-def test_e2m1_ties_are_to_even() -> None:
-    grid = np.arange(-96, 97, dtype=np.float32) / 16
-    x = np.concatenate([np.stack([grid, np.full_like(grid, 6)], 1), np.zeros((193, 14))], 1)
-    x = x.astype(np.float32)  # each row is a block whose scale is 1
-    expected = dequantize_nvfp4(*quantize_nvfp4(x, 1.0), 1.0)
-    np.testing.assert_array_equal(round_to_nvfp4(torch.from_numpy(x), 1.0).numpy(), expected)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
