@@ -126,13 +126,6 @@ def test_weights_alone_in_fp8(artifacts: Path) -> None:
     assert {weight.dtype for weight in record.weights.values()} == {"bfloat16", "float8_e4m3fn"}
 
 
-def test_the_same_again_is_kept(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"precision": "fp8", "attention": "fp8"}
-    before = built(artifacts, ["cached_step"], **options)
-    monkeypatch.setattr(build, "build_engine", None)
-    assert built(artifacts, ["cached_step"], **options) == before
-
-
 def test_ada_has_fp8_and_ampere_has_not(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

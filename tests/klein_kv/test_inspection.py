@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
-from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.engines.targets import GPUS
 from klein_kv.cli import main
 from klein_kv.engines.plan.kernel_plan import Kernel, KernelPlan, Operand
 from klein_kv.engines.plan.kernel_price import price_plan
+from tests.klein_kv.artifacts.engines.test_engine_manifest import RECORD
 
 LINES = (Path(__file__).parents[1] / "engines/plan/single_block_lines.txt").read_text()
 BLOCK = LINES.splitlines()[1:15]
@@ -33,21 +33,13 @@ def engines(tmp_path: Path) -> Path:
     for graph, plan in PLANS.items():
         (tmp_path / f"{graph}.engine").write_bytes(graph.encode())
         (tmp_path / f"{graph}.layers.json").write_text(plan.to_json())
-        records[graph] = EngineRecord(
+        records[graph] = replace(
+            RECORD,
             graph=graph,
             file=f"{graph}.engine",
             layers=f"{graph}.layers.json",
             bytes=len(graph),
             sha256=hashlib.sha256(graph.encode()).hexdigest(),
-            key="",
-            onnx_digest="",
-            inputs=(),
-            outputs=(),
-            weights={},
-            profiles=(ProfileRecord("only", {"batch": (1, 1, 1)}, {}),),
-            scratch_bytes=10**9,
-            seconds=2.5,
-            peak_rss=0,
         )
     EngineManifest("tensorrt_rtx", "1.7", "rtx5090", 120, "bf16", "shared", "tiny", records).save(
         tmp_path

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.schedule import Schedule, empirical_mu, make_schedule, round_to_dtype
+from klein_kv.schedule import Schedule, make_schedule, round_to_dtype
 
 KLEIN = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -42,14 +42,8 @@ def assert_same(ours: Schedule, theirs: FlowMatchEulerDiscreteScheduler) -> None
     np.testing.assert_array_equal(ours.sigma_steps, torch.stack(expected_steps).numpy())
 
 
-@given(tokens=st.integers(1, 70_000), steps=st.integers(1, 200))
-def test_mu(tokens: int, steps: int) -> None:
-    expected = reference.compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-    assert empirical_mu(tokens, steps) == expected
-
-
 @settings(max_examples=100, deadline=None)
-@given(tokens=st.integers(1, 20_000), steps=st.integers(1, 60), data=st.data())
+@given(tokens=st.integers(1, 70_000), steps=st.integers(1, 200), data=st.data())
 def test_equals_diffusers(tokens: int, steps: int, data: st.DataObject) -> None:
     below_one = st.floats(2**-10, 1 - 2**-10)
     sigmas = data.draw(st.none() | st.lists(below_one, min_size=1, max_size=6))

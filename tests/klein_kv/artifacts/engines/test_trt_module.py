@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engines.trt_module import MODULES, load_module
+from klein_kv.artifacts.engines.trt_module import load_module
 from klein_kv.engines.build_log import BuildLog
-from klein_kv.errors import BackendError, RequestError
+from klein_kv.errors import BackendError
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, Any]) -> None:
@@ -43,12 +43,6 @@ def test_auto_prefers_rtx_and_passes_over_a_stub(monkeypatch: pytest.MonkeyPatch
     _pretend(monkeypatch, {"tensorrt": stub})
     with pytest.raises(BackendError, match="a stub package"):
         load_module("tensorrt")
-
-
-def test_unknown_module_is_refused() -> None:
-    with pytest.raises(RequestError, match="expected 'auto' or one of tensorrt_rtx, tensorrt"):
-        load_module("tensorflow")
-    assert MODULES == ("tensorrt_rtx", "tensorrt")
 
 
 def test_log_keeps_plans_scratch_and_the_first_errors() -> None:
