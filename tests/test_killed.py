@@ -12,9 +12,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 
 import psutil
 import pytest
+from tqdm import tqdm
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
@@ -35,6 +37,7 @@ Job = Callable[[Path], object]
 
 def start(work: Callable[[], object]) -> int:
     """Runs it in a process that has all libraries loaded already; returns its number."""
+    tqdm.set_lock(RLock())  # that of processes together stays locked where one is killed with it
     gc.collect()  # a child that ended a session of ONNX Runtime would wait for threads it has not
     pid = os.fork()
     if pid:
