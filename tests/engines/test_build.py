@@ -313,7 +313,8 @@ def test_ctrl_c_stops_the_build_and_leaves_nothing_half_written(
     artifacts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pressed in the first stage, when nothing but the build's own handler hears it."""
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # of a process in the background it is ignored
     monkeypatch.setattr(caplog.handler, "emit", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with caplog.at_level(logging.INFO, progress.__name__), pytest.raises(KeyboardInterrupt):
         build_artifacts(artifacts, recipe=RECIPE, graphs=["text_encoder"], progress=False)

@@ -15,7 +15,7 @@ from klein_kv.artifacts.digest import file_digest
 from klein_kv.artifacts.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest
 from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.artifacts.weights import graph_weights, map_weight, read_header, weights_file
-from klein_kv.errors import ArtifactError
+from klein_kv.errors import ArtifactError, CheckpointError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 TABLE = "transformer/cached_step.weights.json"
@@ -56,6 +56,8 @@ def test_content(tiny_artifacts: Path, tmp_path: Path) -> None:
     on_disk = {path.relative_to(tiny_artifacts).as_posix() for path in paths}
     assert set(manifest.files) == on_disk - {MANIFEST}
     assert {*GRAPH_FILES.values(), *map(weights_file, GRAPH_FILES.values())} < set(manifest.files)
+    with pytest.raises(CheckpointError, match=r"pad_token is .* valid Unicode"):
+        replace(manifest.prompt, pad_token="\ud800")
     manifest.save(tmp_path)
     assert (tmp_path / MANIFEST).read_bytes() == (tiny_artifacts / MANIFEST).read_bytes()
     assert Manifest.load(tmp_path, check_files=False) == manifest
@@ -135,6 +137,7 @@ CHANGES = [
     (put("config", "vae", more=1), INCOMPLETE),
     (put("config", "transformer", axes_dims_rope=32), INCOMPLETE),
     (put("config", "transformer", num_layers=10**9), INCOMPLETE),
+    (put("config", "transformer", eps="tiny"), INCOMPLETE),
     (put("config", "transformer", joint_attention_dim=33), INCOMPLETE),
     (put("config", "text_encoder", layers=[99]), INCOMPLETE),
     (put("prompt", suffix=DROP), INCOMPLETE),

@@ -103,6 +103,8 @@ def test_rows_are_a_range_of_bytes(tmp_path: Path) -> None:
     [
         (b"", "not a whole safetensors file"),
         (b"\x08\0\0", "not a whole safetensors file"),
+        (b"<!DOCTYPE html><html>", "is a web page, not the file"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "Git LFS pointer, .* 12 bytes"),
         (file_of(b"", length=0), "not a safetensors file"),
         (file_of({}, length=1 << 62), "claims 4611686018427387904 bytes"),
         (file_of({}, length=3), "claims 3 bytes"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from klein_kv.artifacts.engines.trt_module import load_module
-from klein_kv.engines.build_log import BuildLog
+from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.errors import BackendError
 
 
@@ -53,7 +53,12 @@ def test_log_keeps_plans_scratch_and_the_first_errors() -> None:
     log.add("Max Scratch Memory: 1 bytes")
     assert log.layers == [["Name: a, LayerType: kgen", "Name: b, LayerType: gemm"]]
     assert log.scratch_bytes == [4096]
-    log.errors += [f" message {i}\n" for i in range(1000)]
+    levels = {name: i for i, name in enumerate(("ERROR", "WARNING", "INFO", "VERBOSE"))}
+    trt = SimpleNamespace(ILogger=type("ILogger", (), levels))
+    logger = make_logger(trt, log)
+    logger.log(trt.ILogger.WARNING, "slow")
+    for message in (" message 0\n", " message 1\n", "another"):
+        logger.log(trt.ILogger.ERROR, message)
     assert log.reason == "message 0 | message 1"
     log.errors[:] = [5000 * "x"]
     assert len(log.reason) == 600
