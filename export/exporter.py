@@ -36,7 +36,7 @@ from klein_kv.export.checkpoints.sources import Source, copy_licences, find_sour
 from klein_kv.export.checkpoints.stored_weights import MergedWeight, StoredWeight
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
 from klein_kv.export.checkpoints.weight_files import Placement, place_weights
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import UNREAD_TEXT, check_weights, read_folder
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.graphs.graph_files import save_graph
 from klein_kv.export.graphs.small_graphs import small_graph
@@ -55,27 +55,17 @@ __all__ = ["ExportResult", "export_checkpoint"]
 _log = logging.getLogger(__name__)
 _FLOATS = tuple(DTYPES.values())
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # vectors of files that were cast
-# Tensors that checkpoints hold and the graphs do not read.
-_UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
-_UNREAD_VAE = ("bn.num_batches_tracked",)
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export did.
-
-    Attributes:
-        dtype: floating point type of graphs and weights.
-        nodes: number of ONNX nodes by label (`signature.distinct_graphs`).
-        seconds: wall time.
-        bytes_written: bytes of the folder that are not links to the checkpoint's files.
-    """
+    """What an export did."""
 
     artifacts: Path
-    dtype: str
-    nodes: dict[str, int]
-    seconds: float
-    bytes_written: int
+    dtype: str  # floating point type of graphs and weights
+    nodes: dict[str, int]  # number of ONNX nodes by label (`signature.distinct_graphs`)
+    seconds: float  # wall time
+    bytes_written: int  # bytes of the folder that are not links to the checkpoint's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,16 +206,16 @@ def _read_checkpoint(source: Source, text_layers: tuple[int, ...]) -> _Checkpoin
         "text_encoder": text_encoder_parameters(text),
         "vae": vae_parameters(config.vae),
     }
-    unread = {"transformer": (), "text_encoder": _UNREAD_TEXT, "vae": _UNREAD_VAE}
+    unread = {"transformer": (), "text_encoder": UNREAD_TEXT, "vae": ("bn.num_batches_tracked",)}
     weights: dict[str, Mapping[str, StoredWeight]] = {}
     beside = {} if source.transformer is None else read_beside(source.transformer, parameters)
     for part, shapes in parameters.items():
         if part == "transformer" and source.transformer is not None:
             weights[part] = read_single_file(source.transformer, transformer)
         else:
-            index = beside.get(part) or WeightIndex.from_folder(folder / part, part)
-            index.expect(shapes, ignore=unread[part])
-            weights[part] = index
+            stored = beside.get(part) or read_folder(folder / part, part)
+            check_weights(part, stored, shapes, unread[part])
+            weights[part] = stored
         for name in shapes:
             dtype = weights[part][name].dtype
             if dtype not in (*_FLOATS, *_FLOAT8):

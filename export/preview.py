@@ -4,15 +4,12 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.preview_matrix import PREVIEW, SIDE, preview_shape
+from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import made_up_image
-from klein_kv.networks.torch_ops import TorchOps
-from klein_kv.networks.vae import vae_encoder
-from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 
 __all__ = ["save_preview_matrix"]
 
@@ -26,15 +23,13 @@ _RIDGE = 1e-3  # of the channels' variance, which is about 1
 
 def save_preview_matrix(folder: Path, manifest: Manifest) -> None:
     """Encodes a few made-up images, and writes what best maps their tokens to their pixels."""
-    config = manifest.config.vae
-    stored = FolderWeights(folder, manifest, device="cpu").load("vae")
-    wide = {name: x.float() for name, x in stored.items() if not name.startswith("decoder.")}
-    ops, unit = TorchOps(wide, torch.float32), config.multiple_of
+    config, vae = manifest.config.vae, FloatVae(folder, manifest)
+    unit = config.multiple_of
     pixels = -(-_PIXELS // unit) * unit
     inputs, targets = [], []
     for seed in range(_IMAGES):
         image = made_up_image(pixels, pixels, seed)
-        tokens = vae_encoder(ops, config, torch.tensor(np.asarray(image)[None]))[0].numpy()
+        tokens = vae.encode(np.asarray(image)[None])[0]
         h, w, channels = tokens.shape  # grid order
         small = image.resize((w * SIDE, h * SIDE), Image.Resampling.BOX)
         squares = np.asarray(small, np.float64).reshape(h, SIDE, w, SIDE, 3) / 255

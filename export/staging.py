@@ -35,13 +35,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 def partial_folder(parent: Path, name: str, target: Path) -> Iterator[Path]:
     """A hidden folder in `parent`, gone afterwards, and with it what killed runs left.
 
-    Args:
-        parent: made if it is not there.
-        name: of what is written.
-        target: what messages name.
-
-    Raises:
-        CapacityError: whatever the operating system raised.
+    `name` is of what is written; the `CapacityError` for whatever the operating system raises names
+    `target`.
     """
     partial = partial_path(parent, name)
     try:

@@ -134,6 +134,34 @@ def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
     return _export(made_once, tiny_checkpoint, "bfloat16")
 
 
+def _quantize(made_once: MadeOnce, artifacts: Path) -> Path:
+    from klein_kv.artifacts.numbers import PRECISION_FORMATS
+    from klein_kv.export.checks.samples import make_samples
+    from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
+    from klein_kv.export.quantization.quantize import quantize_artifacts
+
+    def make(folder: Path) -> None:
+        shutil.copytree(artifacts, folder / "artifacts")
+        samples = make_samples(1, size=(128, 128))
+        for name in PRECISION_FORMATS:
+            recipe = QuantizationRecipe.load(name)
+            quantize_artifacts(folder / "artifacts", recipe, samples, text_tokens=32)
+
+    return made_once(f"quantized-{artifacts.name}", make) / "artifacts"
+
+
+@pytest.fixture(scope="session")
+def quantized_artifacts(made_once: MadeOnce, tiny_artifacts: Path) -> Path:
+    """The tiny checkpoint in float32, and quantized in every way."""
+    return _quantize(made_once, tiny_artifacts)
+
+
+@pytest.fixture(scope="session")
+def quantized_bf16_artifacts(made_once: MadeOnce, tiny_bf16_artifacts: Path) -> Path:
+    """The tiny checkpoint in bfloat16, and quantized in every way."""
+    return _quantize(made_once, tiny_bf16_artifacts)
+
+
 @pytest.fixture(scope="session")
 def short_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
     """The same in float32 with 3 blocks of the text encoder instead of 27: made, run sooner."""
@@ -147,14 +175,24 @@ def short_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def quantized_short_artifacts(made_once: MadeOnce, short_bf16_artifacts: Path) -> Path:
+    """The same, quantized in every way."""
+    return _quantize(made_once, short_bf16_artifacts)
+
+
+@pytest.fixture(scope="session")
 def klein_export(made_once: MadeOnce) -> "KleinExport":
     """klein's real shapes in files with holes, exported in bfloat16."""
+    from klein_kv.export import preview
     from klein_kv.export.checkpoints.fixture import make_fixture
     from klein_kv.export.exporter import export_checkpoint
 
     def make(folder: Path) -> None:
-        make_fixture(folder / "checkpoint", "9b-shapes")
-        result = export_checkpoint(folder / "checkpoint", folder / "artifacts", allow_zeros=True)
+        checkpoint, artifacts = folder / "checkpoint", folder / "artifacts"
+        make_fixture(checkpoint, "9b-shapes")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(preview, "_PIXELS", 16)  # half of the time, for previews of zeros
+            result = export_checkpoint(checkpoint, artifacts, allow_zeros=True)
         facts = {"dtype": result.dtype, "bytes": result.bytes_written, "nodes": result.nodes}
         (folder / "result.json").write_text(json.dumps(facts))
 

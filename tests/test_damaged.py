@@ -43,10 +43,7 @@ from klein_kv.errors import MALFORMED
 from klein_kv.export.checkpoints.sources import find_source
 from klein_kv.export.checkpoints.stored_weights import read_rows
 from klein_kv.export.checkpoints.weight_values import check_values
-from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.exporter import _read_checkpoint
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.inputs.prompts import read_prompts
 from klein_kv.runtime.lora.changes import apply_changes
 from klein_kv.runtime.lora.lora_file import describe_lora, read_adapter
@@ -170,13 +167,10 @@ def test_configurations_of_checkpoints(checkpoint: Path, data: st.DataObject) ->
 
 
 @pytest.fixture(scope="module")
-def artifacts(short_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(quantized_short_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifacts in bfloat16, in fp8 and nvfp4 too, with (pretended) engines."""
     folder = tmp_path_factory.mktemp("damaged") / "artifacts"
-    shutil.copytree(short_bf16_artifacts, folder)
-    samples = make_samples(1, size=(64, 64))
-    for recipe in ("fp8", "nvfp4"):
-        quantize_artifacts(folder, QuantizationRecipe.load(recipe), samples, text_tokens=16)
+    shutil.copytree(quantized_short_artifacts, folder)
     (folder / ENGINES).mkdir(parents=True)
     engines = make_engines(folder, folder / ENGINES)
     plan = KernelPlan.from_lines("cached_step", "test", LINES[:5], 1 << 20, ("w",))

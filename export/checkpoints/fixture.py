@@ -57,7 +57,7 @@ def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None
     Args:
         out: folder to make; it may exist if it is empty.
         size: "pocket" or a key of `SIZES`.
-        seed: of random weights, 0 to 2**63 - 1; the other sizes ignore it.
+        seed: of random weights, 0 to 2**63 - 1.
         dtype: "float32", "float16" or "bfloat16"; None takes the size's own.
 
     Raises:
@@ -98,26 +98,18 @@ def _write_checkpoint(folder: Path, shapes: FixtureSize, seed: int, dtype: torch
 
 def _modules_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The three networks without storage, under the pipeline's names for them."""
+    config = Qwen3Config(
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False,
+        **shapes.text_encoder,
+    )
     with torch.device("meta"):
-        text_encoder = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=shapes.text_vocabulary,
-                hidden_size=shapes.text_hidden,
-                intermediate_size=shapes.text_intermediate,
-                num_hidden_layers=shapes.text_layers,
-                num_attention_heads=shapes.text_heads,
-                num_key_value_heads=shapes.text_kv_heads,
-                head_dim=shapes.text_head_dim,
-                max_position_embeddings=40960,
-                rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-                tie_word_embeddings=False,
-            )
-        )
-    # nn.Module's own `to`: see `random_model`.
-    text_encoder = nn.Module.to(text_encoder, dtype=dtype).eval()
+        text_encoder = Qwen3ForCausalLM(config)
     return {
         "transformer": transformer_on_meta(shapes, dtype),
-        "text_encoder": text_encoder,
+        # nn.Module's own `to`: see `random_model`.
+        "text_encoder": nn.Module.to(text_encoder, dtype=dtype).eval(),
         "vae": vae_on_meta(shapes, dtype),
     }
 

@@ -18,12 +18,7 @@ POCKET = Path(__file__).with_name("pocket_weights")  # diffusers layout, in floa
 
 
 def write_pocket(folder: Path, dtype: torch.dtype) -> None:
-    """Writes the checkpoint into a folder that is there, in another type.
-
-    Args:
-        folder: gets what `Flux2KleinKVPipeline.from_pretrained` reads, and the licence.
-        dtype: of all weights.
-    """
+    """Writes the checkpoint and its licence into a folder that is there, all weights in a type."""
     shutil.copytree(POCKET, folder, dirs_exist_ok=True)
     for path in folder.rglob("*.safetensors"):
         tensors = {name: value.to(dtype) for name, value in load_file(path).items()}

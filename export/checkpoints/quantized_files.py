@@ -59,30 +59,15 @@ BESIDE = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.")
 
 @dataclass(frozen=True, slots=True)
 class PublishedWeight:
-    """A quantized matrix [out, in] as the file holds it.
+    """A quantized matrix [out, in] as the file holds it."""
 
-    Attributes:
-        format: "fp8" or "nvfp4"; "fp8 of e5m2" or "fp8 by rows", which artifacts do not hold.
-        numbers: float8 [out, in], or uint8 [out, in / 2].
-        scale: what numbers or block scales are multiplied by; 1 beside `row_scales`.
-        input_scale: of the layer's activations, as the file's maker calibrated it, if at all.
-        block_scales: nvfp4: float8_e4m3fn, in tiles, for all rows of the file's tensor.
-        row_scales: fp8: float32, one per row of the file's tensor, instead of `scale`.
-        first_row: row of `block_scales` or `row_scales` that row 0 of `numbers` belongs to.
-    """
-
-    format: str
-    numbers: WeightRef
-    scale: float
-    input_scale: float | None
-    block_scales: WeightRef | None = None
-    row_scales: WeightRef | None = None
-    first_row: int = 0
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.numbers.path
+    format: str  # "fp8" or "nvfp4"; "fp8 of e5m2" or "fp8 by rows", which artifacts do not hold
+    numbers: WeightRef  # float8 [out, in], or uint8 [out, in / 2]
+    scale: float  # what numbers or block scales are multiplied by; 1 beside `row_scales`
+    input_scale: float | None  # of the layer's activations, as the file's maker calibrated it
+    block_scales: WeightRef | None = None  # nvfp4: in tiles, for all rows of the file's tensor
+    row_scales: WeightRef | None = None  # fp8: float32, one per row of the file's tensor
+    first_row: int = 0  # row of `block_scales` or `row_scales` that row 0 of `numbers` has
 
     @property
     def dtype(self) -> str:
@@ -132,16 +117,10 @@ FileWeight = WeightRef | PublishedWeight
 
 
 def read_weights(path: Path, prefixes: Sequence[str] = ()) -> dict[str, FileWeight]:
-    """Reads one safetensors file: its header and its scalar scales, no weight.
+    """Tensors of one safetensors file, scales folded into their weights; no weight is read.
 
-    Args:
-        path: the file.
-        prefixes: of names, any of which the file's may begin with. What a file with a whole
-            pipeline holds beside the tensors with a prefix is left out.
-
-    Returns:
-        Tensors by the file's own names without the prefix, companions folded into the weight that
-        they belong to.
+    By the file's own names, without the first of `prefixes` that any has; what a file with a whole
+    pipeline holds beside those with it is left out.
 
     Raises:
         CheckpointError: not a whole safetensors file, a scale that is missing, left over or

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
@@ -26,93 +27,71 @@ __all__ = [
     "vae_on_meta",
 ]
 
-_LATENT_CHANNELS = 32  # FLUX.2's; the transformer reads 2x2 patches of it, so 128 channels
 _TEXT_TAPS = 3  # hidden states 9, 18 and 27, side by side on the feature axis
 
 
 @dataclass(frozen=True, slots=True)
 class FixtureSize:
-    """Shapes of one checkpoint, in elements.
+    """Shapes of one checkpoint: arguments of the networks' own classes."""
 
-    Attributes:
-        head_dim: of the transformer; a multiple of 8, split evenly over the four RoPE axes.
-        text_layers: at least 28: the last hidden state of a Qwen3 model is normalised, and must not
-            be the last one that is read.
-        text_vocabulary: rows of the embedding; no fewer than the tokenizer has tokens.
-        vae_channels: of the four levels (a scale factor of 8), each a multiple of `vae_groups`.
-        dtype: of the weights when the caller names none.
-        sparse: holes in place of values: every weight reads as zero.
-    """
+    transformer: Mapping[str, int]  # of `Flux2Transformer2DModel`; a head is a multiple of 8 wide
+    # of `Qwen3Config`; at least 28 layers: the last hidden state of a Qwen3 model is normalised,
+    # and must not be the last one that is read
+    text_encoder: Mapping[str, int]
+    vae: Mapping[str, Any]  # of `AutoencoderKLFlux2`; four levels, a scale factor of 8
+    dtype: str = "float32"  # of the weights when the caller names none
+    sparse: bool = False  # holes in place of values: every weight reads as zero
 
-    double_blocks: int
-    single_blocks: int
-    heads: int
-    head_dim: int
-    text_layers: int
-    text_hidden: int
-    text_heads: int
-    text_kv_heads: int
-    text_head_dim: int
-    text_intermediate: int
-    text_vocabulary: int
-    vae_channels: tuple[int, int, int, int]
-    vae_groups: int
-    vae_layers: int
-    dtype: str = "float32"
-    sparse: bool = False
 
+# No fewer rows of the embedding than the tokenizer has tokens.
+_SMALL_TEXT = {
+    "num_hidden_layers": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 640,
+}
 
 SIZES: Mapping[str, FixtureSize] = MappingProxyType(
     {
         "tiny": FixtureSize(
-            double_blocks=1,
-            single_blocks=2,
-            heads=2,
-            head_dim=32,
-            text_layers=28,
-            text_hidden=32,
-            text_heads=4,
-            text_kv_heads=2,
-            text_head_dim=16,
-            text_intermediate=80,
-            text_vocabulary=640,
-            vae_channels=(16, 16, 24, 24),
-            vae_groups=8,
-            vae_layers=1,
+            {
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "num_attention_heads": 2,
+                "attention_head_dim": 32,
+            },
+            {**_SMALL_TEXT, "hidden_size": 32, "head_dim": 16, "intermediate_size": 80},
+            {"block_out_channels": (16, 16, 24, 24), "norm_num_groups": 8, "layers_per_block": 1},
         ),
         "small": FixtureSize(
-            double_blocks=4,
-            single_blocks=10,
-            heads=4,
-            head_dim=128,
-            text_layers=28,
-            text_hidden=128,
-            text_heads=4,
-            text_kv_heads=2,
-            text_head_dim=32,
-            text_intermediate=384,
-            text_vocabulary=640,
-            vae_channels=(32, 64, 96, 96),
-            vae_groups=16,
-            vae_layers=1,
+            {
+                "num_layers": 4,
+                "num_single_layers": 10,
+                "num_attention_heads": 4,
+                "attention_head_dim": 128,
+            },
+            {**_SMALL_TEXT, "hidden_size": 128, "head_dim": 32, "intermediate_size": 384},
+            {"block_out_channels": (32, 64, 96, 96), "norm_num_groups": 16, "layers_per_block": 1},
         ),
         # Transformer: klein-9b in diffusers' scripts/convert_flux2_to_diffusers.py. Text encoder:
         # the configuration of Qwen/Qwen3-8B. Autoencoder: the defaults of AutoencoderKLFlux2.
         "9b-shapes": FixtureSize(
-            double_blocks=8,
-            single_blocks=24,
-            heads=32,
-            head_dim=128,
-            text_layers=36,
-            text_hidden=4096,
-            text_heads=32,
-            text_kv_heads=8,
-            text_head_dim=128,
-            text_intermediate=12288,
-            text_vocabulary=151936,
-            vae_channels=(128, 256, 512, 512),
-            vae_groups=32,
-            vae_layers=2,
+            {
+                "num_layers": 8,
+                "num_single_layers": 24,
+                "num_attention_heads": 32,
+                "attention_head_dim": 128,
+            },
+            {
+                "num_hidden_layers": 36,
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "intermediate_size": 12288,
+                "vocab_size": 151936,
+            },
+            {},
             dtype="bfloat16",
             sparse=True,
         ),
@@ -124,14 +103,10 @@ def transformer_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> Flux2Transfo
     """diffusers' denoiser of this size without storage."""
     with torch.device("meta"):
         module = Flux2Transformer2DModel(
-            in_channels=4 * _LATENT_CHANNELS,
-            num_layers=shapes.double_blocks,
-            num_single_layers=shapes.single_blocks,
-            attention_head_dim=shapes.head_dim,
-            num_attention_heads=shapes.heads,
-            joint_attention_dim=_TEXT_TAPS * shapes.text_hidden,
-            axes_dims_rope=4 * (shapes.head_dim // 4,),
+            joint_attention_dim=_TEXT_TAPS * shapes.text_encoder["hidden_size"],
+            axes_dims_rope=4 * (shapes.transformer["attention_head_dim"] // 4,),
             guidance_embeds=False,
+            **shapes.transformer,
         )
     return _ready(module, dtype)
 
@@ -139,13 +114,7 @@ def transformer_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> Flux2Transfo
 def vae_on_meta(shapes: FixtureSize, dtype: torch.dtype) -> AutoencoderKLFlux2:
     """diffusers' autoencoder of this size without storage."""
     with torch.device("meta"):
-        module = AutoencoderKLFlux2(
-            block_out_channels=shapes.vae_channels,
-            layers_per_block=shapes.vae_layers,
-            latent_channels=_LATENT_CHANNELS,
-            norm_num_groups=shapes.vae_groups,
-        )
-    return _ready(module, dtype)
+        return _ready(AutoencoderKLFlux2(**shapes.vae), dtype)
 
 
 def _ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -189,9 +158,7 @@ _GAINS = MappingProxyType(
 def fill_random(module: nn.Module, generator: torch.Generator) -> None:
     """Draws every tensor of a module's state, in the order of its state_dict, in float32.
 
-    Args:
-        module: one of the networks, with storage.
-        generator: on the device of the module. Another device gives other numbers.
+    The generator is on the module's device; another device gives other numbers.
     """
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():

@@ -26,7 +26,7 @@ from klein_kv.export.checkpoints.quantized_files import (
     weights_from_refs,
 )
 from klein_kv.export.checkpoints.stored_weights import JoinedRows, StoredWeight
-from klein_kv.export.checkpoints.weight_index import WeightIndex, check_names
+from klein_kv.export.checkpoints.weight_index import check_names
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.networks.transformer_names import Rows, bfl_rows
 
@@ -57,17 +57,10 @@ _MODELS = {3072: "klein 4B", 4096: "klein 9B"}
 
 
 def read_single_file(path: Path, config: TransformerConfig) -> dict[str, StoredWeight]:
-    """Finds every tensor of the transformer in one file; no weight is read.
+    """Finds every tensor of the transformer in one file, by diffusers' names; no weight is read.
 
-    Args:
-        path: a safetensors file, bf16 (or another float), fp8 or nvfp4.
-        config: the transformer's configuration, from the base checkpoint.
-
-    Returns:
-        Tensors by diffusers' names.
-
-    Raises:
-        CheckpointError: not a whole safetensors file; missing, unexpected or misshapen tensors.
+    A `CheckpointError` tells of a file that is no whole safetensors file, and of missing,
+    unexpected or misshapen tensors.
     """
     stored = read_weights(path, _PREFIXES)
     shapes = transformer_parameters(config)
@@ -104,31 +97,24 @@ def parts_beside(names: Collection[str]) -> set[str]:
 
 def read_beside(
     path: Path, parameters: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> dict[str, WeightIndex]:
+) -> dict[str, dict[str, FileWeight]]:
     """Text encoder and VAE of a file with a whole pipeline; it warns of what is not read.
 
-    Args:
-        path: the file.
-        parameters: names and shapes of each part's tensors.
-
-    Returns:
-        By part its tensors under the names of transformers and diffusers, for `expect` to check.
-
-    Raises:
-        CheckpointError: as `read_weights`.
+    By part its tensors under the names of transformers and diffusers, not yet checked;
+    `parameters` are names and shapes that each part should have. Errors as of `read_weights`.
     """
-    refs, parts = read_header(path, quantized=True), {}
+    refs = read_header(path, quantized=True)
+    parts: dict[str, dict[str, FileWeight]] = {}
     held = parts_beside(refs)
     unread = {name.partition(".")[0] for name in refs if name.startswith(BESIDE)}
     if "text_encoder" in held:
         unread.discard("text_encoders")
         own = {_TEXT.sub("", name): ref for name, ref in refs.items() if _TEXT.match(name)}
-        stored = weights_from_refs(path, own, read_metadata(path))
-        parts["text_encoder"] = WeightIndex(stored, "text_encoder")
+        parts["text_encoder"] = weights_from_refs(path, own, read_metadata(path))
     if "vae" in held:
         unread.discard("vae")
         own = {name.removeprefix(_VAE): x for name, x in refs.items() if name.startswith(_VAE)}
-        parts["vae"] = WeightIndex(_vae_from_ldm(own, parameters["vae"]), "vae")
+        parts["vae"] = dict(_vae_from_ldm(own, parameters["vae"]))
     if unread:
         _log.warning(
             "%s holds a whole pipeline: its %s are not read, those of the base are",

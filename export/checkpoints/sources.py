@@ -67,27 +67,16 @@ _PIPELINE_FILES = (*_BASE_FILES, "transformer/*.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint on the local disk.
+    """A checkpoint on the local disk."""
 
-    Attributes:
-        name: for people: repository, or name of the folder or file.
-        folder: the pipeline in diffusers layout.
-        transformer: single file with the transformer; None if `folder` has it.
-        licence_folders: where to look for licences, the weights' own first.
-        variant: "kv" or "plain" if the checkpoint says so itself, else "".
-        declared_by: what says so.
-        official: it is a repository whose name says so.
-        is_distilled: False if `folder` says that its weights need guidance.
-    """
-
-    name: str
-    folder: Path
-    transformer: Path | None
-    licence_folders: tuple[Path, ...]
-    variant: str = ""
-    declared_by: str = ""
-    official: bool = False
-    is_distilled: bool = True
+    name: str  # for people: repository, or name of the folder or file
+    folder: Path  # the pipeline in diffusers layout
+    transformer: Path | None  # single file with the transformer; None if `folder` has it
+    licence_folders: tuple[Path, ...]  # where to look for licences, the weights' own first
+    variant: str = ""  # "kv" or "plain" if the checkpoint says so itself
+    declared_by: str = ""  # what says so
+    official: bool = False  # it is a repository whose name says so
+    is_distilled: bool = True  # False if `folder` says that its weights need guidance
 
     def settle_variant(self, wanted: str | None) -> str:
         """The variant to export: what the checkpoint says, or what the caller says.
@@ -118,11 +107,8 @@ def find_source(
 ) -> Source:
     """Finds a checkpoint, downloading it if it is not on this machine.
 
-    Args:
-        checkpoint: a folder in diffusers layout, a .safetensors file with a transformer, a
-            Hugging Face repository `org/name`, or one file of it `org/name/file.safetensors`.
-        base: folder or repository with the rest of the pipeline, for a single file.
-        revision: branch, tag or commit of the repository.
+    Arguments are those of `export_checkpoint`; a repository is `org/name`, one file of it
+    `org/name/file.safetensors`.
 
     Raises:
         RequestError: arguments that contradict each other.
@@ -277,13 +263,10 @@ def known_sha256(path: Path) -> str:
 
 
 def copy_licences(source: Source, folder: Path) -> str:
-    """Copies LICENSE and NOTICE files and warns, once, if they forbid commercial use.
+    """Copies LICENSE and NOTICE files, warns if they forbid commercial use; a notice for people.
 
     A second file of the same name but another content, from the base of a single file, is kept
     beside the first as NAME.base.
-
-    Returns:
-        A notice for people.
     """
     copied: dict[str, bytes] = {}
     for place in source.licence_folders:

@@ -73,11 +73,12 @@ StoredWeight = FileWeight | JoinedRows | MergedWeight
 """A tensor as files hold it."""
 
 
-def stored_parts(weight: StoredWeight) -> tuple[FileWeight, ...]:
-    """What of it lies in files, each with a path and a shape of its own."""
+def stored_parts(weight: StoredWeight) -> tuple[WeightRef, ...]:
+    """Where its numbers lie in files, as they lie there."""
     if isinstance(weight, MergedWeight):
         return stored_parts(weight.weight)
-    return weight.parts if isinstance(weight, JoinedRows) else (weight,)
+    parts = weight.parts if isinstance(weight, JoinedRows) else (weight,)
+    return tuple(part if isinstance(part, WeightRef) else part.numbers for part in parts)
 
 
 def read_rows(weight: StoredWeight, start: int, stop: int) -> NDArray[Any]:

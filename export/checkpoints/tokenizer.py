@@ -40,16 +40,8 @@ _LENGTHS = (512, 8)
 def save_tokenizer(checkpoint: Path, artifacts: Path) -> PromptFormat:
     """Saves the tokenizer in its fast form: whatever files it came in, one tokenizer.json.
 
-    Args:
-        checkpoint: a pipeline in diffusers layout.
-        artifacts: folder that gets `tokenizer/`.
-
-    Returns:
-        How prompts are tokenized without the chat template.
-
-    Raises:
-        CheckpointError: there is no tokenizer or no chat template, or the template does more than
-            put texts around the prompt.
+    Returns how prompts are tokenized without the chat template. A `CheckpointError` tells of a
+    missing tokenizer or template, and of one that does more than put texts around the prompt.
     """
     source = checkpoint / "tokenizer"
     with tempfile.TemporaryDirectory() as scratch:

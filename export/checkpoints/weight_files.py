@@ -37,17 +37,11 @@ Weights = Mapping[str, StoredWeight]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the weights of a component lie now.
+    """Where the weights of a component lie now."""
 
-    Attributes:
-        refs: each tensor that the graphs use.
-        sources: files of the folder that hold the very bytes of a checkpoint's file.
-        shared: those of them that take no space of their own.
-    """
-
-    refs: dict[str, WeightRef]
-    sources: dict[Path, Path]
-    shared: frozenset[Path]
+    refs: dict[str, WeightRef]  # each tensor that the graphs use
+    sources: dict[Path, Path]  # files that hold the very bytes of a checkpoint's file
+    shared: frozenset[Path]  # those of them that take no space of their own
 
 
 def place_weights(
@@ -56,15 +50,11 @@ def place_weights(
     """Puts a component's weights into the artifact folder.
 
     A checkpoint's file is linked (hard link, else reflink, else a copy, with a warning) if at least
-    half of the numbers used of it can be used as they lie there. All other tensors are converted, a
+    half of the bytes used of it can be used as they lie there. All other tensors are converted, a
     piece at a time, into one file.
 
-    Args:
-        weights: the component's tensors.
-        names: the tensors that the graphs use.
-        dtype: wanted floating point type; integer tensors stay as they are.
-        folder: the component's folder inside the artifact folder; must exist.
-        component: its name, for the converted file and for messages.
+    `names` are the tensors that the graphs use, `dtype` is the floating point type they want;
+    integer tensors stay as they are.
 
     Raises:
         CapacityError: not enough disk.
@@ -80,13 +70,12 @@ def place_weights(
     fit: Counter[Path] = Counter()
     for name, weight in used.items():
         for part in stored_parts(weight):
-            total[part.path] += math.prod(part.shape)
-            fit[part.path] += math.prod(part.shape) * (name in fitting)
+            total[part.path] += part.nbytes
+            fit[part.path] += part.nbytes * (name in fitting)
     shared = set()
     targets = {}
     for path in sorted(path for path, count in fit.items() if 0 < total[path] <= 2 * count):
-        read = sum(x.nbytes for x in fitting.values() if x.path == path)
-        linked = _link(path, folder, copy=2 * read + _HEADER >= path.stat().st_size)
+        linked = _link(path, folder, copy=2 * fit[path] + _HEADER >= path.stat().st_size)
         if linked is not None:
             targets[path], is_shared = linked
             shared |= {targets[path]} if is_shared else set()
@@ -154,11 +143,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def require_space(folder: Path, nbytes: int) -> None:
-    """Checks free disk before writing.
-
-    Raises:
-        CapacityError: less than `nbytes` free.
-    """
+    """A `CapacityError` where less than `nbytes` are free."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CapacityError(

@@ -1,7 +1,7 @@
 """The tensors of a component's folder, and whether they are those that a network has."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from klein_kv.artifacts.config import read_json
@@ -13,83 +13,59 @@ from klein_kv.export.checkpoints.quantized_files import (
     weights_from_refs,
 )
 
-__all__ = ["WeightIndex", "check_names"]
+__all__ = ["UNREAD_TEXT", "check_names", "check_weights", "read_folder"]
 
 _LORA = re.compile(r"(^|[._])(lora|lokr|loha|hada|dora)(_|\.|$)")
+UNREAD_TEXT = ("model.layers.", "model.norm.", "lm_head.")
+"""Beginnings of a text encoder's tensors that graphs may leave out: those after the last block
+whose output they read."""
+
 _FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and transformers save a component as."""
 
 
-class WeightIndex(Mapping[str, FileWeight]):
-    """All tensors of one component folder, over one file or over shards with an index."""
+def read_folder(folder: Path, component: str) -> dict[str, FileWeight]:
+    """Finds a component's safetensors: one file, or the shards that an index names.
 
-    def __init__(self, refs: Mapping[str, FileWeight], component: str) -> None:
-        self._refs = dict(refs)
-        self.component = component
-
-    def __getitem__(self, name: str) -> FileWeight:
-        try:
-            return self._refs[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.component}: tensor {name} is missing from the checkpoint"
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
-
-    def __contains__(self, name: object) -> bool:  # `Mapping`'s own waits for a KeyError
-        return name in self._refs
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the tensors, sorted."""
-        return sorted({ref.path for ref in self._refs.values()})
-
-    @classmethod
-    def from_folder(cls, folder: Path, component: str) -> "WeightIndex":
-        """Finds a component's safetensors: one file, or the shards that an index names.
-
-        Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
-        they leave no choice; else a `CheckpointError`.
-        """
-        for name in _FILE_NAMES:
-            if (index := folder / f"{name}.index.json").exists():
-                return cls(_refs_from_index(index, component), component)
-            if (file := folder / name).exists():
-                return cls(read_weights(file), component)
-        indices = sorted(folder.glob("*.safetensors.index*.json"))
-        if len(indices) == 1:
-            return cls(_refs_from_index(indices[0], component), component)
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files) or "none"
-            raise CheckpointError(
-                f"{component}: expected one .safetensors file or an index of shards in {folder}, "
-                f"found {names} (pickle formats such as .bin and .pt are not read)"
-            )
-        return cls(read_weights(files[0]), component)
-
-    def expect(self, shapes: Mapping[str, tuple[int, ...]], ignore: tuple[str, ...] = ()) -> None:
-        """Checks names and shapes strictly, but for names with a prefix of `ignore`.
-
-        A `CheckpointError` tells of missing, unexpected or misshapen tensors.
-        """
-        check_names(
-            self._refs,
-            shapes,
-            f"{self.component}: the checkpoint's tensors do not match its config.json",
-            ignore,
+    Files of a variant ("model.fp16.safetensors") count where there are none without, as long as
+    they leave no choice; else a `CheckpointError`.
+    """
+    for name in _FILE_NAMES:
+        if (index := folder / f"{name}.index.json").exists():
+            return _read_shards(index, component)
+        if (file := folder / name).exists():
+            return read_weights(file)
+    indices = sorted(folder.glob("*.safetensors.index*.json"))
+    if len(indices) == 1:
+        return _read_shards(indices[0], component)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise CheckpointError(
+            f"{component}: expected one .safetensors file or an index of shards in {folder}, "
+            f"found {names} (pickle formats such as .bin and .pt are not read)"
         )
-        for name, shape in shapes.items():
-            if self._refs[name].shape != tuple(shape):
-                raise CheckpointError(
-                    f"{self.component}: {name} has shape {self._refs[name].shape}, expected "
-                    f"{tuple(shape)} from config.json"
-                )
+    return read_weights(files[0])
+
+
+def check_weights(
+    component: str,
+    weights: Mapping[str, FileWeight],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignore: tuple[str, ...] = (),
+) -> None:
+    """Checks names and shapes strictly, but for names with a prefix of `ignore`.
+
+    A `CheckpointError` tells of missing, unexpected or misshapen tensors.
+    """
+    what = f"{component}: the checkpoint's tensors do not match its config.json"
+    check_names(weights, shapes, what, ignore)
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise CheckpointError(
+                f"{component}: {name} has shape {weights[name].shape}, expected {shape} from "
+                "config.json"
+            )
 
 
 def check_names(
@@ -132,7 +108,7 @@ def _lora_advice(names: Collection[str]) -> str:
     return ""
 
 
-def _refs_from_index(index: Path, component: str) -> dict[str, FileWeight]:
+def _read_shards(index: Path, component: str) -> dict[str, FileWeight]:
     weight_map = read_json(index, f"{component} shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{component}: {index} has no weight_map")

@@ -35,7 +35,7 @@ def check_values(
     """
     files: dict[Path, int] = {}
     for name in names:
-        for ref in _parts(weights[name]):
+        for ref in stored_parts(weights[name]):
             if ref.path not in files:
                 files[ref.path] = ref.path.stat().st_size
                 if not allow_zeros:
@@ -65,12 +65,6 @@ def _check_tail(path: Path, size: int) -> None:
                 f"{path} ends in zeros: room was made for its {size / 1e9:.2f} GB, but the "
                 "download did not end; download it again, or allow them (--allow-zeros)"
             )
-
-
-def _parts(weight: StoredWeight) -> tuple[WeightRef, ...]:
-    """What lies in files, as it lies there."""
-    parts = stored_parts(weight)
-    return tuple(part if isinstance(part, WeightRef) else part.numbers for part in parts)
 
 
 def _blocks(ref: WeightRef, *, whole: bool) -> Iterator[NDArray[Any]]:

@@ -8,7 +8,6 @@ afterwards, so that a model larger than memory can be run, slowly.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from klein_kv.artifacts.config import ModelConfig
@@ -17,6 +16,7 @@ from klein_kv.artifacts.weights import WeightRef, graph_weights, whole_weights
 from klein_kv.errors import ArtifactError
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
+from klein_kv.runtime.backends.pytorch.memory import map_tensor
 
 __all__ = ["MappedWeights", "component_parameters", "component_weights"]
 
@@ -31,8 +31,7 @@ def component_parameters(config: ModelConfig, component: str) -> dict[str, tuple
 def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[str, WeightRef]:
     """Where each tensor of "transformer" or "text_encoder" lies.
 
-    Raises:
-        ArtifactError: a tensor is missing from the graphs' tables, or has another shape.
+    An `ArtifactError` tells of one that the graphs' tables lack, or have in another shape.
     """
     graph = "text_encoder"
     if component == "transformer":
@@ -50,13 +49,7 @@ def component_weights(folder: Path, manifest: Manifest, component: str) -> dict[
 
 
 class MappedWeights(Mapping[str, torch.Tensor]):
-    """Tensors in files, read anew at each use.
-
-    Args:
-        refs: where they lie.
-        dtype: what to convert floats to; None leaves them.
-        device: where to put them.
-    """
+    """Tensors in files, read anew at each use; floats in `dtype`, where one is given."""
 
     def __init__(
         self,
@@ -69,10 +62,7 @@ class MappedWeights(Mapping[str, torch.Tensor]):
         self._device = torch.device(device)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        ref = self._refs[name]
-        # Copy on write: nothing is written, but torch takes no read-only arrays without a warning.
-        mapped = np.memmap(ref.path, np.uint8, "c", ref.offset, (ref.nbytes,))
-        tensor = torch.from_numpy(mapped).view(getattr(torch, ref.dtype)).reshape(ref.shape)
+        tensor = map_tensor(self._refs[name])
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
     def __iter__(self) -> Iterator[str]:

@@ -17,28 +17,17 @@ _K1, _K2 = 0.01, 0.03
 
 @dataclass(slots=True)
 class Difference:
-    """The difference of one pair of tensors, or of several pairs that were added up.
+    """The difference of one pair of tensors, or of several pairs that were added up."""
 
-    Attributes:
-        signal, other, noise: sums of the squares of what was expected, of what was got, and of the
-            difference.
-        product: sum of the products of both.
-        absolute: sum of the absolute differences.
-        count: how many numbers.
-        max: largest absolute difference; NaN where something was not finite.
-        peak: largest absolute value of what was expected.
-        equal: whether all were equal bit for bit.
-    """
-
-    signal: float = 0.0
-    other: float = 0.0
-    noise: float = 0.0
-    product: float = 0.0
-    absolute: float = 0.0
-    count: int = 0
-    max: float = 0.0
-    peak: float = 0.0
-    equal: bool = True
+    signal: float = 0.0  # sum of the squares of what was expected
+    other: float = 0.0  # ... of what was got
+    noise: float = 0.0  # ... of the difference
+    product: float = 0.0  # sum of the products of both
+    absolute: float = 0.0  # sum of the absolute differences
+    count: int = 0  # how many numbers
+    max: float = 0.0  # largest absolute difference; NaN where something was not finite
+    peak: float = 0.0  # largest absolute value of what was expected
+    equal: bool = True  # bit for bit
 
     def add(self, got: Any, expected: Any) -> None:
         """Adds one pair: numpy arrays, torch tensors, images or lists of images.

@@ -199,11 +199,7 @@ class GraphRuns:
         return values
 
     def kept_kv(self) -> dict[str, Array]:
-        """The keys and values that `cached_step` reads, as they are now.
-
-        Raises:
-            ArtifactError: no graph gave any.
-        """
+        """The keys and values that `cached_step` reads, as they are now."""
         return self._values(self._held_kv())
 
     def _values(self, buffers: Mapping[str, Buffer]) -> dict[str, Array]:
@@ -240,14 +236,9 @@ def compare_outputs(
     expected: Mapping[str, Array],
     tolerance: Tolerance | None = None,
 ) -> list[Row]:
-    """A row for each output; of keys and values one row, the worst tensor's.
+    """A row for each output of the reference; of keys and values one row, the worst tensor's.
 
-    Args:
-        pipe: what is checked.
-        graph: which graph.
-        got: what `GraphRuns.run` gave.
-        expected: the same from the reference; what it does not have is not compared.
-        tolerance: of all of them; None takes the table's.
+    Without a `tolerance` for all of them they are the table's.
     """
     rows = []
     for name, array in expected.items():

@@ -4,8 +4,7 @@ Three runs of the same requests in torch, from the same noise: float32, bfloat16
 layers simulated (`quantized_torch_ops`). float32 is the judge; what bfloat16 loses against it is
 the noise floor below which nothing can be told. Errors are given
 
-    by layer    on the layer's own inputs: output of the quantized layer against its own weight
-    by block    on the block's inputs in float32
+    by layer    on its inputs in float32: output of the quantized layer against its own weight
     end to end  text, reference keys and values, latents after each step, and images
 
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
@@ -25,13 +25,12 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.quantized_weights import load_quantized
 from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import UNREAD_TEXT, check_weights, read_folder
 from klein_kv.export.checks.artifact_weights import (
     MappedWeights,
     component_parameters,
     component_weights,
 )
-from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
 from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
@@ -47,6 +46,7 @@ from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
 __all__ = [
+    "ComparingOps",
     "Errors",
     "Likeness",
     "QualityReport",
@@ -57,9 +57,38 @@ __all__ = [
 
 _STEPS, _WORST = 4, 5
 
-
 Three = tuple[TorchOps, TorchOps, TorchOps]
 """A network in float32, which is the judge, in bfloat16 and in the precision."""
+
+
+class ComparingOps(TorchOps):
+    """float32 ops that add up in `errors` how far each layer of `subject` is from its own weight.
+
+    A layer is given the inputs that it has in float32, so that its own error shows, not that of
+    those before it.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        subject: QuantizedOps,
+        errors: dict[str, Difference],
+    ) -> None:
+        super().__init__(weights, torch.float32)
+        self._subject = subject
+        self._errors = errors
+
+    def linear(
+        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The product in float32."""
+        subject = self._subject
+        if weight in subject.quantized:
+            inputs, own = rows.to(subject.dtype), subject.weights[weight].float()
+            own = own if part is None else own[part[0] : part[1]]
+            error = self._errors.setdefault(weight, Difference())
+            error.add(subject.linear(inputs, weight, part), F.linear(inputs.float(), own))
+        return super().linear(rows, weight, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +114,16 @@ class Likeness:
 
 @dataclass(slots=True)
 class QualityReport:
-    """Everything that was measured.
-
-    Attributes:
-        reference: whose weights the float32 and bfloat16 runs used.
-        samples: number of requests.
-        bounds: relative error of each quantized layer above which it is more than rounding.
-        layers: errors of those that were run, against their own weights.
-        ends: text, keys and values, latents.
-        images: of each request, of the precision and of bfloat16.
-    """
+    """Everything that was measured."""
 
     precision: str
-    reference: str
-    samples: int
-    bounds: dict[str, float]
+    reference: str  # whose weights the float32 and bfloat16 runs used
+    samples: int  # number of requests
+    bounds: dict[str, float]  # relative error of each layer above which it is more than rounding
+    # of the layers that were run, against their own weights
     layers: dict[str, Difference] = field(default_factory=dict)
-    blocks: dict[str, Errors] = field(default_factory=dict)
-    ends: dict[str, Errors] = field(default_factory=dict)
+    ends: dict[str, Errors] = field(default_factory=dict)  # text, keys and values, latents
+    # of each request, of the precision and of bfloat16
     images: dict[str, tuple[Likeness, Likeness]] = field(default_factory=dict)
 
     @property
@@ -169,23 +190,18 @@ def measure_quality(
         },
     )
 
-    def note(block: str, judge: torch.Tensor, others: list[torch.Tensor]) -> None:
-        report.blocks.setdefault(block, Errors()).add(judge, *others)
-
     def networks(component: str) -> Three:
         own = component_weights(artifacts, manifest, component)
         reference = own if checkpoint is None else _reference(checkpoint, manifest, component)
         dtype: torch.dtype = getattr(torch, manifest.dtype)
-        weights = MappedWeights(own, dtype, device)
-        exact = MappedWeights(reference, torch.float32, device)
-        floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
-        layers = linears.get(component, {})
         fp8 = scales if attention and component == "transformer" else None
-        comparing = ComparingOps(weights, dtype, layers, report.layers, fp8)
-        if component == "text_encoder":  # it has no blocks that could be run alone
-            return TorchOps(exact, torch.float32), floor, comparing
-        judge = BlockComparingOps(exact, torch.float32, (floor, comparing), note)
-        return judge, floor, QuantizedOps(weights, dtype, layers, fp8)
+        weights = MappedWeights(own, dtype, device)
+        subject = QuantizedOps(weights, dtype, linears.get(component, {}), fp8)
+        exact, floor = (
+            MappedWeights(reference, kind, device) for kind in (torch.float32, torch.bfloat16)
+        )
+        judge = ComparingOps(exact, subject, report.layers)
+        return judge, TorchOps(floor, torch.bfloat16), subject
 
     text, transformer = networks("text_encoder"), networks("transformer")
     vae = FloatVae(artifacts, manifest)
@@ -210,18 +226,16 @@ def measure_quality(
 
 
 def _reference(checkpoint: Path, manifest: Manifest, component: str) -> Mapping[str, WeightRef]:
-    index = WeightIndex.from_folder(checkpoint / component, component)
-    index.expect(
-        component_parameters(manifest.config, component),
-        ignore=("model.layers.", "model.norm.", "lm_head."),
-    )
-    wrong = [name for name, weight in index.items() if not isinstance(weight, WeightRef)]
+    weights = read_folder(checkpoint / component, component)
+    shapes = component_parameters(manifest.config, component)
+    check_weights(component, weights, shapes, UNREAD_TEXT)
+    wrong = [name for name, weight in weights.items() if not isinstance(weight, WeightRef)]
     if wrong:
         raise RequestError(
             f"{checkpoint}: {wrong[0]} is quantized, expected the checkpoint that quantized "
             "weights are measured against, in bf16 or float32"
         )
-    return {name: weight for name, weight in index.items() if isinstance(weight, WeightRef)}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, WeightRef)}
 
 
 def _run(
@@ -255,13 +269,6 @@ def _run(
 def dict_from_report(report: QualityReport) -> dict[str, Any]:
     """Plain values; infinite ratios (no error at all) become null."""
     both = f"{report.precision} to fp32", "bf16 to fp32"
-    blocks, ends = (
-        [
-            {"name": name, both[0]: _values(x.subject), both[1]: _values(x.floor)}
-            for name, x in rows.items()
-        ]
-        for rows in (report.blocks, report.ends)
-    )
     return {
         "ok": not report.failed,
         "precision": report.precision,
@@ -271,8 +278,10 @@ def dict_from_report(report: QualityReport) -> dict[str, Any]:
             {"name": name, "least_snr": -20 * math.log10(report.bounds[name]), **_values(error)}
             for name, error in report.layers.items()
         ],
-        "blocks": blocks,
-        "end_to_end": ends,
+        "end_to_end": [
+            {"name": name, both[0]: _values(x.subject), both[1]: _values(x.floor)}
+            for name, x in report.ends.items()
+        ],
         "images": [
             {"name": name, "pair": pair, "psnr": _finite(x.psnr), "ssim": x.ssim}
             for name, two in report.images.items()
@@ -291,26 +300,20 @@ def _finite(value: float) -> float | None:
 
 
 def text_from_report(report: QualityReport) -> str:
-    """Tables: every block, what came out, the worst layers, images."""
+    """Tables: what came out, the worst layers, images."""
     worst = sorted(report.layers, key=lambda name: report.layers[name].snr)[:_WORST]
+    width = max(len(name) for name in report.ends)
     lines = [
         f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
         "SNR in dB (each 6 halve the error), largest difference, cosine",
+        f"\n{'end to end':{width}} {report.precision + ' to fp32':^27} | {'bf16 to fp32':^27}",
     ]
-    for title, rows in (
-        ("blocks, on their inputs in fp32", report.blocks),
-        ("end to end", report.ends),
-    ):
-        width = max(len(name) for name in (*rows, title))
-        lines.append(
-            f"\n{title:{width}} {report.precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
-        )
-        lines += [
-            f"{name:{width}} {_columns(x.subject):27} | {_columns(x.floor)}"
-            for name, x in rows.items()
-        ]
+    lines += [
+        f"{name:{width}} {_columns(x.subject):27} | {_columns(x.floor)}"
+        for name, x in report.ends.items()
+    ]
     title = f"the {len(worst)} worst of {len(report.layers)} layers"
-    lines.append(f"\n{title}, on their own inputs, to their own weights")
+    lines.append(f"\n{title}, on their inputs in fp32, to their own weights")
     for name in worst:
         mark = "  FAILED" if name in report.failed else ""
         lines.append(f"{name:48} {_columns(report.layers[name])}{mark}")

@@ -81,15 +81,9 @@ class Check:
 
 
 class Report:
-    """Checks of one run, and what they ran on.
+    """Checks of one run, and what they ran on: versions, GPU, digests.
 
-    Args:
-        out: file to keep up to date; None keeps none.
-        hidden: text -> what stands for it.
-
-    Attributes:
-        checks: in the order in which they began.
-        facts: versions, GPU, digests.
+    The file `out` is kept up to date, if there is one; `hidden` maps texts to what stands for them.
     """
 
     def __init__(self, out: Path | None, hidden: Mapping[str, str]) -> None:

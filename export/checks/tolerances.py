@@ -29,17 +29,14 @@ _MOST = 0.7
 class Tolerance:
     """What passes.
 
-    Attributes:
-        bound: largest relative error allowed.
-        measured: largest one measured: with torch 2.13, diffusers 0.42, transformers 5.23 and
-            onnxruntime 1.31 on two cores of an x86 CPU with AVX2, over every comparison of the
-            tests. Bounds leave room for other machines, whose kernels add in another order.
-        step: what rounding to whole numbers may move a single one by besides.
+    It was measured with torch 2.13, diffusers 0.42, transformers 5.23 and onnxruntime 1.31 on two
+    cores of an x86 CPU with AVX2, over every comparison of the tests. Bounds leave room for other
+    machines, whose kernels add in another order.
     """
 
-    bound: float
-    measured: float
-    step: float = 0.0
+    bound: float  # largest relative error allowed
+    measured: float  # largest one measured
+    step: float = 0.0  # what rounding to whole numbers may move a single one by besides
 
     def share(self, difference: Difference) -> float:
         """How much of the bound a difference takes: more than 1 does not pass, nor does NaN."""

@@ -36,20 +36,12 @@ __all__ = ["LoopRequest", "encode_prompt", "prepare_request", "reference_kv", "r
 
 @dataclass(frozen=True, slots=True)
 class LoopRequest:
-    """A sample as the transformer reads it, of batch 1 and in float32.
+    """A sample as the transformer reads it, of batch 1 and in float32."""
 
-    Attributes:
-        noise: [1, S, C].
-        grid: height and width of the output in tokens.
-        references: tokens of the reference images [1, R, C].
-        reference_ids: their positions, int64 [R, 4].
-        schedule: timesteps and step sizes.
-    """
-
-    noise: torch.Tensor
-    grid: tuple[int, int]
-    references: torch.Tensor
-    reference_ids: torch.Tensor
+    noise: torch.Tensor  # [1, S, C]
+    grid: tuple[int, int]  # height and width of the output in tokens
+    references: torch.Tensor  # tokens of the reference images [1, R, C]
+    reference_ids: torch.Tensor  # their positions, int64 [R, 4]
     schedule: Schedule
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from klein_kv.artifacts.signature import is_kv
 from klein_kv.errors import CapacityError, CheckpointError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.checks.compare import compare
 from klein_kv.export.checks.graph_runs import (
     PROMPT,
@@ -92,13 +92,10 @@ class DiffusersRun:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What diffusers computes in place of a graph, but for latents that a step gives.
+        """What diffusers computes on a graph's inputs, in float32, but for latents of a step.
 
-        Args:
-            graph: any but "vae_decoder" and "encode_references", whose keys and values are those
-                of "first_step"; after the text encoder, whose input is `PROMPT`, call
-                `load_denoiser`.
-            inputs: of the graph, in float32.
+        Any graph but "vae_decoder" and "encode_references", whose keys and values are those of
+        "first_step"; after the text encoder, whose input is `PROMPT`, call `load_denoiser`.
         """
         if graph == "text_encoder":
             embeds, _ = self._pipe.encode_prompt(
@@ -293,8 +290,8 @@ def _check_memory(checkpoint: Path, dtype: torch.dtype, place: torch.device) -> 
     """Refuses what cannot be loaded: diffusers' largest part, on the host and on the device."""
     counts = {}
     for part in ("text_encoder", "transformer", "vae"):
-        index = WeightIndex.from_folder(checkpoint / part, part)
-        counts[part] = sum(math.prod(weight.shape) for weight in index.values())
+        weights = read_folder(checkpoint / part, part)
+        counts[part] = sum(math.prod(weight.shape) for weight in weights.values())
     text = counts["text_encoder"] * dtype.itemsize
     rest = (counts["transformer"] + counts["vae"]) * dtype.itemsize
     free = {"host": available_memory()}

@@ -19,12 +19,7 @@ _NAMES = {number: name for name, number in IR_DTYPES.items()}
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a graph and, beside it, `*.weights.json`.
-
-    Args:
-        model: its external initializers lie in files beside `path`.
-        path: the .onnx file.
-    """
+    """Writes a graph, whose external initializers lie beside it, and its `*.weights.json`."""
     table = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -50,16 +45,9 @@ def save_quantized_graphs(
 ) -> None:
     """Writes the graphs of one quantized network, in every form that engines are built from.
 
-    Float32 artifacts get none for nvfp4: only TensorRT runs those, and it wants 16 bits.
-
-    Args:
-        folder: where the component's folder is.
-        config: the checkpoint's configuration.
-        graphs: the artifacts' own graphs.
-        component: "transformer" or "text_encoder".
-        weights: where the component's own tensors lie; files of the same name will lie beside the
-            graphs.
-        quantized: its quantized layers.
+    Float32 artifacts get none for nvfp4: only TensorRT runs those, and it wants 16 bits. `graphs`
+    are the artifacts' own, `weights` the component's own tensors, in files whose names lie beside
+    the graphs.
     """
     formats = {layer.format for layer in quantized.linears.values()}
     if graphs.dtype == "float32" and "nvfp4" in formats:

@@ -9,22 +9,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.artifacts.signature import Signature, TensorSpec
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import NUMPY_DTYPES, WeightRef
 from klein_kv.networks.kv_float8 import SMALLEST_SCALE
 from klein_kv.networks.ops import Ops
 
-__all__ = ["IR_DTYPES", "MICROSOFT", "OPSET", "OnnxOps", "external_tensor", "part_name"]
+__all__ = ["IR_DTYPES", "MICROSOFT", "OnnxOps", "part_name"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-OPSET = 23
+_OPSET = 23
 MICROSOFT = "com.microsoft"
 IR_DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -37,34 +39,14 @@ IR_DTYPES = {
 }
 """Tensor types of ONNX by the names that signatures and weights give them."""
 
-_LOWEST = {
-    "float32": -3.4028234663852886e38,
-    "bfloat16": -3.3895313892515355e38,
-    "float16": -65504.0,
-}
 _INT64_MAX = np.iinfo(np.int64).max
 
 
-def external_tensor(name: str, ref: WeightRef) -> ir.ExternalTensor:
-    """Points at a tensor of a safetensors file beside the graph."""
-    return ir.ExternalTensor(
-        ref.path.name,
-        ref.offset,
-        ref.nbytes,
-        IR_DTYPES[ref.dtype],
-        shape=ir.Shape(ref.shape),
-        name=name,
-        base_dir=str(ref.path.parent),
-    )
-
-
 class OnnxOps:
-    """Collects nodes and initializers of one graph.
+    """Collects nodes and initializers of one graph, whose inputs exist from the start.
 
-    Args:
-        signature: the graph's contract; its inputs exist from the start.
-        dtype: type of activations and weights.
-        weights: where the weights lie; each file is referred to by name, beside the graph.
+    `dtype` is the type of activations and weights; the weights' files are referred to by name,
+    beside the graph.
     """
 
     def __init__(self, signature: Signature, dtype: str, weights: Mapping[str, WeightRef]) -> None:
@@ -76,7 +58,7 @@ class OnnxOps:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._shapes: dict[tuple[object, ...], ir.Value] = {}
         self._scope = signature.graph
-        self._opsets = {"": OPSET, MICROSOFT: 1}
+        self._opsets = {"": _OPSET, MICROSOFT: 1}
         self.inputs = {spec.name: self._value_from_spec(spec) for spec in signature.inputs}
 
     @property
@@ -85,11 +67,7 @@ class OnnxOps:
         return IR_DTYPES[self.dtype]
 
     def _value_from_spec(self, spec: TensorSpec) -> ir.Value:
-        value = ir.Value(
-            name=spec.name,
-            type=ir.TensorType(IR_DTYPES[spec.dtype]),
-            shape=ir.Shape(spec.shape),
-        )
+        value = ir.val(spec.name, IR_DTYPES[spec.dtype], spec.shape)
         value.meta["rank"] = len(spec.shape)
         if len(spec.shape) == 4:
             value.meta["heads"] = spec.shape[2:]
@@ -142,14 +120,18 @@ class OnnxOps:
         self._scope = ".".join(pieces[: blocks[0] + 1]) if blocks else pieces[0]
 
     def _initializer(self, key: str, ref: WeightRef) -> ir.Value:
+        """A tensor of a safetensors file beside the graph."""
         if key not in self._initializers:
-            tensor = external_tensor(key, ref)
-            self._initializers[key] = ir.Value(
-                name=key,
-                type=ir.TensorType(tensor.dtype),
+            tensor = ir.ExternalTensor(
+                ref.path.name,
+                ref.offset,
+                ref.nbytes,
+                IR_DTYPES[ref.dtype],
                 shape=ir.Shape(ref.shape),
-                const_value=tensor,
+                name=key,
+                base_dir=str(ref.path.parent),
             )
+            self._initializers[key] = ir.val(key, const_value=tensor)
         return self._initializers[key]
 
     def _ints(self, *values: int) -> ir.Value:
@@ -183,13 +165,7 @@ class OnnxOps:
         key = (value.dtype.str, value.shape, value.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            tensor = ir.tensor(value, name=name)
-            self._constants[key] = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(value.shape),
-                const_value=tensor,
-            )
+            self._constants[key] = ir.val(name, const_value=ir.tensor(value, name=name))
         return self._constants[key]
 
     def linear(self, rows: ir.Value, weight: str, part: tuple[int, int] | None = None) -> ir.Value:
@@ -318,7 +294,8 @@ class OnnxOps:
         causal = self._one("LessOrEqual", row, position)
         present = self._one("Cast", attention_mask, to=ir.DataType.BOOL)
         allowed = self._one("And", causal, self._one("Unsqueeze", present, self._ints(1, 2)))
-        zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, _LOWEST[self.dtype]))
+        least = float(ml_dtypes.finfo(NUMPY_DTYPES[self.dtype]).min)  # type: ignore[no-untyped-call]
+        zero, lowest = (self.to_model_dtype(self._float(x)) for x in (0.0, least))
         return self._one("Where", allowed, zero, lowest)
 
     def quantize_kv(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -410,31 +387,17 @@ class OnnxOps:
         graph = ir.Graph(
             list(self.inputs.values()),
             named,
-            nodes=_live(self._nodes, named),
+            nodes=self._nodes,
             initializers=[*self._initializers.values(), *self._constants.values()],
             name=self.signature.graph,
             doc_string=doc,
             opset_imports=self._opsets,
         )
-        for name in [n for n, value in graph.initializers.items() if not value.uses()]:
-            del graph.initializers[name]
-        return ir.Model(graph, ir_version=11, producer_name="klein-kv")
+        model = ir.Model(graph, ir_version=11, producer_name="klein-kv")
+        RemoveUnusedNodesPass()(model)
+        return model
 
 
 def part_name(weight: str, part: tuple[int, int] | None) -> str:
     """Name of an initializer that is a range of a weight's rows."""
     return weight if part is None else f"{weight}[{part[0]}:{part[1]}]"
-
-
-def _live(nodes: list[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
-    """Nodes that the outputs need, in order; the others are detached."""
-    needed = {id(value) for value in outputs}
-    kept: list[ir.Node] = []
-    for node in reversed(nodes):
-        if any(id(value) in needed for value in node.outputs):
-            needed.update(id(value) for value in node.inputs if value is not None)
-            kept.append(node)
-        else:
-            for i in range(len(node.inputs)):
-                node.replace_input_with(i, None)
-    return kept[::-1]

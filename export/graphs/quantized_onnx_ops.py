@@ -30,14 +30,9 @@ _TENSORRT = "trt"
 
 
 class QuantizedOnnxOps(OnnxOps):
-    """Writes the networks of `klein_kv.networks` with some layers quantized.
+    """Writes the networks of `klein_kv.networks` with some layers quantized, by weight name.
 
-    Args:
-        signature: the graph's contract.
-        dtype: type of activations between layers.
-        weights: where the weights that are not quantized lie.
-        quantized: quantized layers by weight name.
-        attention: scales of attention in float8, by block; None computes it in `dtype`.
+    `attention` are the scales of attention in float8, by block; None computes it in `dtype`.
     """
 
     def __init__(

@@ -32,21 +32,11 @@ def transformer_graph(
 ) -> ir.Model:
     """Writes `first_step`, `cached_step`, `encode_references` or `plain_step`.
 
-    Args:
-        graph: which of them.
-        config: the checkpoint's configuration.
-        graphs: the set that the graph belongs to: types of activations, of reference keys and
-            values, and of attention.
-        weights: where the transformer's tensors lie.
-        quantized: quantized layers by weight name; the others are as in `weights`.
-        scales: by block, where keys and values have constant ones, or attention is float8.
+    Weights, numbers and block scales are external data in the safetensors files, and not read;
+    other scales are constants. nvfp4 layers and float32 activations are an `ArtifactError`.
 
-    Returns:
-        The model. Weights, numbers and block scales are external data in the safetensors files, and
-        not read; other scales are constants.
-
-    Raises:
-        ArtifactError: nvfp4 layers and float32 activations.
+    `graphs` is the set that the graph belongs to, `quantized` its quantized layers by weight name;
+    `scales`, by block, are needed where keys and values have constant ones or attention is float8.
     """
     kv_dtype, net = graphs.kv_dtype, config.transformer
     scales = scales or {}
@@ -106,11 +96,7 @@ def text_encoder_graph(
     weights: Mapping[str, WeightRef],
     quantized: Mapping[str, QuantizedLinear] | None = None,
 ) -> ir.Model:
-    """Writes the text encoder up to its last tapped block; arguments are `transformer_graph`'s.
-
-    Raises:
-        ArtifactError: nvfp4 layers and float32 activations.
-    """
+    """Writes the text encoder up to its last tapped block; the rest is as `transformer_graph`'s."""
     signature = make_signature("text_encoder", config, dtype)
     ops = QuantizedOnnxOps(signature, dtype, weights, quantized or {})
     out = encode_text(

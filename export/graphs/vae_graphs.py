@@ -113,14 +113,7 @@ class ImageOnnxOps(OnnxOps):
 def vae_graph(
     graph: str, config: ModelConfig, dtype: str, weights: Mapping[str, WeightRef]
 ) -> ir.Model:
-    """Writes `vae_encoder` or `vae_decoder`.
-
-    Args:
-        graph: which of the two.
-        config: the checkpoint's configuration.
-        dtype: type of activations and weights.
-        weights: where the VAE's tensors lie.
-    """
+    """Writes `vae_encoder` or `vae_decoder`, whose activations and weights are of type `dtype`."""
     ops = ImageOnnxOps(make_signature(graph, config, dtype), dtype, weights)
     if graph == "vae_encoder":
         tokens = vae_encoder(ops, config.vae, ops.inputs["image"])

@@ -36,18 +36,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Ranges:
-    """Largest magnitudes, by name.
+    """Largest magnitudes, by name."""
 
-    Attributes:
-        inputs: of each linear layer's input, by weight name.
-        attention: of "q", "k" (after RoPE) and "v", by block.
-        histograms: if percentiles are wanted: how often each magnitude came, by weight name. Bin b
-            holds magnitudes whose float32 has b as its upper 16 bits, so that a bin is at most
-            1/128 wide.
-    """
-
-    inputs: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, float] = field(default_factory=dict)  # of layers' inputs, by weight name
+    # of "q", "k" (after RoPE) and "v", by block
     attention: dict[str, dict[str, float]] = field(default_factory=dict)
+    # If percentiles are wanted: how often each magnitude came, by weight name. Bin b holds those
+    # whose float32 has b as its upper 16 bits, so that a bin is at most 1/128 wide.
     histograms: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def input_range(self, name: str, percentile: float = 100.0) -> float:
@@ -128,20 +123,13 @@ def calibrate(
     device: str | None = None,
     text_tokens: int = 512,
 ) -> dict[str, Ranges]:
-    """Runs the samples through the artifacts' own weights.
+    """Runs the samples through the artifacts' own weights, and gives ranges by component.
 
     Weights are mapped and used one at a time, so memory is bounded by the largest of them and the
     activations of one request.
 
-    Args:
-        artifacts: the artifact folder.
-        manifest: its manifest.
-        samples: what to run.
-        names: the layers to watch, by component. Without "transformer" only the text encoder
-            runs; it always does, since the transformer reads what it makes.
-        percentiles: also count how often each magnitude comes.
-        device: "cpu" or "cuda"; None takes a GPU where there is one.
-        text_tokens: prompt tokens.
+    `names` are the layers to watch, by component. Without "transformer" only the text encoder
+    runs; it always does, since the transformer reads what it makes.
 
     Raises:
         CheckpointError: activations that are not finite.

@@ -28,48 +28,33 @@ _ACTIVATIONS = ("quantized", "kept")
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRecipe:
-    """How to quantize both networks.
+    """How to quantize both networks."""
 
-    Attributes:
-        name: the recipe's name, for people.
-        transformer: format of the transformer's block linears.
-        text_encoder: format of the text encoder's, or "bf16" to leave it.
-        activations: "quantized" multiplies in the format; "kept" saves memory alone.
-        percentile: share of a layer's input values, in percent, that its range covers; 100 is the
-            largest magnitude seen.
-        overrides: (pattern, format) of layers that differ, by weight name as `fnmatch` reads it;
-            the last one that matches counts.
-    """
-
-    name: str
-    transformer: str
-    text_encoder: str = _KEEP
-    activations: str = "quantized"
+    name: str  # for people
+    transformer: str  # format of the transformer's block linears
+    text_encoder: str = _KEEP  # format of the text encoder's, or "bf16" to leave it
+    activations: str = "quantized"  # multiplied in the format; "kept" saves memory alone
+    # share of a layer's input values, in percent, that its range covers
     percentile: float = 100.0
+    # (pattern, format) of layers that differ, by weight name as `fnmatch` reads it; the last counts
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        allowed = {
-            "transformer": FORMATS,
-            "text_encoder": (*FORMATS, _KEEP),
-            "activations": _ACTIVATIONS,
-        }
-        for key, values in allowed.items():
-            if getattr(self, key) not in values:
+        kinds = (*FORMATS, _KEEP)
+        for what, value, allowed in (
+            ("transformer", self.transformer, FORMATS),
+            ("text_encoder", self.text_encoder, kinds),
+            ("activations", self.activations, _ACTIVATIONS),
+            *((f"the override of {pattern!r}", kind, kinds) for pattern, kind in self.overrides),
+        ):
+            if value not in allowed:
                 raise RequestError(
-                    f"recipe {self.name}: {key} is {getattr(self, key)!r}, expected one of "
-                    f"{', '.join(values)}"
+                    f"recipe {self.name}: {what} is {value!r}, expected one of {', '.join(allowed)}"
                 )
         if not 90 <= self.percentile <= 100:
             raise RequestError(
                 f"recipe {self.name}: percentile is {self.percentile}, expected 90 to 100"
             )
-        for pattern, kind in self.overrides:
-            if kind not in (*FORMATS, _KEEP):
-                raise RequestError(
-                    f"recipe {self.name}: the override of {pattern!r} is {kind!r}, expected one of "
-                    f"{', '.join((*FORMATS, _KEEP))}"
-                )
         if self.activations == "kept" and "nvfp4" in (self.transformer, self.text_encoder):
             raise RequestError(
                 f"recipe {self.name}: activations are kept and weights are nvfp4; only fp8 "
@@ -91,10 +76,6 @@ class QuantizationRecipe:
 
         A layer whose input features do not fill blocks of 16 stays as it is where nvfp4 is asked
         for; that is logged.
-
-        Args:
-            component: "transformer" or "text_encoder".
-            shapes: all tensors of the network.
         """
         default, formats = self._format(component), {}
         for name in [name for name, shape in shapes.items() if is_block_linear(name, shape)]:
@@ -123,11 +104,7 @@ class QuantizationRecipe:
         }
 
     def check_overrides(self, names: list[str]) -> None:
-        """Refuses a pattern that means no layer: most likely it is misspelt.
-
-        Raises:
-            RequestError: with the pattern.
-        """
+        """Refuses, with a `RequestError`, a pattern that means no layer: it is misspelt."""
         for pattern, _ in self.overrides:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise RequestError(

@@ -39,21 +39,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPart:
-    """What became of one network.
+    """What became of one network."""
 
-    Attributes:
-        precision: what its files are called.
-        layers: number of quantized layers.
-        bytes: of their numbers and block scales.
-        bytes_before: of the same layers in the artifacts' own type.
-        reused: they were there already, made in the same way.
-    """
-
-    precision: str
-    layers: int
-    bytes: int
-    bytes_before: int
-    reused: bool
+    precision: str  # what its files are called
+    layers: int  # number of quantized layers
+    bytes: int  # of their numbers and block scales
+    bytes_before: int  # of the same layers in the artifacts' own type
+    reused: bool  # they were there already, made in the same way
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,7 @@ normally distributed weights gives about 0.027 and 0.10."""
 def read_quantized_source(
     path: Path, manifest: Manifest, own: Mapping[str, WeightRef]
 ) -> dict[str, PublishedWeight]:
-    """Finds a file's quantized layers and compares its other tensors with the artifacts' own.
-
-    Args:
-        path: an fp8 or nvfp4 file of Black Forest Labs.
-        manifest: the artifacts'.
-        own: the artifacts' transformer.
-
-    Returns:
-        Its quantized layers, by diffusers' names.
+    """A file's quantized layers, by diffusers' names; its other tensors must be `own`'s.
 
     Raises:
         CheckpointError: not such a file, or of another size of model.

@@ -40,10 +40,7 @@ LayerSource = tuple[str, WeightRef | PublishedWeight]
 
 
 def write_layers(path: Path, layers: Mapping[str, LayerSource]) -> dict[str, float]:
-    """Writes one safetensors file.
-
-    Returns:
-        The scale of each tensor, by weight name.
+    """Writes one safetensors file; the scale of each tensor, by weight name.
 
     Raises:
         CapacityError: not enough disk; nothing has been written then.

@@ -20,9 +20,6 @@ from klein_kv.engines.plan.kernel_price import PlanPrice, price_plan
 from klein_kv.engines.rewrite.graph_quantization import find_quantized
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from tests.klein_configs import TINY_PROFILE
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
@@ -39,17 +36,10 @@ ATTENTIONS = {"cached_step": 3, "first_step": 5}
 
 
 @pytest.fixture(scope="module")
-def artifacts(short_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny artifacts in bf16, and quantized in three ways."""
+def artifacts(quantized_short_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short artifacts in bf16, and quantized in three ways."""
     folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(short_bf16_artifacts, folder, copy_function=os.link)
-    for precision in ("fp8", "nvfp4", "fp8-weight-only"):
-        quantize_artifacts(
-            folder,
-            QuantizationRecipe.load(precision),
-            make_samples(1, size=(128, 128)),
-            text_tokens=32,
-        )
+    shutil.copytree(quantized_short_artifacts, folder, copy_function=os.link)
     return folder
 
 

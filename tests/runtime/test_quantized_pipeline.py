@@ -14,9 +14,6 @@ from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 
 KINDS: dict[str, dict[str, str]] = {
@@ -27,14 +24,10 @@ KINDS: dict[str, dict[str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(quantized_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifacts in float32, and in fp8."""
     folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_artifacts, folder)
-    quantize_artifacts(
-        folder, QuantizationRecipe.load("fp8"), make_samples(1, size=(128, 128)), text_tokens=32
-    )
-    return folder
+    return Path(shutil.copytree(quantized_artifacts, folder))
 
 
 def load(artifacts: Path, **options: Any) -> KleinKVPipeline:
@@ -87,9 +80,9 @@ def test_requests_in_fp8(artifacts: Path, exact: NDArray[Any], tmp_path: Path, k
         load(artifacts).load_references(tmp_path / "refs.safetensors")
 
 
-def test_a_precision_that_is_not_there(artifacts: Path) -> None:
+def test_a_precision_that_is_not_there(artifacts: Path, tiny_artifacts: Path) -> None:
     with pytest.raises(ArtifactError, match="klein-kv quantize ARTIFACTS --recipe nvfp4"):
-        load(artifacts, precision="nvfp4")
+        load(tiny_artifacts, precision="nvfp4")
     with pytest.raises(RequestError, match="attention is 'fp8' and no quantized precision"):
         load(artifacts, attention="fp8")
 

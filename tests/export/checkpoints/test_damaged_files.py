@@ -15,7 +15,7 @@ from klein_kv.errors import ArtifactError, CheckpointError
 from klein_kv.export.checkpoints import weight_values
 from klein_kv.export.checkpoints.pocket import write_pocket
 from klein_kv.export.checkpoints.tokenizer import save_tokenizer
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.export.checkpoints.weight_values import check_values
 from klein_kv.export.exporter import export_checkpoint
 
@@ -26,12 +26,6 @@ POINTER = (
     b"size 9433010176\n"
 )
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Access to model is restricted</title></head></html>"
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 
 @pytest.mark.parametrize("file", [TRANSFORMER, "vae/config.json", "tokenizer/tokenizer.json"])
@@ -59,9 +53,10 @@ def test_artifacts_that_were_cloned_without_lfs(tiny_artifacts: Path, tmp_path: 
         Manifest.load(artifacts)
 
 
-def test_byte_order_marks_are_read_over(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_byte_order_marks_are_read_over(
+    tiny_checkpoint: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """Editors of Windows write them."""
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     for path in [*checkpoint.rglob("*.json"), *checkpoint.rglob("*.jinja")]:
         path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     for part in ("transformer", "text_encoder", "vae"):
@@ -95,7 +90,7 @@ def save(path: Path, change: Callable[[State], object]) -> dict[str, object]:
     change(state)
     path.mkdir()
     save_file(state, path / "model.safetensors")
-    return dict(WeightIndex.from_folder(path, "transformer"))
+    return dict(read_folder(path, "transformer"))
 
 
 @pytest.mark.parametrize("limit", [256 << 20, 1000])
@@ -132,7 +127,7 @@ def test_rows_of_unused_tokens_and_vectors_may_be_zero(tmp_path: Path) -> None:
     check_values(weights, weights)
     write_pocket(tmp_path / "pocket", torch.bfloat16)
     for part in ("transformer", "text_encoder", "vae"):
-        index = WeightIndex.from_folder(tmp_path / "pocket" / part, part)
+        index = read_folder(tmp_path / "pocket" / part, part)
         check_values(index, index)
 
 
@@ -145,4 +140,4 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_left(
     save_file(state, checkpoint / TRANSFORMER)
     with pytest.raises(CheckpointError, match=r"proj_out.weight .*\(NaN"):
         export_checkpoint(checkpoint, tmp_path / "artifacts")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -79,10 +79,11 @@ def test_template_in_the_configuration(folder: Path, template: Any) -> None:
     assert_same(folder, PROMPTS[:4])
 
 
-def test_configuration_as_transformers_4_saves_it(folder: Path) -> None:
-    """Class name with Fast, tokens as objects, and a list of all added tokens."""
-    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    listed = {str(token.pop("id")): token for token in tokens}
+@pytest.mark.parametrize("older", [False, True])
+def test_configuration_as_transformers_4_saves_it(folder: Path, older: bool) -> None:
+    """Class name with Fast, tokens as objects, a list of all added tokens; older vocabularies."""
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    listed = {str(token.pop("id")): token for token in whole["added_tokens"]}
     pad = next(token for token in listed.values() if token["content"] == "<|endoftext|>")
     edit_config(
         folder,
@@ -94,6 +95,12 @@ def test_configuration_as_transformers_4_saves_it(folder: Path) -> None:
         extra_special_tokens=...,
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+    if older:
+        model = whole["model"]
+        merges = [" ".join(pair) for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+        (folder / "tokenizer.json").unlink()
     assert_same(folder, PROMPTS)
 
 

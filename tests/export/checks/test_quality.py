@@ -14,18 +14,16 @@ from klein_kv.artifacts.numbers import QuantizedLinear, fp8_scale, is_block_line
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
-from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.export.checks.block_ops import BlockComparingOps, ComparingOps
+from klein_kv.errors import CheckpointError
 from klein_kv.export.checks.compare import Difference, compare
 from klein_kv.export.checks.quality import (
+    ComparingOps,
     QualityReport,
     dict_from_report,
     measure_quality,
     text_from_report,
 )
 from klein_kv.export.checks.samples import make_samples
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.export.quantization.quantized_writer import write_layers
 from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8, round_to_nvfp4
 from klein_kv.networks.torch_ops import TorchOps
@@ -34,25 +32,13 @@ from tests.checkpoints import MODELS, randomize
 from tests.klein_kv.networks.test_model import config_of, random_inputs, their_call
 
 PRECISIONS = ("fp8", "nvfp4", "fp8-weight-only")
+SAMPLES = make_samples(1, size=(128, 128), seed=1000)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("quality") / "artifacts"
-    shutil.copytree(tiny_bf16_artifacts, copy)
-    samples = make_samples(2, size=(128, 128))
-    for name in PRECISIONS:
-        quantize_artifacts(copy, QuantizationRecipe.load(name), samples, text_tokens=32)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def reports(folder: Path, tiny_checkpoint: Path) -> dict[str, QualityReport]:
-    samples = make_samples(2, size=(128, 128), seed=1000)
-    return {
-        name: measure_quality(folder, name, samples, checkpoint=tiny_checkpoint, text_tokens=32)
-        for name in PRECISIONS
-    }
+def reports(quantized_bf16_artifacts: Path, tiny_checkpoint: Path) -> dict[str, QualityReport]:
+    folder, options = quantized_bf16_artifacts, {"checkpoint": tiny_checkpoint, "text_tokens": 32}
+    return {name: measure_quality(folder, name, SAMPLES, **options) for name in PRECISIONS}
 
 
 # --- the simulation against diffusers' own modules ---
@@ -99,9 +85,15 @@ def step_inputs(batch: int = 2) -> tuple[StepInputs[torch.Tensor], torch.Tensor,
     return replace(step, encoder_hidden_states=text), ref, ref_ids
 
 
-@pytest.mark.parametrize("model", ["sharded", "short"])
-@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-@pytest.mark.parametrize("activations", [True, False], ids=["w+a", "weight-only"])
+@pytest.mark.parametrize(
+    ("model", "kind", "activations"),
+    [
+        ("sharded", "fp8", True),
+        ("sharded", "nvfp4", False),
+        ("short", "nvfp4", True),
+        ("short", "fp8", False),
+    ],
+)
 @torch.no_grad()
 def test_the_simulation_is_diffusers_with_rounded_layers(
     tmp_path: Path, model: str, kind: str, activations: bool
@@ -136,75 +128,19 @@ def test_the_simulation_is_diffusers_with_rounded_layers(
     assert compare(ours, unquantized).snr < 50
 
 
-# --- errors of blocks ---
-
-
-@pytest.mark.parametrize("model", list(MODELS))
-@torch.no_grad()
-def test_blocks_are_those_of_diffusers(model: str) -> None:
-    module = module_of(model)
-    step, _, _ = step_inputs(1)
-    outputs: dict[str, Any] = {}
-    for kind in ("transformer_blocks", "single_transformer_blocks"):
-        for i, block in enumerate(getattr(module, kind)):
-            name = f"{kind}.{i}"
-            block.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
-    their_call(module, step)
-    config = config_of(module)
-    empty = torch.zeros(1, 0, config.num_attention_heads, config.attention_head_dim)
-    found: dict[str, torch.Tensor] = {}
-    ops = BlockComparingOps(
-        module.state_dict(), torch.float32, (), lambda block, rows, _: found.update({block: rows})
-    )
-    denoise(ops, config, step, [empty] * (2 * config.num_blocks))
-    assert list(found) == list(outputs)
-    for name, ours in found.items():
-        theirs = outputs[name]
-        if name.startswith("transformer_blocks"):
-            expected = torch.cat([theirs[1], theirs[0]], dim=1)[0]  # image, then text
-        else:
-            expected = theirs[0]
-            if name == list(found)[-1]:
-                expected = expected[step.encoder_hidden_states.shape[1] :]  # only the image goes on
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_a_fault_shows_in_its_own_block_alone(tmp_path: Path) -> None:
-    module = module_of("plain")
-    config = config_of(module)
-    step, ref, ref_ids = step_inputs(1)
-    weights = dict(module.state_dict())
-    plain = TorchOps(weights, torch.float32)
-    kv = encode_references(plain, config, ref, ref_ids)
-    for faulty in ("transformer_blocks.1", "single_transformer_blocks.1"):
-        wrong = {
-            name: 2 * x if name.startswith(faulty) and "to_out" in name else x
-            for name, x in weights.items()
-        }
-        errors: dict[str, float] = {}
-
-        def note(block: str, rows: Any, others: Any, errors: dict[str, float] = errors) -> None:
-            errors[block] = compare(others[0], rows).snr
-
-        others = [TorchOps(wrong, torch.float32), TorchOps(weights, torch.bfloat16)]
-        others[1].weights = {name: x.bfloat16() for name, x in weights.items()}
-        denoise(BlockComparingOps(weights, torch.float32, others, note), config, step, kv)
-        assert len(errors) == 5
-        assert [name for name, value in errors.items() if value < 60] == [faulty]
-        assert errors[faulty] < 30
-
-
 def test_layers_are_compared_with_their_own_weights(tmp_path: Path) -> None:
     module = module_of("sharded")
     layers = quantized_layers(module, tmp_path, "fp8", activations=False)
     name = "transformer_blocks.0.attn.to_q.weight"
     errors: dict[str, Difference] = {}
     weights = dict(module.state_dict())
-    ops = ComparingOps(weights, torch.float32, {name: layers[name]}, errors)
+    subject = QuantizedOps(weights, torch.float32, {name: layers[name]})
+    ops = ComparingOps({name: 2 * x for name, x in weights.items()}, subject, errors)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     out = torch.cat([ops.linear(x, name, (0, 30)), ops.linear(x, name, (30, 64))], dim=1)
-    assert errors[name].snr == pytest.approx(compare(out, x @ weights[name].T).snr, abs=1e-3)
+    torch.testing.assert_close(out, 2 * x @ weights[name].T)  # the judge's weights are others
+    expected = compare(subject.linear(x, name), x @ weights[name].T)
+    assert errors[name].snr == pytest.approx(expected.snr, abs=1e-3)
     ops.linear(x, "transformer_blocks.0.attn.to_k.weight")
     assert list(errors) == [name]
 
@@ -225,40 +161,37 @@ def test_layers_lose_what_rounding_explains(reports: dict[str, QualityReport]) -
 
 
 def test_precisions_are_ranked_and_above_them_is_bf16(reports: dict[str, QualityReport]) -> None:
-    assert (len(reports["fp8"].blocks), len(reports["fp8"].ends)) == (3, 6)
-    for kind in ("blocks", "ends"):
-        rows = [getattr(reports[name], kind) for name in PRECISIONS]
-        for name in rows[0]:
-            if name == "text embeddings":
-                continue  # fp8 in both
-            fp8, nvfp4, only = (x[name] for x in rows)
-            assert nvfp4.subject.snr < fp8.subject.snr < only.subject.snr < only.floor.snr, name
-            assert fp8.floor.snr == nvfp4.floor.snr == only.floor.snr
+    rows = [reports[name].ends for name in PRECISIONS]
+    assert len(rows[0]) == 6
+    for name in rows[0]:
+        fp8, nvfp4, only = (x[name] for x in rows)
+        assert fp8.subject.snr < only.subject.snr < only.floor.snr, name
+        if name != "text embeddings":  # fp8 in both
+            assert nvfp4.subject.snr < fp8.subject.snr, name
+        assert fp8.floor.snr == nvfp4.floor.snr == only.floor.snr
 
 
 def test_images(reports: dict[str, QualityReport]) -> None:
     for report in reports.values():
-        assert len(report.images) == 2
-        for subject, floor in report.images.values():
-            assert floor.psnr > max(45, subject.psnr)
-            assert subject.psnr > 25
-            assert 0.9 < subject.ssim < floor.ssim <= 1
-            assert floor.ssim > 0.99
+        ((subject, floor),) = report.images.values()
+        assert floor.psnr > max(45, subject.psnr)
+        assert subject.psnr > 25
+        assert 0.9 < subject.ssim < floor.ssim <= 1
+        assert floor.ssim > 0.99
 
 
-def test_float8_keys_and_attention_cost_a_little_more(folder: Path) -> None:
-    samples = make_samples(1, size=(128, 128), seed=1000)
+def test_float8_keys_and_attention_cost_a_little_more(quantized_bf16_artifacts: Path) -> None:
+    options: list[dict[str, bool]] = [{}, {"kv": True}, {"attention": True}]
     reports = [
-        measure_quality(folder, "fp8", samples, text_tokens=32, **options)
-        for options in ({}, {}, {"kv": True}, {"attention": True})
+        measure_quality(quantized_bf16_artifacts, "fp8", SAMPLES, text_tokens=32, **x)
+        for x in options
     ]
-    assert dict_from_report(reports[0]) == dict_from_report(reports[1])  # it repeats itself
     assert (reports[0].reference, reports[0].samples) == ("the artifacts' own weights", 1)
-    plain, _, kv, attention = (
+    plain, *others = (
         {name: errors.subject.snr for name, errors in report.ends.items()} for report in reports
     )
     keys, latents = "reference keys and values", "latents after step 4"
-    for other in (kv, attention):
+    for other in others:
         assert other["text embeddings"] == plain["text embeddings"]
         assert other[keys] < plain[keys] - 0.3
         assert other[latents] != plain[latents]
@@ -270,39 +203,43 @@ def test_text_and_json(reports: dict[str, QualityReport]) -> None:
     value = json.loads(json.dumps(dict_from_report(report), allow_nan=False))
     assert value["ok"] is True
     assert len(value["layers"]) == len(report.layers)
-    assert set(value["blocks"][0]) == {"name", "nvfp4 to fp32", "bf16 to fp32"}
+    assert set(value["end_to_end"][0]) == {"name", "nvfp4 to fp32", "bf16 to fp32"}
     assert value["layers"][0]["least_snr"] == pytest.approx(8, abs=0.01)
     assert {image["pair"] for image in value["images"]} == {"nvfp4 to fp32", "bf16 to fp32"}
     text = text_from_report(report)
-    for name in (*report.blocks, *report.ends):
-        assert f"\n{name} " in text
     worst = min(report.layers, key=lambda name: report.layers[name].snr)
-    assert f"{worst} " in text
+    for name in (*report.ends, *report.images, worst):
+        assert f"\n{name} " in text
     assert "FAILED" not in text
 
 
 def test_command_line(
-    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    quantized_bf16_artifacts: Path,
+    tiny_bf16_artifacts: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    size = ("--size", "128x128", "--samples", "1")
-    argv = ["verify", folder, tiny_checkpoint, "--precision", "fp8", *size, "--json"]
-    assert main([str(x) for x in argv]) == 0
+    folder, size = quantized_bf16_artifacts, ("--size", "128x128", "--samples", "1", "--json")
+    assert call("verify", folder, tiny_checkpoint, "--precision", "fp8", *size) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["ok"]
     assert value["reference"] == str(tiny_checkpoint)
-    assert main(["verify", str(folder), "--precision", "int8"]) == 1
+    assert call("verify", folder, "--precision", "int8") == 1
     assert "hold no precision 'int8'" in capsys.readouterr().err
-    assert main(["quantize", str(folder)]) == 1
+    assert call("quantize", folder) == 1
     assert "--recipe fp8" in capsys.readouterr().err
-    assert main(["quantize", str(folder), "--recipe", "fp8-weight-only", "--samples", "2",
-                 "--size", "128x128", "--json"]) == 0  # fmt: skip
+    copy = shutil.copytree(tiny_bf16_artifacts, tmp_path / "copy")
+    assert call("quantize", copy, "--recipe", "fp8-weight-only", *size) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["precision"] == "fp8-weight-only"
     assert value["components"]["transformer"]["layers"] == 16
 
 
-def test_refuses_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no precision"):
-        measure_quality(folder, "nvfp8", make_samples(1, size=(128, 128)))
-    with pytest.raises(CheckpointError):
-        measure_quality(folder, "fp8", make_samples(1, size=(128, 128)), checkpoint=tmp_path)
+def call(*argv: object) -> int:
+    return main([str(x) for x in argv])
+
+
+def test_refuses_a_checkpoint_that_is_none(quantized_bf16_artifacts: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"expected one \.safetensors file"):
+        measure_quality(quantized_bf16_artifacts, "fp8", SAMPLES, checkpoint=tmp_path)

@@ -18,7 +18,6 @@ from klein_kv.export.checks.artifact_weights import (
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample, make_samples
 from klein_kv.export.checks.torch_loop import (
-    LoopRequest,
     encode_prompt,
     prepare_request,
     reference_kv,
@@ -33,12 +32,6 @@ SAMPLES = make_samples(3, size=(160, 128))
 
 def torch_ops(folder: Path, manifest: Manifest, component: str) -> TorchOps:
     return TorchOps(MappedWeights(component_weights(folder, manifest, component)), torch.float32)
-
-
-def last_latents(
-    ops: TorchOps, manifest: Manifest, request: LoopRequest, text: torch.Tensor
-) -> torch.Tensor:
-    return [*run_loop(ops, manifest, request, text, reference_kv(ops, manifest, request))][-1]
 
 
 def block_linears(manifest: Manifest) -> dict[str, list[str]]:
@@ -109,21 +102,17 @@ def watch_diffusers(pipe: Any, samples: list[Sample]) -> dict[str, float]:
     return largest
 
 
-def test_ranges_are_those_of_diffusers(ranges: dict[str, Ranges], tiny_theirs: Any) -> None:
-    theirs = watch_diffusers(tiny_theirs, SAMPLES)
-    for component in ("transformer", "text_encoder"):
-        assert ranges[component].inputs
-        for name, value in ranges[component].inputs.items():
-            assert value == pytest.approx(theirs[name], rel=1e-3), name
-
-
-def test_all_block_linears_and_nothing_else(
-    ranges: dict[str, Ranges], tiny_artifacts: Path
+def test_ranges_are_those_of_diffusers(
+    ranges: dict[str, Ranges], tiny_artifacts: Path, tiny_theirs: Any
 ) -> None:
+    """Of all linear layers of the blocks, and of nothing else."""
+    theirs = watch_diffusers(tiny_theirs, SAMPLES)
     names = block_linears(Manifest.load(tiny_artifacts))
+    assert len(names["transformer"]) == 16
     for component, expected in names.items():
         assert set(ranges[component].inputs) == set(expected)
-    assert len(names["transformer"]) == 16
+        for name, value in ranges[component].inputs.items():
+            assert value == pytest.approx(theirs[name], rel=1e-3), name
     assert ranges["text_encoder"].attention == {}
 
 
@@ -148,7 +137,8 @@ def test_the_loop_is_the_pipelines(
         request = prepare_request(sample, manifest, vae)
         with torch.inference_mode():
             text = encode_prompt(text_ops, tiny_artifacts, manifest, sample.prompt, TOKENS)
-            latents = last_latents(ops, manifest, request, text)
+            kv = reference_kv(ops, manifest, request)
+            *_, latents = run_loop(ops, manifest, request, text, kv)
         image = tiny_ours(
             prompt=sample.prompt,
             image=list(sample.images) or None,
@@ -209,12 +199,11 @@ def test_sizes_that_are_no_whole_tokens(tiny_artifacts: Path) -> None:
         prepare_request(Sample("x", (), 130, 128, 0), manifest, FloatVae(tiny_artifacts, manifest))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_vae_of_narrow_artifacts_in_float32(
-    dtype: str, tiny_artifacts: Path, request: pytest.FixtureRequest
+    tiny_artifacts: Path, tiny_bf16_artifacts: Path
 ) -> None:
-    narrow: Path = request.getfixturevalue(f"tiny_{dtype}_artifacts")
-    vaes = [FloatVae(folder, Manifest.load(folder)) for folder in (tiny_artifacts, narrow)]
+    folders = (tiny_artifacts, tiny_bf16_artifacts)
+    vaes = [FloatVae(folder, Manifest.load(folder)) for folder in folders]
     (image,) = SAMPLES[0].images
     tokens = [vae.encode(np.asarray(image)[None]) for vae in vaes]
     assert tokens[0].shape == (1, 8, 10, 128)

@@ -84,11 +84,8 @@ def test_refuses_what_it_cannot_mean(tmp_path: Path, text: str, message: str) ->
         QuantizationRecipe.load(path)
 
 
-def test_refuses_unknown_names_and_misspelt_layers(tmp_path: Path) -> None:
+def test_refuses_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="unknown recipe 'fp4'; expected one of fp8"):
         QuantizationRecipe.load("fp4")
     with pytest.raises(RequestError, match="cannot be read"):
         QuantizationRecipe.load(tmp_path / "none.toml")
-    recipe = QuantizationRecipe("r", "fp8", overrides=(("transformer_block.0.*", "bf16"),))
-    with pytest.raises(RequestError, match="matches no block linear"):
-        recipe.check_overrides(list(SHAPES))

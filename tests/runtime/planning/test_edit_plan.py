@@ -17,7 +17,7 @@ from klein_kv.artifacts.signature import KVFormat
 from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, BuildError, RequestError
-from klein_kv.export.checkpoints.weight_index import WeightIndex
+from klein_kv.export.checkpoints.weight_index import read_folder
 from klein_kv.runtime.planning.edit_plan import EditPlan, PlanOptions, Plans, plan_artifacts
 from klein_kv.runtime.planning.footprint import base_footprint
 from klein_kv.runtime.planning.memory_plan import RESERVED
@@ -39,7 +39,7 @@ def unique_bytes(folder: Path, blocks: int) -> dict[str, int]:
     """Bytes of the tensors that are read, from the headers of a checkpoint's files."""
     nbytes = {}
     for part in ("transformer", "text_encoder", "vae"):
-        index = WeightIndex.from_folder(folder / part, part)
+        index = read_folder(folder / part, part)
         unread = ("lm_head.", "model.norm.", *(f"model.layers.{i}." for i in range(blocks, 99)))
         nbytes[part] = sum(
             ref.nbytes
@@ -205,17 +205,9 @@ def test_klein_9b_on_a_32_gb_card(klein_export: KleinExport) -> None:
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(quantized_bf16_artifacts: Path) -> Path:
     """The tiny artifacts in bfloat16 and in nvfp4."""
-    from klein_kv.export.checks.samples import make_samples
-    from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-    from klein_kv.export.quantization.quantize import quantize_artifacts
-
-    folder = tmp_path_factory.mktemp("quantized") / "artifacts"
-    shutil.copytree(tiny_bf16_artifacts, folder)
-    recipe = QuantizationRecipe.load("nvfp4")
-    quantize_artifacts(folder, recipe, make_samples(1, size=(128, 128)), text_tokens=32)
-    return folder
+    return quantized_bf16_artifacts
 
 
 def test_quantized_weights_are_those_of_the_files(
