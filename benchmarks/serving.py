@@ -19,6 +19,7 @@ import http.client
 import io
 import itertools
 import json
+import operator
 import os
 import random
 import signal
@@ -107,51 +108,43 @@ def served(artifacts: Path, log: Path, failures: list[str]) -> Iterator[Server]:
 
 
 def overhead(port: int, artifacts: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds of one edit, 4 steps at 192x192 with one known reference, in turn.
-
-    "pipeline" is what the service itself says of its pipeline, in the turn for JPEG.
-    """
+    """Milliseconds of one edit, 4 steps at 192x192 with one known reference, in turn."""
     (picture,) = pictures(1, 192)
     connection = http.client.HTTPConnection("127.0.0.1", port)
 
-    def ask(path: str, fields: dict[str, Any]) -> tuple[http.client.HTTPResponse, bytes]:
+    def ask(path: str, fields: dict[str, Any]) -> bytes:
         connection.request("POST", path, json.dumps(fields), BEARER | JSON)
-        answer = connection.getresponse()
-        return answer, answer.read()
+        return connection.getresponse().read()
 
-    uploaded = ask("/v1/references", {"image": base64.b64encode(file_of(picture)).decode()})[1]
+    uploaded = ask("/v1/references", {"image": base64.b64encode(file_of(picture)).decode()})
     fields = {"prompt": PROMPTS[0], "references": json.loads(uploaded)["id"], "seed": 0}
-    times: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = {"bare": [], "png": [], "jpeg": []}
     with KleinKVPipeline.from_pretrained(
         artifacts, backend="onnxruntime", device="cpu", threads=1
     ) as pipe:
         pipe.set_progress_bar_config(disable=True)
         known = pipe.encode_references([picture])
         for _ in range(rounds + 3):
-            start = time.perf_counter()
-            pipe(PROMPTS[0], references=known, seed=0)
-            times["bare"].append(1e3 * (time.perf_counter() - start))
-            for kind in ("png", "jpeg"):
+            for kind, values in times.items():
                 start = time.perf_counter()
-                answer, _ = ask(EDITS, fields | {"output_format": kind})
-                times[kind].append(1e3 * (time.perf_counter() - start))
-            times["pipeline"].append(float(answer.headers["server-timing"].split("dur=")[2]))
+                if kind == "bare":
+                    pipe(PROMPTS[0], references=known, seed=0)
+                else:
+                    ask(EDITS, fields | {"output_format": kind})
+                values.append(1e3 * (time.perf_counter() - start))
     connection.close()
     times = {name: values[3:] for name, values in times.items()}
-
-    def added(kind: str, to: str) -> float:
-        return statistics.median(a - b for a, b in zip(times[kind], times[to], strict=True))
-
-    bare = statistics.median(times["bare"])
-    return {"milliseconds": {name: spread(values) for name, values in times.items()}} | {
+    bare = times.pop("bare")
+    added = {
         kind: {
-            "difference": statistics.median(times[kind]) - bare,
-            "difference_by_round": added(kind, "bare"),
-            "ratio": statistics.median(times[kind]) / bare,
+            "milliseconds": spread(values),
+            "difference": statistics.median(values) - statistics.median(bare),
+            "difference_by_round": statistics.median(map(operator.sub, values, bare)),
+            "ratio": statistics.median(values) / statistics.median(bare),
         }
-        | ({"around_the_pipeline": added(kind, "pipeline")} if kind == "jpeg" else {})
-        for kind in ("png", "jpeg")
+        for kind, values in times.items()
     }
+    return {"bare": {"milliseconds": spread(bare)}} | added
 
 
 class Load:
@@ -317,7 +310,6 @@ class Load:
             "answers": dict(self.codes),
             "questions": len(self.first),
             "growth": growth,
-            "resident_bytes": [sample[0] for sample in self.samples[:: max(1, quarter // 10)]],
             "quarters": {"second": second, "last": last},
             "nobody_there": {"first": before, "last": after},
         }
@@ -383,8 +375,8 @@ def rubbish(image: bytes) -> list[tuple[str, dict[str, Any], int, str]]:
 
 
 def report(document: dict[str, Any]) -> None:
-    times, added = document["overhead"]["milliseconds"], document["overhead"]
-    print(f"bare pipeline  p50 {times['bare']['p50']:.1f} ms")
+    added = document["overhead"]
+    print(f"bare pipeline  p50 {added['bare']['milliseconds']['p50']:.1f} ms")
     for kind in ("png", "jpeg"):
         x = added[kind]
         print(f"service, {kind:5} +{x['difference']:.1f} ms, {x['ratio']:.3f} times as long")

@@ -5,6 +5,7 @@ layers simulated (`quantized_torch_ops`). float32 is the judge; what bfloat16 lo
 the noise floor below which nothing can be told. Errors are given
 
     by layer    on its inputs in float32: output of the quantized layer against its own weight
+    by block    on its inputs in float32
     end to end  text, reference keys and values, latents after each step, and images
 
 Images are decoded by the VAE in float32, so that they show the networks' errors alone.
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from klein_kv.artifacts.attention_scales import attention_scales, kv_scales
@@ -31,6 +31,7 @@ from klein_kv.export.checks.artifact_weights import (
     component_parameters,
     component_weights,
 )
+from klein_kv.export.checks.block_ops import ComparingOps
 from klein_kv.export.checks.compare import Difference, psnr, ssim
 from klein_kv.export.checks.float_vae import FloatVae
 from klein_kv.export.checks.samples import Sample
@@ -46,7 +47,6 @@ from klein_kv.networks.quantized_torch_ops import QuantizedOps, round_to_fp8
 from klein_kv.networks.torch_ops import TorchOps
 
 __all__ = [
-    "ComparingOps",
     "Errors",
     "Likeness",
     "QualityReport",
@@ -59,36 +59,6 @@ _STEPS, _WORST = 4, 5
 
 Three = tuple[TorchOps, TorchOps, TorchOps]
 """A network in float32, which is the judge, in bfloat16 and in the precision."""
-
-
-class ComparingOps(TorchOps):
-    """float32 ops that add up in `errors` how far each layer of `subject` is from its own weight.
-
-    A layer is given the inputs that it has in float32, so that its own error shows, not that of
-    those before it.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        subject: QuantizedOps,
-        errors: dict[str, Difference],
-    ) -> None:
-        super().__init__(weights, torch.float32)
-        self._subject = subject
-        self._errors = errors
-
-    def linear(
-        self, rows: torch.Tensor, weight: str, part: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """The product in float32."""
-        subject = self._subject
-        if weight in subject.quantized:
-            inputs, own = rows.to(subject.dtype), subject.weights[weight].float()
-            own = own if part is None else own[part[0] : part[1]]
-            error = self._errors.setdefault(weight, Difference())
-            error.add(subject.linear(inputs, weight, part), F.linear(inputs.float(), own))
-        return super().linear(rows, weight, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +92,7 @@ class QualityReport:
     bounds: dict[str, float]  # relative error of each layer above which it is more than rounding
     # of the layers that were run, against their own weights
     layers: dict[str, Difference] = field(default_factory=dict)
+    blocks: dict[str, Errors] = field(default_factory=dict)
     ends: dict[str, Errors] = field(default_factory=dict)  # text, keys and values, latents
     # of each request, of the precision and of bfloat16
     images: dict[str, tuple[Likeness, Likeness]] = field(default_factory=dict)
@@ -190,6 +161,9 @@ def measure_quality(
         },
     )
 
+    def note(block: str, judge: torch.Tensor, floor: torch.Tensor, subject: torch.Tensor) -> None:
+        report.blocks.setdefault(block, Errors()).add(judge, floor, subject)
+
     def networks(component: str) -> Three:
         own = component_weights(artifacts, manifest, component)
         reference = own if checkpoint is None else _reference(checkpoint, manifest, component)
@@ -197,11 +171,9 @@ def measure_quality(
         fp8 = scales if attention and component == "transformer" else None
         weights = MappedWeights(own, dtype, device)
         subject = QuantizedOps(weights, dtype, linears.get(component, {}), fp8)
-        exact, floor = (
-            MappedWeights(reference, kind, device) for kind in (torch.float32, torch.bfloat16)
-        )
-        judge = ComparingOps(exact, subject, report.layers)
-        return judge, TorchOps(floor, torch.bfloat16), subject
+        floor = TorchOps(MappedWeights(reference, torch.bfloat16, device), torch.bfloat16)
+        exact = MappedWeights(reference, torch.float32, device)
+        return ComparingOps(exact, floor, subject, report.layers, note), floor, subject
 
     text, transformer = networks("text_encoder"), networks("transformer")
     vae = FloatVae(artifacts, manifest)
@@ -269,6 +241,13 @@ def _run(
 def dict_from_report(report: QualityReport) -> dict[str, Any]:
     """Plain values; infinite ratios (no error at all) become null."""
     both = f"{report.precision} to fp32", "bf16 to fp32"
+    blocks, ends = (
+        [
+            {"name": name, both[0]: _values(x.subject), both[1]: _values(x.floor)}
+            for name, x in rows.items()
+        ]
+        for rows in (report.blocks, report.ends)
+    )
     return {
         "ok": not report.failed,
         "precision": report.precision,
@@ -278,10 +257,8 @@ def dict_from_report(report: QualityReport) -> dict[str, Any]:
             {"name": name, "least_snr": -20 * math.log10(report.bounds[name]), **_values(error)}
             for name, error in report.layers.items()
         ],
-        "end_to_end": [
-            {"name": name, both[0]: _values(x.subject), both[1]: _values(x.floor)}
-            for name, x in report.ends.items()
-        ],
+        "blocks": blocks,
+        "end_to_end": ends,
         "images": [
             {"name": name, "pair": pair, "psnr": _finite(x.psnr), "ssim": x.ssim}
             for name, two in report.images.items()
@@ -300,18 +277,24 @@ def _finite(value: float) -> float | None:
 
 
 def text_from_report(report: QualityReport) -> str:
-    """Tables: what came out, the worst layers, images."""
+    """Tables: every block, what came out, the worst layers, images."""
     worst = sorted(report.layers, key=lambda name: report.layers[name].snr)[:_WORST]
-    width = max(len(name) for name in report.ends)
     lines = [
         f"{report.precision} over {report.samples} requests; fp32 and bf16 are {report.reference}",
         "SNR in dB (each 6 halve the error), largest difference, cosine",
-        f"\n{'end to end':{width}} {report.precision + ' to fp32':^27} | {'bf16 to fp32':^27}",
     ]
-    lines += [
-        f"{name:{width}} {_columns(x.subject):27} | {_columns(x.floor)}"
-        for name, x in report.ends.items()
-    ]
+    for title, rows in (
+        ("blocks, on their inputs in fp32", report.blocks),
+        ("end to end", report.ends),
+    ):
+        width = max(len(name) for name in (*rows, title))
+        lines.append(
+            f"\n{title:{width}} {report.precision + ' to fp32':^27} | {'bf16 to fp32':^27}"
+        )
+        lines += [
+            f"{name:{width}} {_columns(x.subject):27} | {_columns(x.floor)}"
+            for name, x in rows.items()
+        ]
     title = f"the {len(worst)} worst of {len(report.layers)} layers"
     lines.append(f"\n{title}, on their inputs in fp32, to their own weights")
     for name in worst:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,77 +20,44 @@ def add_serve(add: AddVerb) -> None:
     """Adds `klein-kv serve`."""
     sub = add("serve", _serve, "Serve OpenAI's image API, and references that are encoded once.")
     sub.add_argument("artifacts", type=Path, metavar="ARTIFACTS")
-    sub.add_argument("--host", default="127.0.0.1", help="another one needs a key (127.0.0.1)")
-    sub.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
-    sub.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"keys that open the service, one per line; or one in ${_KEY_VARIABLE}",
-    )
-    sub.add_argument(
-        "--open-to-all", action="store_true", help="listen elsewhere without a key all the same"
-    )
-    sub.add_argument(
+    option = sub.add_argument
+    several = partial(option, action="append", default=[])
+    option("--host", default="127.0.0.1", help="another one needs a key (127.0.0.1)")
+    option("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    key_help = f"keys that open the service, one per line; or one in ${_KEY_VARIABLE}"
+    option("--api-key-file", type=Path, metavar="FILE", help=key_help)
+    option("--open-to-all", action="store_true", help="listen elsewhere without a key all the same")
+    several(
         "--warm-up",
         type=_warm_up,
-        action="append",
-        default=[],
         metavar="WxH[:REFS]",
         help="an edit to load and compile for before the service is ready; again for more",
     )
-    sub.add_argument(
-        "--lora",
-        type=_named_file,
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="an adapter that requests may name; again for more",
-    )
-    sub.add_argument("--queue", type=int, default=16, help="requests that may wait (16)")
-    sub.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="a replica on every GPU of a Ray cluster, HOST:PORT; or of this machine: local",
-    )
-    sub.add_argument("--replicas", type=int, help="of --ray (one per GPU), each with its --queue")
-    sub.add_argument("--timeout", type=float, default=600, metavar="S", help="of a request (600)")
-    sub.add_argument(
-        "--drain-timeout", type=float, default=30, metavar="S", help="after SIGTERM (30)"
-    )
-    sub.add_argument(
-        "--allow-url-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="fetch images from it over https; again for more (none)",
-    )
-    sub.add_argument(
-        "--allow-send-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="send results and webhooks to it over https; again for more (none)",
-    )
-    sub.add_argument(
-        "--keep", type=float, default=256, metavar="MIB", help="of files behind URLs (256)"
-    )
-    sub.add_argument(
-        "--keep-for", type=float, default=3600, metavar="S", help="the same files (3600)"
-    )
-    sub.add_argument("--model-name", action="append", default=[], help="another name for the model")
-    sub.add_argument("--max-body", type=float, default=64, metavar="MIB", help="of a request (64)")
-    sub.add_argument(
-        "--max-megapixels", type=float, default=16.8, help="of an uploaded image (16.8)"
-    )
-    sub.add_argument("--max-images", type=int, default=10, help="of one prompt (10)")
-    sub.add_argument(
+    lora_help = "an adapter that requests may name; again for more"
+    several("--lora", type=_named_file, metavar="NAME=FILE", help=lora_help)
+    option("--queue", type=int, default=16, help="requests that may wait (16)")
+    ray_help = "a replica on every GPU of a Ray cluster, HOST:PORT; or of this machine: local"
+    option("--ray", metavar="ADDRESS", help=ray_help)
+    option("--replicas", type=int, help="of --ray (one per GPU), each with its --queue")
+    option("--timeout", type=float, default=600, metavar="S", help="of a request (600)")
+    option("--drain-timeout", type=float, default=30, metavar="S", help="after SIGTERM (30)")
+    url_help = "fetch images from it over https; again for more (none)"
+    several("--allow-url-host", metavar="HOST", help=url_help)
+    send_help = "send results and webhooks to it over https; again for more (none)"
+    several("--allow-send-host", metavar="HOST", help=send_help)
+    option("--keep", type=float, default=256, metavar="MIB", help="of files behind URLs (256)")
+    option("--keep-for", type=float, default=3600, metavar="S", help="the same files (3600)")
+    several("--model-name", help="another name for the model")
+    option("--max-body", type=float, default=64, metavar="MIB", help="of a request (64)")
+    option("--max-megapixels", type=float, default=16.8, help="of an uploaded image (16.8)")
+    option("--max-images", type=int, default=10, help="of one prompt (10)")
+    option(
         "--references",
         type=gigabytes,
         metavar="GB",
         help="for keys and values of references (default: what is free)",
     )
-    sub.add_argument("--no-metadata", action="store_true", help="leave prompt and seed out")
+    option("--no-metadata", action="store_true", help="leave prompt and seed out")
     add_pipeline(sub)
 
 
@@ -136,7 +104,8 @@ def _serve(args: argparse.Namespace) -> Result:
     if args.ray is not None:
         from klein_kv.runtime.serving.replicas.cluster import RayCluster
 
-        with RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device) as cluster:
+        cluster = RayCluster(args.ray, open_runner, args.queue, args.replicas, args.device)
+        with closing(cluster):
             settings = replace(settings, threads=settings.threads * cluster.count)
             serve(cluster.open_engine, settings, drain_timeout_s=args.drain_timeout)
         return {}, "", 0

@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -20,11 +19,11 @@ from klein_kv.runtime.serving.api.health import health_routes
 from klein_kv.runtime.serving.api.images import image_routes
 from klein_kv.runtime.serving.api.references import reference_routes
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Fetch, Front
+from klein_kv.runtime.serving.front import Front, ShelvedReferences
 from klein_kv.runtime.serving.jobs import Engine
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.metrics import Metrics
 from klein_kv.runtime.serving.page.routes import PAGE_PATHS, page_routes
-from klein_kv.runtime.serving.reference_shelf import ReferenceShelf
 from klein_kv.runtime.serving.runware.routes import runware_routes
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH
@@ -50,25 +49,21 @@ _HEADERS = {
 }
 
 
-def make_app(
-    engine: Engine,
-    settings: ServeSettings,
-    fetch: Fetch | None = None,
-    send: Fetcher | None = None,
-) -> FastAPI:
-    """Puts the service together; `fetch` and `send` stand in for the guarded calls to other hosts.
+def make_app(engine: Engine, settings: ServeSettings, calls: Fetcher | None = None) -> FastAPI:
+    """Puts the service together; `calls` stands in for the guarded calls to other hosts.
 
     `app.state.front` is what all routes share; `app.state.public` are paths that need no key, or
     ask for it themselves, and `app.state.public_below` what all such paths begin with.
     """
+    shelf: Kept[ShelvedReferences] = Kept(settings.shelf_bytes)
     front = Front(
         engine=engine,
         settings=settings,
         keys=KeyRing(settings.api_keys),
-        shelf=ReferenceShelf(settings.shelf_bytes),
-        metrics=Metrics(engine.gauges),
+        shelf=shelf,
+        metrics=Metrics(engine.gauges, lambda: shelf.nbytes),
         threads=ThreadPoolExecutor(settings.threads, "klein-kv-images"),
-        fetch=fetch or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes).get,
+        fetch=calls or Fetcher(settings.url_hosts, max_bytes=settings.max_body_bytes),
     )
     app = FastAPI(
         title="klein-kv", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
@@ -79,12 +74,10 @@ def make_app(
     app.include_router(health_routes(front))
     app.include_router(image_routes(front))
     app.include_router(reference_routes(front))
-    service = RunwareService(front, send or Fetcher(settings.send_hosts, timeout_s=30))
+    service = RunwareService(front, calls or Fetcher(settings.send_hosts, timeout_s=30))
     app.include_router(runware_routes(front, service))
     app.include_router(page_routes())
-    app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _refused)
     app.add_middleware(Gate, front=front, public=app.state.public, below=app.state.public_below)
     return app
 
@@ -97,8 +90,6 @@ def _service_error(error: Exception) -> ServiceError:
     """What a client is told of an error."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, RequestValidationError):
-        return ServiceError("invalid_value", "the request does not have the form of this route")
     if isinstance(error, HTTPException):
         if error.status_code == 405:
             return ServiceError("method_not_allowed", "this path has no such method")
@@ -112,7 +103,7 @@ def _service_error(error: Exception) -> ServiceError:
 class Gate:
     """What every request passes first and last: key, origin, limits, headers, metrics.
 
-    A WebSocket passes the origin's check alone: who is behind it is asked in its first message.
+    Who is behind a WebSocket is asked in its first message.
     """
 
     def __init__(
@@ -131,7 +122,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        known = self.front.keys.knows(Headers(scope=scope))
+        known = self.front.keys.bearer(Headers(scope=scope)) is not None
         self.active[known] += 1
         try:
             if scope["type"] == "websocket":
@@ -141,20 +132,25 @@ class Gate:
         finally:
             self.active[known] -= 1
 
-    def _check_load(self, known: bool) -> None:
-        """Refuses more than there is room for; strangers take no room from who has a key."""
-        most = self.front.settings.max_connections
-        if self.active[known] > (most if known else max(1, most // 4)):
-            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
+    def _check(self, scope: Scope, headers: Headers, known: bool) -> None:
+        """Refuses other sites' pages, strangers, and more than there is room for.
 
-    def _is_public(self, path: str) -> bool:
-        return path in self.public or path.startswith(self.below)
+        Strangers take no room from who has a key.
+        """
+        path = scope["path"]
+        if self.front.keys.open:
+            check_origin(headers, local=self.local)
+        elif not (known or path in self.public or path.startswith(self.below)):
+            raise ServiceError(
+                "invalid_api_key", "the API key is missing or wrong; send Authorization: Bearer KEY"
+            )
+        most = self.front.settings.max_connections
+        if path != "/health/live" and self.active[known] > (most if known else max(1, most // 4)):
+            raise ServiceError("queue_full", "too many requests at a time", retry_after_s=1.0)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send, known: bool) -> None:
         try:
-            self._check_load(known)
-            if self.front.keys.open:
-                check_origin(Headers(scope=scope), local=self.local)
+            self._check(scope, Headers(scope=scope), known)
         except ServiceError:
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -179,12 +175,7 @@ class Gate:
             await send(message)
 
         try:
-            if self.front.keys.open:
-                check_origin(headers, local=self.local)
-            elif not (known or self._is_public(scope["path"])):
-                self.front.keys.check(headers)
-            if scope["path"] != "/health/live":
-                self._check_load(known)
+            self._check(scope, headers, known)
             body.check_length()
             await self.app(scope, body, sending)
         except (ClientGoneError, ClientDisconnect):

@@ -1,7 +1,7 @@
 """One pipeline behind a queue: the engine of a service in one process.
 
 One thread opens the pipeline and runs one job after the other. Nothing but graphs runs there:
-images are prepared before, and made into arrays after it, in other threads.
+images are prepared before, and made into files after it, in other threads.
 """
 
 import asyncio
@@ -10,23 +10,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
 from klein_kv.runtime.serving.job_queue import JobQueue, Ticket
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeJob,
-    EncodeResult,
     EngineFacts,
+    Job,
     OnPreview,
+    Result,
 )
 from klein_kv.runtime.serving.runner import (
     DeviceLostError,
-    Edited,
     PipelineRunner,
     StoppedError,
     is_out_of_memory,
@@ -57,16 +55,17 @@ class EngineRoom:
     def __init__(
         self,
         open_runner: Callable[[], PipelineRunner],
-        queue: int = 16,
-        on_failed: Callable[[BaseException], None] | None = None,
+        queue: int,
+        on_failed: Callable[[BaseException], None],
     ) -> None:
         self._open = open_runner
         self._on_failed = on_failed
-        self._queue = JobQueue(queue)
+        self._queue = JobQueue()
+        self._most = queue
         self._changed = threading.Condition()
         self._state = "starting"  # then "ready", "draining", "failed" or "closed"
         self._running: Ticket | None = None
-        self._facts: EngineFacts | None = None
+        self.facts: EngineFacts | None = None
         self._store_gauges: dict[str, float] = {}
         self._counts = dict.fromkeys(("jobs", "cancelled", "expired", "out_of_memory", "failed"), 0)
         self._seconds = 0.0  # of a job, on average
@@ -82,38 +81,34 @@ class EngineRoom:
         """Warmed up, and not draining."""
         return self._state == "ready"
 
-    @property
-    def starting(self) -> bool:
-        """Opening or warming up."""
-        return self._state == "starting"
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What was opened.
-
-        Raises:
-            ServiceError: "not_ready" before that.
-        """
-        if self._facts is None:
-            raise not_ready()
-        return self._facts
-
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         """See `Engine`."""
-        result: EditResult = await self._do(job, on_preview)
-        return result
-
-    async def encode(self, job: EncodeJob) -> EncodeResult:
-        """See `Engine`."""
-        result: EncodeResult = await self._do(job, None)
-        return result
+        ticket = Ticket(job, asyncio.get_running_loop().create_future(), on_preview)
+        with self._changed:
+            self._check()
+            self._queue.append(ticket)
+            self._changed.notify()
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                result: Result = await ticket.result
+                return result
+        except TimeoutError:
+            self._counts["expired"] += 1
+            raise expired() from None
+        except asyncio.CancelledError:
+            self._counts["cancelled"] += 1
+            raise
+        finally:
+            ticket.gone = True
+            with self._changed:
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
 
     def gauges(self) -> dict[str, float]:
         """See `Engine`."""
-        running = float(self._running is not None)
         return {
             "queue_depth": len(self._queue),
-            "in_flight": running,
+            "in_flight": float(self._running is not None),
             "job_seconds_average": self._seconds,
             **{f"{name}_total": count for name, count in self._counts.items()},
             **self._store_gauges,
@@ -125,7 +120,7 @@ class EngineRoom:
             if self._state in ("starting", "ready"):
                 self._state = "draining"
         end = time.monotonic() + timeout_s
-        while (self._running or len(self._queue)) and time.monotonic() < end:
+        while (self._running or self._queue) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self._give_up(draining())
         await asyncio.sleep(0)  # those who wait are told
@@ -140,91 +135,69 @@ class EngineRoom:
         self._thread.join(timeout_s)
         self._after.shutdown(wait=False)
 
-    async def _do(self, job: EditJob | EncodeJob, on_preview: OnPreview | None) -> Any:
-        loop = asyncio.get_running_loop()
-        ticket = Ticket(job, loop.create_future(), loop, on_preview)
-        with self._changed:
-            self._check(job)
-            self._queue.put(ticket)
-            self._changed.notify()
-        try:
-            async with asyncio.timeout(job.timeout_s):
-                return await ticket.result
-        except TimeoutError:
-            self._counts["expired"] += 1
-            raise expired() from None
-        except asyncio.CancelledError:
-            self._counts["cancelled"] += 1
-            raise
-        finally:
-            ticket.gone = True
-            with self._changed:
-                self._queue.remove(ticket)
-
-    def _check(self, job: EditJob | EncodeJob) -> None:
+    def _check(self) -> None:
         """Refuses what cannot be taken on now."""
         if self._state == "draining":
             raise draining()
         if self._state != "ready":
             raise not_ready()
-        if self._queue.full:
-            waiting = len(self._queue) + 1
+        waiting = len(self._queue)
+        if waiting >= self._most:
             raise ServiceError(
                 "queue_full",
-                f"{len(self._queue)} requests are waiting, expected less; come again later",
-                retry_after_s=max(0.1, waiting * self._seconds),
+                f"{waiting} requests are waiting, expected less; come again later",
+                retry_after_s=max(0.1, (waiting + 1) * self._seconds),
             )
-        known = self.facts.loras
-        if any(name not in known for name, _ in job.loras):
-            raise ServiceError("invalid_value", "there is no such LoRA", "lora")
 
     # What the thread does -----------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             runner = self._open()
-        except BaseException as error:  # noqa: BLE001 - of every kind: it is told
-            self._fail(error)
-            return
-        self._facts = runner.facts
-        self._store_gauges = runner.gauges()
-        with self._changed:
-            if self._state == "starting":
-                self._state = "ready"
-        _log.info("ready")
-        while (ticket := self._next()) is not None:
-            lost = self._serve(runner, ticket)
-            if lost is not None:
-                self._fail(lost)
-                return
+            self.facts = runner.facts
             self._store_gauges = runner.gauges()
-            del ticket  # its images
-        runner.close()
+            with self._changed:
+                if self._state == "starting":
+                    self._state = "ready"
+            _log.info("ready")
+            while (ticket := self._next()) is not None:
+                self._serve(runner, ticket)
+                self._store_gauges = runner.gauges()
+                del ticket  # its images
+        except BaseException as error:  # noqa: BLE001 - of every kind: it is told
+            with self._changed:
+                self._state = "failed"
+                self._running = None
+            self._give_up(not_ready())
+            self._on_failed(error)
+        else:
+            runner.close()
 
     def _next(self) -> Ticket | None:
         with self._changed:
             self._running = None
-            while not len(self._queue):
+            while not self._queue:
                 if self._state in ("closed", "failed"):
                     return None
                 self._changed.wait()
             self._running = self._queue.take()
             return self._running
 
-    def _serve(self, runner: PipelineRunner, ticket: Ticket) -> DeviceLostError | None:
-        """Does one job; returns what ended the device, if something did."""
+    def _serve(self, runner: PipelineRunner, ticket: Ticket) -> None:
+        """Does one job; raises `DeviceLostError` where nothing works any more."""
         start = time.monotonic()
         for last_try in (False, True):
             if not ticket.wanted:
-                return None
+                return
             try:
                 made = self._run(runner, ticket)
                 break
             except StoppedError:
-                return None
+                return
             except Exception as error:  # noqa: BLE001 - told in words of ours
                 if last_try or not is_out_of_memory(error):
-                    return self._explain(runner, ticket, error)
+                    self._explain(runner, ticket, error)
+                    return
             # The error is gone here, and with it the buffers that its frames held.
             _log.warning("out of memory: kept references are given up, and the job runs again")
             self._counts["out_of_memory"] += 1
@@ -233,65 +206,45 @@ class EngineRoom:
         self._failures = 0
         self._counts["jobs"] += 1
         self._seconds += (seconds - self._seconds) * (_SMOOTHING if self._seconds else 1.0)
-        self._after.submit(self._finish, ticket, made, start - ticket.queued_at)
-        return None
+        if isinstance(made, EditResult):
+            made = replace(made, queued_s=start - ticket.queued_at)
+        self._after.submit(self._answer, ticket, made)
 
-    def _explain(
-        self, runner: PipelineRunner, ticket: Ticket, error: Exception
-    ) -> DeviceLostError | None:
+    def _explain(self, runner: PipelineRunner, ticket: Ticket, error: Exception) -> None:
         """Tells who waits; asks the device whether it still works, if nobody foresaw the error."""
         known = refusal(error)
         if known is not None:
             _log.info("a job was refused: %s", error)
             self._answer(ticket, known)
-            return None
+            return
         _log.error("a job failed", exc_info=error)
         self._answer(ticket, ServiceError("internal_error", "the request failed"))
         self._counts["failed"] += 1
         self._failures += 1
-        if runner.works(thoroughly=self._failures >= _MOST_FAILURES):
-            return None
-        lost = DeviceLostError(f"the device is lost ({type(error).__name__}: {error})")
-        lost.__cause__ = error
-        return lost
+        if not runner.works(thoroughly=self._failures >= _MOST_FAILURES):
+            raise DeviceLostError(
+                f"the device is lost ({type(error).__name__}: {error})"
+            ) from error
 
-    def _run(self, runner: PipelineRunner, ticket: Ticket) -> Edited | EncodeResult:
+    def _run(self, runner: PipelineRunner, ticket: Ticket) -> Result:
         job = ticket.job
-        if isinstance(job, EncodeJob):
+        if not isinstance(job, EditJob):
             return runner.encode(job)
 
-        def on_denoised(step: int, latents: Any) -> None:
-            self._after.submit(self._show, runner, ticket, step, latents)
+        def on_denoised(latents: Any) -> None:
+            self._after.submit(self._show, runner, ticket, latents)
 
         return runner.edit(job, lambda: ticket.wanted, on_denoised)
 
-    def _show(self, runner: PipelineRunner, ticket: Ticket, step: int, latents: Any) -> None:
+    def _show(self, runner: PipelineRunner, ticket: Ticket, latents: Any) -> None:
         picture = runner.preview(latents) if ticket.wanted else None
         if picture is not None and ticket.on_preview is not None:
-            pixels, on_preview = np.asarray(picture), ticket.on_preview
-            self._on_loop(ticket, lambda: on_preview(step, pixels))
-
-    def _finish(self, ticket: Ticket, made: Edited | EncodeResult, queued_s: float) -> None:
-        if isinstance(made, Edited) and isinstance(ticket.job, EditJob):
-            images = tuple(np.asarray(image) for image in made.images)
-            seed, known = ticket.job.seed, made.references_known
-            self._answer(ticket, EditResult(images, seed, known, queued_s, made.stages_s))
-        else:
-            self._answer(ticket, made)
-
-    def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._state = "failed"
-            self._running = None
-        self._give_up(not_ready())
-        if self._on_failed is not None:
-            self._on_failed(error)
-        else:
-            _log.error("the engine room is closed", exc_info=error)
+            self._on_loop(ticket, ticket.on_preview, picture)
 
     def _give_up(self, why: ServiceError) -> None:
         with self._changed:
-            waiting = self._queue.empty()
+            waiting = [*self._queue]
+            self._queue.clear()
             if self._running is not None:
                 waiting.append(self._running)
         for ticket in waiting:
@@ -309,8 +262,8 @@ class EngineRoom:
 
         self._on_loop(ticket, tell)
 
-    def _on_loop(self, ticket: Ticket, call: Callable[[], None]) -> None:
+    def _on_loop(self, ticket: Ticket, call: Callable[..., None], *arguments: Any) -> None:
         try:
-            ticket.loop.call_soon_threadsafe(call)
+            ticket.result.get_loop().call_soon_threadsafe(call, *arguments)
         except RuntimeError:  # the loop is closed: nobody waits
             _log.debug("an answer came after its loop had ended")

@@ -1,6 +1,7 @@
 """What a service answers when it refuses: a code from a fixed list, and a sentence of ours.
 
-No text of an exception below, no path and no address ever gets into an answer.
+To refuse is to raise a `ServiceError`. No text of an exception below, no path and no address ever
+gets into an answer.
 """
 
 from klein_kv.errors import KleinKVError
@@ -50,7 +51,6 @@ class ServiceError(KleinKVError):
         code: str,
         message: str,
         param: str | None = None,
-        *,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -58,6 +58,9 @@ class ServiceError(KleinKVError):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type["ServiceError"], tuple[object, ...]]:
+        return type(self), (self.code, self.message, self.param, self.retry_after_s)
 
     @property
     def status(self) -> int:

@@ -5,13 +5,11 @@ job that goes with the last one may overtake others, but nobody is overtaken mor
 """
 
 import asyncio
-import math
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, OnPreview
+from klein_kv.runtime.serving.jobs import Job, OnPreview
 
 __all__ = ["JobQueue", "Ticket"]
 
@@ -24,73 +22,43 @@ class Ticket:
     """A job, and who waits for it.
 
     Attributes:
-        result: set on its own event loop, `loop`.
-        deadline: `time.monotonic()` when the result is of no use any more.
+        result: set on its own event loop.
         gone: nobody waits for it.
         overtaken: jobs that came later and were taken before it.
     """
 
-    job: EditJob | EncodeJob
+    job: Job
     result: "asyncio.Future[Any]"
-    loop: asyncio.AbstractEventLoop
     on_preview: OnPreview | None = None
     queued_at: float = field(default_factory=time.monotonic)
     gone: bool = False
     overtaken: int = 0
 
     @property
-    def deadline(self) -> float:
-        """See above."""
-        timeout = self.job.timeout_s
-        return math.inf if timeout is None else self.queued_at + timeout
-
-    @property
     def wanted(self) -> bool:
         """Whether its result is still of use."""
-        return not self.gone and time.monotonic() < self.deadline
+        timeout_s = self.job.timeout_s
+        late = timeout_s is not None and time.monotonic() >= self.queued_at + timeout_s
+        return not (self.gone or late)
 
 
-class JobQueue:
-    """At most `most` tickets, in the order in which a GPU takes them; the caller locks."""
+class JobQueue(list[Ticket]):
+    """Tickets as they came, taken in the order that suits a GPU; the caller locks."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._waiting: deque[Ticket] = deque()
+    def __init__(self) -> None:
+        super().__init__()
         self._last: tuple[Any, str] = ((), "")
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no room for another one."""
-        return len(self._waiting) >= self.most
-
-    def put(self, ticket: Ticket) -> None:
-        """Takes one in."""
-        self._waiting.append(ticket)
-
-    def remove(self, ticket: Ticket) -> None:
-        """Takes one out, where it still is."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
 
     def take(self) -> Ticket:
         """The next one: the oldest, or one that goes with the last."""
-        oldest = self._waiting[0]
-        chosen = oldest
+        oldest = chosen = self[0]
         if oldest.overtaken < MOST_OVERTAKEN:
-            chosen = max(self._waiting, key=self._likeness)  # the first of the likest
+            chosen = max(self, key=self._likeness)  # the first of the likest
         if chosen is not oldest:
             oldest.overtaken += 1
-        self._waiting.remove(chosen)
+        self.remove(chosen)
         self._last = chosen.job.loras, chosen.job.digest
         return chosen
-
-    def empty(self) -> list[Ticket]:
-        """Takes out all."""
-        waiting, self._waiting = list(self._waiting), deque()
-        return waiting
 
     def _likeness(self, ticket: Ticket) -> int:
         """2: the same adapters and references as the last job, 1: the same adapters."""

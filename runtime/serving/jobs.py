@@ -4,90 +4,78 @@ An engine is one pipeline behind a queue in this process (`EngineRoom`), or repl
 (`RayEngine`). What stands in front (HTTP, decoding, limits) is the same for both.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 __all__ = [
     "EditJob",
     "EditResult",
-    "EncodeJob",
     "EncodeResult",
     "Engine",
     "EngineFacts",
+    "Job",
     "OnPreview",
+    "Pixels",
+    "Result",
+    "previews_and_result",
 ]
 
 Pixels = NDArray[np.uint8]
-"""An image [H, W, 3]."""
+"""A prepared image [H, W, 3]."""
 
-OnPreview = Callable[[int, Pixels], None]
-"""Called on the event loop after a step with its index, from 0, and what the image is by now."""
+OnPreview = Callable[[Image.Image], None]
+"""Called on the event loop after a step, with what the image is by now."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodeJob:
+class Job:
     """Reference images whose keys and values are wanted.
 
     Attributes:
         references: prepared images in order (`pixels.prepare_reference`, without the batch).
-        digest: their `images_digest`: the id of the set, and what requests are routed by.
+        digest: their `images_digest`: the set's id, and what jobs are routed by; "" of none.
         loras: registered names and weights, -4 to 4.
         timeout_s: seconds until the result is of no use to anybody.
     """
 
-    references: tuple[Pixels, ...]
-    digest: str
+    references: tuple[Pixels, ...] = ()
+    digest: str = ""
     loras: tuple[tuple[str, float], ...] = ()
     timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class EditJob:
+class EditJob(Job):
     """One prompt, with or without references.
 
     Attributes:
-        prompt: the text.
-        references: prepared images, in order; may be empty.
-        digest: their `images_digest`; "" without any.
         height, width: pixels; None for the first reference's.
-        steps: of the loop.
         seed: of the first image; image i uses `seed + i`.
-        num_images: images of this prompt.
-        loras: registered names and weights.
         mask: uint8 [H, W] of the first reference's size, 255 where it is to change; None edits all.
         strength: of an edit within a mask, above 0 up to 1.
         previews: most intermediate images that `OnPreview` wants, 0 to 3.
-        timeout_s: seconds until the result is of no use to anybody.
     """
 
     prompt: str
-    references: tuple[Pixels, ...] = ()
-    digest: str = ""
     height: int | None = None
     width: int | None = None
     steps: int = 4
     seed: int = 0
     num_images: int = 1
-    loras: tuple[tuple[str, float], ...] = ()
     mask: NDArray[np.uint8] | None = None
     strength: float = 1.0
     previews: int = 0
-    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """Keys and values are at hand.
-
-    Attributes:
-        known: they were before.
-        nbytes: bytes of them.
-        tokens: reference tokens.
-    """
+    """Keys and values of so many reference tokens are at hand; `known`: they were before."""
 
     known: bool
     nbytes: int
@@ -99,18 +87,19 @@ class EditResult:
     """Images of a job.
 
     Attributes:
-        images: one per image asked for.
-        seed: of the first.
         references_known: no step had to compute keys and values.
         queued_s: seconds in the queue.
         stages_s: seconds by stage (`Timings.to_dict`).
     """
 
-    images: tuple[Pixels, ...]
-    seed: int
+    images: tuple[Image.Image, ...]
     references_known: bool
-    queued_s: float
+    queued_s: float = 0.0
     stages_s: dict[str, float] = field(default_factory=dict)
+
+
+Result = EditResult | EncodeResult
+"""Of an `EditJob`, and of any other `Job`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +111,6 @@ class EngineFacts:
         model_digest: of graphs and weights.
         variant: "kv", or "plain" (no reference resources).
         unit: sides of images are multiples of it, in pixels.
-        backend: where it runs.
         loras: registered names.
     """
 
@@ -137,10 +125,10 @@ class EngineFacts:
 class Engine(Protocol):
     """Does jobs, one at a time per GPU. All methods are called on the event loop.
 
-    `edit` and `encode` raise `ServiceError`: "queue_full" (429) before anything is taken on,
-    "deadline" (504), "draining" or "not_ready" (503), "out_of_memory" (503), "invalid_value" (400)
-    for what the pipeline refuses. Cancelling their coroutine takes the job back: out of the queue,
-    or between two steps.
+    `do` raises `ServiceError`: "queue_full" (429) before anything is taken on, "deadline" (504),
+    "draining" or "not_ready" (503), "out_of_memory" (503), "invalid_value" (400) for what the
+    pipeline refuses. Cancelling its coroutine takes the job back: out of the queue, or between two
+    steps.
     """
 
     @property
@@ -148,14 +136,11 @@ class Engine(Protocol):
         """Warmed up, and not draining."""
 
     @property
-    def facts(self) -> EngineFacts:
-        """See there."""
+    def facts(self) -> EngineFacts | None:
+        """What was opened; None before that."""
 
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        """Makes images."""
-
-    async def encode(self, job: EncodeJob) -> EncodeResult:
-        """Makes keys and values, for edits to come."""
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
+        """Makes images, or keys and values for edits to come."""
 
     def gauges(self) -> dict[str, float]:
         """Figures for /metrics: queue depth, jobs under way, the store's bytes, hits and so on.
@@ -168,3 +153,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees everything. Called in a thread, while the event loop runs."""
+
+
+J = TypeVar("J", bound=Job)
+R = TypeVar("R", bound=Result)
+
+
+async def previews_and_result(
+    do: Callable[[J, OnPreview | None], Awaitable[R]], job: J
+) -> AsyncGenerator[Image.Image | R, None]:
+    """Previews of a job as they come, and its result last; closing it takes the job back."""
+    previews: asyncio.Queue[Image.Image | None] = asyncio.Queue()
+    wanted = isinstance(job, EditJob) and job.previews > 0
+    work = asyncio.ensure_future(do(job, previews.put_nowait if wanted else None))
+    work.add_done_callback(lambda _: previews.put_nowait(None))
+    try:
+        while (preview := await previews.get()) is not None:
+            yield preview
+        yield work.result()
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)

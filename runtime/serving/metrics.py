@@ -1,6 +1,7 @@
 """Figures for Prometheus. No prompt, key or address is ever a label."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,46 +19,28 @@ class Metrics:
 
     Args:
         gauges: `Engine.gauges`; names that end in "_total" are counts, "@NAME" is whose.
+        shelf_bytes: of uploaded references.
     """
 
-    def __init__(self, gauges: Callable[[], dict[str, float]]) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineGauges(gauges))
-        self.requests = Counter(
-            "klein_kv_requests",
-            "Answers by route and status",
-            ["route", "code"],
-            registry=self._registry,
-        )
-        self.seconds = Histogram(
+    def __init__(
+        self, gauges: Callable[[], dict[str, float]], shelf_bytes: Callable[[], float]
+    ) -> None:
+        registry = self._registry = CollectorRegistry()
+        registry.register(_EngineGauges(gauges))
+        seconds = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.seconds = seconds(
             "klein_kv_request_seconds",
             "From the first byte of a request to the last of its answer",
             ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
         )
-        self.queued = Histogram(
-            "klein_kv_queue_seconds",
-            "Jobs' time in the queue",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.stages = Histogram(
-            "klein_kv_stage_seconds",
-            "Jobs' time by stage",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.edits = Counter(
-            "klein_kv_edits",
-            "Jobs done, by whether their references were known",
-            ["references"],
-            registry=self._registry,
-        )
-        self.shelf = Gauge(
-            "klein_kv_shelf_bytes", "Pixels of uploaded references", registry=self._registry
-        )
+        self.queued = seconds("klein_kv_queue_seconds", "Jobs' time in the queue")
+        self.stages = seconds("klein_kv_stage_seconds", "Jobs' time by stage", ["stage"])
+        text, labels = "Answers by route and status", ["route", "code"]
+        self.requests = Counter("klein_kv_requests", text, labels, registry=registry)
+        text, labels = "Jobs done, by whether their references were known", ["references"]
+        self.edits = Counter("klein_kv_edits", text, labels, registry=registry)
+        text = "Pixels of uploaded references"
+        Gauge("klein_kv_shelf_bytes", text, registry=registry).set_function(shelf_bytes)
 
     def note_edit(self, result: EditResult, references: int) -> None:
         """Counts a job that is done."""

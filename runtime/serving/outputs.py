@@ -7,46 +7,22 @@ from typing import Literal
 from PIL import Image
 
 from klein_kv.runtime.outputs.metadata import QUALITY, ImageParameters, write_image
-from klein_kv.runtime.serving.jobs import EditJob, EngineFacts, Pixels
 
-__all__ = ["OutputFormat", "base64_text", "encode_image", "image_parameters"]
+__all__ = ["OutputFormat", "base64_text", "encode_image"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
-def image_parameters(
-    job: EditJob, facts: EngineFacts, image: Pixels, index: int
-) -> ImageParameters:
-    """What is written into image `index` of a job."""
-    loras = [f"{name}:{weight:g}" for name, weight in job.loras]
-    return ImageParameters(
-        prompt=job.prompt,
-        steps=job.steps,
-        width=image.shape[1],
-        height=image.shape[0],
-        references=len(job.references),
-        model=" + ".join([facts.model, *loras]),
-        model_digest=facts.model_digest,
-        seed=job.seed + index,
-    )
-
-
 def encode_image(
-    pixels: Pixels,
+    image: Image.Image,
     kind: OutputFormat = "png",
     quality: int | None = None,
     parameters: ImageParameters | None = None,
 ) -> bytes:
     """One image as a file's bytes; `quality` 1 to 100 is that of JPEG and WebP."""
     file = io.BytesIO()
-    write_image(
-        Image.fromarray(pixels),
-        file,
-        kind.upper(),
-        parameters,
-        QUALITY if quality is None else max(1, quality),
-        quickly=True,
-    )
+    quality = QUALITY if quality is None else max(1, quality)
+    write_image(image, file, kind.upper(), parameters, quality, quickly=True)
     return file.getvalue()
 
 

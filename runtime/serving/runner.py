@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
 from klein_kv.runtime.references.reference_encoder import PreparedReferences
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
 from klein_kv.runtime.timings import Timings
 
 __all__ = [
     "DeviceLostError",
-    "Edited",
     "PipelineRunner",
     "StoppedError",
     "WarmUp",
@@ -47,25 +46,11 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """An edit whose engines are loaded and compiled before the service is ready.
-
-    Attributes:
-        width, height: pixels.
-        references: how many, of the same size.
-    """
+    """An edit, with references of its size, that is compiled for before the service is ready."""
 
     width: int
     height: int
     references: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Edited:
-    """What a job gave, before it is made into an `EditResult`."""
-
-    images: list[Image.Image] = field(default_factory=list)
-    references_known: bool = False
-    stages_s: dict[str, float] = field(default_factory=dict)
 
 
 class PipelineRunner:
@@ -108,19 +93,12 @@ class PipelineRunner:
             _log.info("warmed up %dx%d: %s", size.width, size.height, self._warm_up(size).to_text())
 
     def edit(
-        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
-    ) -> Edited:
+        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[Any], None]
+    ) -> EditResult:
         """Makes the images of a job, one after the other: image i has the noise of `seed + i`.
 
-        Args:
-            job: what to make.
-            wanted: asked after every step.
-            on_denoised: called with the index of a step and the latents that it foresees, after the
-                steps that previews are wanted of.
-
-        Raises:
-            StoppedError: the job was not `wanted` any more.
-            ServiceError: "out_of_memory", or "invalid_value" for what the pipeline refuses.
+        `wanted` is asked after every step, and ends the job by `StoppedError`; `on_denoised` gets
+        the latents that a step foresees, where previews are wanted. Raises what the pipeline does.
         """
         shown = preview_steps(job.steps, job.previews)
 
@@ -128,10 +106,12 @@ class PipelineRunner:
             if not wanted():
                 raise StoppedError
             if step in shown:
-                on_denoised(step, tensors["denoised"])
+                on_denoised(tensors["denoised"])
 
         self._use(job.loras)
-        done = Edited()
+        images: list[Image.Image] = []
+        references_known = False
+        stages_s: dict[str, float] = {}
         for i in range(job.num_images):
             result = self._call(
                 job,
@@ -141,14 +121,13 @@ class PipelineRunner:
             )
             timings = self.pipe.timings
             if i == 0:
-                done.references_known = bool(job.references) and not (
-                    timings.first_step or timings.plain_steps
-                )
-            done.images += result.images
-            _add(done.stages_s, timings)
-        return done
+                computed = timings.first_step or timings.plain_steps
+                references_known = bool(job.references) and not computed
+            images += result.images
+            _add(stages_s, timings)
+        return EditResult(tuple(images), references_known, stages_s=stages_s)
 
-    def encode(self, job: EncodeJob) -> EncodeResult:
+    def encode(self, job: Job) -> EncodeResult:
         """Makes keys and values, or finds them."""
         self._use(job.loras)
         store = self.pipe.reference_store
@@ -191,14 +170,8 @@ class PipelineRunner:
     def gauges(self) -> dict[str, float]:
         """What the reference store holds and did."""
         stats = self.pipe.reference_store.stats
-        return {
-            "reference_store_bytes": stats.bytes,
-            "reference_store_entries": stats.entries,
-            "reference_store_hits": stats.hits,
-            "reference_store_misses": stats.misses,
-            "reference_store_restored": stats.restored,
-            "reference_store_evictions": stats.evictions,
-        }
+        names = ("bytes", "entries", "hits", "misses", "restored", "evictions")
+        return {f"reference_store_{name}": getattr(stats, name) for name in names}
 
     def close(self) -> None:
         """Frees the pipeline."""
@@ -272,7 +245,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _prepared(job: EditJob | EncodeJob) -> Any:
+def _prepared(job: Job) -> Any:
     """References with their digest, so that nothing is resized or hashed on this thread."""
     if not job.references:
         return None

@@ -1,7 +1,7 @@
 """What a service allows, and where it listens."""
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.security.addresses import is_host_pattern
@@ -9,6 +9,7 @@ from klein_kv.runtime.serving.security.addresses import is_host_pattern
 __all__ = ["ServeSettings", "is_loopback"]
 
 _LEAST_KEY = 16
+_MAY_BE_0 = ("port", "shelf_bytes", "kept_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +69,10 @@ class ServeSettings:
     matte: str | None = "white"
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_body_bytes",
-            "max_bodies_bytes",
-            "body_timeout_s",
-            "max_pixels",
-            "max_references",
-            "max_prompt",
-            "max_images",
-            "max_side",
-            "max_connections",
-            "timeout_s",
-            "threads",
-            "kept_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise RequestError(f"{name} is {getattr(self, name)!r}, expected more than 0")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and field.name not in _MAY_BE_0 and not value > 0:
+                raise RequestError(f"{field.name} is {value!r}, expected more than 0")
         if not 0 <= self.port < 65536:
             raise RequestError(f"port is {self.port}, expected 0 to 65535")
         if any(len(key) < _LEAST_KEY or not key.isascii() for key in self.api_keys):

@@ -31,9 +31,10 @@ def error_body(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def error_headers(error: ServiceError) -> dict[str, str]:
-    """When to come again, or that it is of no use."""
-    headers = {}
+def error_response(error: ServiceError) -> Response:
+    """A refusal, with when to come again, or that it is of no use."""
+    response = json_response(error_body(error), error.status)
+    headers = response.headers
     if error.code not in _WORTH_RETRYING:
         headers["x-should-retry"] = "false"
     elif error.retry_after_s is not None:
@@ -41,11 +42,4 @@ def error_headers(error: ServiceError) -> dict[str, str]:
         headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return headers
-
-
-def error_response(error: ServiceError) -> Response:
-    """A refusal."""
-    response = json_response(error_body(error), error.status)
-    response.headers.update(error_headers(error))
     return response

@@ -1,8 +1,8 @@
 """Work that ends when the client goes: nobody would see its result."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -15,7 +15,7 @@ class ClientGoneError(Exception):
     """The client closed the connection."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Awaits `work`, or cancels it when the client closes the connection.
 
     The body has to be read already: `http.disconnect` is what comes next. Asking

@@ -1,7 +1,9 @@
 """Fields of a request, as JSON or as a form, checked before anything is decoded."""
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, LiteralString, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -12,9 +14,10 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import PydanticCustomError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from klein_kv.runtime.serving.errors import ServiceError
@@ -22,51 +25,50 @@ from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.security.limits import json_value
 from klein_kv.runtime.serving.settings import ServeSettings
 
-__all__ = ["EditFields", "ReferenceFields", "Sent", "body_schema", "checked", "read_fields"]
+__all__ = [
+    "EditFields",
+    "ReferenceFields",
+    "Sent",
+    "body_schema",
+    "checked",
+    "described",
+    "only",
+    "read_fields",
+]
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_FIELDS = 64
 _LONGEST_NAME = 256
-_LISTS = ("image", "url", "references", "lora")
 _LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
 _MOST_LORAS = 8
 _LONGEST_LORA = 1000  # characters of all names and weights in one text
 _SMALL = 65536
 
 
+@dataclass(slots=True)
 class Sent:
-    """What a request holds.
+    """What a request holds: fields by name, reference images in order, and a mask."""
 
-    Attributes:
-        values: fields by name.
-        images: reference images, in order.
-        mask: the field of that name.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.images: list[Upload] = []
-        self.mask: Upload | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    images: list[Upload] = field(default_factory=list)
+    mask: Upload | None = None
 
     def add(self, name: str, value: Any) -> None:
-        """Takes in one field of a form, or one key of a JSON object.
-
-        Raises:
-            ServiceError: a field that is there twice, or a file where none belongs.
-        """
+        """Takes in one field of a form, or key of a JSON object; refuses it twice, or as a file."""
         base = re.sub(r"\[\d*\]$", "", name[:_LONGEST_NAME])
         if base in ("image", "url", "images"):
             self.images += [Upload(_content(x, base), base) for x in _listed(value)]
         elif base == "mask":
             self.mask = Upload(_content(value, base), base)
-        elif not isinstance(value, UploadedBytes):
-            if base in _LISTS:
-                self.values.setdefault(base, []).extend(_listed(value))
-            elif name in self.values:
-                raise ServiceError("invalid_value", "a field is given twice", _short(name))
-            else:
-                self.values[name] = value
-        else:
+        elif isinstance(value, UploadedBytes):
             raise ServiceError("unknown_parameter", "a file in an unknown field", _short(name))
+        elif base in ("references", "lora"):
+            self.values.setdefault(base, []).extend(_listed(value))
+        elif name in self.values:
+            raise ServiceError("invalid_value", "a field is given twice", _short(name))
+        else:
+            self.values[name] = value
 
 
 class UploadedBytes(bytes):
@@ -91,11 +93,7 @@ def _content(value: Any, param: str) -> bytes | str:
 
 
 async def read_fields(request: Request, front: Front) -> Sent:
-    """Reads a JSON object or a form.
-
-    Raises:
-        ServiceError: "invalid_body", or what `Sent.add` refuses.
-    """
+    """Reads a JSON object or a form; refuses what is neither with "invalid_body"."""
     sent = Sent()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -140,26 +138,21 @@ async def _read_multipart(request: Request, sent: Sent, settings: ServeSettings)
         max_part_size=settings.max_body_bytes,
     )
     try:
-        form = await _parsed(parser, settings)
+        form = await parser.parse()
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 sent.add(name, UploadedBytes(await value.read()))
             elif value or name == "prompt":
                 sent.add(name, value)
-    finally:
-        for file in parser._files_to_close_on_error:  # one that is cut short is in no form
-            file.close()
-
-
-async def _parsed(parser: MultiPartParser, settings: ServeSettings) -> FormData:
-    try:
-        return await parser.parse()
     except (MultiPartException, FormParserError, KeyError, UnicodeError, AssertionError):
         raise ServiceError(
             "invalid_body",
             f"the form cannot be read, or has more than {settings.max_references} files or "
             f"{MAX_FIELDS} fields",
         ) from None
+    finally:
+        for file in parser._files_to_close_on_error:  # one that is cut short is in no form
+            file.close()
 
 
 def _size(value: Any) -> Any:
@@ -190,6 +183,19 @@ def _loras(value: Any) -> Any:
     return tuple(found)
 
 
+def only(why: LiteralString, *allowed: object) -> BeforeValidator:
+    """Takes what changes nothing, and refuses the rest as beyond this model or server."""
+
+    def check(value: object) -> object:
+        if value not in allowed:
+            raise PydanticCustomError("unsupported_parameter", why)
+        return value
+
+    return BeforeValidator(check)
+
+
+_NOT_KEPT = "images are not kept here: ask for b64_json"
+_OPAQUE = "the model makes opaque images: expected auto or opaque"
 _TEXT = {"type": "string"}
 Size = Annotated[
     tuple[int, int] | None,
@@ -205,7 +211,9 @@ Loras = Annotated[
 ]
 
 
-class _Fields(BaseModel):
+class ReferenceFields(BaseModel):
+    """Of `POST /v1/references`, besides images."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, max_length=256)
@@ -214,11 +222,7 @@ class _Fields(BaseModel):
     user: str | None = None
 
 
-class ReferenceFields(_Fields):
-    """Of `POST /v1/references`, besides images."""
-
-
-class EditFields(_Fields):
+class EditFields(ReferenceFields):
     """Of both image routes, besides images; OpenAI's names, and a few of our own.
 
     `quality`, `style`, `user`, `moderation` and `input_fidelity` have no effect here.
@@ -232,23 +236,19 @@ class EditFields(_Fields):
     guidance_scale: float | None = None
     references: list[Annotated[str, Field(max_length=128)]] = Field([], max_length=4)
     strength: float | None = Field(None, gt=0, le=1)
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Annotated[Literal["b64_json"], only(_NOT_KEPT, "b64_json")] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
     stream: bool = False
     partial_images: int = Field(0, ge=0, le=3)
-    background: Literal["auto", "opaque", "transparent"] = "auto"
+    background: Annotated[Literal["auto", "opaque"], only(_OPAQUE, "auto", "opaque")] = "auto"
     quality: str | None = None
     style: str | None = None
     moderation: str | None = None
     input_fidelity: str | None = None
 
     def check(self, settings: ServeSettings, unit: int) -> None:
-        """What depends on the service.
-
-        Raises:
-            ServiceError: "invalid_value" or "unsupported_parameter".
-        """
+        """Refuses what this service does not do, and what fields say against each other."""
         if self.n > settings.max_images:
             raise _bad("n", f"is {self.n}, expected at most {settings.max_images}")
         if len(self.prompt) > settings.max_prompt:
@@ -262,16 +262,6 @@ class EditFields(_Fields):
                         f"has a side of {side}, expected a multiple of {unit} from {least} to "
                         f"{settings.max_side}",
                     )
-        if self.response_format == "url":
-            raise ServiceError(
-                "unsupported_parameter",
-                "images are not kept here: ask for response_format b64_json",
-                "response_format",
-            )
-        if self.background == "transparent":
-            raise ServiceError(
-                "unsupported_parameter", "the model makes opaque images", "background"
-            )
         if self.partial_images and not self.stream:
             raise _bad("partial_images", "needs stream")
         if self.stream and self.n > 1:
@@ -281,41 +271,39 @@ class EditFields(_Fields):
 def body_schema(model: type[BaseModel], *images: str) -> dict[str, Any]:
     """What OpenAPI says of a request: JSON, and a form where it may hold `images`."""
     schema = model.model_json_schema()
-    kinds = {"application/json": "uri-reference", "multipart/form-data": "binary"}
-    content = {
-        kind: {
-            "schema": schema
-            | {
-                "properties": schema["properties"]
-                | {name: _TEXT | {"format": format_} for name in images}
-            }
-        }
-        for kind, format_ in kinds.items()
-        if images or kind == "application/json"
-    }
+    if not images:
+        return described({"application/json": schema})
+    content = {}
+    for kind, form in (("application/json", "uri-reference"), ("multipart/form-data", "binary")):
+        more = {name: _TEXT | {"format": form} for name in images}
+        content[kind] = schema | {"properties": schema["properties"] | more}
+    return described(content)
+
+
+def described(schemas: dict[str, Any]) -> dict[str, Any]:
+    """A request's body for OpenAPI, by its content type."""
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def checked(model: type[BaseModel], values: dict[str, Any]) -> Any:
-    """An instance of `model`.
-
-    Raises:
-        ServiceError: the first field that is missing, unknown or out of range.
-    """
+def checked(model: type[M], values: Mapping[str, Any]) -> M:
+    """An instance of `model`; refuses the first field that is wrong. None is not given."""
     try:
-        return model.model_validate(values)
+        return model.model_validate({k: v for k, v in values.items() if v is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = _short(str(first["loc"][0])) if first["loc"] else ""
-        if first["type"] == "missing":
-            code, text = "missing_required_parameter", "is missing"
-        elif first["type"] == "extra_forbidden":
-            code, text = "unknown_parameter", "is not known here"
-        else:
-            code = "invalid_value"
-            text = first["msg"].removeprefix("Value error, ")
-            text = text[:1].lower() + text[1:]
-        raise ServiceError(code, f"{name}: {text}", name) from None
+        if error.error_count() > MAX_FIELDS:
+            raise ServiceError("invalid_value", "too many fields are wrong") from None
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = _short(".".join(part for part in first["loc"] if isinstance(part, str)))
+    if first["type"] == "missing":
+        raise ServiceError("missing_required_parameter", f"{name} is missing", name)
+    if first["type"] == "extra_forbidden":
+        raise ServiceError("unknown_parameter", f"{name} is not known here", name)
+    code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else "invalid_value"
+    value = first["input"]
+    got = f" is {value!r:.40}" if isinstance(value, int | float | str) else ""
+    text = first["msg"].removeprefix("Value error, ")
+    raise ServiceError(code, f"{name}{got}: {text[:1].lower()}{text[1:]}", name)
 
 
 def _bad(param: str, text: str) -> ServiceError:

@@ -45,7 +45,7 @@ def health_routes(front: Front) -> APIRouter:
 
 
 def _model(front: Front) -> dict[str, object]:
-    facts = front.engine.facts
+    facts = front.facts
     return {
         "id": facts.model,
         "object": "model",

@@ -3,9 +3,11 @@
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from PIL import Image
 
 from klein_kv.artifacts.pixels import MAX_AREA
 from klein_kv.runtime.inputs.noise import random_seed
@@ -14,12 +16,11 @@ from klein_kv.runtime.serving.api.fields import EditFields, Sent, body_schema, c
 from klein_kv.runtime.serving.api.streaming import stream_images
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, Pixels
-from klein_kv.runtime.serving.outputs import base64_text, encode_image, image_parameters
+from klein_kv.runtime.serving.jobs import EditJob, EditResult
+from klein_kv.runtime.serving.outputs import base64_text
 
 __all__ = ["image_routes"]
 
-_DEFAULT_SIDE = 1024
 _TEXT_TOKENS = 512
 """Every prompt is padded to it."""
 
@@ -65,38 +66,28 @@ def image_routes(front: Front) -> APIRouter:
 async def _answer(request: Request, front: Front, sent: Sent, kind: str) -> Response:
     ask = await _ask(request, front, sent)
     if ask.fields.stream:
-        completed = _completed(front, ask, kind)
-        return await stream_images(request, front, ask.job, ask.fields, kind, completed)
+        completed = partial(_completed, front, ask, f"{kind}.completed")
+        output_format = ask.fields.output_format
+        return await stream_images(request, front, ask.job, output_format, kind, completed)
     return await unless_gone(request, _make(front, ask))
 
 
 async def _make(front: Front, ask: Ask) -> Response:
     result = await front.edit(ask.job)
     body = await front.in_thread(_document, front, ask, result)
-    return Response(body, media_type="application/json", headers=_facts(ask, result))
-
-
-def _completed(front: Front, ask: Ask, kind: str) -> Any:
-    def event(result: EditResult) -> bytes:
-        image = result.images[0]
-        value = {
-            "type": f"{kind}.completed",
-            "b64_json": _encoded(front, ask, image, 0),
-            "created_at": ask.created,
-            "seed": result.seed,
-            "references_known": result.references_known,
-            "timings": {"queued": result.queued_s, **result.stages_s},
-            **_described(front, ask, image),
-        }
-        return json.dumps(value).encode()
-
-    return event
+    known = "known" if result.references_known else "new"
+    total = result.stages_s.get("total", 0.0)
+    headers = {
+        "x-references": known if ask.job.references else "none",
+        "server-timing": f"queue;dur={result.queued_s * 1e3:.1f}, gpu;dur={total * 1e3:.1f}",
+    }
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
     """Checks everything that was sent, and prepares references."""
-    fields: EditFields = checked(EditFields, sent.values)
-    facts = front.engine.facts
+    fields = checked(EditFields, sent.values)
+    facts = front.facts
     front.check_model(fields.model)
     fields.check(front.settings, facts.unit)
     if sent.images and fields.references:
@@ -114,12 +105,10 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
     elif fields.strength is not None:
         raise ServiceError("invalid_value", "strength needs a mask", "strength")
     width, height = fields.size or (None, None)
-    if mask is not None and fields.size is not None and fields.size[0] * fields.size[1] > MAX_AREA:
+    if mask is not None and width is not None and height is not None and width * height > MAX_AREA:
         raise ServiceError(
             "invalid_value", "size is larger than 1024x1024, expected less with a mask", "size"
         )
-    if not images and fields.size is None:
-        width = height = _DEFAULT_SIDE
     job = EditJob(
         prompt=fields.prompt,
         references=images,
@@ -138,29 +127,39 @@ async def _ask(request: Request, front: Front, sent: Sent) -> Ask:
     return Ask(job, fields, int(time.time()))
 
 
-def _encoded(front: Front, ask: Ask, image: Pixels, index: int) -> str:
-    parameters = None
-    if front.settings.metadata:
-        parameters = image_parameters(ask.job, front.engine.facts, image, index)
-    fields = ask.fields
-    return base64_text(
-        encode_image(image, fields.output_format, fields.output_compression, parameters)
-    )
+def _encoded(front: Front, ask: Ask, image: Image.Image, index: int) -> str:
+    kind, quality = ask.fields.output_format, ask.fields.output_compression
+    return base64_text(front.encode(ask.job, image, index, kind, quality))
 
 
 def _document(front: Front, ask: Ask, result: EditResult) -> bytes:
     data = [
-        {"b64_json": _encoded(front, ask, image, i), "seed": result.seed + i}
+        {"b64_json": _encoded(front, ask, image, i), "seed": ask.job.seed + i}
         for i, image in enumerate(result.images)
     ]
     described = _described(front, ask, result.images[0])
     return json.dumps({"created": ask.created, "data": data, **described}).encode()
 
 
-def _described(front: Front, ask: Ask, image: Pixels) -> dict[str, Any]:
+def _completed(front: Front, ask: Ask, kind: str, result: EditResult) -> bytes:
+    """The last event of a stream."""
+    image = result.images[0]
+    value = {
+        "type": kind,
+        "b64_json": _encoded(front, ask, image, 0),
+        "created_at": ask.created,
+        "seed": ask.job.seed,
+        "references_known": result.references_known,
+        "timings": {"queued": result.queued_s, **result.stages_s},
+        **_described(front, ask, image),
+    }
+    return json.dumps(value).encode()
+
+
+def _described(front: Front, ask: Ask, image: Image.Image) -> dict[str, Any]:
     """What both a document and the last event of a stream say of images."""
-    area = front.engine.facts.unit**2
-    height, width = image.shape[:2]
+    area = front.facts.unit**2
+    width, height = image.size
     text = _TEXT_TOKENS
     references = sum(x.shape[0] * x.shape[1] // area for x in ask.job.references)
     made = ask.job.num_images * (height * width // area)
@@ -175,13 +174,4 @@ def _described(front: Front, ask: Ask, image: Pixels) -> dict[str, Any]:
             "output_tokens": made,
             "total_tokens": text + references + made,
         },
-    }
-
-
-def _facts(ask: Ask, result: EditResult) -> dict[str, str]:
-    known = "known" if result.references_known else "new"
-    total = result.stages_s.get("total", 0.0)
-    return {
-        "x-references": known if ask.job.references else "none",
-        "server-timing": f"queue;dur={result.queued_s * 1e3:.1f}, gpu;dur={total * 1e3:.1f}",
     }

@@ -8,9 +8,8 @@ from klein_kv.runtime.serving.api.answers import json_response
 from klein_kv.runtime.serving.api.disconnect import unless_gone
 from klein_kv.runtime.serving.api.fields import ReferenceFields, body_schema, checked, read_fields
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.front import Front
-from klein_kv.runtime.serving.jobs import EncodeJob
-from klein_kv.runtime.serving.reference_shelf import ShelvedReferences
+from klein_kv.runtime.serving.front import Front, ShelvedReferences
+from klein_kv.runtime.serving.jobs import EncodeResult, Job
 
 __all__ = ["reference_routes"]
 
@@ -25,12 +24,12 @@ def reference_routes(front: Front) -> APIRouter:
     async def upload(request: Request) -> Response:
         """Keys and values of 1 to 4 images; the id is the images' digest."""
         sent = await read_fields(request, front)
-        fields: ReferenceFields = checked(ReferenceFields, sent.values)
+        fields = checked(ReferenceFields, sent.values)
         front.check_model(fields.model)
         front.check_loras(fields.lora)
         if not sent.images:
             raise ServiceError("missing_required_parameter", "image is missing", "image")
-        if front.engine.facts.variant == "plain":
+        if front.facts.variant == "plain":
             raise ServiceError(
                 "unsupported_parameter",
                 "this model has no references that can be kept; send images with each edit",
@@ -38,8 +37,9 @@ def reference_routes(front: Front) -> APIRouter:
             )
         images, digest = await front.references(sent.images)
         timeout_s = front.timeout_s(request.headers, fields.timeout)
-        job = EncodeJob(images, digest, fields.lora, timeout_s)
-        encoded = await unless_gone(request, front.engine.encode(job))
+        job = Job(images, digest, fields.lora, timeout_s)
+        encoded = await unless_gone(request, front.engine.do(job))
+        assert isinstance(encoded, EncodeResult)  # noqa: S101 - of a Job that is no EditJob
         held = front.shelve(images, digest)
         facts = {"tokens": encoded.tokens, "bytes": encoded.nbytes, "known": encoded.known}
         return json_response({**_described(held), **facts}, 201)
@@ -47,13 +47,12 @@ def reference_routes(front: Front) -> APIRouter:
     @routes.get("/v1/references/{reference}")
     async def look(reference: str) -> Response:
         """What is kept under an id."""
-        return json_response(_described(front.shelf.get(reference)))
+        return json_response(_described(front.on_shelf(reference)))
 
     @routes.delete("/v1/references/{reference}")
     async def forget(reference: str) -> Response:
         """Forgets the images; keys and values make room when others need it."""
-        front.shelf.delete(reference)
-        front.metrics.shelf.set(front.shelf.nbytes)
+        front.shelf.drop(front.on_shelf(reference).digest)
         return json_response({"id": reference, "object": "references", "deleted": True})
 
     return routes

@@ -1,13 +1,10 @@
 """Replicas as actors of Ray: the only module that imports it.
 
-Why actors, and not Ray Serve, which is made of them: what is wanted is a name for each replica, and
-a new process of that name when one is lost, which is a few lines of engine.py. Serve's consistent
-hashing (alpha in 2.60) hashes a replica's random id, so the one that replaces it gets other sets.
-With a deployment per replica, calls to one that is being replaced wait in Serve's router (measured:
-8 to 10 s) where the next replica should be asked. Serve adds a controller, a port of every replica
-on all interfaces even where Ray itself listens on loopback, and applications that stay on the GPUs
-when the front is killed; actors end with the process that made them. Actors, generators and
-`ray.cancel` belong to Ray's stable core.
+Why actors, and not Ray Serve, which is made of them: Serve's consistent hashing (alpha in 2.60)
+hashes a replica's random id, so the one that replaces it gets other sets; with a deployment per
+replica, calls to one that is being replaced wait in its router (measured: 8 to 10 s) where the next
+replica should be asked; its replicas listen on all interfaces, and stay on the GPUs when the front
+is killed. Actors end with the process that made them.
 """
 
 import asyncio
@@ -17,12 +14,12 @@ import os
 import secrets
 import tempfile
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Self
+from typing import Any
 
 from klein_kv.errors import BackendError, RequestError
-from klein_kv.runtime.serving.jobs import EngineFacts
+from klein_kv.runtime.serving.jobs import EngineFacts, Job
 from klein_kv.runtime.serving.replicas.engine import RayEngine
-from klein_kv.runtime.serving.replicas.events import Event, Job, ReplicaLostError, Status
+from klein_kv.runtime.serving.replicas.events import Event, ReplicaLostError
 from klein_kv.runtime.serving.replicas.replica import Replica
 from klein_kv.runtime.serving.runner import PipelineRunner
 
@@ -119,12 +116,6 @@ class RayCluster:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class RayReplica:
     """Implements `ReplicaHandle` by an actor."""
@@ -151,10 +142,10 @@ class RayReplica:
         finally:
             self._ray.cancel(answers)  # nothing happens where it is done
 
-    async def status(self) -> Status:
+    async def status(self) -> tuple[bool, dict[str, float]]:
         """See `ReplicaHandle`."""
-        status: Status = await self._ask(self._actor.status.remote())
-        return status
+        ready, gauges = await self._ask(self._actor.status.remote())
+        return ready, gauges
 
     async def close(self, timeout_s: float) -> None:
         """See `ReplicaHandle`."""

@@ -2,38 +2,25 @@
 
 Every job is sent by the digest of its references, so that a set's keys and values are made and kept
 on one replica. This process sends all jobs, so it needs no router beside itself: names of replicas
-are hashed (`routing.ranked`), and a replica that replaces a lost one has its name, hence its sets.
+are hashed (`rank`), and a replica that replaces a lost one has its name, hence its sets.
 Nothing here knows of Ray; cluster.py does.
 """
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from klein_kv.errors import BackendError, KleinKVError
 from klein_kv.runtime.serving.errors import ServiceError, draining, expired, not_ready
-from klein_kv.runtime.serving.jobs import (
-    EditJob,
-    EditResult,
-    EncodeJob,
-    EncodeResult,
-    EngineFacts,
-    OnPreview,
-)
-from klein_kv.runtime.serving.replicas.events import (
-    Job,
-    Preview,
-    Refusal,
-    ReplicaHandle,
-    ReplicaLostError,
-    Result,
-    Taken,
-)
-from klein_kv.runtime.serving.replicas.routing import ranked
+from klein_kv.runtime.serving.jobs import EngineFacts, Job, OnPreview, Result
+from klein_kv.runtime.serving.replicas.events import ReplicaHandle, ReplicaLostError, Taken
 
-__all__ = ["RayEngine"]
+__all__ = ["RayEngine", "rank"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +60,16 @@ class _Run:
     taken: int = 0
 
 
+def rank(key: str, name: str) -> bytes:
+    """A replica's rank for a key; the least is asked first, and is the key's home.
+
+    Each key has an order of its own: a name that is missing hands its keys on to all others alike,
+    and nothing else moves. Source: Thaler and Ravishankar, "A Name-Based Mapping Scheme for
+    Rendezvous" (1996).
+    """
+    return hashlib.sha256(f"{name}\n{key}".encode()).digest()
+
+
 class RayEngine:
     """Implements `Engine`. Made on the event loop that it is used on; opens all replicas at once.
 
@@ -91,8 +88,8 @@ class RayEngine:
     ) -> None:
         self._make_replica = make_replica
         self._on_failed = on_failed
-        self._places = {name: _Place(name) for name in (f"replica-{i}" for i in range(count))}
-        self._facts: EngineFacts | None = None
+        self._places = [_Place(f"replica-{i}") for i in range(count)]
+        self.facts: EngineFacts | None = None
         self._opened = self._draining = False
         self._under_way: set[asyncio.Timeout] = set()
         self._loop = asyncio.get_running_loop()
@@ -101,40 +98,15 @@ class RayEngine:
     @property
     def ready(self) -> bool:
         """All replicas were up once and one is now, and nobody drains."""
-        return (
-            self._opened and not self._draining and any(place.up for place in self._places.values())
-        )
-
-    @property
-    def facts(self) -> EngineFacts:
-        """Of every replica.
-
-        Raises:
-            ServiceError: "not_ready" before one is open.
-        """
-        if self._facts is None:
-            raise not_ready()
-        return self._facts
-
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        """See `Engine`."""
-        result = await self._do(job, on_preview)
-        assert isinstance(result, EditResult)  # noqa: S101 - what a replica answers to an EditJob
-        return result
-
-    async def encode(self, job: EncodeJob) -> EncodeResult:
-        """See `Engine`. Edits of this set will be sent to the same replica."""
-        result = await self._do(job, None)
-        assert isinstance(result, EncodeResult)  # noqa: S101 - likewise
-        return result
+        return self._opened and not self._draining and any(place.up for place in self._places)
 
     def gauges(self) -> dict[str, float]:
         """Those of every replica that is up, as of a second ago; and which are up or were lost."""
         figures: dict[str, float] = {}
-        for name, place in self._places.items():
+        for place in self._places:
             known = place.gauges if place.up else {}
             known = known | {"replica_up": place.up, "replica_lost_total": place.lost}
-            figures |= {f"{gauge}@{name}": value for gauge, value in known.items()}
+            figures |= {f"{gauge}@{place.name}": value for gauge, value in known.items()}
         return figures
 
     async def drain(self, timeout_s: float) -> None:
@@ -155,12 +127,13 @@ class RayEngine:
         self._draining = True
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
-        handles = [x.handle for x in self._places.values() if x.handle is not None]
+        handles = [place.handle for place in self._places if place.handle is not None]
         await asyncio.gather(*(handle.close(timeout_s) for handle in handles))
 
     # Jobs -----------------------------------------------------------------------------------------
 
-    async def _do(self, job: Job, on_preview: OnPreview | None) -> Result:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
+        """See `Engine`. All jobs with the same references are sent to the same replica."""
         if self._draining:
             raise draining()
         if not self.ready:
@@ -199,12 +172,11 @@ class RayEngine:
 
     def _order(self, job: Job) -> list[_Place]:
         """Replicas to be asked, one after the other."""
-        up = [place for place in self._places.values() if place.up]
+        up = [place for place in self._places if place.up]
         key = job.digest or (str(job.loras) if job.loras else "")
         if not key:
             return sorted(up, key=lambda place: place.jobs)
-        ranks = ranked(key, [place.name for place in up])
-        return sorted((self._places[x] for x in ranks), key=lambda place: place.jobs >= _CROWD)
+        return sorted(up, key=lambda place: (place.jobs >= _CROWD, rank(key, place.name)))
 
     async def _at(self, place: _Place, run: _Run) -> Result:
         if place.handle is None:
@@ -216,14 +188,16 @@ class RayEngine:
                 async for event in events:
                     if isinstance(event, Taken):
                         run.taken += 1
-                    elif isinstance(event, Preview):
+                    elif isinstance(event, Image.Image):
                         previews += 1
                         if run.on_preview is not None and previews > run.shown:
                             run.shown = previews
-                            run.on_preview(event.step, event.pixels)
-                    elif isinstance(event, Refusal):
+                            run.on_preview(event)
+                    elif isinstance(event, ServiceError):
                         run.taken -= event.code == "queue_full"
-                        raise event.error()
+                        if event.code in ("not_ready", "draining"):
+                            raise ReplicaLostError(event.message)  # as good as lost: it ends
+                        raise event
                     else:
                         return event
             raise ReplicaLostError("it ended without a result")
@@ -233,11 +207,10 @@ class RayEngine:
     # Replicas -------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        places = self._places.values()
         try:
-            await asyncio.gather(*(self._open(place) for place in places))
+            await asyncio.gather(*map(self._open, self._places))
             self._opened = True
-            await asyncio.gather(*(self._keep(place) for place in places))
+            await asyncio.gather(*map(self._keep, self._places))
         except Exception as error:  # noqa: BLE001 - of every kind: it is told
             known = isinstance(error, KleinKVError)
             self._on_failed(error if known else BackendError(f"a replica is lost: {error}"))
@@ -245,18 +218,17 @@ class RayEngine:
     async def _open(self, place: _Place) -> None:
         place.handle = self._make_replica(place.name)
         facts = await place.handle.open()
-        self._facts = self._facts or facts
-        if facts != self._facts:
+        self.facts = self.facts or facts
+        if facts != self.facts:
             raise BackendError(
-                f"{place.name} has {facts}, another one has {self._facts}; expected the same "
+                f"{place.name} has {facts}, another one has {self.facts}; expected the same "
                 "artifacts on every machine"
             )
         await self._ask(place, place.handle)
 
     async def _ask(self, place: _Place, handle: ReplicaHandle) -> None:
         async with asyncio.timeout(_ANSWER_WITHIN_S):
-            status = await handle.status()
-        place.up, place.gauges = status.ready, status.gauges
+            place.up, place.gauges = await handle.status()
 
     async def _keep(self, place: _Place) -> None:
         """Asks a replica again and again how it is, and replaces it when it is lost."""

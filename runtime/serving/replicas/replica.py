@@ -1,6 +1,7 @@
 """One pipeline behind its queue, in a process of its own: what runs on each GPU."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
@@ -8,16 +9,8 @@ from concurrent.futures import Future
 
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.jobs import EncodeJob, EngineFacts, OnPreview, Pixels
-from klein_kv.runtime.serving.replicas.events import (
-    Event,
-    Job,
-    Preview,
-    Refusal,
-    Result,
-    Status,
-    Taken,
-)
+from klein_kv.runtime.serving.jobs import EngineFacts, Job, previews_and_result
+from klein_kv.runtime.serving.replicas.events import Event, Taken
 from klein_kv.runtime.serving.runner import PipelineRunner
 
 __all__ = ["Replica"]
@@ -39,7 +32,7 @@ class Replica:
         self._opened = False
         self._room = EngineRoom(open_runner, queue, self._failed)
 
-    async def open(self) -> EngineFacts | str:
+    async def open(self) -> EngineFacts | str | None:
         """Waits until it is warm: what it is, or why it cannot be opened."""
         while not self._room.ready:
             if self._failure.done():
@@ -48,39 +41,23 @@ class Replica:
         self._opened = True
         return self._room.facts
 
-    async def status(self) -> Status:
-        """How it is."""
-        return Status(self._room.ready, self._room.gauges())
+    async def status(self) -> tuple[bool, dict[str, float]]:
+        """Whether it is ready, and its figures."""
+        return self._room.ready, self._room.gauges()
 
     async def do(self, job: Job) -> AsyncGenerator[Event, None]:
         """Does a job. Before this returns or is cancelled, the job is done or taken back."""
-        previews: asyncio.Queue[Preview | None] = asyncio.Queue()
-
-        def on_preview(step: int, pixels: Pixels) -> None:
-            previews.put_nowait(Preview(step, pixels))
-
-        work = asyncio.ensure_future(self._answer(job, on_preview))
-        work.add_done_callback(lambda _: previews.put_nowait(None))
+        yield Taken()
         try:
-            yield Taken()
-            while (preview := await previews.get()) is not None:
-                yield preview
-            yield work.result()
-        finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            async with contextlib.aclosing(previews_and_result(self._room.do, job)) as made:
+                async for event in made:
+                    yield event
+        except ServiceError as error:
+            yield error
 
     async def close(self, timeout_s: float) -> None:
         """Frees the pipeline, after the job under way."""
         await asyncio.to_thread(self._room.close, timeout_s)
-
-    async def _answer(self, job: Job, on_preview: OnPreview) -> Result | Refusal:
-        try:
-            if isinstance(job, EncodeJob):
-                return await self._room.encode(job)
-            return await self._room.edit(job, on_preview if job.previews else None)
-        except ServiceError as error:
-            return Refusal(error.code, error.message, error.param, error.retry_after_s)
 
     def _failed(self, error: BaseException) -> None:
         """On the room's thread: a replica whose device is lost ends, and the front replaces it."""

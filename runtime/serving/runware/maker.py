@@ -7,16 +7,18 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
 from klein_kv.runtime.serving.jobs import EditJob, Pixels
-from klein_kv.runtime.serving.outputs import base64_text, encode_image, image_parameters
+from klein_kv.runtime.serving.outputs import base64_text
 from klein_kv.runtime.serving.runware.answers import Answer, done, failed
 from klein_kv.runtime.serving.runware.store import Caller, ImageStore
 from klein_kv.runtime.serving.runware.tasks import ImageTask
 from klein_kv.runtime.serving.security.fetch import Fetcher
 
-__all__ = ["ImageMaker", "Order", "answered"]
+__all__ = ["Order", "answered"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,16 +31,18 @@ class Order:
     """A task under way.
 
     Attributes:
-        task: without its references.
-        references: as they came, until they are pixels.
+        images: where files behind URLs go, and where references are found.
+        send: what may be called with results.
         digest: tells it from another task of the same UUID.
         prepared: set when the references are pixels.
         nbytes: of these.
     """
 
+    front: Front
+    images: ImageStore
+    send: Fetcher
     task: ImageTask
     caller: Caller
-    references: list[str]
     digest: str = ""
     prepared: asyncio.Event = field(default_factory=asyncio.Event)
     nbytes: int = 0
@@ -46,98 +50,77 @@ class Order:
     @property
     def named(self) -> dict[str, Any]:
         """What an answer begins with."""
-        return {"taskType": "imageInference", "taskUUID": self.task.uuid}
+        return {"taskType": "imageInference", "taskUUID": self.task.task_uuid}
 
-
-class ImageMaker:
-    """Makes images of orders.
-
-    Args:
-        front: the engine, threads and limits.
-        images: where files behind URLs go, and where references are found.
-        send: what may be called with results.
-    """
-
-    def __init__(self, front: Front, images: ImageStore, send: Fetcher) -> None:
-        self._front = front
-        self._images = images
-        self._send = send
-
-    async def make(self, order: Order) -> Answer:
-        """Does it from the first to the last image; errors become an answer."""
-        return await answered(order.named, self._made(order))
-
-    async def _made(self, order: Order) -> Answer:
-        loop, settings, task = asyncio.get_running_loop(), self._front.settings, order.task
+    async def make(self) -> Answer:
+        """From the first to the last image; refuses as the engine does."""
+        loop, settings, task = asyncio.get_running_loop(), self.front.settings, self.task
         end = loop.time() + settings.timeout_s
-        references, digest = await self._prepared(order)
+        references, digest = await self._prepare()
         items = []
-        for first in range(0, task.count, settings.max_images):
+        for first in range(0, task.number_results, settings.max_images):
             job = EditJob(
-                prompt=task.prompt,
+                prompt=task.positive_prompt,
                 references=references,
                 digest=digest,
                 height=task.height,
                 width=task.width,
                 steps=task.steps,
                 seed=task.seed + first,
-                num_images=min(settings.max_images, task.count - first),
+                num_images=min(settings.max_images, task.number_results - first),
                 loras=task.loras,
                 timeout_s=max(0.0, end - loop.time()),
             )
-            images = await self._edit(job, wait=task.later, end=end)
-            for i, pixels in enumerate(images):
-                items.append(await self._item(order, job, i, pixels))
+            images = await self._edit(job, end)
+            for i, image in enumerate(images):
+                items.append(await self._item(job, i, image))
         return done(*items)
 
-    async def _prepared(self, order: Order) -> tuple[tuple[Pixels, ...], str]:
+    async def _prepare(self) -> tuple[tuple[Pixels, ...], str]:
         """Pixels of the references, and their digest; what they were made of is given up."""
         uploads = [
-            Upload(
-                self._images.find(reference, order.caller, _REFERENCES) or reference, _REFERENCES
-            )
-            for reference in order.references
+            Upload(self.images.find(reference, self.caller, _REFERENCES) or reference, _REFERENCES)
+            for reference in self.task.references
         ]
-        order.references.clear()
-        pixels, digest = await self._front.references(uploads)
-        order.nbytes = sum(image.nbytes for image in pixels)
-        order.prepared.set()
+        self.task.references.clear()
+        pixels, digest = await self.front.references(uploads)
+        self.nbytes = sum(image.nbytes for image in pixels)
+        self.prepared.set()
         return pixels, digest
 
-    async def _edit(self, job: EditJob, *, wait: bool, end: float) -> tuple[Pixels, ...]:
+    async def _edit(self, job: EditJob, end: float) -> tuple[Image.Image, ...]:
         """Makes images; who asks for them later has the time to wait for a place in the queue."""
         while True:
             try:
-                return (await self._front.edit(job)).images
+                return (await self.front.edit(job)).images
             except ServiceError as error:
                 left = end - asyncio.get_running_loop().time()
-                if error.code != "queue_full" or not wait or left <= _AGAIN_S:
+                wait = self.task.delivery_method == "async" and left > _AGAIN_S
+                if error.code != "queue_full" or not wait:
                     raise
             await asyncio.sleep(_AGAIN_S)
 
-    async def _item(self, order: Order, job: EditJob, index: int, pixels: Pixels) -> dict[str, Any]:
-        front, task = self._front, order.task
-        about = None
-        if front.settings.metadata:
-            about = image_parameters(job, front.engine.facts, pixels, index)
-        data = await front.in_thread(encode_image, pixels, task.kind, task.quality, about)
-        item = order.named
-        if task.output == "URL":
-            ttl_s = min(task.ttl_s or front.settings.kept_s, front.settings.kept_s)
-            name, url = self._images.put(data, task.kind, order.caller, ttl_s)
+    async def _item(self, job: EditJob, index: int, image: Image.Image) -> dict[str, Any]:
+        front, task, kind = self.front, self.task, self.task.kind
+        data = await front.in_thread(front.encode, job, image, index, kind, task.output_quality)
+        item = self.named
+        if task.output_type == "URL":
+            ttl_s = min(task.ttl or front.settings.kept_s, front.settings.kept_s)
+            name, url = self.images.put(data, self.caller, ttl_s)
             item |= {"imageUUID": name, "imageURL": url}
         else:
             text = await front.in_thread(base64_text, data)
             item["imageUUID"] = str(uuid.uuid4())
-            if task.output == "base64Data":
+            if task.output_type == "base64Data":
                 item["imageBase64Data"] = text
             else:
-                item["imageDataURI"] = f"data:image/{task.kind};base64,{text}"
+                item["imageDataURI"] = f"data:image/{kind};base64,{text}"
         item["seed"] = job.seed + index
-        if task.cost:
+        if task.include_cost:
             item["cost"] = 0
-        if task.upload is not None:
-            await self._send.put_bytes(task.upload, data, f"image/{task.kind}", "uploadEndpoint")
+        if task.upload_endpoint is not None:
+            url, param = task.upload_endpoint, "uploadEndpoint"
+            await self.send.send("PUT", url, data, f"image/{kind}", param)
         return item
 
 

@@ -3,17 +3,17 @@
 import asyncio
 import contextlib
 import functools
-import hashlib
-import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
 from klein_kv.runtime.serving.api.disconnect import unless_gone
+from klein_kv.runtime.serving.api.fields import described
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front
 from klein_kv.runtime.serving.runware.answers import (
@@ -26,12 +26,10 @@ from klein_kv.runtime.serving.runware.answers import (
 )
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH, Caller
-from klein_kv.runtime.serving.runware.tasks import is_uuid
+from klein_kv.runtime.serving.runware.tasks import Task, is_uuid
 from klein_kv.runtime.serving.security.limits import json_value
 
 __all__ = ["runware_routes"]
-
-_log = logging.getLogger(__name__)
 
 _MOST_TASKS = 32  # of one message
 _MOST_AT_ONCE = 32  # of one connection
@@ -40,29 +38,7 @@ _MOST_UNKNOWN = 8
 _LARGEST_WITHOUT_KEY = 1 << 20  # bytes of a request whose key is in a task
 _LARGEST_FIRST = 4096  # characters of the message that authenticates
 _SECONDS_TO_AUTHENTICATE = 10.0
-_TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": _MOST_TASKS,
-                    "items": {
-                        "type": "object",
-                        "required": ["taskType"],
-                        "properties": {
-                            "taskType": {"type": "string"},
-                            "taskUUID": {"type": "string", "format": "uuid"},
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
+_TASKS = {"type": "array", "minItems": 1, "maxItems": _MOST_TASKS}
 
 
 def runware_routes(front: Front, service: RunwareService) -> APIRouter:
@@ -76,7 +52,9 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
     routes = APIRouter(lifespan=lifespan)
     connections = _Connections(front, service)
 
-    @routes.post(PATH, openapi_extra=_BODY)
+    body = described({"application/json": _TASKS | {"items": Task.model_json_schema()}})
+
+    @routes.post(PATH, openapi_extra=body)
     async def tasks(request: Request) -> Response:
         """A list of tasks, each answered for itself."""
         try:
@@ -94,7 +72,7 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
         if found is None:
             raise ServiceError("not_found", "there is no such image, or its time is over")
         headers = {"cross-origin-resource-policy": "cross-origin"}
-        return Response(found.data, media_type=_TYPES[found.kind], headers=headers)
+        return Response(found.data, media_type=f"image/{found.kind}", headers=headers)
 
     routes.add_api_websocket_route(PATH, connections.serve)
     return routes
@@ -108,15 +86,13 @@ async def _post(request: Request, front: Front, service: RunwareService) -> list
     most = front.settings.max_body_bytes if owner is not None else _LARGEST_WITHOUT_KEY
     tasks = await front.in_thread(_tasks, await _body(request, most))
     answers: list[Answer] = []
-    if isinstance(tasks[0], dict) and tasks[0].get("taskType") == "authentication":
-        owner = _owner_of(front, tasks[0].get("apiKey"))
+    if _is_login(tasks[0]):
+        owner = _known(front.keys.owner(tasks[0].get("apiKey")))
         answers = [done({"taskType": "authentication"})]
         tasks = tasks[1:]
-    if owner is None:
-        raise _no_key()
-    caller = Caller(owner, _base(request.base_url.scheme, request.headers))
+    caller = Caller(_known(owner), _base(request))
     work = asyncio.gather(*(service.answer(task, caller) for task in tasks))
-    return answers + await unless_gone(request, _awaited(work))
+    return answers + await unless_gone(request, work)
 
 
 async def _body(request: Request, most: int) -> bytearray:
@@ -128,10 +104,6 @@ async def _body(request: Request, most: int) -> bytearray:
     return body
 
 
-async def _awaited(work: "asyncio.Future[list[Answer]]") -> list[Answer]:
-    return await work
-
-
 def _tasks(text: str | bytearray) -> list[Any]:
     tasks = json_value(text)
     if not isinstance(tasks, list) or not 1 <= len(tasks) <= _MOST_TASKS:
@@ -140,29 +112,18 @@ def _tasks(text: str | bytearray) -> list[Any]:
 
 
 def _owner(front: Front, headers: Headers) -> str | None:
-    """Whose request it is by its headers; None if they say nothing of it.
-
-    Raises:
-        ServiceError: "invalid_api_key".
-    """
+    """Whose request it is by its headers; None if they say nothing of it. Refuses wrong keys."""
     if front.keys.open:
         return ""
     if "authorization" not in headers:
         return None
-    front.keys.check(headers)
-    return _digest(headers["authorization"].partition(" ")[2].strip())
+    return _known(front.keys.bearer(headers))
 
 
-def _owner_of(front: Front, key: object) -> str:
-    if front.keys.open:
-        return ""
-    if not isinstance(key, str) or not front.keys.allows(key):
+def _known(owner: str | None) -> str:
+    if owner is None:
         raise _no_key()
-    return _digest(key)
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return owner
 
 
 def _no_key() -> ServiceError:
@@ -174,10 +135,14 @@ def _no_key() -> ServiceError:
     )
 
 
-def _base(scheme: str, headers: Headers) -> str:
+def _base(connection: HTTPConnection) -> str:
     """How the caller calls this server."""
-    secure = scheme in ("https", "wss")
-    return f"http{'s' if secure else ''}://{headers.get('host', '')}"
+    scheme = connection.url.scheme.replace("ws", "http")
+    return f"{scheme}://{connection.headers.get('host', '')}"
+
+
+def _is_login(task: object) -> bool:
+    return isinstance(task, dict) and task.get("taskType") == "authentication"
 
 
 class _Connections:
@@ -255,7 +220,7 @@ class _Connection:
 
     async def _authenticated(self) -> Caller:
         """Accepts, and hears who it is; where that fails, the client is told, and left."""
-        base = _base(self._socket.url.scheme, self._socket.headers)
+        base = _base(self._socket)
         await self._socket.accept()
         try:
             owner = _owner(self._front, self._socket.headers)
@@ -266,9 +231,9 @@ class _Connection:
             if len(text) > _LARGEST_FIRST:
                 raise _no_key()
             first, *self._rest = _tasks(text)
-            if not isinstance(first, dict) or first.get("taskType") != "authentication":
+            if not _is_login(first):
                 raise _no_key()
-            owner = _owner_of(self._front, first.get("apiKey"))
+            owner = _known(self._front.keys.owner(first.get("apiKey")))
             session = first.get("connectionSessionUUID")
             if isinstance(session, str) and is_uuid(session):
                 self._session = session
@@ -308,7 +273,7 @@ class _Connection:
         self._all.held -= size
 
     async def _do(self, task: object, caller: Caller) -> None:
-        if isinstance(task, dict) and task.get("taskType") == "authentication":
+        if _is_login(task):
             answer = self._hello()  # again; it stays whose it is
         else:
             answer = await self._service.answer(task, caller)

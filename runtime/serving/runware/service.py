@@ -5,18 +5,18 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from klein_kv.runtime.serving.api.fields import checked
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.front import Front, Upload
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.runware.answers import Answer, as_json, done, failed, frame
-from klein_kv.runtime.serving.runware.kept import Kept
-from klein_kv.runtime.serving.runware.maker import ImageMaker, Order, answered
+from klein_kv.runtime.serving.runware.maker import Order, answered
 from klein_kv.runtime.serving.runware.store import Caller, ImageStore
-from klein_kv.runtime.serving.runware.tasks import MODEL, ImageTask, image_task, task_uuid
+from klein_kv.runtime.serving.runware.tasks import MODEL, ImageTask, MediaTask, Task, UploadTask
 from klein_kv.runtime.serving.security.fetch import Fetcher
-from klein_kv.runtime.serving.security.images_in import prepare_upload
 
 __all__ = ["RunwareService"]
 
@@ -28,12 +28,6 @@ _MOST_WEBHOOKS = 256
 _WEBHOOK_PAUSES_S = (0.0, 1.0, 5.0)  # before each try
 _SOON_S = 1.0
 _LAST_S = 3.0  # for what is under way when the service ends
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    order: Order
-    work: asyncio.Task[Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +50,8 @@ class RunwareService:
         settings = front.settings
         share = 1.0 if len(settings.api_keys) < 2 else 0.5
         self.images = ImageStore(Kept(settings.kept_bytes, share=share))
-        self._maker = ImageMaker(front, self.images, send)
         self._results: Kept[_Done] = Kept(settings.kept_bytes, share=share)
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, tuple[Order, asyncio.Task[Answer]]] = {}
         self._webhooks: set[asyncio.Task[None]] = set()
 
     async def answer(self, task: object, caller: Caller) -> Answer:
@@ -67,12 +60,13 @@ class RunwareService:
 
     async def close(self) -> None:
         """Gives what runs a moment, and then gives it up."""
-        work: set[asyncio.Task[Any]] = {running.work for running in self._running.values()}
+        work: set[asyncio.Task[Any]] = {work for _, work in self._running.values()}
         if work := work | self._webhooks:
             await asyncio.wait(work, timeout=_LAST_S)
-        for task in work | self._webhooks:
+        work |= self._webhooks  # of what ended by now
+        for task in work:
             task.cancel()
-        await asyncio.gather(*work, *self._webhooks, return_exceptions=True)
+        await asyncio.gather(*work, return_exceptions=True)
 
     async def _do(self, task: object, caller: Caller) -> Answer:
         if not isinstance(task, dict):
@@ -96,40 +90,38 @@ class RunwareService:
     # imageInference -----------------------------------------------------------------------------
 
     async def _inference(self, sent: Mapping[str, Any], caller: Caller) -> Answer:
-        facts = self._front.engine.facts
-        models = (MODEL, facts.model, *self._front.settings.model_names)
-        task = image_task(sent, models, facts.loras, facts.unit)
-        for url, param in ((task.webhook, "webhookURL"), (task.upload, "uploadEndpoint")):
+        task = checked(ImageTask, sent)
+        if task.model != MODEL:
+            self._front.check_model(task.model)
+        task.check(self._front.facts.unit)
+        self._front.check_loras(task.loras)
+        urls = {"webhookURL": task.webhook_url, "uploadEndpoint": task.upload_endpoint}
+        for param, url in urls.items():
             if url is not None:
                 self._send.check(url, param)
-        digest = ""
-        if task.later:
-            digest = await self._front.in_thread(_digest, task, "seed" in sent)
-        key = f"{caller.owner} {task.uuid}"
-        order = Order(replace(task, references=()), caller, list(task.references), digest)
+        later = task.delivery_method == "async"
+        digest = await self._front.in_thread(_digest, task) if later else ""
+        order = Order(self._front, self.images, self._send, task, caller, digest)
+        key = f"{caller.owner} {task.task_uuid}"
         running, result = self._running.get(key), self._results.get(key)
-        known = running.order.digest if running else result.digest if result else None
-        if known is not None and not (task.later and known == digest):
+        known = running[0].digest if running else result.digest if result else None
+        if known is not None and not (later and known == digest):
             raise ServiceError(
                 "conflict", "another task has this taskUUID; make a new one", "taskUUID"
             )
-        if not task.later:
+        if not later:
             return await self._finished(order)
         if result is not None:  # sent again, since an answer was lost on the way
             return result.answer
         if running is None:
             self._admit(caller)
-            running = _Running(order, asyncio.create_task(self._later(order, key)))
+            running = order, asyncio.create_task(self._later(order, key))
             self._running[key] = running
-        return await _first(running)
+        return await _first(*running)
 
     def _admit(self, caller: Caller) -> None:
-        """Refuses more tasks than may be under way.
-
-        Raises:
-            ServiceError: "queue_full".
-        """
-        orders = [running.order for running in self._running.values()]
+        """Refuses more tasks than may be under way, with "queue_full"."""
+        orders = [order for order, _ in self._running.values()]
         own = sum(order.caller.owner == caller.owner for order in orders)
         nbytes = sum(order.nbytes for order in orders)
         full = len(orders) >= _MOST_LATER or nbytes >= self._front.settings.max_bodies_bytes
@@ -154,15 +146,15 @@ class RunwareService:
                 too_large = ServiceError("payload_too_large", "the images are too many to be kept")
                 answer, nbytes = failed(order.named, too_large), 0
             kept, owner = _Done(order.digest, answer), order.caller.owner
-            self._results.put(key, kept, owner=owner, nbytes=nbytes, ttl_s=ttl_s)
+            self._results.put(key, kept, nbytes, owner=owner, ttl_s=ttl_s)
             return answer
         finally:
             del self._running[key]
 
     async def _finished(self, order: Order) -> Answer:
         """What became of a task; a webhook hears of it as well."""
-        answer = await self._maker.make(order)
-        url = order.task.webhook
+        answer = await answered(order.named, order.make())
+        url = order.task.webhook_url
         if url is not None and len(self._webhooks) < _MOST_WEBHOOKS:
             webhook = asyncio.create_task(self._notify(url, answer))
             self._webhooks.add(webhook)
@@ -174,14 +166,14 @@ class RunwareService:
         for pause in _WEBHOOK_PAUSES_S:
             await asyncio.sleep(pause)
             with contextlib.suppress(ServiceError):
-                await self._send.post_json(url, body, "webhookURL")
+                await self._send.send("POST", url, body, "application/json", "webhookURL")
                 return
         _log.warning("a webhook was not delivered")
 
     # The rest -----------------------------------------------------------------------------------
 
     def _get_response(self, sent: Mapping[str, Any], caller: Caller) -> Answer:
-        name = task_uuid(sent)
+        name = checked(Task, sent).task_uuid
         key = f"{caller.owner} {name}"
         if key in self._running:
             status = {"taskUUID": name, "status": "processing"}
@@ -192,61 +184,41 @@ class RunwareService:
         return result.answer
 
     async def _store(self, sent: Mapping[str, Any], caller: Caller, kind: str) -> Answer:
-        name = task_uuid(sent)
         media = kind == "mediaStorage"
-        param = "media" if media else "image"
-        operation = sent.get("operation", "upload") if media else "upload"
-        unknown = sent.keys() - {"taskType", "taskUUID", param, "operation", "deliveryMethod"}
-        if unknown:
-            raise ServiceError("unknown_parameter", "there is no such parameter", min(unknown)[:40])
-        content = sent.get(param)
-        if not isinstance(content, str) or not content:
-            raise ServiceError(
-                "missing_required_parameter", f"{param} is no data URI, base64 or URL", param
-            )
-        item: dict[str, Any] = {"taskType": kind, "taskUUID": name}
+        task = checked(MediaTask, sent) if media else checked(UploadTask, sent)
+        item = {"taskType": kind, "taskUUID": task.task_uuid}
         if media:
-            item["operation"] = operation
-        if operation == "delete":
-            self.images.drop(content, caller, param)
-            return done(item | {"mediaUUID": content})
-        if operation != "upload":
-            raise ServiceError(
-                "invalid_value", "operation is neither upload nor delete", "operation"
-            )
-        front, settings = self._front, self._front.settings
-        data = await front.bytes_of(Upload(content, param))
-        await front.in_thread(  # is it a reference?
-            prepare_upload,
-            data,
-            settings.max_pixels,
-            front.engine.facts.unit,
-            settings.matte,
-            param,
-        )
-        image, url = self.images.put(data, None, caller, settings.kept_s)
+            item["operation"] = task.operation
+        param = "media" if media else "image"
+        if task.operation == "delete":
+            self.images.drop(task.content, caller, param)
+            return done(item | {"mediaUUID": task.content})
+        front = self._front
+        data = await front.bytes_of(Upload(task.content, param))
+        await front.prepared(Upload(data, param))  # is it a reference?
+        image, url = self.images.put(data, caller, front.settings.kept_s)
         return done(item | {f"{param}UUID": image, f"{param}URL": url})
 
 
-def _digest(task: ImageTask, seeded: bool) -> str:
+def _digest(task: ImageTask) -> str:
     """Tells a task from another one; a seed that was drawn here is no part of it."""
-    rest = replace(task, references=(), seed=task.seed if seeded else 0)
-    state = hashlib.sha256(f"{rest} {seeded}".encode())
+    rest = task.model_dump(exclude_unset=True, exclude={"inputs", "reference_images"})
+    state = hashlib.sha256(repr(rest).encode())
     for reference in task.references:
-        state.update(hashlib.sha256(reference.encode("utf-8", "surrogatepass")).digest())
+        state.update(hashlib.sha256(reference.encode()).digest())
     return state.hexdigest()
 
 
-async def _first(running: _Running) -> Answer:
+async def _first(order: Order, work: asyncio.Task[Answer]) -> Answer:
     """What is said at first: that a task was taken on, or the result, if it comes soon enough.
 
     Runware's client asks after a second, and takes a result that comes before that. Until the
     references are pixels nothing is said, since only requests under way are counted by their size.
     """
-    await asyncio.wait({running.work}, timeout=_SOON_S)
-    prepared = asyncio.ensure_future(running.order.prepared.wait())
+    await asyncio.wait({work}, timeout=_SOON_S)
+    prepared = asyncio.ensure_future(order.prepared.wait())
     try:
-        await asyncio.wait({running.work, prepared}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, prepared}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         prepared.cancel()
-    return running.work.result() if running.work.done() else done(running.order.named)
+    return work.result() if work.done() else done(order.named)

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from klein_kv.runtime.serving.errors import ServiceError
-from klein_kv.runtime.serving.runware.kept import Kept
+from klein_kv.runtime.serving.kept import Kept
 from klein_kv.runtime.serving.runware.tasks import is_uuid
 
 __all__ = ["PATH", "Caller", "ImageStore", "KeptImage"]
@@ -51,19 +51,18 @@ class ImageStore:
     def __init__(self, kept: Kept[KeptImage]) -> None:
         self._kept = kept
 
-    def put(self, data: bytes, kind: str | None, caller: Caller, ttl_s: float) -> tuple[str, str]:
-        """Keeps a file; returns its UUID and URL. A `kind` of None is told by how it begins."""
-        kind = kind or next(kind for magic, kind in _MAGIC if data.startswith(magic))
+    def put(self, data: bytes, caller: Caller, ttl_s: float) -> tuple[str, str]:
+        """Keeps a file; returns its UUID and URL."""
+        kind = next(kind for magic, kind in _MAGIC if data.startswith(magic))
         name = str(uuid.uuid4())
         image = KeptImage(data, kind, caller.owner, secrets.token_urlsafe(16))
-        self._kept.put(name, image, owner=caller.owner, nbytes=len(data), ttl_s=ttl_s)
+        self._kept.put(name, image, len(data), owner=caller.owner, ttl_s=ttl_s)
         return name, f"{caller.base}{PATH}/images/{name}/{image.secret}.{_SUFFIXES[kind]}"
 
     def find(self, reference: str, caller: Caller, param: str) -> bytes | None:
         """A file of this caller by UUID, or anybody's by its URL; None of another text.
 
-        Raises:
-            ServiceError: "reference_not_found": its time is over, or it never was.
+        Refuses with "reference_not_found" where its time is over, or it never was.
         """
         own = f"{caller.base}{PATH}/images/"
         if reference.startswith(own):
@@ -86,18 +85,11 @@ class ImageStore:
         if image is None:
             return None
         expected = f"{image.secret}.{_SUFFIXES[image.kind]}"
-        return (
-            image
-            if hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace"))
-            else None
-        )
+        same = hmac.compare_digest(expected.encode(), file.encode("utf-8", "replace"))
+        return image if same else None
 
     def drop(self, name: str, caller: Caller, param: str) -> None:
-        """Forgets a file of this caller's.
-
-        Raises:
-            ServiceError: as of `find`, or "invalid_value": another text than a UUID.
-        """
+        """Forgets a file of this caller's; refuses as `find` does, and what is no UUID."""
         if not is_uuid(name):
             raise ServiceError("invalid_value", f"{param} is no UUID of an image", param)
         self.find(name, caller, param)

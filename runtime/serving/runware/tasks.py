@@ -1,63 +1,32 @@
-"""Runware's `imageInference` as it comes, checked field by field.
+"""Runware's tasks as they come, checked field by field.
 
-The fields and their ranges are those of the model's page (`runware:400@6`). What the distilled
-model cannot do is refused by name: who sends it would take the result for something else.
+The fields of `imageInference` and their ranges are those of the model's page (`runware:400@6`).
+What the distilled model cannot do is refused by name: who sends it would take the result for
+something else.
 """
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+from klein_kv.runtime.serving.api.fields import only
 from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.outputs import OutputFormat
 
-__all__ = ["MODEL", "ImageTask", "image_task", "is_uuid", "task_uuid"]
+__all__ = ["MODEL", "ImageTask", "MediaTask", "Task", "UploadTask", "is_uuid"]
 
 MODEL = "runware:400@6"
 """FLUX.2 [klein] 9B-KV in Runware's catalogue."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_SHOWN = 40  # characters of a wrong value
-
-Check = Callable[[object, str], Any]
-"""Takes a value and its field's name, and returns the value or raises."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageTask:
-    """One `imageInference`, every field in its range.
-
-    Attributes:
-        uuid: the client's name for it.
-        references: images as UUID, URL, data URI or base64.
-        seed: of the first result; result i uses `seed + i`.
-        loras: names and weights.
-        kind: of the file, as `encode_image` has it.
-        quality: of JPEG and WebP.
-        output: how results are handed over.
-        later: answered at once, asked for with `getResponse`.
-        ttl_s: seconds that a URL is good for; None for the server's own time.
-        upload, webhook: where results and answers are sent to as well.
-    """
-
-    uuid: str
-    prompt: str
-    references: tuple[str, ...] = ()
-    width: int | None = None
-    height: int | None = None
-    seed: int
-    steps: int = 4
-    count: int = 1
-    loras: tuple[tuple[str, float], ...] = ()
-    kind: Literal["jpeg", "png", "webp"] = "jpeg"
-    quality: int = 95
-    output: Literal["URL", "base64Data", "dataURI"] = "URL"
-    later: bool = False
-    cost: bool = False
-    ttl_s: int | None = None
-    upload: str | None = None
-    webhook: str | None = None
+_KINDS: dict[str, OutputFormat] = {"JPG": "jpeg", "PNG": "png", "WEBP": "webp"}
+_EULER = "the distilled model has the flow-matching Euler steps alone; expected Default or Euler"
+_NO_FILTER = "this server has no content filter; expected none"
+_NOT_SKIPPED = "this server skips no computation; expected none"
 
 
 def is_uuid(text: str) -> bool:
@@ -65,250 +34,158 @@ def is_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
 
-def task_uuid(task: Mapping[str, Any]) -> str:
-    """The client's name of a task.
-
-    Raises:
-        ServiceError: there is none, or it is no UUID.
-    """
-    value = task.get("taskUUID")
-    if value is None:
-        raise ServiceError(
-            "missing_required_parameter", "taskUUID is missing, expected a UUID", "taskUUID"
-        )
-    if not (isinstance(value, str) and is_uuid(value)):
-        raise _wrong("taskUUID", value, "a UUID")
-    return value.lower()
+def _uuid(text: str) -> str:
+    if not is_uuid(text):
+        raise ValueError("expected a UUID")
+    return text.lower()
 
 
-def image_task(
-    task: Mapping[str, Any], models: tuple[str, ...], loras: tuple[str, ...], unit: int
-) -> ImageTask:
-    """Checks an `imageInference`.
-
-    Args:
-        task: as it came.
-        models: names of the model.
-        loras: names that are registered.
-        unit: sides of images are multiples of it.
-
-    Raises:
-        ServiceError: the first field that is wrong, unknown, missing, or beyond the model; its
-            `param` names it.
-    """
-    uuid = task_uuid(task)
-    unknown = task.keys() - _FIELDS.keys()
-    if unknown:
-        name = min(unknown)[:_SHOWN]
-        raise ServiceError("unknown_parameter", f"there is no parameter {name!r}", name)
-    given = {name: _FIELDS[name](value, name) for name, value in task.items() if value is not None}
-    for name in ("model", "positivePrompt"):
-        if name not in given:
-            raise ServiceError("missing_required_parameter", f"{name} is missing", name)
-    if given["model"] not in models:
-        raise ServiceError(
-            "model_not_found", f"this server has the model {models[0]} alone", "model"
-        )
-    both = "width" in given, "height" in given
-    for name in ("width", "height"):
-        if given.get(name, 0) % unit:
-            raise _wrong(name, given[name], f"a multiple of {unit}, as this model needs")
-    if any(both) and not all(both):
-        name = "height" if both[0] else "width"
-        raise ServiceError("missing_required_parameter", f"{name} is missing", name)
-    if "inputs" in given and "referenceImages" in given:
-        raise ServiceError(
-            "invalid_value", "references are given twice; expected inputs alone", "referenceImages"
-        )
-    for name, _ in given.get("lora", ()):
-        if name not in loras:
-            known = ", ".join(loras) or "none"
-            raise ServiceError(
-                "invalid_value", f"no LoRA of this name is registered; there are: {known}", "lora"
-            )
-    output = given.get("outputType", "URL")
-    if "ttl" in given and output != "URL":
-        raise ServiceError("invalid_value", f"ttl is for URLs, and outputType is {output}", "ttl")
-    sized = bool(given.get("inputs") or given.get("referenceImages")) or any(both)
-    return ImageTask(
-        uuid=uuid,
-        prompt=given["positivePrompt"],
-        references=given.get("inputs") or given.get("referenceImages") or (),
-        width=given.get("width", None if sized else 1024),
-        height=given.get("height", None if sized else 1024),
-        seed=given["seed"] if "seed" in given else secrets.randbits(32),
-        steps=given.get("steps", 4),
-        count=given.get("numberResults", 1),
-        loras=given.get("lora", ()),
-        kind=_KINDS[given.get("outputFormat", "JPG")],
-        quality=given.get("outputQuality", 95),
-        output=output,
-        later=given.get("deliveryMethod") == "async",
-        cost=given.get("includeCost", False),
-        ttl_s=given.get("ttl"),
-        upload=given.get("uploadEndpoint"),
-        webhook=given.get("webhookURL"),
-    )
-
-
-def _wrong(name: str, value: object, expected: str) -> ServiceError:
-    if isinstance(value, str):
-        shown = repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…")
-    elif isinstance(value, bool | int | float):
-        shown = f"{value!r:.{_SHOWN}}"
-    else:
-        shown = "a list" if isinstance(value, list) else "an object"
-    return ServiceError("invalid_value", f"{name} is {shown}, expected {expected}", name)
-
-
-def _text(low: int, high: int) -> Check:
-    def check(value: object, name: str) -> str:
-        expected = f"a text of {low} to {high} characters"
-        if not isinstance(value, str):
-            raise _wrong(name, value, expected)
-        if not low <= len(value) <= high:
-            raise ServiceError(
-                "invalid_value", f"{name} has {len(value)} characters, expected {expected}", name
-            )
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            raise ServiceError("invalid_value", f"{name} holds half a character", name)
-        return value
-
-    return check
-
-
-def _whole(low: int, high: int, step: int = 1) -> Check:
-    def check(value: object, name: str) -> int:
-        steps = f" in steps of {step}" if step > 1 else ""
-        expected = f"a whole number from {low} to {high}{steps}"
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(name, value, expected)
-        if not low <= value <= high or value % step:
-            raise _wrong(name, value, expected)
-        return value
-
-    return check
-
-
-def _number(value: object, name: str, low: float, high: float) -> float:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not low <= value <= high:  # type: ignore[operator]
-        raise _wrong(name, value, f"a number from {low:g} to {high:g}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _flag(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _choice(*allowed: str) -> Check:
-    def check(value: object, name: str) -> str:
-        if not (isinstance(value, str) and value in allowed):
-            raise _wrong(name, value, "one of " + ", ".join(allowed))
-        return value
-
-    return check
-
-
-def _only(why: str, *allowed: object) -> Check:
-    """Takes what changes nothing, and refuses the rest as beyond this model or server."""
-
-    def check(value: object, name: str) -> object:
-        if value not in allowed:
-            raise ServiceError("unsupported_parameter", f"{name}: {why}", name)
-        return value
-
-    return check
-
-
-def _guidance(value: object, name: str) -> float:
-    scale = _number(value, name, 0, 50)
+def _without_guidance(scale: float) -> float:
     if scale > 1:
-        raise ServiceError(
+        raise PydanticCustomError(
             "unsupported_parameter",
-            f"{name} is {scale:g}: the model is distilled and has no guidance, expected at most 1",
-            name,
+            "the model is distilled and has no guidance, expected at most 1",
         )
     return scale
 
 
-def _safety(value: object, name: str) -> None:
-    if not isinstance(value, dict):
-        raise _wrong(name, value, "an object")
-    if value.get("mode", "none") != "none" or value.get("checkContent", False) is not False:
-        _only(_NO_FILTER)(value, name)
+def _without_filter(safety: dict[str, Any]) -> dict[str, Any]:
+    if safety.get("mode", "none") != "none" or safety.get("checkContent", False) is not False:
+        raise PydanticCustomError("unsupported_parameter", _NO_FILTER)
+    return safety
 
 
-def _references(value: object, name: str) -> tuple[str, ...]:
-    expected = "a list of 1 to 4 images, each a UUID, URL, data URI or base64"
-    if not isinstance(value, list) or not 1 <= len(value) <= 4:
-        raise _wrong(name, value, expected)
-    for image in value:
-        if not isinstance(image, str) or not image:
-            raise _wrong(name, value, expected)
-    return tuple(value)
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Url = Annotated[str, Field(min_length=1, max_length=4096)]
+Content = Annotated[str, Field(min_length=1)]  # a UUID, URL, data URI or base64
+References = Annotated[list[Content], Field(min_length=1, max_length=4)]
+Side = Annotated[int, Field(ge=128, le=2048, multiple_of=16)]
 
 
-def _inputs(value: object, name: str) -> tuple[str, ...]:
-    if not isinstance(value, dict):
-        raise _wrong(name, value, "an object with referenceImages")
-    for other in value.keys() - {"referenceImages"}:
-        raise ServiceError(
-            "unknown_parameter", "inputs takes referenceImages alone", f"inputs.{other[:_SHOWN]}"
-        )
-    if "referenceImages" not in value:
-        return ()
-    return _references(value["referenceImages"], "inputs.referenceImages")
+class _Sent(BaseModel):
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="forbid", strict=True, allow_inf_nan=False
+    )
 
 
-def _loras(value: object, name: str) -> tuple[tuple[str, float], ...]:
-    if not isinstance(value, list) or len(value) > 8:
-        raise _wrong(name, value, "a list of at most 8 objects {model, weight}")
-    found: dict[str, float] = {}
-    for entry in value:
-        if not isinstance(entry, dict) or not entry.keys() <= {"model", "weight"}:
-            raise _wrong(name, entry, "objects {model, weight}")
-        model = _text(1, 200)(entry.get("model", ""), f"{name}.model")
-        if model in found:
-            raise ServiceError("invalid_value", "a LoRA is named twice", f"{name}.model")
-        found[model] = _number(entry.get("weight", 1.0), f"{name}.weight", -4, 4)
-    return tuple(found.items())
+class Task(_Sent):
+    """What every task has; `task_uuid` is the client's name for it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task_type: Any = None
+    task_uuid: Annotated[str, AfterValidator(_uuid)] = Field(alias="taskUUID")
 
 
-_KINDS: dict[str, Literal["jpeg", "png", "webp"]] = {"JPG": "jpeg", "PNG": "png", "WEBP": "webp"}
-_EULER = "the distilled model has the flow-matching Euler steps alone; expected Default or Euler"
-_NO_FILTER = "this server has no content filter; expected none"
-_FIELDS: dict[str, Check] = {
-    "taskType": _text(1, 100),
-    "taskUUID": _text(1, 100),
-    "model": _text(1, 200),
-    "positivePrompt": _text(1, 10_000),
-    "negativePrompt": _text(0, 10_000),  # Runware's page: without guidance it has no effect
-    "inputs": _inputs,
-    "referenceImages": _references,  # where it was before `inputs`
-    "width": _whole(128, 2048, 16),
-    "height": _whole(128, 2048, 16),
-    "seed": _whole(0, 2**63 - 1),
-    "steps": _whole(1, 50),
-    "numberResults": _whole(1, 20),
-    "scheduler": _only(_EULER, "Default", "Euler", "FlowMatchEulerDiscreteScheduler"),
-    "CFGScale": _guidance,
-    "acceleration": _only("this server skips no computation; expected none", "none"),
-    "acceleratorOptions": _only("this server skips no computation; leave it out"),
-    "ultralytics": _only("this server has no detection models; leave it out"),
-    "advancedFeatures": _only("this model has none; leave it out", {}),
-    "routing": _only("there is one place where this server computes; leave it out"),
-    "safety": _safety,
-    "checkNSFW": _only(_NO_FILTER, False),
-    "lora": _loras,
-    "outputType": _choice("URL", "base64Data", "dataURI"),
-    "outputFormat": _choice("JPG", "PNG", "WEBP"),
-    "outputQuality": _whole(20, 99),
-    "deliveryMethod": _choice("sync", "async"),
-    "includeCost": _flag,
-    "ttl": _whole(60, 2**31),
-    "webhookURL": _text(1, 4096),
-    "uploadEndpoint": _text(1, 4096),
-}
+class UploadTask(Task):
+    """An `imageUpload`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    content: Content = Field(alias="image")
+    operation: Literal["upload"] = "upload"
+    delivery_method: Any = None
+
+
+class MediaTask(Task):
+    """A `mediaStorage`; what is deleted is named by its UUID."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    content: Content = Field(alias="media")
+    operation: Literal["upload", "delete"] = "upload"
+    delivery_method: Any = None
+
+
+class Lora(_Sent):
+    """An adapter, by the name under which the operator registered it."""
+
+    model: Name
+    weight: float = Field(1.0, ge=-4, le=4)
+
+
+class Inputs(_Sent):
+    """What an image is made from."""
+
+    reference_images: References = Field(default_factory=list)
+
+
+class ImageTask(Task):
+    """One `imageInference`: seed is that of the first result; result i uses `seed + i`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Name
+    positive_prompt: str = Field(min_length=1, max_length=10_000)
+    negative_prompt: str = Field("", max_length=10_000)  # without guidance it has no effect
+    inputs: Inputs = Field(default_factory=Inputs)
+    reference_images: References = Field(default_factory=list)  # where it was before `inputs`
+    width: Side | None = None
+    height: Side | None = None
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, le=2**63 - 1)
+    steps: int = Field(4, ge=1, le=50)
+    number_results: int = Field(1, ge=1, le=20)
+    scheduler: Annotated[
+        Any, only(_EULER, "Default", "Euler", "FlowMatchEulerDiscreteScheduler")
+    ] = None
+    cfg_scale: Annotated[float, AfterValidator(_without_guidance)] = Field(
+        0.0, alias="CFGScale", ge=0, le=50
+    )
+    acceleration: Annotated[Any, only(_NOT_SKIPPED, "none")] = None
+    accelerator_options: Annotated[Any, only(_NOT_SKIPPED)] = None
+    ultralytics: Annotated[Any, only("this server has no detection models; leave it out")] = None
+    advanced_features: Annotated[Any, only("this model has none; leave it out", {})] = None
+    routing: Annotated[Any, only("this server alone computes; leave it out")] = None
+    safety: Annotated[dict[str, Any], AfterValidator(_without_filter)] = Field(default_factory=dict)
+    check_nsfw: Annotated[Any, only(_NO_FILTER, False)] = Field(None, alias="checkNSFW")
+    lora: list[Lora] = Field(default_factory=list, max_length=8)
+    output_type: Literal["URL", "base64Data", "dataURI"] = "URL"
+    output_format: Literal["JPG", "PNG", "WEBP"] = "JPG"
+    output_quality: int = Field(95, ge=20, le=99)
+    delivery_method: Literal["sync", "async"] = "sync"
+    include_cost: bool = False
+    ttl: int | None = Field(None, ge=60, le=2**31)
+    webhook_url: Url | None = Field(None, alias="webhookURL")
+    upload_endpoint: Url | None = None
+
+    @property
+    def references(self) -> list[str]:
+        """Images as they came; emptied when they are pixels."""
+        return self.inputs.reference_images or self.reference_images
+
+    @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """Names and weights."""
+        return tuple((lora.model, lora.weight) for lora in self.lora)
+
+    @property
+    def kind(self) -> OutputFormat:
+        """Of the file."""
+        return _KINDS[self.output_format]
+
+    def check(self, unit: int) -> None:
+        """Refuses what fields say against each other, and sides that are no multiples of `unit`."""
+        for name, side, other in (
+            ("width", self.width, self.height),
+            ("height", self.height, self.width),
+        ):
+            if side is None and other is not None:
+                raise ServiceError("missing_required_parameter", f"{name} is missing", name)
+            if side is not None and side % unit:
+                raise ServiceError(
+                    "invalid_value",
+                    f"{name} is {side}, expected a multiple of {unit}, as this model needs",
+                    name,
+                )
+        if {"inputs", "reference_images"} <= self.model_fields_set:
+            raise ServiceError(
+                "invalid_value",
+                "references are given twice; expected inputs alone",
+                "referenceImages",
+            )
+        if len({name for name, _ in self.loras}) < len(self.lora):
+            raise ServiceError("invalid_value", "a LoRA is named twice", "lora.model")
+        if self.ttl is not None and self.output_type != "URL":
+            raise ServiceError(
+                "invalid_value", f"ttl is for URLs, and outputType is {self.output_type}", "ttl"
+            )

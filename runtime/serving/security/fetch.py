@@ -32,6 +32,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 _LONGEST_URL = 4096
 _MAX_REDIRECTS = 3
 _MAX_TRIED = 3  # addresses of one name
+_MOST_CONNECTIONS = 16  # others wait, and their time runs
+_NOT_ALLOWED = "the URL names a host that this server may not call"
 # Names that never are the public's: RFC 6761, 6762, 7686, 8375, ICANN's "internal", and habit.
 # fmt: off
 _OWN_NAMES = (
@@ -49,11 +51,8 @@ class Fetcher:
         ports: of https.
         max_bytes: of what is read.
         timeout_s: for everything: the resolver, all redirects, the last byte.
-        connections: at a time; others wait, and their time runs.
         resolve: another resolver than the system's.
         transport: what dials an address, for tests.
-        loopback: for tests alone: http to addresses of this machine, on any port. No option of the
-            command line and no setting leads here.
 
     Every method raises `ServiceError("url_refused")`, whose message names no host and no address,
     and tells what this server may not call from what did not answer, but no more.
@@ -66,10 +65,8 @@ class Fetcher:
         ports: tuple[int, ...] = (443,),
         max_bytes: int = 20 * 1024 * 1024,
         timeout_s: float = 10.0,
-        connections: int = 16,
         resolve: Resolve | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
-        loopback: bool = False,
     ) -> None:
         self._hosts = tuple(host.lower() for host in hosts)
         self._ports = ports
@@ -77,31 +74,16 @@ class Fetcher:
         self._timeout_s = timeout_s
         self._resolve = resolve or _system_addresses
         # A kept connection would be found by its address, whatever name its certificate was for.
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
+        limits = httpx.Limits(max_connections=_MOST_CONNECTIONS, max_keepalive_connections=0)
         self._transport = transport or httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
-        self._loopback = loopback
-
-    def check(self, url: str, param: str) -> None:
-        """Refuses a URL for what it says, before anything is resolved."""
-        self._parsed(url, param)
 
     async def get(self, url: str, param: str) -> bytes:
         """What is at a URL."""
         return await self._timed(self._get(url, param), param)
 
-    async def post_json(self, url: str, body: bytes, param: str) -> None:
-        """Sends JSON; anything but 2xx is a failure."""
-        headers = {"content-type": "application/json"}
-        await self._timed(self._send("POST", url, param, body, headers), param)
-
-    async def put_bytes(self, url: str, data: bytes, content_type: str, param: str) -> None:
-        """Uploads a file; anything but 2xx is a failure."""
-        headers = {"content-type": content_type}
-        await self._timed(self._send("PUT", url, param, data, headers), param)
-
-    async def close(self) -> None:
-        """Ends all connections."""
-        await self._transport.aclose()
+    async def send(self, method: str, url: str, data: bytes, content_type: str, param: str) -> None:
+        """Sends a body; anything but 2xx is a failure."""
+        await self._timed(self._send(method, url, data, content_type, param), param)
 
     async def _timed(self, work: Awaitable[T], param: str) -> T:
         try:
@@ -109,38 +91,34 @@ class Fetcher:
                 return await work
         except (TimeoutError, OSError, httpx.TransportError) as error:
             _log.info("a URL of %s was not reached: %s", param, type(error).__name__)
-            raise ServiceError(
-                "url_refused", "the URL did not answer as it should", param
-            ) from None
+            raise _refused("the URL did not answer as it should", param) from None
 
     async def _get(self, url: str, param: str) -> bytes:
-        target = self._parsed(url, param)
+        target = self.check(url, param)
         for _ in range(_MAX_REDIRECTS + 1):
             answer = await self._dial("GET", target, param)
             try:
                 if answer.has_redirect_location:
-                    target = self._parsed(_joined(target, answer.headers["location"]), param)
+                    target = self.check(_joined(target, answer.headers["location"]), param)
                     continue
                 return await self._body(answer, param)
             finally:
                 await answer.aclose()
-        raise ServiceError(
-            "url_refused", f"the URL leads on more than {_MAX_REDIRECTS} times", param
-        )
+        raise _refused(f"the URL leads on more than {_MAX_REDIRECTS} times", param)
 
     async def _send(
-        self, method: str, url: str, param: str, data: bytes, headers: Mapping[str, str]
+        self, method: str, url: str, data: bytes, content_type: str, param: str
     ) -> None:
-        answer = await self._dial(method, self._parsed(url, param), param, data, headers)
+        target, headers = self.check(url, param), {"content-type": content_type}
+        answer = await self._dial(method, target, param, data, headers)
         await answer.aclose()  # what it says is of no interest
         _require_success(answer, param)
 
     async def _body(self, answer: httpx.Response, param: str) -> bytes:
         _require_success(answer, param)
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ServiceError(  # nothing else was asked for, and a few bytes may become gigabytes
-                "url_refused", "the URL answers with a compressed body", param
-            )
+            # Nothing else was asked for, and a few bytes may become gigabytes.
+            raise _refused("the URL answers with a compressed body", param)
         body = bytearray()
         too_large = int(answer.headers.get("content-length", 0)) > self._max_bytes
         if not too_large:
@@ -150,15 +128,13 @@ class Fetcher:
                 if too_large:
                     break
         if too_large:
-            raise ServiceError(
-                "url_refused", f"what is at the URL is larger than {self._max_bytes} bytes", param
-            )
+            raise _refused(f"what is at the URL is larger than {self._max_bytes} bytes", param)
         return bytes(body)
 
-    def _parsed(self, url: str, param: str) -> httpx.URL:
+    def check(self, url: str, param: str) -> httpx.URL:
+        """Refuses a URL for what it says, before anything is resolved."""
         if not self._hosts:
-            raise ServiceError(
-                "url_refused",
+            raise _refused(
                 "this server calls no URLs; send the data itself (a data URI), or ask its operator "
                 "to allow the host",
                 param,
@@ -171,22 +147,16 @@ class Fetcher:
         except (httpx.InvalidURL, ValueError, TypeError):
             plain = False
         if not plain:
-            raise ServiceError(
-                "url_refused", f"not a URL of at most {_LONGEST_URL} plain characters", param
-            )
+            raise _refused(f"not a URL of at most {_LONGEST_URL} plain characters", param)
         if "@" in re.split("[/?#]", url.partition("//")[2])[0]:
-            raise ServiceError("url_refused", "the URL holds a name or a password", param)
-        if self._loopback and host in ("127.0.0.1", "localhost"):
-            return target
+            raise _refused("the URL holds a name or a password", param)
         if target.scheme != "https":
-            raise ServiceError("url_refused", "the URL is of another scheme than https", param)
+            raise _refused("the URL is of another scheme than https", param)
         if (443 if target.port is None else target.port) not in self._ports:
-            raise ServiceError("url_refused", "the URL names a port that is not allowed", param)
+            raise _refused("the URL names a port that is not allowed", param)
         own = host.rpartition(".")[2] in _OWN_NAMES
         if not is_name(host) or own or not self._listed(host):
-            raise ServiceError(  # an address is none either, in whatever spelling
-                "url_refused", "the URL names a host that this server may not call", param
-            )
+            raise _refused(_NOT_ALLOWED, param)  # nor is an address, in whatever spelling
         return target
 
     def _listed(self, host: str) -> bool:
@@ -208,10 +178,8 @@ class Fetcher:
         found: list[str] = []
         with contextlib.suppress(socket.gaierror):  # no name of an inner network is told from none
             found = await self._resolve(host, target.port or 443)
-        if not found or not all(is_public(x) or self._is_loopback(x) for x in found):
-            raise ServiceError(  # one such among public ones is no accident
-                "url_refused", "the URL names a host that this server may not call", param
-            )
+        if not found or not all(map(is_public, found)):
+            raise _refused(_NOT_ALLOWED, param)  # one such among public ones is no accident
         port = "" if target.port is None else f":{target.port}"
         sent = {"host": host + port, "accept-encoding": "identity", "user-agent": "klein-kv"}
         limits = dict.fromkeys(("read", "write", "pool"), self._timeout_s)
@@ -231,9 +199,6 @@ class Fetcher:
                 failed = error
         raise failed
 
-    def _is_loopback(self, address: str) -> bool:
-        return self._loopback and address in ("127.0.0.1", "::1")
-
 
 def _joined(base: httpx.URL, location: str) -> str:
     try:
@@ -242,9 +207,13 @@ def _joined(base: httpx.URL, location: str) -> str:
         return ""
 
 
+def _refused(why: str, param: str) -> ServiceError:
+    return ServiceError("url_refused", why, param)
+
+
 def _require_success(answer: httpx.Response, param: str) -> None:
     if not answer.is_success:
-        raise ServiceError("url_refused", "the URL did not answer as it should", param)
+        raise _refused("the URL did not answer as it should", param)
 
 
 async def _system_addresses(host: str, port: int) -> list[str]:

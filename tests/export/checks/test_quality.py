@@ -15,9 +15,9 @@ from klein_kv.artifacts.quantized_weights import BLOCK_SCALES
 from klein_kv.artifacts.weights import read_header
 from klein_kv.cli import main
 from klein_kv.errors import CheckpointError
+from klein_kv.export.checks.block_ops import ComparingOps
 from klein_kv.export.checks.compare import Difference, compare
 from klein_kv.export.checks.quality import (
-    ComparingOps,
     QualityReport,
     dict_from_report,
     measure_quality,
@@ -128,6 +128,65 @@ def test_the_simulation_is_diffusers_with_rounded_layers(
     assert compare(ours, unquantized).snr < 50
 
 
+@pytest.mark.parametrize("model", list(MODELS))
+@torch.no_grad()
+def test_blocks_are_those_of_diffusers(model: str) -> None:
+    module = module_of(model)
+    step, _, _ = step_inputs(1)
+    outputs: dict[str, Any] = {}
+    for kind in ("transformer_blocks", "single_transformer_blocks"):
+        for i, block in enumerate(getattr(module, kind)):
+            name = f"{kind}.{i}"
+            block.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    their_call(module, step)
+    config = config_of(module)
+    empty = torch.zeros(1, 0, config.num_attention_heads, config.attention_head_dim)
+    blocks: dict[str, torch.Tensor] = {}
+    same = QuantizedOps(module.state_dict(), torch.float32, {})
+    ops = ComparingOps(
+        module.state_dict(), same, same, {}, lambda block, rows, *_: blocks.update({block: rows})
+    )
+    denoise(ops, config, step, [empty] * (2 * config.num_blocks))
+    assert list(blocks) == list(outputs)
+    for name, ours in blocks.items():
+        theirs = outputs[name]
+        if name.startswith("transformer_blocks"):
+            expected = torch.cat([theirs[1], theirs[0]], dim=1)[0]  # image, then text
+        else:
+            expected = theirs[0]
+            if name == list(blocks)[-1]:
+                expected = expected[step.encoder_hidden_states.shape[1] :]  # only the image goes on
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_fault_shows_in_its_own_block_alone() -> None:
+    module = module_of("plain")
+    config = config_of(module)
+    step, ref, ref_ids = step_inputs(1)
+    weights = dict(module.state_dict())
+    kv = encode_references(TorchOps(weights, torch.float32), config, ref, ref_ids)
+    floor = TorchOps({name: x.bfloat16() for name, x in weights.items()}, torch.bfloat16)
+    for faulty in ("transformer_blocks.1", "single_transformer_blocks.1"):
+        wrong = {
+            name: 2 * x if name.startswith(faulty) and "to_out" in name else x
+            for name, x in weights.items()
+        }
+        errors: dict[str, tuple[float, float]] = {}
+
+        def note(
+            block: str, judge: Any, floor: Any, subject: Any, errors: dict[str, Any] = errors
+        ) -> None:
+            errors[block] = compare(subject, judge).snr, compare(floor, judge).snr
+
+        subject = QuantizedOps(wrong, torch.float32, {})
+        denoise(ComparingOps(weights, floor, subject, {}, note), config, step, kv)
+        assert len(errors) == 5
+        assert [name for name, (snr, _) in errors.items() if snr < 60] == [faulty]
+        assert errors[faulty][0] < 30
+        assert all(30 < bf16 < 60 for _, bf16 in errors.values())
+
+
 def test_layers_are_compared_with_their_own_weights(tmp_path: Path) -> None:
     module = module_of("sharded")
     layers = quantized_layers(module, tmp_path, "fp8", activations=False)
@@ -135,7 +194,8 @@ def test_layers_are_compared_with_their_own_weights(tmp_path: Path) -> None:
     errors: dict[str, Difference] = {}
     weights = dict(module.state_dict())
     subject = QuantizedOps(weights, torch.float32, {name: layers[name]})
-    ops = ComparingOps({name: 2 * x for name, x in weights.items()}, subject, errors)
+    twice = {name: 2 * x for name, x in weights.items()}
+    ops = ComparingOps(twice, subject, subject, errors, lambda *_: None)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
     out = torch.cat([ops.linear(x, name, (0, 30)), ops.linear(x, name, (30, 64))], dim=1)
     torch.testing.assert_close(out, 2 * x @ weights[name].T)  # the judge's weights are others
@@ -161,8 +221,8 @@ def test_layers_lose_what_rounding_explains(reports: dict[str, QualityReport]) -
 
 
 def test_precisions_are_ranked_and_above_them_is_bf16(reports: dict[str, QualityReport]) -> None:
-    rows = [reports[name].ends for name in PRECISIONS]
-    assert len(rows[0]) == 6
+    assert (len(reports["fp8"].blocks), len(reports["fp8"].ends)) == (3, 6)
+    rows = [reports[name].blocks | reports[name].ends for name in PRECISIONS]
     for name in rows[0]:
         fp8, nvfp4, only = (x[name] for x in rows)
         assert fp8.subject.snr < only.subject.snr < only.floor.snr, name
@@ -203,12 +263,14 @@ def test_text_and_json(reports: dict[str, QualityReport]) -> None:
     value = json.loads(json.dumps(dict_from_report(report), allow_nan=False))
     assert value["ok"] is True
     assert len(value["layers"]) == len(report.layers)
+    assert [row["name"] for row in value["blocks"]] == list(report.blocks)
+    assert set(value["blocks"][0]) == set(value["end_to_end"][0])
     assert set(value["end_to_end"][0]) == {"name", "nvfp4 to fp32", "bf16 to fp32"}
     assert value["layers"][0]["least_snr"] == pytest.approx(8, abs=0.01)
     assert {image["pair"] for image in value["images"]} == {"nvfp4 to fp32", "bf16 to fp32"}
     text = text_from_report(report)
     worst = min(report.layers, key=lambda name: report.layers[name].snr)
-    for name in (*report.ends, *report.images, worst):
+    for name in (*report.blocks, *report.ends, *report.images, worst):
         assert f"\n{name} " in text
     assert "FAILED" not in text
 

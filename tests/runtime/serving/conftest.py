@@ -1,6 +1,7 @@
 """Services that tests share: pocket behind an engine room, and an engine that tests can steer."""
 
 import asyncio
+import base64
 import io
 import threading
 import time
@@ -21,11 +22,12 @@ from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.jobs import (
     EditJob,
     EditResult,
-    EncodeJob,
     EncodeResult,
     Engine,
     EngineFacts,
+    Job,
     OnPreview,
+    Result,
 )
 from klein_kv.runtime.serving.runner import PipelineRunner, WarmUp
 from klein_kv.runtime.serving.security.fetch import Fetcher
@@ -39,7 +41,7 @@ class Protocol(PunctualProtocol):
 
 
 KEY = "a key of the tests, long enough"
-SIDE = 192
+SIDE = 128
 
 
 @dataclass
@@ -61,7 +63,7 @@ def serve_in_thread(
     engine: Engine, settings: ServeSettings, calls: Fetcher | None = None
 ) -> Iterator[Served]:
     """Serves on a free port until the generator is closed; `calls` goes to other hosts."""
-    app = make_app(engine, settings, calls and calls.get, calls)
+    app = make_app(engine, settings, calls)
     config = uvicorn_config(app, settings)
     config.port, config.http = 0, Protocol
     server = uvicorn.Server(config)
@@ -84,7 +86,7 @@ class SteeredEngine:
 
     act: Callable[[], Any] | None = None
     ready: bool = True
-    jobs: list[EditJob | EncodeJob] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     cancelled: int = 0
     facts: EngineFacts = field(
         default_factory=lambda: EngineFacts(
@@ -92,7 +94,7 @@ class SteeredEngine:
         )
     )
 
-    async def _act(self, job: EditJob | EncodeJob) -> None:
+    async def do(self, job: Job, on_preview: OnPreview | None = None) -> Result:
         self.jobs.append(job)
         try:
             if self.act is not None:
@@ -100,21 +102,14 @@ class SteeredEngine:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-
-    async def edit(self, job: EditJob, on_preview: OnPreview | None = None) -> EditResult:
-        await self._act(job)
-        height, width = job.height, job.width
-        if height is None or width is None:
-            height, width = job.references[0].shape[:2]
-        grey = np.full((height, width, 3), 128, np.uint8)
-        for step in range(job.previews):
+        if not isinstance(job, EditJob):
+            return EncodeResult(known=False, nbytes=1, tokens=1)
+        height, width = job.references[0].shape[:2] if job.references else (1024, 1024)
+        grey = Image.new("RGB", (job.width or width, job.height or height), (128, 128, 128))
+        for _ in range(job.previews):
             assert on_preview is not None
-            on_preview(step, grey)
-        return EditResult((grey,) * job.num_images, job.seed, bool(job.references), 0.0)
-
-    async def encode(self, job: EncodeJob) -> EncodeResult:
-        await self._act(job)
-        return EncodeResult(known=False, nbytes=1, tokens=1)
+            on_preview(grey)
+        return EditResult((grey,) * job.num_images, bool(job.references))
 
     def gauges(self) -> dict[str, float]:
         return {"queue_depth": 3.0, "jobs_total": 7.0}
@@ -134,11 +129,12 @@ def pocket_service(pocket_artifacts: Path, pocket_checkpoint: Path) -> Iterator[
 
     lora = pocket_checkpoint / "lora" / "cyanotype.safetensors"
     room = EngineRoom(
-        lambda: PipelineRunner(open_pipeline, (WarmUp(SIDE, SIDE, 1),), {"cyanotype": lora})
+        lambda: PipelineRunner(open_pipeline, (WarmUp(SIDE, SIDE, 1),), {"cyanotype": lora}),
+        queue=16,
+        on_failed=print,
     )
-    while room.starting:
+    while not room.ready:
         time.sleep(0.01)
-    assert room.ready
     yield from serve_in_thread(room, ServeSettings(api_keys=(KEY,)))
     room.close()
 
@@ -166,20 +162,47 @@ def steered(steered_service: Served) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def http() -> Iterator[httpx.Client]:
-    """Without an address of its own."""
-    with httpx.Client(timeout=60) as client:
-        yield client
+def anyio_backend() -> str:
+    """Of tests that are coroutines."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")
-def png() -> Callable[..., bytes]:
-    """A file's bytes: `png(width, height, seed, kind)`."""
+def http() -> Iterator[httpx.Client]:
+    """Without an address of its own."""
+    with httpx.Client(trust_env=False, timeout=60) as client:
+        yield client
 
-    def make(width: int = SIDE, height: int = SIDE, seed: int = 0, kind: str = "PNG") -> bytes:
-        coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((width, height)).save(file, kind)
-        return file.getvalue()
 
-    return make
+def until(condition: Callable[[], object], seconds: float = 15) -> None:
+    """Waits until something has come to pass."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int = SIDE, height: int = SIDE, seed: int = 0) -> bytes:
+    """A picture's file; each seed has another one."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return file_of(Image.fromarray(coarse).resize((width, height)))
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def decoded(text: str | None) -> Image.Image:
+    """The image in an answer."""
+    assert text is not None
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def pixels(text: str | None) -> Any:
+    return np.asarray(decoded(text))

@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from klein_kv.errors import CapacityError, NotFiniteError, RequestError
+from klein_kv.errors import ArtifactError, CapacityError, NotFiniteError, RequestError
 from klein_kv.runtime.serving.engine_room import EngineRoom
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.serving.job_queue import MOST_OVERTAKEN, JobQueue, Ticket
-from klein_kv.runtime.serving.jobs import EditJob, EncodeJob, EncodeResult, EngineFacts
-from klein_kv.runtime.serving.runner import DeviceLostError, Edited, StoppedError, preview_steps
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
+from klein_kv.runtime.serving.runner import DeviceLostError, StoppedError, preview_steps
+
+pytestmark = pytest.mark.anyio
 
 STEPS = 4
 
@@ -40,8 +42,8 @@ class StubRunner:
     )
 
     def edit(
-        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[int, Any], None]
-    ) -> Edited:
+        self, job: EditJob, wanted: Callable[[], bool], on_denoised: Callable[[Any], None]
+    ) -> EditResult:
         self.order.append(job.prompt)
         self.begun.set()
         buffers = np.zeros(1)  # what the traceback of an error holds
@@ -54,10 +56,11 @@ class StubRunner:
             if not wanted():
                 raise StoppedError
             if step in preview_steps(STEPS, job.previews):
-                on_denoised(step, step)
-        return Edited([Image.new("RGB", (32, 16))] * job.num_images, True, {"total": 0.1})
+                on_denoised(step)
+        images = (Image.new("RGB", (32, 16)),) * job.num_images
+        return EditResult(images, True, stages_s={"total": 0.1})
 
-    def encode(self, job: EncodeJob) -> EncodeResult:
+    def encode(self, job: Job) -> EncodeResult:
         self.order.append(job.digest)
         return EncodeResult(known=False, nbytes=8, tokens=2)
 
@@ -78,24 +81,19 @@ class StubRunner:
         self.closed = True
 
 
-Room = Callable[[EngineRoom, StubRunner], Coroutine[Any, Any, None]]
-
-
-def in_room(test: Room, queue: int = 16, on_failed: Any = None, **runner: Any) -> StubRunner:
-    """Runs a test in a room that is ready, and closes it."""
+@asynccontextmanager
+async def in_room(
+    queue: int = 16, on_failed: Any = print, **runner: Any
+) -> AsyncIterator[tuple[EngineRoom, StubRunner]]:
+    """A room that is ready, and its runner."""
     stub = StubRunner(**runner)
     room = EngineRoom(lambda: stub, queue, on_failed)  # type: ignore[arg-type, return-value]
-
-    async def run() -> None:
-        async with asyncio.timeout(20):
-            while room.starting:
-                await asyncio.sleep(0.005)
-            await test(room, stub)
-
-    asyncio.run(run())
+    async with asyncio.timeout(20):
+        while not room.ready:
+            await asyncio.sleep(0.005)
+        yield room, stub
     stub.go.set()
     room.close()
-    return stub
 
 
 async def begun(stub: StubRunner) -> None:
@@ -107,29 +105,35 @@ def job(prompt: str = "a", digest: str = "", **more: Any) -> EditJob:
 
 
 async def start(room: EngineRoom, *jobs: EditJob) -> list[asyncio.Task[Any]]:
-    tasks = [asyncio.create_task(room.edit(each)) for each in jobs]
+    tasks = [asyncio.create_task(room.do(each)) for each in jobs]
     await asyncio.sleep(0)
     return tasks
 
 
-def test_a_job_gives_its_images_and_previews_before_them() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
-        shown: list[tuple[int, int]] = []
+async def refusal(room: EngineRoom, **fields: Any) -> ServiceError:
+    with pytest.raises(ServiceError) as refused:
+        await room.do(job(**fields))
+    return refused.value
+
+
+async def test_a_job_gives_its_images_and_previews_before_them() -> None:
+    shown: list[Any] = []
+    async with in_room() as (room, stub):
         stub.go.set()
-        result = await room.edit(
-            job(num_images=2, seed=7, previews=2), lambda i, x: shown.append((i, int(x[0, 0, 0])))
+        result = await room.do(
+            job(num_images=2, previews=2), lambda image: shown.append(image.getpixel((0, 0))[0])
         )
-        assert [image.shape for image in result.images] == [(16, 32, 3)] * 2
-        assert (result.seed, result.references_known, result.stages_s) == (7, True, {"total": 0.1})
-        assert shown == [(0, 0), (2, 2)]
-        encoded = await room.encode(EncodeJob((np.zeros((16, 16, 3), np.uint8),), "d"))
+        assert [image.size for image in result.images] == [(32, 16)] * 2
+        assert (result.references_known, result.stages_s) == (True, {"total": 0.1})
+        assert result.queued_s > 0
+        assert shown == [0, 2]
+        encoded = await room.do(Job((np.zeros((16, 16, 3), np.uint8),), "d"))
         assert encoded == EncodeResult(known=False, nbytes=8, tokens=2)
         gauges = room.gauges()
         assert (gauges["jobs_total"], gauges["queue_depth"], gauges["in_flight"]) == (2, 0, 0)
         assert gauges["reference_store_bytes"] == 5
-        assert room.facts.model == "stub"
-
-    assert in_room(test).closed
+        assert room.facts is stub.facts
+    assert stub.closed
 
 
 @pytest.mark.parametrize(
@@ -140,9 +144,9 @@ def test_previews_are_spread_over_the_steps(steps: int, count: int, expected: se
     assert preview_steps(steps, count) == expected
 
 
-def test_same_references_come_together_within_bounds() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
-        style = (("a", 1.0),)
+async def test_same_references_come_together_within_bounds() -> None:
+    style = (("a", 1.0),)
+    async with in_room() as (room, stub):
         tasks = await start(room, job("first", "x"))
         await begun(stub)
         tasks += await start(
@@ -154,29 +158,27 @@ def test_same_references_come_together_within_bounds() -> None:
         )
         stub.go.set()
         await asyncio.gather(*tasks)
-
-    order = in_room(test).order
-    assert order == ["first", "same", "other", "styled", "styled too"]
+    assert stub.order == ["first", "same", "other", "styled", "styled too"]
 
 
 def test_nobody_is_overtaken_for_ever() -> None:
-    loop: Any = None
-    queue = JobQueue(100)
-    waiting = Ticket(job("waits", "y"), None, loop)  # type: ignore[arg-type]
-    queue.put(Ticket(job("x", "x"), None, loop))  # type: ignore[arg-type]
+    result: Any = None
+    queue = JobQueue()
+    waiting = Ticket(job("waits", "y"), result)
+    queue.append(Ticket(job("x", "x"), result))
     queue.take()
-    queue.put(waiting)
+    queue.append(waiting)
     taken = 0
     while True:
-        queue.put(Ticket(job("x", "x"), None, loop))  # type: ignore[arg-type]
+        queue.append(Ticket(job("x", "x"), result))
         if queue.take() is waiting:
             break
         taken += 1
     assert taken == MOST_OVERTAKEN
 
 
-def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
+async def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
+    async with in_room(queue=2) as (room, stub):
         tasks = await start(room, job())
         await begun(stub)
         await asyncio.sleep(0.1)
@@ -187,146 +189,131 @@ def test_a_full_queue_refuses_with_the_time_to_come_again() -> None:
         tasks = await start(room, job())
         await begun(stub)
         tasks += await start(room, job(), job())
-        with pytest.raises(ServiceError) as refused:
-            await room.edit(job())
-        assert (refused.value.code, refused.value.status) == ("queue_full", 429)
-        assert refused.value.retry_after_s is not None
-        assert 0.3 <= refused.value.retry_after_s < 2  # three jobs, a tenth of a second each
+        refused = await refusal(room)
+        assert (refused.code, refused.status) == ("queue_full", 429)
+        assert refused.retry_after_s is not None
+        assert 0.3 <= refused.retry_after_s < 2  # three jobs, a tenth of a second each
         stub.go.set()
         await asyncio.gather(*tasks)
 
-    in_room(test, queue=2)
 
-
-def test_expired_jobs_never_reach_the_runner_and_running_ones_stop() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
-        tasks = await start(room, job("runs", timeout_s=0.2))
+@pytest.mark.parametrize("why", ["expired", "cancelled"])
+async def test_jobs_nobody_waits_for_leave_the_queue_or_stop_between_steps(why: str) -> None:
+    timeouts = (0.2, 0.1) if why == "expired" else (None, None)
+    async with in_room() as (room, stub):
+        tasks = await start(room, job("runs", timeout_s=timeouts[0]))
         await begun(stub)
-        tasks += await start(room, job("waits", timeout_s=0.1))
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [error.code for error in results] == ["deadline", "deadline"]  # type: ignore[union-attr]
+        tasks += await start(room, job("waits", timeout_s=timeouts[1]))
+        if why == "cancelled":
+            for task in tasks:
+                task.cancel()
+        results: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
+        if why == "expired":
+            assert [error.code for error in results] == ["deadline", "deadline"]
         assert room.gauges()["queue_depth"] == 0
         stub.go.set()
-        assert (await room.edit(job("next"))).images
-        assert room.gauges()["expired_total"] == 2
-
-    stub = in_room(test)
+        assert (await room.do(job("next"))).images
+        assert room.gauges()[f"{why}_total"] == 2
     assert stub.order == ["runs", "next"]
     assert stub.steps == 1 + STEPS  # the first of "runs", then it stopped
 
 
-def test_cancelled_jobs_leave_the_queue_or_stop_between_steps() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
-        running, waiting = await start(room, job("runs"), job("waits"))
-        await begun(stub)
-        for task in (waiting, running):
-            task.cancel()
-        await asyncio.gather(running, waiting, return_exceptions=True)
-        assert room.gauges()["queue_depth"] == 0
+async def test_out_of_memory_frees_references_and_tries_once_more() -> None:
+    async with in_room(errors=[CapacityError("no memory")]) as (room, stub):
         stub.go.set()
-        await room.edit(job("next"))
-        assert room.gauges()["cancelled_total"] == 2
-
-    stub = in_room(test)
-    assert stub.order == ["runs", "next"]
-    assert stub.steps == 1 + STEPS
-
-
-def test_out_of_memory_frees_references_and_tries_once_more() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
-        stub.go.set()
-        assert (await room.edit(job())).images
+        assert (await room.do(job())).images
         assert stub.freed == 1
         stub.errors = [MemoryError(), RuntimeError("CUDA out of memory. Tried at 0x7f00")]
-        with pytest.raises(ServiceError) as refused:
-            await room.edit(job())
-        assert (refused.value.code, refused.value.status) == ("out_of_memory", 503)
-        assert "0x" not in refused.value.message
-        assert (await room.edit(job())).images  # the device still answers
-
-    in_room(test, errors=[CapacityError("no memory")])
+        refused = await refusal(room)
+        assert (refused.code, refused.status) == ("out_of_memory", 503)
+        assert "0x" not in refused.message
+        assert (await room.do(job())).images  # the device still answers
 
 
-def test_errors_are_told_in_words_of_the_service() -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
+async def test_errors_are_told_in_words_of_the_service() -> None:
+    errors = [RequestError("/secret"), NotFiniteError("/secret"), ArtifactError("/secret")]
+    async with in_room(errors=errors) as (room, stub):
         stub.go.set()
-        for code in ("invalid_value", "internal_error"):
-            with pytest.raises(ServiceError) as refused:
-                await room.edit(job())
-            assert refused.value.code == code
-            assert "/secret" not in refused.value.message
-        with pytest.raises(ServiceError, match="no such LoRA"):
-            await room.edit(job(loras=(("c", 1.0),)))
-        assert (await room.edit(job())).images
-
-    in_room(test, errors=[RequestError("in /secret"), NotFiniteError("in /secret")])
+        for code in ("invalid_value", "internal_error", "unsupported_parameter"):
+            refused = await refusal(room)
+            assert refused.code == code
+            assert "/secret" not in refused.message
+        assert (await room.do(job())).images
 
 
 @pytest.mark.parametrize(
     ("device", "survived"), [({"alive": False}, 0), ({"worn_out": True}, 2), ({}, 4)]
 )
-def test_a_device_that_does_not_work_any_more_ends_the_room(
+async def test_a_device_that_does_not_work_any_more_ends_the_room(
     device: dict[str, bool], survived: int
 ) -> None:
     """It is asked after each error that nobody foresaw, and for a whole edit after three."""
     failures: list[BaseException] = []
-
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
+    errors: list[Exception] = [RuntimeError(str(i)) for i in range(4)]
+    async with in_room(on_failed=failures.append, errors=errors, **device) as (room, stub):
         stub.go.set()
         for _ in range(min(survived + 1, 4)):
             assert room.ready
-            with pytest.raises(ServiceError, match="the request failed"):
-                await room.edit(job())
+            assert (await refusal(room)).message == "the request failed"
         while room.ready and survived < 4:
             await asyncio.sleep(0.005)
-        if survived == 4:
-            assert (await room.edit(job())).images
-            return
-        with pytest.raises(ServiceError) as refused:
-            await room.edit(job())
-        assert refused.value.code == "not_ready"
-
-    errors: list[Exception] = [RuntimeError(str(i)) for i in range(4)]
-    stub = in_room(test, on_failed=failures.append, errors=errors, **device)
+        if device:
+            assert (await refusal(room)).code == "not_ready"
+        else:
+            assert (await room.do(job())).images
     assert [str(error.__cause__) for error in failures] == ([str(survived)] if device else [])
     assert all(isinstance(error, DeviceLostError) for error in failures)
     assert stub.closed == (not device)  # a device that is gone may never come back from that
 
 
-def test_a_room_that_cannot_open_says_so() -> None:
+async def test_a_room_that_cannot_open_says_so() -> None:
     failures: list[BaseException] = []
 
     def fail() -> Any:
         raise RequestError("no such folder")
 
-    room = EngineRoom(fail, on_failed=failures.append)
-    while room.starting:
-        time.sleep(0.005)
+    room = EngineRoom(fail, 1, failures.append)
+    while not failures:
+        await asyncio.sleep(0.005)
     assert not room.ready
     assert str(failures[0]) == "no such folder"
-    with pytest.raises(ServiceError, match="not ready"):
-        room.facts  # noqa: B018
+    assert room.facts is None
+    assert (await refusal(room)).code == "not_ready"
 
 
 @pytest.mark.parametrize("patient", [True, False])
-def test_draining_finishes_what_was_taken_on(patient: bool) -> None:
-    async def test(room: EngineRoom, stub: StubRunner) -> None:
+async def test_draining_finishes_what_was_taken_on(patient: bool) -> None:
+    async with in_room() as (room, stub):
         tasks = await start(room, job("runs"), job("waits"))
         await begun(stub)
         drain = asyncio.create_task(room.drain(10 if patient else 0.05))
         await asyncio.sleep(0.02)
         assert not room.ready
-        with pytest.raises(ServiceError) as refused:
-            await room.edit(job("late"))
-        assert (refused.value.code, refused.value.status) == ("draining", 503)
+        refused = await refusal(room, prompt="late")
+        assert (refused.code, refused.status) == ("draining", 503)
         if patient:
             stub.go.set()
         await drain
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        results: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
         if patient:
-            assert all(result.images for result in results)  # type: ignore[union-attr]
+            assert all(result.images for result in results)
         else:
-            assert [error.code for error in results] == ["draining"] * 2  # type: ignore[union-attr]
-
-    stub = in_room(test)
+            assert [error.code for error in results] == ["draining"] * 2
     assert stub.order == (["runs", "waits"] if patient else ["runs"])
+
+
+def test_an_answer_after_its_loop_has_ended_is_nobodys() -> None:
+    stub = StubRunner()
+    room = EngineRoom(lambda: stub, 1, print)  # type: ignore[arg-type, return-value]
+
+    async def leave() -> None:
+        while not room.ready:
+            await asyncio.sleep(0.005)
+        await start(room, job())
+        await begun(stub)
+
+    asyncio.run(leave())
+    room.close(timeout_s=0)  # the job is under way still
+    stub.go.set()
+    room.close()
+    assert stub.closed

@@ -1,35 +1,45 @@
 """OpenAI's protocol, as its own client, LiteLLM's and curl speak it."""
 
 import asyncio
-import base64
-import io
 import json
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from benchmarks.pocket.instructions import Meaning
 from benchmarks.pocket.scenes import Scene, answer, draw_scene, psnr, sample_subjects
 from klein_kv.runtime.serving.errors import ServiceError
 from klein_kv.runtime.session import Session
-from tests.runtime.serving.conftest import SIDE, Served
+from tests.runtime.serving.conftest import (
+    SIDE,
+    Served,
+    base64_of,
+    decoded,
+    file_of,
+    pixels,
+    png,
+    until,
+)
 
-Png = Callable[..., bytes]
 SIZE = f"{SIDE}x{SIDE}"
 
 
 @pytest.fixture(scope="module")
 def pocket(pocket_service: Served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{pocket_service.url}/v1", api_key=pocket_service.key)
+
+
+@pytest.fixture(scope="module")
+def pocket_http(pocket_service: Served) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {pocket_service.key}"}
+    with httpx.Client(base_url=pocket_service.url, headers=headers) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -41,31 +51,16 @@ def client_of(served: Served, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.key, **options)
 
 
-def decoded(text: str | None) -> Image.Image:
-    assert text is not None
-    return Image.open(io.BytesIO(base64.b64decode(text)))
-
-
-def pixels(text: str | None) -> Any:
-    return np.asarray(decoded(text))
-
-
-def png_of(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
-
 # Pocket, which makes pictures that can be judged -------------------------------------------------
 
 
 def test_openai_edits_pictures_rightly_and_references_are_encoded_once(
-    pocket: openai.OpenAI, pocket_service: Served, scene: Scene
+    pocket: openai.OpenAI, pocket_http: httpx.Client, scene: Scene
 ) -> None:
     picture, meaning = scene.picture((SIDE, SIDE)), Meaning("night")
     right = answer(meaning, [scene], (SIDE, SIDE))
     made = pocket.images.edit(
-        image=png_of(picture), prompt=meaning.plain, model="klein-kv", extra_body={"seed": 0}
+        image=file_of(picture), prompt=meaning.plain, model="klein-kv", extra_body={"seed": 0}
     )
     assert made.data is not None
     assert made.usage is not None
@@ -76,44 +71,37 @@ def test_openai_edits_pictures_rightly_and_references_are_encoded_once(
     assert first.info["parameters"].startswith(meaning.plain)
     assert "Seed: 0" in first.info["parameters"]
 
-    with httpx.Client(
-        base_url=pocket_service.url, headers={"authorization": f"Bearer {pocket_service.key}"}
-    ) as http:
-        uploaded = http.post("/v1/references", files={"image": png_of(picture)})
-        assert uploaded.status_code == 201
-        assert uploaded.json()["known"]  # the edit has made them
-        known = http.post(
-            "/v1/images/edits",
-            json={"prompt": meaning.plain, "references": uploaded.json()["id"], "seed": 0},
-        )
-        assert known.headers["x-references"] == "known"
-        again = decoded(known.json()["data"][0]["b64_json"])
-        assert np.array_equal(np.asarray(again), np.asarray(first))
-        text = http.get("/metrics").text
+    uploaded = pocket_http.post("/v1/references", files={"image": file_of(picture)})
+    assert uploaded.status_code == 201
+    assert uploaded.json()["known"]  # the edit has made them
+    ask = {"prompt": meaning.plain, "references": uploaded.json()["id"], "seed": 0}
+    known = pocket_http.post("/v1/images/edits", json=ask)
+    assert known.headers["x-references"] == "known"
+    again = pixels(known.json()["data"][0]["b64_json"])
+    assert np.array_equal(again, np.asarray(first))
+    text = pocket_http.get("/metrics").text
     assert 'klein_kv_edits_total{references="known"}' in text
     assert "klein_kv_engine_reference_store_bytes" in text
     assert meaning.plain not in text
 
 
-def test_references_are_encoded_before_a_prompt_is_known(pocket_service: Served, png: Png) -> None:
-    headers = {"authorization": f"Bearer {pocket_service.key}"}
-    with httpx.Client(base_url=pocket_service.url, headers=headers) as http:
-        images = [("image[]", png(seed=i)) for i in (11, 12)]
-        made = http.post("/v1/references", files=images).json()
-        assert not made["known"]
-        assert made["tokens"] == 2 * (SIDE // 16) ** 2
-        assert made["images"] == [{"width": SIDE, "height": SIDE}] * 2
-        ask = {"prompt": "swap", "references": [made["id"]], "num_inference_steps": 1, "seed": 1}
-        plain = http.post("/v1/images/edits", json=ask)
-        styled = http.post("/v1/images/edits", json=ask | {"lora": "cyanotype:0.5"})
-        assert plain.headers["x-references"] == "known"  # the first edit of these
-        assert styled.headers["x-references"] == "new"  # keys and values are an adapter's own
-        assert plain.json()["data"] != styled.json()["data"]
+def test_references_are_encoded_before_a_prompt_is_known(pocket_http: httpx.Client) -> None:
+    images = [("image[]", png(seed=i)) for i in (11, 12)]
+    made = pocket_http.post("/v1/references", files=images).json()
+    assert not made["known"]
+    assert made["tokens"] == 2 * (SIDE // 16) ** 2
+    assert made["images"] == [{"width": SIDE, "height": SIDE}] * 2
+    ask = {"prompt": "swap", "references": [made["id"]], "num_inference_steps": 1, "seed": 1}
+    plain = pocket_http.post("/v1/images/edits", json=ask)
+    styled = pocket_http.post("/v1/images/edits", json=ask | {"lora": "cyanotype:0.5"})
+    assert plain.headers["x-references"] == "known"  # the first edit of these
+    assert styled.headers["x-references"] == "new"  # keys and values are an adapter's own
+    assert plain.json()["data"] != styled.json()["data"]
 
 
 def test_openai_streams_previews_of_an_edit(pocket: openai.OpenAI, scene: Scene) -> None:
     def edit(**more: Any) -> Any:
-        image = png_of(scene.picture((SIDE, SIDE)))
+        image = file_of(scene.picture((SIDE, SIDE)))
         return pocket.images.edit(image=image, prompt=Meaning("night").plain, **more)
 
     events = list(edit(stream=True, partial_images=3, extra_body={"seed": 3}))
@@ -123,8 +111,8 @@ def test_openai_streams_previews_of_an_edit(pocket: openai.OpenAI, scene: Scene)
     for event in events[:-1]:
         preview = np.asarray(decoded(event.b64_json).resize((SIDE, SIDE)))
         assert np.corrcoef(preview.ravel(), final.ravel())[0, 1] > 0.8
-    both = edit(n=2, extra_body={"seed": 2})
-    assert np.array_equal(pixels(both.data[1].b64_json), final)  # image i has seed + i
+    alone, both = (edit(n=n, extra_body={"seed": 4 - n, "num_inference_steps": 1}) for n in (1, 2))
+    assert both.data[1].b64_json == alone.data[0].b64_json  # image i has seed + i
 
 
 def test_openai_masks_what_changes(pocket: openai.OpenAI, scene: Scene) -> None:
@@ -132,8 +120,8 @@ def test_openai_masks_what_changes(pocket: openai.OpenAI, scene: Scene) -> None:
     hole = picture.convert("RGBA")
     hole.paste((0, 0, 0, 0), (SIDE // 2, 0, SIDE, SIDE))
     made = pocket.images.edit(
-        image=png_of(picture),
-        mask=png_of(hole),
+        image=file_of(picture),
+        mask=file_of(hole),
         prompt=Meaning("background", "red").plain,
         extra_body={"seed": 0},
     )
@@ -145,7 +133,7 @@ def test_openai_masks_what_changes(pocket: openai.OpenAI, scene: Scene) -> None:
 
 
 def test_an_edit_that_runs_out_of_memory_runs_again(
-    pocket: openai.OpenAI, pocket_service: Served, png: Png, monkeypatch: pytest.MonkeyPatch
+    pocket: openai.OpenAI, pocket_service: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def edit() -> Any:
         more = {"seed": 1, "num_inference_steps": 2}
@@ -171,27 +159,11 @@ def test_an_edit_that_runs_out_of_memory_runs_again(
     assert after["reference_store_entries"] == 1  # all others were given up
 
 
-def test_an_abandoned_job_stops_between_steps(pocket_service: Served, png: Png) -> None:
-    client = client_of(pocket_service, max_retries=0, timeout=0.5)
-    room = pocket_service.engine
-    before = room.gauges()
-    with pytest.raises(openai.APITimeoutError):
-        client.images.edit(
-            image=png(seed=21), prompt="night", extra_body={"num_inference_steps": 50}
-        )
-    end = time.monotonic() + 5
-    while room.gauges()["in_flight"] and time.monotonic() < end:
-        time.sleep(0.02)
-    after = room.gauges()
-    assert after["cancelled_total"] == before["cancelled_total"] + 1
-    assert after["jobs_total"] == before["jobs_total"]
-
-
 # An engine that can be steered -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_openai_sends_files(steered: Served, png: Png, count: int) -> None:
+def test_openai_sends_files(steered: Served, count: int) -> None:
     files: Any = [png(64 + 16 * i, 64, i) for i in range(count)]
     client_of(steered).images.edit(
         image=files[0] if count == 1 else files,
@@ -208,9 +180,9 @@ def test_openai_sends_files(steered: Served, png: Png, count: int) -> None:
     assert len(job.digest) == 64
 
 
-def test_images_come_in_every_form(steered: Served, png: Png) -> None:
+def test_images_come_in_every_form(steered: Served) -> None:
     file = png(64, 64)
-    uri = f"data:image/png;base64,{base64.b64encode(file).decode()}"
+    uri = f"data:image/png;base64,{base64_of(file)}"
     ask: dict[str, Any] = {"prompt": "a", "seed": 1}
     forms: list[dict[str, Any]] = [
         {"data": ask, "files": {"image": file}},
@@ -225,6 +197,7 @@ def test_images_come_in_every_form(steered: Served, png: Png) -> None:
         {"json": ask | {"url": [uri]}},
         {"json": ask | {"images": [{"image_url": uri}]}},
         {"json": ask | {"images": [{"image_url": {"url": uri}}]}},
+        {"json": ask | {"image": uri, "lora": [{"name": "style", "weight": 0.5}]}},
     ]
     with httpx.Client(base_url=steered.url) as http:
         ids = [http.post("/v1/references", files={"image": file}).json()["id"]]
@@ -251,27 +224,9 @@ def test_formats_of_the_answer(steered: Served, kind: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "code", "param", "kind"),
     [
-        ({"size": "100x100"}, "invalid_value", "size", openai.BadRequestError),
-        ({"size": "wide"}, "invalid_value", "size", openai.BadRequestError),
         ({"n": 11}, "invalid_value", "n", openai.BadRequestError),
         ({"model": "dall-e-3"}, "model_not_found", "model", openai.NotFoundError),
-        (
-            {"response_format": "url"},
-            "unsupported_parameter",
-            "response_format",
-            openai.BadRequestError,
-        ),
-        (
-            {"background": "transparent"},
-            "unsupported_parameter",
-            "background",
-            openai.BadRequestError,
-        ),
-        ({"prompt": ""}, "invalid_value", "prompt", openai.BadRequestError),
         ({"extra_body": {"cfg": 3}}, "unknown_parameter", "cfg", openai.BadRequestError),
-        ({"extra_body": {"seed": -1}}, "invalid_value", "seed", openai.BadRequestError),
-        ({"extra_body": {"lora": "x"}}, "invalid_value", "lora", openai.BadRequestError),
-        ({"extra_body": {"lora": "style:9"}}, "invalid_value", "lora", openai.BadRequestError),
         (
             {"extra_body": {"references": "nothing"}},
             "unsupported_parameter",
@@ -290,38 +245,6 @@ def test_openai_is_told_what_is_wrong(
     assert (error.code, error.param) == (code, param)
     assert error.type == "invalid_request_error"
     assert error.request_id.startswith("req_")
-    assert not steered.engine.jobs
-
-
-@pytest.mark.parametrize(
-    ("form", "code", "param"),
-    [
-        ({"data": {"prompt": "a"}}, "invalid_body", None),  # no form that is read here
-        ({"json": {"prompt": "a"}}, "missing_required_parameter", "image"),
-        ({"json": {"prompt": "a", "references": "0" * 64}}, "reference_not_found", "references"),
-        ({"json": {"image": "data:,x", "prompt": "a"}}, "invalid_image", "image"),
-        ({"json": {"image": {"file_id": "f"}, "prompt": "a"}}, "unsupported_parameter", "image"),
-        ({"json": {"image": "http://127.0.0.1/", "prompt": "a"}}, "url_refused", "image"),
-        ({"files": {"image": b"GIF89a"}, "data": {"prompt": "a"}}, "invalid_image", "image"),
-        ({"files": {"picture": b"x"}, "data": {"prompt": "a"}}, "unknown_parameter", "picture"),
-        ({"json": [1]}, "invalid_body", None),
-        ({"content": b"[" * 100_000}, "invalid_body", None),
-        ({"content": b'{"prompt": NaN}'}, "invalid_body", None),  # Python's, not JSON's
-        (
-            {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data"}},
-            "invalid_body",
-            None,
-        ),
-    ],
-)
-def test_edits_refuse(
-    http: httpx.Client, steered: Served, form: dict[str, Any], code: str, param: str | None
-) -> None:
-    response = http.post(f"{steered.url}/v1/images/edits", **form)
-    assert response.status_code in (400, 404)
-    error = response.json()["error"]
-    assert (error["code"], error["param"]) == (code, param)
-    assert response.headers["x-should-retry"] == "false"
     assert not steered.engine.jobs
 
 
@@ -359,32 +282,29 @@ def test_a_refusal_of_a_stream(
     if late:
         monkeypatch.setattr("klein_kv.runtime.serving.api.streaming._FIRST_S", 0.02)
         monkeypatch.setattr("klein_kv.runtime.serving.api.streaming._SILENCE_S", 0.02)
+    errors = [ServiceError("deadline", "too late"), OSError("secret")]
 
     async def act() -> None:
         await asyncio.sleep(0.1)
-        raise ServiceError("deadline", "too late")
+        raise errors.pop(0)
 
     steered.engine.act = act
     kind = openai.APIError if late else openai.InternalServerError
     client = client_of(steered, max_retries=0)
-    with pytest.raises(kind) as told:
-        list(client.images.generate(prompt="a", size="128x128", stream=True))
-    assert told.value.code == "deadline"
+    for code in ("deadline", "internal_error"):
+        with pytest.raises(kind) as told:
+            list(client.images.generate(prompt="a", size="128x128", stream=True))
+        assert told.value.code == code
+        assert "secret" not in str(told.value)
 
 
 def test_closing_a_stream_cancels_the_job(steered: Served) -> None:
-    async def act() -> None:
-        await asyncio.sleep(30)
-
-    steered.engine.act = act
+    steered.engine.act = lambda: asyncio.sleep(30)
     with pytest.raises(openai.APITimeoutError):
         client_of(steered, max_retries=0, timeout=0.3).images.generate(
             prompt="a", size="128x128", stream=True
         )
-    end = time.monotonic() + 5
-    while not steered.engine.cancelled and time.monotonic() < end:
-        time.sleep(0.01)
-    assert steered.engine.cancelled == 1
+    until(lambda: steered.engine.cancelled == 1)
 
 
 def test_deadlines_come_from_field_and_header(http: httpx.Client, steered: Served) -> None:
@@ -398,7 +318,7 @@ def test_deadlines_come_from_field_and_header(http: httpx.Client, steered: Serve
     assert refused.json()["error"]["param"] == "x-timeout-s"
 
 
-def test_references_are_a_resource(steered: Served, png: Png) -> None:
+def test_references_are_a_resource(steered: Served) -> None:
     with httpx.Client(base_url=steered.url) as http:
         made = http.post("/v1/references", files={"image": png(64, 80)}).json()
         path = f"/v1/references/{made['id']}"
@@ -427,9 +347,11 @@ def test_models_and_health(http: httpx.Client, steered: Served) -> None:
     response = http.get(f"{steered.url}/health/ready")
     assert (response.status_code, response.headers["retry-after"]) == (503, "2")
     assert http.get(f"{steered.url}/health/live").json() == {"status": "live"}
+    steered.engine.facts = None  # it is being opened
+    assert http.get(f"{steered.url}/v1/models").json()["error"]["code"] == "not_ready"
 
 
-def test_litellm_edits_and_generates(steered: Served, png: Png) -> None:
+def test_litellm_edits_and_generates(steered: Served) -> None:
     script = f"""
 import io, litellm
 where = dict(api_base="{steered.url}/v1", api_key="{steered.key}")
@@ -457,7 +379,7 @@ print(len(edited.data[0].b64_json) > 99, len(made.data[0].b64_json) > 99)
     assert (made.prompt, made.height, made.seed) == ("made", 144, 4)
 
 
-def test_curl_uploads_edits_and_is_refused(steered: Served, png: Png, tmp_path: Any) -> None:
+def test_curl_uploads_edits_and_is_refused(steered: Served, tmp_path: Any) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(png(64, 64))
 
@@ -475,17 +397,3 @@ def test_curl_uploads_edits_and_is_refused(steered: Served, png: Png, tmp_path: 
     assert told["error"]["code"] == "payload_too_large"
     chunked = curl("-H", "transfer-encoding: chunked", "-F", f"image=@{large}", edits)
     assert chunked["error"]["code"] == "payload_too_large"
-
-
-def test_many_clients_share_one_service(steered: Served) -> None:
-    def ask() -> None:
-        for _ in range(5):
-            client.images.generate(prompt="a", size="128x128")
-
-    client = client_of(steered)
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(steered.engine.jobs) == 20

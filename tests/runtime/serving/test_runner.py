@@ -8,7 +8,7 @@ import pytest
 from klein_kv import KleinKVPipeline
 from klein_kv.errors import RequestError
 from klein_kv.runtime.serving.front import digest_of
-from klein_kv.runtime.serving.jobs import EditJob, EncodeJob
+from klein_kv.runtime.serving.jobs import EditJob, Job
 from klein_kv.runtime.serving.runner import PipelineRunner, StoppedError
 
 
@@ -26,7 +26,7 @@ def test_plain_weights_edit_without_keeping_references(plain_artifacts: Path) ->
     assert made[0].images[0] != made[0].images[1]  # seed and seed + 1
     assert made[0].stages_s["plain_steps"] > 0
     with pytest.raises(RequestError, match="plain weights"):
-        runner.encode(EncodeJob(images, digest))
+        runner.encode(Job(images, digest))
     with pytest.raises(StoppedError):
         runner.edit(job, lambda: False, lambda *_: None)
     assert runner.works(thoroughly=True)

@@ -1,14 +1,11 @@
 """Two replicas of pocket on this machine's CPU, by Ray itself, behind HTTP."""
 
 import asyncio
-import base64
 import importlib.util
-import io
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+
+from tests.runtime.serving.conftest import pixels, png, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +24,7 @@ pytestmark = [
 
 REPLICAS = 2
 QUEUE = 2
-LONG_S = 1.5
+LONG_S = 1.0
 WARM_UP = [1, 6]
 
 
@@ -85,20 +83,6 @@ def service(pocket_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) ->
         sys.stdout.write(log.read_text())
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.1)
-
-
-def picture(number: int) -> bytes:
-    colours = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(colours).resize((128, 128)).save(file, "PNG")
-    return file.getvalue()
-
-
 Answers = list[httpx.Response]
 
 
@@ -108,7 +92,7 @@ async def edits(service: Service, numbers: list[int], **fields: str) -> Answers:
     async with httpx.AsyncClient(timeout=60) as client:
         posts = [
             client.post(
-                f"{service.url}/v1/images/edits", data=data, files={"image": picture(number)}
+                f"{service.url}/v1/images/edits", data=data, files={"image": png(128, 128, number)}
             )
             for number in numbers
         ]
@@ -116,8 +100,7 @@ async def edits(service: Service, numbers: list[int], **fields: str) -> Answers:
 
 
 def image(answer: httpx.Response) -> Any:
-    content = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(content)))
+    return pixels(answer.json()["data"][0]["b64_json"])
 
 
 def test_every_set_stays_on_one_replica(service: Service) -> None:
@@ -135,7 +118,7 @@ def test_every_set_stays_on_one_replica(service: Service) -> None:
 
 
 def test_previews_come_from_the_replica(service: Service) -> None:
-    files, data = {"image": picture(4)}, {"prompt": "make it night", "stream": "true"}
+    files, data = {"image": png(128, 128, 4)}, {"prompt": "make it night", "stream": "true"}
     answer = httpx.post(
         f"{service.url}/v1/images/edits", data={**data, "partial_images": "2"}, files=files
     )

@@ -1,97 +1,91 @@
 """The process' side of a replica, in this process."""
 
 import asyncio
+import copy
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from PIL.Image import Image
 
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.runtime.serving.jobs import EditJob, EditResult, EngineFacts
-from klein_kv.runtime.serving.replicas.events import Event, Job, Preview, Refusal, Taken
+from klein_kv.runtime.serving.errors import ServiceError
+from klein_kv.runtime.serving.jobs import EditJob, EditResult, EncodeResult, EngineFacts, Job
+from klein_kv.runtime.serving.replicas.events import Taken
 from klein_kv.runtime.serving.replicas.replica import Replica
-from tests.runtime.serving.test_engine_room import StubRunner
+from tests.runtime.serving.test_engine_room import StubRunner, begun
+
+pytestmark = pytest.mark.anyio
 
 JOB = EditJob(prompt="p", previews=2)
 
 
-def with_replica(
-    test: Callable[[Replica, StubRunner], Coroutine[Any, Any, None]], **runner: Any
-) -> None:
-    async def run() -> None:
-        stub = StubRunner(**runner)
-        replica = Replica(lambda: stub, 1)  # type: ignore[arg-type, return-value]
-        try:
-            async with asyncio.timeout(20):
-                assert isinstance(await replica.open(), EngineFacts)
-                await test(replica, stub)
-        finally:
-            stub.go.set()
-            await replica.close(5)
-        assert stub.closed
-
-    asyncio.run(run())
+@asynccontextmanager
+async def opened(**runner: Any) -> AsyncIterator[tuple[Replica, StubRunner]]:
+    stub = StubRunner(**runner)
+    replica = Replica(lambda: stub, 1)  # type: ignore[arg-type, return-value]
+    try:
+        async with asyncio.timeout(20):
+            assert isinstance(await replica.open(), EngineFacts)
+            yield replica, stub
+    finally:
+        stub.go.set()
+        await replica.close(5)
+    assert stub.closed
 
 
-async def events(replica: Replica, job: Job) -> list[Event]:
+async def events(replica: Replica, job: Job = JOB) -> list[Any]:
     return [event async for event in replica.do(job)]
 
 
-def test_a_job_is_told_as_events() -> None:
-    async def test(replica: Replica, stub: StubRunner) -> None:
-        refused = await events(replica, JOB)
-        assert isinstance(refused[-1], Refusal)
-        assert (refused[-1].code, refused[-1].error().status) == ("invalid_value", 400)
+async def test_a_job_is_told_as_events() -> None:
+    async with opened(errors=[RequestError("no")]) as (replica, stub):
+        taken, refused = await events(replica)
+        assert isinstance(taken, Taken)
+        refused = copy.copy(refused)  # as it does when it crosses to another process
+        assert (refused.code, refused.status) == ("invalid_value", 400)
         stub.go.set()
-        told = await events(replica, JOB)
-        assert [type(event) for event in told] == [Taken, Preview, Preview, EditResult]
-        assert (await replica.status()).gauges["jobs_total"] == 1
+        told = await events(replica)
+        assert [type(event) for event in told] == [Taken, Image, Image, EditResult]
+        told = await events(replica, Job((), "d"))
+        assert [type(event) for event in told] == [Taken, EncodeResult]
+        assert (await replica.status())[1]["jobs_total"] == 2
 
-    with_replica(test, errors=[RequestError("no")])
 
-
-def test_a_job_that_is_taken_back_frees_the_queue() -> None:
-    async def test(replica: Replica, stub: StubRunner) -> None:
-        first = asyncio.create_task(events(replica, JOB))
-        assert await asyncio.to_thread(stub.begun.wait, 10)
-        second = asyncio.create_task(events(replica, JOB))
-        while (await replica.status()).gauges["queue_depth"] != 1:
+async def test_a_job_that_is_taken_back_frees_the_queue() -> None:
+    async with opened() as (replica, stub):
+        first = asyncio.create_task(events(replica))
+        await begun(stub)
+        second = asyncio.create_task(events(replica))
+        while (await replica.status())[1]["queue_depth"] != 1:
             await asyncio.sleep(0.01)
-        assert isinstance((await events(replica, JOB))[-1], Refusal)
+        assert (await events(replica))[-1].code == "queue_full"
         for task in (first, second):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
-        assert (await replica.status()).gauges["queue_depth"] == 0
+        assert (await replica.status())[1]["queue_depth"] == 0
         stub.go.set()
-        assert isinstance((await events(replica, JOB))[-1], EditResult)
+        assert isinstance((await events(replica))[-1], EditResult)
         assert stub.steps == 1 + 4
 
-    with_replica(test)
 
-
-def test_what_cannot_be_opened_is_told() -> None:
+async def test_what_cannot_be_opened_is_told() -> None:
     def open_runner() -> Any:
         raise ArtifactError("no folder")
 
-    async def run() -> None:
-        replica = Replica(open_runner, 1)
-        assert await replica.open() == "ArtifactError: no folder"
-        assert not (await replica.status()).ready
-
-    asyncio.run(run())
+    replica = Replica(open_runner, 1)
+    assert await replica.open() == "ArtifactError: no folder"
+    assert not (await replica.status())[0]
 
 
-def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-
-    async def test(replica: Replica, stub: StubRunner) -> None:
-        told = await events(replica, JOB)
-        assert isinstance(told[-1], Refusal)
+    async with opened(errors=[RuntimeError("a CUDA error")], alive=False) as (replica, stub):
+        assert isinstance((await events(replica))[-1], ServiceError)
         while not codes:
             await asyncio.sleep(0.01)
         assert codes == [1]
         stub.closed = True  # by the end of the process
-
-    with_replica(test, errors=[RuntimeError("a CUDA error")], alive=False)
