@@ -95,8 +95,8 @@ class TrtBackend:
         self._graphs = graphs or manifest.graphs
         built = open_engines(artifacts, manifest, self._graphs, engines)
         self._trt = trt or load_module(built.module)
-        name, version = self._trt.__name__, module_version(self._trt)
-        loadable = built.for_module(name, version)  # before a GPU is asked for
+        # Before a GPU is asked for.
+        built = built.for_module(self._trt.__name__, module_version(self._trt))
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
@@ -112,7 +112,7 @@ class TrtBackend:
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory:
-                self._engines = loadable.for_sm(self._memory.compute_capability)
+                self._engines = built.for_sm(self._memory.compute_capability)
                 virtual = VirtualMemory(self._memory)
                 self._kv = KvMemory(self._memory, virtual)
                 self._scratch = Scratch(self._memory, virtual)
