@@ -1,4 +1,4 @@
-"""`klein-kv plan`: what edits with an artifact folder need of a GPU.
+"""`klein-kv plan`: what edits with an artifact folder need of a GPU and of the host.
 
 Only headers and manifests are read, and no GPU is asked: its memory is what the vendor says.
 """
@@ -15,6 +15,7 @@ from klein_kv.artifacts.engines.targets import find_target
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.errors import ArtifactError, BuildError, RequestError
+from klein_kv.runtime.backends.trt.memory import STAGING_BYTES
 from klein_kv.runtime.planning.footprint import (
     Footprint,
     base_footprint,
@@ -27,6 +28,13 @@ from klein_kv.runtime.planning.plan_choices import Choice, what_fits
 from klein_kv.runtime.planning.request import Request, edit_stages, flagship_request
 
 __all__ = ["EditPlan", "PlanOptions", "Plans", "plan_artifacts"]
+
+_HOST_MEMORY = {
+    "export": 700_000_000,  # measured at 9B, most of it libraries (docs/checkpoints.md)
+    "build, shared weights": 1_700_000_000,  # measured at 9B, recipe `default` (docs/engines.md)
+    "run: pinned buffers for uploads": STAGING_BYTES,
+}
+"""Bytes at the peak; none of it grows with the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ class Plans:
     gpu: str
     capacity: int  # bytes of its memory
     edits: tuple[EditPlan, ...]  # by precision, then number of references
+    host: dict[str, int]  # bytes of its memory at the peak, by what takes it
     engines: tuple[str, ...] = ()  # what those that were found take, in pixels
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +135,7 @@ class Plans:
             "gpu": self.gpu,
             "capacity": self.capacity,
             "reserved": RESERVED,
+            "host": self.host,
             "plans": [edit.to_dict() for edit in self.edits],
             "engines": self.engines,
         }
@@ -165,7 +175,10 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
                 again = planner(footprint, planner.request(count, known=True), first)
             choices = () if first.fits else tuple(what_fits(first, planner))
             edits.append(EditPlan(first, again, choices, planner.kept_sets(footprint)))
-    return Plans(target.gpu.name, capacity, tuple(edits), tuple(planner.found))
+    plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
+    again_loaded = max((sum(plan.loads.values()) for plan in plans if plan.fits), default=0)
+    host = _HOST_MEMORY | ({"run: file cache for weights": again_loaded} if again_loaded else {})
+    return Plans(target.gpu.name, capacity, tuple(edits), host, tuple(planner.found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ _COLUMNS = {
 
 
 def text_from_plans(plans: Plans) -> str:
-    """A line per precision and number of references, and the stages of one of them."""
+    """A line per precision and number of references, the stages of one of them, and the host."""
     first = plans.edits[0].first
     request, footprint = first.request, first.footprint
     kv = "fp8" if footprint.float8_kv else "16 bits"
@@ -54,6 +54,8 @@ def text_from_plans(plans: Plans) -> str:
         lines += ["", "engines:", *(line for text in plans.engines for line in _wrapped(text))]
         if others := [_title(edit) for edit in plans.edits if _is_estimated(edit)]:
             lines += _wrapped(f"not all in engines, scratch is estimated: {'; '.join(others)}")
+    lines += ["", f"{'host':34} {'memory':>8}  GB"]
+    lines += [f"{what:34} {_gb(nbytes):>8}" for what, nbytes in plans.host.items()]
     return "\n".join(lines)
 
 

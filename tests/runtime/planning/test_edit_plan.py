@@ -272,7 +272,10 @@ def test_bad_options(tiny_artifacts, tmp_path):
 
 def test_command_prints_a_line_per_request(tiny_artifacts, capsys):
     assert main(["plan", str(tiny_artifacts), "--size", "512x256", "--json"]) == 0
-    plans = json.loads(capsys.readouterr().out)["plans"]
+    value = json.loads(capsys.readouterr().out)
+    plans = value["plans"]
+    needs = ["export", "build, shared weights", "run: pinned buffers for uploads"]
+    assert list(value["host"]) == needs
     assert [plan["references"] for plan in plans] == [0, 1, 2, 3, 4] * 3
     assert all(plan["size"] == [512, 256] and plan["fits"] for plan in plans)
     last = plans[-1]
@@ -283,6 +286,18 @@ def test_command_prints_a_line_per_request(tiny_artifacts, capsys):
             parts = [v for k, v in stage.items() if k not in ("total", "loads") and type(v) is int]
             assert sum(parts) == stage["total"]
     assert plans[0]["repeated_edit"] is None
+
+
+def test_what_comes_again_is_read_from_the_host(tiny_bf16_artifacts):
+    edit = one(tiny_bf16_artifacts)
+    weights = edit.first.footprint.weights
+    memory = edit.first.peak - weights["text_encoder"]
+    options = PlanOptions(precisions=("bf16",), memory=memory, **SHAPE)
+    plans = plan_artifacts(tiny_bf16_artifacts, options)
+    loads = [sum(p.loads.values()) for e in plans.edits for p in (e.first, e.again) if p]
+    assert plans.host["run: file cache for weights"] == max(loads)
+    assert max(loads) >= weights["text_encoder"]
+    assert "run: file cache for weights" in text_from_plans(plans)
 
 
 def test_command_says_what_would_fit(tiny_artifacts, capsys):
