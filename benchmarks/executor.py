@@ -58,16 +58,14 @@ def steps(edits: int) -> dict[str, Any]:
 
     from klein_kv.export.checkpoints.fixture import make_fixture
     from klein_kv.export.exporter import export_checkpoint
-    from tests.runtime.backends.fake_engines import make_engines
-    from tests.runtime.backends.test_trt_loop import Machine, sizes_of
+    from tests.runtime.backends.fake_engines import Machine, make_engines
+    from tests.runtime.backends.test_trt_loop import sizes_of
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_fixture(work / "checkpoint", "tiny", 0)
         export_checkpoint(work / "checkpoint", work / "artifacts", dtype="float32")
-        folder = work / "engines"
-        folder.mkdir()
-        make_engines(work / "artifacts", folder, sizes=sizes_of([(96, 128)] * 2))
+        folder = make_engines(work / "artifacts", work / "engines", sizes=sizes_of(2))
         fake = FakeCuda(backed=False)
         timed = Timed(fake)
         machine = Machine(work / "artifacts", folder, fake)

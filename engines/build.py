@@ -7,14 +7,16 @@ afterwards: a build that is interrupted leaves whole engines, and the next one g
 """
 
 import hashlib
+import json
 import logging
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from klein_kv.artifacts.config import dtype_name
 from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
@@ -31,12 +33,15 @@ from klein_kv.artifacts.engines.targets import (
 from klein_kv.artifacts.engines.trt_module import load_module, module_version
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.numbers import PRECISION_FORMATS
-from klein_kv.engines.build_task import BuildTask, artifact_precision, chosen_graphs, make_task
+from klein_kv.artifacts.signature import GraphSet
 from klein_kv.engines.builder import BuiltEngine, build_engine
 from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
-from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
-from klein_kv.errors import ArtifactError, CapacityError, RequestError
+from klein_kv.engines.rewrite.graph_rewrite import Graph, read_graph
+from klein_kv.engines.sizes.profiles import NEED_REFERENCES, engine_profiles
+from klein_kv.engines.sizes.recipe import Recipe
+from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
+from klein_kv.machine import peak_memory
 from klein_kv.unfinished import remove_leftovers
 
 __all__ = ["build_artifacts", "engine_folder"]
@@ -45,6 +50,22 @@ _log = logging.getLogger(__name__)
 
 _ENGINE_BYTES = 128 << 20
 """Disk set aside for the code of one engine; the largest measured has 80 MB."""
+
+_ALWAYS_EMBEDDED = ("vae_encoder", "vae_decoder")
+
+_BUILDER_VERSION = 2
+"""Raise it when the same inputs are to be built differently: engines are then built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One graph to build, everything about it decided."""
+
+    graph: str
+    source: Graph
+    profiles: list[ProfileRecord]
+    onnx_digest: str
+    key: str
 
 
 def build_artifacts(
@@ -83,22 +104,20 @@ def build_artifacts(
     Raises:
         ArtifactError: the folder is not whole, or a graph is not ours.
         BackendError: TensorRT is not installed.
-        BuildError: target, recipe or precision do not fit, or TensorRT refuses a graph.
+        BuildError: target, recipe, weights or precision do not fit, or TensorRT refuses a graph.
         CapacityError: not enough disk or memory.
-        RequestError: an unknown graph, module or weights mode.
+        RequestError: an unknown graph or module.
     """
     manifest = Manifest.load(artifacts, check_files=False)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe or "default")
-    if weights not in (None, *WEIGHTS_MODES):
-        raise RequestError(f"weights is {weights!r}, expected {' or '.join(WEIGHTS_MODES)}")
     recipe = replace(
         recipe,
         weights=weights or recipe.weights,
         precision=precision or recipe.precision,
         attention=attention or recipe.attention,
     )
-    precision = artifact_precision(manifest, recipe)
+    precision = _artifact_precision(manifest, recipe)
     goal = find_target(target or recipe.target)
     check_precision(precision, goal)
     trt = load_module(module)
@@ -121,7 +140,7 @@ def build_artifacts(
         attention=chosen.attention,
     )
     tasks = [
-        make_task(artifacts, manifest, chosen, graph, recipe, engines)
+        _make_task(artifacts, manifest, chosen, graph, recipe, engines)
         for graph in chosen_graphs(graphs, recipe, list(manifest.held_graphs(chosen)))
     ]
     remove_leftovers(folder)
@@ -134,6 +153,88 @@ def build_artifacts(
     for task in pending:
         engines = _build_one(trt, artifacts, folder, engines, task, goal, progress)
     return [engines.engines[task.graph] for task in tasks]
+
+
+def _artifact_precision(manifest: Manifest, recipe: Recipe) -> str:
+    """The precision to build: the recipe's quantized one, or the artifacts' own, "bf16" or "fp16".
+
+    A `BuildError` if these are fp32 or not the recipe's, or to have attention in fp8.
+    """
+    held = dtype_name(manifest.dtype)
+    if held == "fp32":
+        raise BuildError(
+            "the artifacts are fp32, expected bf16 or fp16: TensorRT has no fused attention in "
+            "fp32, and fp32 graphs use an operator of ONNX Runtime; export with --dtype bf16"
+        )
+    if recipe.precision in PRECISION_FORMATS:
+        return recipe.precision
+    if recipe.attention is not None:
+        raise BuildError(
+            f"recipe {recipe.name}: attention is {recipe.attention!r} and precision is "
+            f"{recipe.precision or held}; attention in fp8 needs calibrated scales, which belong "
+            "to a quantized precision: name one (--precision fp8 or nvfp4)"
+        )
+    if recipe.precision not in (None, held):
+        raise BuildError(
+            f"recipe {recipe.name} is for {recipe.precision}, the artifacts are {held}; export "
+            f"with --dtype {recipe.precision}, or choose another recipe"
+        )
+    return held
+
+
+def chosen_graphs(
+    graphs: Sequence[str] | None, recipe: Recipe, available: Sequence[str]
+) -> list[str]:
+    """The graphs to build, in the order of `available`; None are all that the recipe can use."""
+    unknown = [graph for graph in graphs or () if graph not in available]
+    if unknown:
+        raise RequestError(f"unknown graph {unknown[0]!r}, expected some of {', '.join(available)}")
+    if graphs is not None:
+        return [graph for graph in available if graph in graphs]
+    references = any(profile.references.max for profile in recipe.profiles)
+    return [graph for graph in available if references or graph not in NEED_REFERENCES]
+
+
+def _make_task(
+    artifacts: Path,
+    manifest: Manifest,
+    graphs: GraphSet,
+    graph: str,
+    recipe: Recipe,
+    engines: EngineManifest,
+) -> _Task:
+    """Reads and checks one graph and settles how it is built.
+
+    An `ArtifactError` if the graph is not the exported one, or its weights are not whole; a
+    `BuildError` if the recipe has no sizes for it.
+    """
+    file = graphs.file(graph)
+    manifest.check_file(artifacts, file)
+    shared = engines.weights == "shared" and graph not in _ALWAYS_EMBEDDED
+    signature = graphs.signature(graph, manifest.config)
+    source = read_graph(artifacts / file, signature, shared)
+    profiles = engine_profiles(signature, recipe, manifest.config)
+    parts = {  # everything that an engine depends on: equal keys need no new build
+        "builder": _BUILDER_VERSION,
+        "onnx": manifest.files[file].digest,
+        "module": engines.module,
+        "version": engines.version,
+        "sm": engines.sm,
+        "shared": shared,
+        "profiles": [{"name": x.name, "symbols": x.symbols, "shapes": x.shapes} for x in profiles],
+        # Weights of inputs may change without a new engine; embedded ones are part of it.
+        "weights": [] if shared else _weight_digests(artifacts, manifest, source),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _Task(graph, source, profiles, manifest.files[file].digest, key)
+
+
+def _weight_digests(artifacts: Path, manifest: Manifest, graph: Graph) -> list[str]:
+    files = {ref.path.relative_to(artifacts).as_posix() for ref in graph.weights.values()}
+    missing = sorted(files - set(manifest.files))
+    if missing:
+        raise ArtifactError(f"{artifacts}: klein.json lists no {missing[0]}; export again")
+    return [f"{name} {manifest.files[name].digest}" for name in sorted(files)]
 
 
 def engine_folder(
@@ -154,7 +255,7 @@ def engine_folder(
 
 
 def _reusable(
-    folder: Path, engines: EngineManifest, tasks: Sequence[BuildTask], force: bool
+    folder: Path, engines: EngineManifest, tasks: Sequence[_Task], force: bool
 ) -> dict[str, EngineRecord]:
     """Records of engines that are there, whole, and built from the same inputs."""
     if force or not (folder / ENGINE_MANIFEST).exists():
@@ -180,7 +281,7 @@ def _reusable(
     return whole
 
 
-def _check_disk(folder: Path, tasks: Sequence[BuildTask]) -> None:
+def _check_disk(folder: Path, tasks: Sequence[_Task]) -> None:
     needed = sum(
         _ENGINE_BYTES + (0 if task.source.shared else task.source.weight_bytes) for task in tasks
     )
@@ -198,22 +299,20 @@ def _build_one(
     artifacts: Path,
     folder: Path,
     engines: EngineManifest,
-    task: BuildTask,
+    task: _Task,
     target: Target,
     progress: bool | None,
 ) -> EngineManifest:
     """Builds one engine, checks its kernel plans, and writes it and the manifest that names it."""
     graph = task.graph
     built = build_engine(trt, graph, task.source, task.profiles, target, progress)
-    weights = task.source.weights if task.source.shared else {}
-    scratch = max(built.scratch_bytes)
+    record, data = _record(artifacts, task, built)
     plans = [
-        KernelPlan.from_lines(graph, engines.title, lines, scratch, tuple(weights))
-        for lines in built.layers or [[]]
+        KernelPlan.from_lines(graph, engines.title, x, record.scratch_bytes, tuple(record.weights))
+        for x in built.layers or [[]]
     ]
     for plan in plans:
-        check_applied(graph, engines.title, task.source.quantized, plan)
-    record, data = _record(artifacts, task, built)
+        check_applied(task.source.quantized, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A reader must never find an engine beside the digest of another one.
@@ -231,16 +330,16 @@ def _build_one(
     _log.info(
         "%s: %.1f s, %.1f MB, scratch %.2f GB, peak memory of the build %.2f GB",
         graph,
-        built.seconds,
+        record.seconds,
         record.bytes / 1e6,
-        scratch / 1e9,
-        built.peak_rss / 1e9,
+        record.scratch_bytes / 1e9,
+        record.peak_rss / 1e9,
     )
     return done
 
 
 def _record(
-    artifacts: Path, task: BuildTask, built: BuiltEngine
+    artifacts: Path, task: _Task, built: BuiltEngine
 ) -> tuple[EngineRecord, bytes | memoryview]:
     """The record of an engine, and the content of its file.
 
@@ -248,13 +347,14 @@ def _record(
     use: the 80 MB of the 9B `first_step` for dynamic shapes pack to 10. Unpacking takes 0.1 s.
     """
     data: bytes | memoryview = memoryview(built.plan)
-    weights = {}
+    weights, suffix = {}, ""
     if task.source.shared:
-        data = zlib.compress(data, 1)
+        data, suffix = zlib.compress(data, 1), PACKED_SUFFIX
         weights = {name: ref.place(artifacts) for name, ref in task.source.weights.items()}
+    pairs = zip(task.profiles, built.scratch_bytes, strict=True)
     record = EngineRecord(
         graph=task.graph,
-        file=f"{task.graph}.engine{PACKED_SUFFIX if task.source.shared else ''}",
+        file=f"{task.graph}.engine{suffix}",
         layers=f"{task.graph}.layers.json",
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -263,17 +363,9 @@ def _record(
         inputs=built.inputs,
         outputs=built.outputs,
         weights=weights,
-        profiles=tuple(
-            ProfileRecord(
-                profile.name,
-                dict(profile.symbols),
-                profile.shapes,
-                scratch,
-            )
-            for profile, scratch in zip(task.profiles, built.scratch_bytes, strict=True)
-        ),
+        profiles=tuple(replace(profile, scratch_bytes=scratch) for profile, scratch in pairs),
         scratch_bytes=max(built.scratch_bytes),
         seconds=built.seconds,
-        peak_rss=built.peak_rss,
+        peak_rss=peak_memory(),
     )
     return record, data

@@ -33,10 +33,9 @@ class BuildLog:
     def add(self, message: str) -> None:
         """Keeps what the rest of the project reads of a message; forgets the rest."""
         if message.startswith("Layers:\n") or "Engine Layer Information" in message[:80]:
-            lines = [line for line in message.splitlines() if line.startswith("Name: ")]
             # After the kernels comes a table of inputs and outputs; its lines are indented.
-            if lines:
-                self.layers.append(lines)
+            lines = [line for line in message.splitlines() if line.startswith("Name: ")]
+            self.layers += [lines] if lines else []
         elif match := _SCRATCH.match(message):
             self.scratch_bytes.append(int(match[1]))
 
@@ -46,18 +45,17 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
 
     Errors are passed on for debugging alone: the caller raises them.
     """
-    severity = trt.ILogger
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, level: Any, message: str) -> None:
-            if level == severity.VERBOSE or level == severity.INFO:
+            if level in (trt.ILogger.VERBOSE, trt.ILogger.INFO):
                 log.add(message)
-            else:
-                _log.debug("%s", message)
-                if level != severity.WARNING:
-                    log.errors.append(message)
+                return
+            _log.debug("%s", message)
+            if level != trt.ILogger.WARNING:
+                log.errors.append(message)
 
     return Logger()

@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.engines.targets import Target, compute_capability
 from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.artifacts.signature import TensorSpec
 from klein_kv.engines.build_log import BuildLog, make_logger
 from klein_kv.engines.progress import make_monitor
 from klein_kv.engines.rewrite.graph_rewrite import MAX_FUSED_HEAD_DIM, Graph
-from klein_kv.engines.sizes.profiles import EngineProfile
 from klein_kv.errors import BackendError, BuildError, CapacityError
-from klein_kv.machine import peak_memory
 
 __all__ = ["BuiltEngine", "build_engine"]
 
@@ -47,14 +46,13 @@ class BuiltEngine:
     layers: list[list[str]]
     scratch_bytes: tuple[int, ...]
     seconds: float
-    peak_rss: int
 
 
 def build_engine(
     trt: Any,
     name: str,
     graph: Graph,
-    profiles: Sequence[EngineProfile],
+    profiles: Sequence[ProfileRecord],
     target: Target,
     progress: bool | None = None,
 ) -> BuiltEngine:
@@ -99,7 +97,6 @@ def build_engine(
         layers=log.layers,
         scratch_bytes=tuple(log.scratch_bytes),
         seconds=time.perf_counter() - start,
-        peak_rss=peak_memory(),
     )
 
 
@@ -184,17 +181,17 @@ def _tensors(
         trt.DataType.FP8: "float8_e4m3fn",
     }
 
-    inputs = (network.get_input(i) for i in range(network.num_inputs))
-    outputs = (network.get_output(i) for i in range(network.num_outputs))
-    fed = (tensor for tensor in inputs if tensor.name not in graph.weights)
-    return (
-        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in fed),
-        tuple(TensorSpec(x.name, names[x.dtype], tuple(x.shape)) for x in outputs),
-    )
+    def spec(tensor: Any) -> TensorSpec:
+        return TensorSpec(tensor.name, names[tensor.dtype], tuple(tensor.shape))
+
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    fed = [tensor for tensor in inputs if tensor.name not in graph.weights]
+    return tuple(map(spec, fed)), tuple(map(spec, outputs))
 
 
 def _configure(
-    trt: Any, builder: Any, profiles: Sequence[EngineProfile], capability: Any, target: Target
+    trt: Any, builder: Any, profiles: Sequence[ProfileRecord], capability: Any, target: Target
 ) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED

@@ -28,13 +28,6 @@ def partial_path(parent: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Locks a file or folder that is there, so that another container sees that it is in use."""
-    with _locked(path):
-        yield
-
-
-@contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name once it is whole: a failure leaves whatever was there before."""
     remove_leftovers(path.parent)
@@ -60,7 +53,7 @@ def remove_leftovers(parent: Path) -> None:
         match = _NAME.fullmatch(path.name)
         if match is None or _is_alive(int(match[1]), path):
             continue
-        with _locked(path) as free:
+        with held(path) as free:
             if not free:
                 continue
             if path.is_dir():
@@ -83,8 +76,11 @@ def _is_alive(pid: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Locks a file or folder while the block runs; False if somebody else has."""
+def held(path: Path) -> Iterator[bool]:
+    """Locks a file or folder, so that another container sees that it is in use.
+
+    False if somebody else has it already, or it is not there.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no processes of other containers to ask

@@ -42,24 +42,18 @@ class Blend:
 
 @dataclass(slots=True)
 class LoopInputs:
-    """Buffers of one request; exactly one of `references` and `kv` is given.
-
-    Attributes:
-        references: `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights.
-        kv: `k_ref.{i}` and `v_ref.{i}`, R >= 0.
-        noise_pred: of the step that just ran; None while one runs.
-        blend: what the latents are mixed with after each step, if anything.
-    """
+    """Buffers of one request; exactly one of `references` and `kv` is given."""
 
     latents: Buffer  # [B, S, C]
     latents_shape: tuple[int, ...]
     text: Buffer  # [B, T, 3 * hidden]
     img_ids: Buffer  # int64 [S, 4]
     txt_ids: Buffer  # int64 [T, 4]
+    # `ref_hidden_states` and `ref_ids`, R > 0; R >= 0 for plain weights
     references: dict[str, Buffer] | None = None
-    kv: dict[str, Buffer] = field(default_factory=dict)
-    noise_pred: Buffer | None = None  # [B, S, C]
-    blend: Blend | None = None
+    kv: dict[str, Buffer] = field(default_factory=dict)  # `k_ref.{i}` and `v_ref.{i}`, R >= 0
+    noise_pred: Buffer | None = None  # [B, S, C] of the step that just ran; None while one runs
+    blend: Blend | None = None  # what the latents are mixed with after each step
 
 
 def loop_inputs(

@@ -10,7 +10,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -18,13 +19,7 @@ from numpy.typing import NDArray
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import ArtifactError, CapacityError, KleinKVError, RequestError
-from klein_kv.runtime.backends.backend import (
-    Backend,
-    Buffer,
-    DeviceClock,
-    GraphMemory,
-    WeightChanges,
-)
+from klein_kv.runtime.backends.backend import Backend, Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.memory import reference_budget
 from klein_kv.runtime.planning.memory_plan import MemoryPlan, Stage, make_plan, size_text
@@ -33,7 +28,6 @@ from klein_kv.runtime.planning.request import Request, flagship_request
 from klein_kv.runtime.timings import (
     COPIES,
     LOADING,
-    HostClock,
     Span,
     Timings,
     nvtx_ranges,
@@ -45,8 +39,7 @@ __all__ = ["Session"]
 _log = logging.getLogger(__name__)
 
 _MARGIN = 100
-"""One part in so many of a device is left alone: what alignment and the driver take is not known
-exactly."""
+"""One part in so many of a device is left alone, for alignment and the driver."""
 
 _PARTS = {
     "text_encoder": "text encoder",
@@ -65,7 +58,6 @@ class Session:
     """Runs the graphs of one artifact folder, a request at a time.
 
     Attributes:
-        backend: what runs them.
         plan: of the request under way or the last one.
         watch: called with every graph that ran and its outputs.
         make_room: asked for bytes of the device that others of this process hold, where a request
@@ -76,12 +68,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        manifest: Manifest,
-        graphs: GraphSet,
-        *,
-        nvtx: bool = False,
+        self, backend: Backend, manifest: Manifest, graphs: GraphSet, *, nvtx: bool = False
     ) -> None:
         self.backend = backend
         self.plan: MemoryPlan | None = None
@@ -98,7 +85,6 @@ class Session:
         self._kept_kv = 0
         self._free: FreeSets = lambda _missing, _keep: 0
         self._keep: str | None = None
-        self._clock = backend if isinstance(backend, DeviceClock) else HostClock()
         self._spans: list[Span] | None = None
         self._thread = 0  # whose spans are recorded
         self._range: Callable[[str], contextlib.AbstractContextManager[object]] = (
@@ -165,11 +151,12 @@ class Session:
             CapacityError: where weights are mapped files, no memory for the `nbytes` of tensors
                 that were the file's own before and are not any more.
         """
-        if self._maps_weights() and nbytes > self.backend.available_memory():
+        mapped = not self._weights(self._built_graphs())
+        if mapped and nbytes > (available := self.backend.available_memory()):
             raise CapacityError(
                 f"the adapters change {size_text(nbytes)} of weights, which then have to be in "
-                f"memory; {size_text(self.backend.available_memory())} can be had. Merge them into "
-                "artifacts of their own: klein-kv export --lora"
+                f"memory; {size_text(available)} can be had. Merge them into artifacts of their "
+                "own: klein-kv export --lora"
             )
         with self._span(LOADING):
             self.backend.replace_weights(changes)
@@ -200,10 +187,7 @@ class Session:
     def admit(self, request: Request, free: FreeSets, keep: str | None = None) -> MemoryPlan:
         """Plans a request, or refuses it before any of it is run; graphs then follow the plan.
 
-        Args:
-            request: what is to be made.
-            free: see `FreeSets`.
-            keep: digest of the references that the steps need.
+        `keep` is the digest of the references that the steps need.
 
         Raises:
             CapacityError: it cannot fit, with the numbers and what would.
@@ -226,9 +210,7 @@ class Session:
     def prepare(self, kv: Mapping[str, Buffer] | None = None, *, eager: bool = False) -> None:
         """Loads what the admitted request needs and takes its memory, where all of it fits at once.
 
-        Args:
-            kv: keys and values that the steps start with, where they are known.
-            eager: see `Backend.prepare`.
+        `kv` are the keys and values that the steps start with, where they are known.
         """
         plan = self.plan
         self._eager = eager
@@ -255,16 +237,13 @@ class Session:
 
     def default_reference_budget(self) -> int:
         """Bytes of reference sets that fit beside everything else (`memory.reference_budget`)."""
-        graphs: dict[str, set[str]] = {component: set() for component in COMPONENTS}
-        for graph in self._graphs.files:
-            with contextlib.suppress(ArtifactError):  # an engine that was not built
-                self.graph_memory(graph)
-                graphs[component_of(graph)].add(graph)
-        weights = {component: self._weights(names) for component, names in graphs.items()}
+        built = self._built_graphs()
+        weights = self._component_weights(built)
         available = self.backend.available_memory()
         request = flagship_request(self._graphs.variant, self._config)
+        request = replace(request, stages=tuple(x for x in request.stages if x in built))
         besides = 0
-        if any(weights.values()):
+        if request.stages and any(weights.values()):
             stages = self._make(request, available).stages
             besides = max(stage.passing for stage in stages) + available // _MARGIN
         kv_bytes = self._footprint(request).kv_bytes(request)
@@ -286,11 +265,7 @@ class Session:
         )
 
     def _footprint(self, request: Request) -> Footprint:
-        graphs = {*request.stages, *self._loaded}
-        weights = {
-            component: self._weights(g for g in graphs if component_of(g) == component)
-            for component in COMPONENTS
-        }
+        weights = self._component_weights({*request.stages, *self._loaded})
         return Footprint(self._config, self._graphs, weights)
 
     def _capacity(self, request: Request) -> int:
@@ -299,6 +274,21 @@ class Session:
         if request.kv_held:
             own += self._footprint(request).kv_bytes(request)
         return self.backend.available_memory() + own
+
+    def _built_graphs(self) -> list[str]:
+        """All graphs but those that no engine was built of."""
+        built = []
+        for graph in self._graphs.files:
+            with contextlib.suppress(ArtifactError):
+                self.graph_memory(graph)
+                built.append(graph)
+        return built
+
+    def _component_weights(self, graphs: Collection[str]) -> dict[str, int]:
+        return {
+            component: self._weights(g for g in graphs if component_of(g) == component)
+            for component in COMPONENTS
+        }
 
     def _weights(self, graphs: Iterable[str]) -> int:
         """Bytes of the tensors of these graphs, each once."""
@@ -315,13 +305,6 @@ class Session:
         except RequestError:
             return None
         return max((need for need in needs if need is not None), default=None)
-
-    def _maps_weights(self) -> bool:
-        for graph in self._graphs.files:
-            with contextlib.suppress(ArtifactError):  # an engine that was not built
-                if self.graph_memory(graph).weights:
-                    return False
-        return True
 
     def _on_device(self, request: Request) -> bool:
         return any(self.graph_memory(graph).weights for graph in request.stages)
@@ -354,30 +337,32 @@ class Session:
             if component_of(graph) not in stage.resident and graph in self._loaded:
                 _log.info("%s makes room for %s", graph, stage.name)
                 self.release(graph)
-        needed = self._weights_to_come({stage.name}) + stage.passing
+        besides = stage.passing
         if stage.name in ("first_step", "encode_references"):
-            needed += stage.parts.get("kv", 0)
-        self._free_sets(needed, None if stage.name == "vae_decoder" else self._keep)
+            besides += stage.parts.get("kv", 0)
+        keep = None if stage.name == "vae_decoder" else self._keep
+        self._free_sets(self._missing({stage.name}, besides), keep)
 
     def _make_room_for_all(self, plan: MemoryPlan) -> None:
         """Releases what the request does not need, then reference sets, if memory lacks."""
         stages = set(plan.request.stages)
-        needed = self._weights_to_come(stages) + max(stage.passing for stage in plan.stages)
-        needed += 0 if plan.request.kv_held else plan.kv_bytes
+        besides = max(stage.passing for stage in plan.stages)
+        besides += 0 if plan.request.kv_held else plan.kv_bytes
         own = {component_of(graph) for graph in stages}
         for graph in sorted(self._loaded):
-            if needed > self.backend.available_memory() and component_of(graph) not in own:
+            if component_of(graph) not in own and self._missing(stages, besides) > 0:
                 _log.info("%s makes room for %s", graph, ", ".join(plan.request.stages))
                 self.release(graph)
-        self._free_sets(needed, self._keep)
+        self._free_sets(self._missing(stages, besides), self._keep)
 
-    def _weights_to_come(self, graphs: set[str]) -> int:
-        return self._weights(self._loaded | graphs) - self._weights(self._loaded)
-
-    def _free_sets(self, needed: int, keep: str | None) -> None:
-        missing = needed - self.backend.available_memory()
+    def _free_sets(self, missing: int, keep: str | None) -> None:
         if missing > 0:
             self._free(missing, keep)
+
+    def _missing(self, graphs: set[str], besides: int) -> int:
+        """Bytes that the device lacks for `besides` and the weights that these graphs load."""
+        to_come = self._weights(self._loaded | graphs) - self._weights(self._loaded)
+        return to_come + besides - self.backend.available_memory()
 
     def _prepare_graph(self, graph: str, kv: Mapping[str, Buffer] | None = None) -> None:
         assert self.plan is not None  # noqa: S101 - asked before
@@ -414,7 +399,7 @@ class Session:
         start = time.perf_counter()
         try:
             yield lambda: timings_from_spans(
-                spans, self._clock.elapsed, time.perf_counter() - start
+                spans, self.backend.elapsed, time.perf_counter() - start
             )
         finally:
             self._spans = outer
@@ -426,6 +411,6 @@ class Session:
             if spans is None:
                 yield
                 return
-            start = self._clock.mark()
+            start = self.backend.mark()
             yield
-            spans.append(Span(stage, start, self._clock.mark()))
+            spans.append(Span(stage, start, self.backend.mark()))

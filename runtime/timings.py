@@ -6,15 +6,15 @@ host's clock. What is loaded when its graph first runs counts for that graph.
 """
 
 import functools
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from klein_kv.errors import BackendError
 
-__all__ = ["COPIES", "LOADING", "HostClock", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
+__all__ = ["COPIES", "LOADING", "Span", "Timings", "nvtx_ranges", "timings_from_spans"]
 
 COPIES = "copies"
 LOADING = "load"
@@ -29,38 +29,37 @@ class Span(NamedTuple):
     end: object
 
 
+_ONCE = {
+    "load": LOADING,
+    "text": "text_encoder",
+    "vae_encode": "vae_encoder",
+    "encode_references": "encode_references",
+    "first_step": "first_step",
+    "blend": "blend",
+    "vae_decode": "vae_decoder",
+    "copies": COPIES,
+}
+"""Fields of `Timings` that add up all spans of a stage."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of one call by stage; 0, or empty, where the call had no such stage.
+    """Seconds of one call by stage; 0, or empty, where the call had no such stage."""
 
-    Attributes:
-        load: weights and engines, and memory taken, before the first graph ran.
-        text: the text encoder; 0 for a prompt seen before.
-        vae_encode: the VAE encoder, all references together.
-        encode_references: keys and values made without a step.
-        first_step: the step that makes keys and values.
-        cached_steps: every step on keys and values that were there.
-        plain_steps: every step of plain klein.
-        step_gaps: between the end of a step and the start of the next: the loop itself, callbacks
-            and their copies, `blend`; on a GPU the time that it waited for the host.
-        blend: mixing latents with a start image, all steps together.
-        vae_decode: the VAE decoder.
-        copies: host to device and back.
-        total: the whole call by the host's clock.
-    """
-
-    load: float = 0.0
-    text: float = 0.0
-    vae_encode: float = 0.0
-    encode_references: float = 0.0
-    first_step: float = 0.0
-    cached_steps: tuple[float, ...] = ()
-    plain_steps: tuple[float, ...] = ()
+    load: float = 0.0  # weights and engines, and memory taken, before the first graph ran
+    text: float = 0.0  # the text encoder; 0 for a prompt seen before
+    vae_encode: float = 0.0  # all references together
+    encode_references: float = 0.0  # keys and values made without a step
+    first_step: float = 0.0  # the step that makes keys and values
+    cached_steps: tuple[float, ...] = ()  # every step on keys and values that were there
+    plain_steps: tuple[float, ...] = ()  # every step of plain klein
+    # Between the end of a step and the start of the next: the loop itself, callbacks and their
+    # copies, `blend`; on a GPU the time that it waited for the host.
     step_gaps: tuple[float, ...] = ()
-    blend: float = 0.0
+    blend: float = 0.0  # mixing latents with a start image, all steps together
     vae_decode: float = 0.0
-    copies: float = 0.0
-    total: float = 0.0
+    copies: float = 0.0  # host to device and back
+    total: float = 0.0  # the whole call by the host's clock
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -71,8 +70,8 @@ class Timings:
     @property
     def stages(self) -> float:
         """All stages together; the rest of `total` is the host's own work."""
-        once = (self.load, self.text, self.vae_encode, self.encode_references)
-        return sum(once) + sum(self.steps) + self.blend + self.vae_decode + self.copies
+        once: float = sum(getattr(self, name) for name in _ONCE)
+        return once + sum(self.cached_steps) + sum(self.plain_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, and `stages`, as JSON takes them."""
@@ -81,9 +80,7 @@ class Timings:
     def to_text(self) -> str:
         """One line for people: what took part, in the order of a call."""
         parts = [
-            (name.replace("_", " "), value)
-            for name, value in asdict(self).items()
-            if value and isinstance(value, float) and name != "total"
+            (name.replace("_", " "), seconds) for name in _ONCE if (seconds := getattr(self, name))
         ]
         for kind, values in (("cached", self.cached_steps), ("plain", self.plain_steps)):
             if values:
@@ -97,48 +94,20 @@ def timings_from_spans(
 ) -> Timings:
     """Adds up spans, in the order in which they ended; `elapsed` is seconds between two marks."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    gaps: list[float] = []
-    last_step: Span | None = None
     for span in spans:
         seconds[span.stage].append(elapsed(span.start, span.end))
-        if span.stage in _STEPS:
-            if last_step is not None:
-                gaps.append(elapsed(last_step.end, span.start))
-            last_step = span
+    steps = [span for span in spans if span.stage in _STEPS]
     return Timings(
-        load=sum(seconds[LOADING]),
-        text=sum(seconds["text_encoder"]),
-        vae_encode=sum(seconds["vae_encoder"]),
-        encode_references=sum(seconds["encode_references"]),
-        first_step=sum(seconds["first_step"]),
         cached_steps=tuple(seconds["cached_step"]),
         plain_steps=tuple(seconds["plain_step"]),
-        step_gaps=tuple(gaps),
-        blend=sum(seconds["blend"]),
-        vae_decode=sum(seconds["vae_decoder"]),
-        copies=sum(seconds[COPIES]),
+        step_gaps=tuple(elapsed(one.end, after.start) for one, after in pairwise(steps)),
         total=total,
+        **{name: sum(seconds[stage]) for name, stage in _ONCE.items()},
     )
 
 
-class HostClock:
-    """Marks for backends whose calls return when the work is done."""
-
-    def mark(self) -> float:
-        """Now, in seconds."""
-        return time.perf_counter()
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two marks."""
-        return float(end - start)
-
-
 def nvtx_ranges() -> Callable[[str], Any]:
-    """Gives NVTX ranges of the domain klein_kv, by name.
-
-    Raises:
-        BackendError: nvtx is not installed.
-    """
+    """Gives NVTX ranges of the domain klein_kv, by name; BackendError: nvtx is not installed."""
     try:
         import nvtx
     except ImportError as error:

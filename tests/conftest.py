@@ -104,12 +104,16 @@ def tiny_checkpoint(made_once: MadeOnce) -> Path:
     return made_once("tiny", lambda folder: make_fixture(folder / "tiny", "tiny", seed=0)) / "tiny"
 
 
-def _export(made_once: MadeOnce, checkpoint: Path, dtype: str) -> Path:
+def _export(made_once: MadeOnce, checkpoint: Path, dtype: str, name: str = "tiny") -> Path:
     from klein_kv.export.exporter import export_checkpoint
 
-    name = f"tiny-{dtype}"
-    folder = made_once(name, lambda root: export_checkpoint(checkpoint, root / name, dtype=dtype))
-    return folder / name
+    name = f"{name}-{dtype}"
+    layers = {"text_layers": (1, 2, 3)} if name.startswith("short") else {}
+
+    def make(folder: Path) -> None:
+        export_checkpoint(checkpoint, folder / name, dtype=dtype, **layers)
+
+    return made_once(name, make) / name
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +160,24 @@ def quantized_artifacts(made_once: MadeOnce, tiny_artifacts: Path) -> Path:
 def quantized_bf16_artifacts(made_once: MadeOnce, tiny_bf16_artifacts: Path) -> Path:
     """The tiny checkpoint in bfloat16, and quantized in every way."""
     return _quantize(made_once, tiny_bf16_artifacts)
+
+
+@pytest.fixture(scope="session")
+def short_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
+    """The same in float32 with 3 blocks of the text encoder instead of 27: made, run sooner."""
+    return _export(made_once, tiny_checkpoint, "float32", "short")
+
+
+@pytest.fixture(scope="session")
+def short_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
+    """The same in bfloat16."""
+    return _export(made_once, tiny_checkpoint, "bfloat16", "short")
+
+
+@pytest.fixture(scope="session")
+def quantized_short_artifacts(made_once: MadeOnce, short_bf16_artifacts: Path) -> Path:
+    """The same, quantized in every way."""
+    return _quantize(made_once, short_bf16_artifacts)
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,7 @@ from klein_kv.errors import MALFORMED
 from klein_kv.export.checkpoints.sources import find_source
 from klein_kv.export.checkpoints.stored_weights import read_rows
 from klein_kv.export.checkpoints.weight_values import check_values
-from klein_kv.export.checks.samples import make_samples
 from klein_kv.export.exporter import _read_checkpoint
-from klein_kv.export.quantization.quantization_recipe import QuantizationRecipe
-from klein_kv.export.quantization.quantize import quantize_artifacts
 from klein_kv.runtime.inputs.prompts import read_prompts
 from klein_kv.runtime.lora.changes import apply_changes
 from klein_kv.runtime.lora.lora_file import describe_lora, read_adapter
@@ -95,10 +92,6 @@ def damaged_text(data: st.DataObject, path: Path) -> bytes:
     return damaged_json(data, json.loads(content))
 
 
-def damaged_file(data: st.DataObject, path: Path) -> bytes:
-    return damaged_safetensors(data, path.read_bytes())
-
-
 def make_small_image(pipe: KleinKVPipeline, **options: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     sizes: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": 16, "seed": 0}
@@ -130,10 +123,9 @@ def single_files(checkpoint: Path) -> list[Path]:
     kinds["whole"] |= {f"text_encoders.qwen3_8b.transformer.{name}": text[name] for name in text}
     layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in fp8}
     said = {"_quantization_metadata": json.dumps({"layers": layers})}
+    more = {"fp8": ("", said)}
     return [
-        save_single_file(checkpoint.parent / f"{kind}.safetensors", state, "", said)
-        if kind == "fp8"
-        else save_single_file(checkpoint.parent / f"{kind}.safetensors", state)
+        save_single_file(checkpoint.parent / f"{kind}.safetensors", state, *more.get(kind, ()))
         for kind, state in kinds.items()
     ]
 
@@ -155,7 +147,7 @@ def test_weights_of_checkpoints(
     checkpoint: Path, single_files: list[Path], data: st.DataObject
 ) -> None:
     path = data.draw(st.sampled_from([*single_files, checkpoint / TRANSFORMER]))
-    with written(path, damaged_file(data, path)):
+    with written(path, damaged_safetensors(data, path.read_bytes())):
         if path.parent == checkpoint.parent:
             read_checkpoint(path, checkpoint)
         else:
@@ -175,13 +167,10 @@ def test_configurations_of_checkpoints(checkpoint: Path, data: st.DataObject) ->
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_bf16_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(quantized_short_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny artifacts in bfloat16, in fp8 and nvfp4 too, with (pretended) engines."""
     folder = tmp_path_factory.mktemp("damaged") / "artifacts"
-    shutil.copytree(tiny_bf16_artifacts, folder)
-    samples = make_samples(1, size=(64, 64))
-    for recipe in ("fp8", "nvfp4"):
-        quantize_artifacts(folder, QuantizationRecipe.load(recipe), samples, text_tokens=16)
+    shutil.copytree(quantized_short_artifacts, folder)
     (folder / ENGINES).mkdir(parents=True)
     engines = make_engines(folder, folder / ENGINES)
     plan = KernelPlan.from_lines("cached_step", "test", LINES[:5], 1 << 20, ("w",))
@@ -244,8 +233,8 @@ def test_weight_tables(artifacts: Path, tiny_copy: Path, data: st.DataObject) ->
 
 
 @pytest.fixture(scope="module")
-def tiny_copy(tiny_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(tiny_artifacts, tmp_path_factory.mktemp("damaged") / "float32"))
+def tiny_copy(short_artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(short_artifacts, tmp_path_factory.mktemp("damaged") / "float32"))
 
 
 @few
@@ -255,8 +244,9 @@ def test_quantized_weights(artifacts: Path, data: st.DataObject) -> None:
     part = data.draw(st.sampled_from(["transformer", "text_encoder"]))
     part = "transformer" if precision == "nvfp4" else part
     path = artifacts / part / f"{precision}.{data.draw(st.sampled_from(['json', 'safetensors']))}"
-    damaged = damaged_text if path.suffix == ".json" else damaged_file
-    with written(path, damaged(data, path)):
+    is_text = path.suffix == ".json"
+    damage = damaged_text(data, path) if is_text else damaged_safetensors(data, path.read_bytes())
+    with written(path, damage):
         with works_or_one_clear_error():
             quantized = load_quantized(artifacts, part, precision)
             for linear in quantized.linears.values():
@@ -318,7 +308,7 @@ def test_saved_references(
     saved_references: tuple[KleinKVPipeline, Path], data: st.DataObject
 ) -> None:
     pipe, path = saved_references
-    with written(path, damaged_file(data, path)), works_or_one_clear_error():
+    with written(path, damaged_safetensors(data, path.read_bytes())), works_or_one_clear_error():
         make_small_image(pipe, references=pipe.load_references(path))
 
 
@@ -328,24 +318,20 @@ def test_saved_references(
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A file of every writer, some with all that diffusers says beside it."""
-    folder = tmp_path_factory.mktemp("damaged")
+    folder, files = tmp_path_factory.mktemp("damaged"), []
     said = {"transformer.lora_alpha": 2, "transformer.alpha_pattern": {"to_q": 1.5, "ff.*": 3}}
     said |= {"transformer.rank_pattern": {"to_q": 2}, "transformer.use_rslora": True}
-    return [
-        save(
-            folder / f"{number}.safetensors",
-            make(writer)[0],
-            **{"lora_adapter_metadata": json.dumps(said)} if "diffusers" in name else {},
-        )
-        for number, (name, writer) in enumerate(WRITERS.items())
-    ]
+    for number, (name, writer) in enumerate(WRITERS.items()):
+        beside = {"lora_adapter_metadata": json.dumps(said)} if "diffusers" in name else {}
+        files.append(save(folder / f"{number}.safetensors", make(writer)[0], **beside))
+    return files
 
 
 @few
 @given(DATA)
 def test_loras(loras: list[Path], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(loras))
-    content = damaged_file(data, path)
+    content = damaged_safetensors(data, path.read_bytes())
     with written(path, content):
         with works_or_one_clear_error():
             assert describe_lora(path)["keys"]
@@ -358,40 +344,11 @@ def test_loras(loras: list[Path], data: st.DataObject) -> None:
 
 # --- prompts ---
 
-PIECES = st.sampled_from(
-    [
-        *(
-            "<|im_end|>",
-            "<|im_start|>",
-            "<|endoftext|>",
-            "<think>",
-            "</think>",
-            "<|im_",
-            "assistant\n",
-        ),
-        *(
-            "{{ messages }}",
-            "{% raise %}",
-            "%s",
-            "{0}",
-            "\0",
-            "\x1b[31m",
-            "\r\n",
-            "\u2028",
-            "\ufeff",
-        ),
-        *(
-            "\ud800",
-            "\udfff",
-            "\u202e",
-            "\u0301" * 50,
-            "\U0001f468\u200d",
-            "kite ",
-            "9" * 40,
-            "a" * 999,
-        ),
-    ]
-)
+PIECES = st.sampled_from([
+    "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "<|im_", "assistant\n",
+    "{{ messages }}", "{% raise %}", "%s", "{0}", "\0", "\x1b[31m", "\r\n", "\u2028", "\ufeff",
+    "\ud800", "\udfff", "\u202e", "\u0301" * 50, "\U0001f468\u200d", "kite ", "9" * 40, "a" * 999,
+])  # fmt: skip
 TEXTS = st.text() | st.lists(PIECES | st.text(max_size=5), max_size=20).map("".join)
 LONG = st.builds(lambda text, times: text * times, TEXTS, st.sampled_from([1, 1, 1, 100, 1000]))
 ODD = st.sampled_from(
@@ -409,14 +366,8 @@ def test_prompts(tiny_ours: KleinKVPipeline, prompt: Any, length: Any, data: st.
     with works_or_one_clear_error(seconds=20):
         ask = CallArguments(prompt=prompt, max_sequence_length=length)
         tokens = tiny_ours.prompts.tokenize(texts_of(ask.prompt), length)
-        assert (
-            tokens["input_ids"].shape
-            == tokens["attention_mask"].shape
-            == (
-                len(texts_of(prompt)),
-                length,
-            )
-        )
+        shape = (len(texts_of(prompt)), length)
+        assert tokens["input_ids"].shape == tokens["attention_mask"].shape == shape
     if data.draw(st.integers(0, 9)) == 0 and length in (1, 2, 16):
         with works_or_one_clear_error(seconds=20):
             make_small_image(tiny_ours, prompt=prompt, max_sequence_length=length)

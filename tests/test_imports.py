@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (  # each may import those before it, and itself
     ("klein_kv.errors", "klein_kv.lazy"),
-    ("klein_kv.machine", "klein_kv.schedule", "klein_kv.unfinished"),
+    ("klein_kv.json_values", "klein_kv.machine", "klein_kv.schedule", "klein_kv.unfinished"),
     ("klein_kv.artifacts",),
     ("klein_kv.networks",),
     ("klein_kv.engines", "klein_kv.runtime"),  # not each other

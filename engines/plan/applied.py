@@ -14,7 +14,7 @@ __all__ = ["check_applied", "find_product", "product_format"]
 _FORMATS = {"FP8": "fp8", "FP4": "nvfp4", "FP4E2M1": "nvfp4"}
 
 
-def check_applied(graph: str, engine: str, nodes: QuantizedNodes, plan: KernelPlan) -> None:
+def check_applied(nodes: QuantizedNodes, plan: KernelPlan) -> None:
     """Refuses, with a `BuildError`, an engine without the low precision that its graph asks for."""
     native: dict[str, str] = {}
     for kernel in plan.kernels:
@@ -25,8 +25,8 @@ def check_applied(graph: str, engine: str, nodes: QuantizedNodes, plan: KernelPl
     if missing:
         wanted = len(nodes.products) + len(nodes.attentions)
         raise BuildError(
-            f"{graph}: quantization was not applied: for {engine}, {len(missing)} of {wanted} "
-            f"quantized products and attentions are no kernels of low precision: "
+            f"{plan.graph}: quantization was not applied: for {plan.engine}, {len(missing)} of "
+            f"{wanted} quantized products and attentions are no kernels of low precision: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Sizes may be too "
             "small or odd for such kernels, or the GPU has none: keep these layers in an override "
             "of the quantization recipe, or build another precision"

@@ -6,16 +6,15 @@ enough to see what is computed in low precision (`applied`), and to price a plan
 """
 
 import json
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from klein_kv.artifacts.config import text_of
 from klein_kv.errors import MALFORMED, ArtifactError, BuildError
+from klein_kv.json_values import from_json
 
 __all__ = ["FORMAT", "Kernel", "KernelPlan", "Operand", "parse_line"]
 
@@ -41,11 +40,6 @@ ITEM_BITS = {
 # The builder's stream synchronisation and shape arithmetic on the host: no work for the GPU.
 _NO_KERNEL = ("signal", "wait", "shape_call")
 
-_FIELDS = (
-    ("Inputs: ", ", Constants: "),
-    ("Constants: ", ", Outputs: "),
-    ("Outputs: ", ", TacticName: "),
-)
 _OPERAND = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], "
     r"Strides: \[(?P<strides>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)"
@@ -61,11 +55,6 @@ class Operand:
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-
-    @property
-    def known(self) -> bool:
-        """Whether every dimension is a number."""
-        return all(dim >= 0 for dim in self.dims)
 
     @property
     def elements(self) -> int:
@@ -94,8 +83,7 @@ class Kernel:
     @property
     def operation(self) -> str:
         """The name without what makes it unique: equal for equal kernels of different blocks."""
-        match = re.match(r"_*(?:myl_)?(.*?)(?:_U\d+)?(?:_myl\d+_\d+)?$", self.name)
-        return match[1] if match else self.name
+        return re.sub(r"^_*(myl_)?|(_U\d+)?(_myl\d+_\d+)?$", "", self.name)
 
     @property
     def is_attention(self) -> bool:
@@ -117,7 +105,7 @@ class KernelPlan:
     def known(self) -> bool:
         """Whether every operand has concrete dimensions: not so for dynamic shapes."""
         return all(
-            operand.known
+            min(operand.dims, default=0) >= 0
             for kernel in self.kernels
             for operand in (*kernel.inputs, *kernel.constants, *kernel.outputs)
         )
@@ -147,14 +135,8 @@ class KernelPlan:
             value = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
                 raise ArtifactError(f"{path} is not a kernel plan of this klein-kv; build again")
-            kernels = tuple(_kernel_from_json(kernel) for kernel in value["kernels"])
-            return cls(
-                text_of(value["graph"]),
-                text_of(value["engine"]),
-                kernels,
-                int(value["scratch_bytes"]),
-                tuple(map(text_of, value["weights"])),
-            )
+            plan: Self = from_json(cls, value)
+            return plan
         except (OSError, *MALFORMED) as error:
             raise ArtifactError(f"{path} cannot be read: {error!r}; build again") from error
 
@@ -167,17 +149,21 @@ def parse_line(line: str) -> Kernel:
             f"cannot read the builder's kernel plan: expected 'Name: ..., LayerType: ..., "
             f"Inputs: ...', got {line[:120]!r}"
         )
-    operands = []
-    for start, end in _FIELDS:
-        text, closing, _ = line.partition(start)[2].partition(end)
-        operands.append(tuple(_operands(text)) if closing else ())
+    inputs, constants, outputs = (
+        tuple(_operands(line.partition(f"{field}: [")[2].partition(end)[0]))
+        for field, end in (
+            ("Inputs", ", Constants: "),
+            ("Constants", ", Outputs: "),
+            ("Outputs", ", TacticName: "),
+        )
+    )
     stream = re.search(r", StreamId: (\d+)", line)
     return Kernel(
         name=head["name"],
         kind=head["kind"],
-        inputs=operands[0],
-        constants=operands[1],
-        outputs=operands[2],
+        inputs=inputs,
+        constants=constants,
+        outputs=outputs,
         onnx_layers=tuple(_ONNX_LAYER.findall(line.rpartition("Metadata: ")[2])),
         stream=int(stream[1]) if stream else 0,
     )
@@ -192,26 +178,3 @@ def _operands(text: str) -> list[Operand]:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",")) if text else ()
-
-
-def _kernel_from_json(value: dict[str, Any]) -> Kernel:
-    def operands(key: str) -> tuple[Operand, ...]:
-        return tuple(
-            Operand(
-                text_of(o["name"]),
-                tuple(map(operator.index, o["dims"])),
-                tuple(map(operator.index, o["strides"])),
-                text_of(o["dtype"]),
-            )
-            for o in value[key]
-        )
-
-    return Kernel(
-        text_of(value["name"]),
-        text_of(value["kind"]),
-        operands("inputs"),
-        operands("constants"),
-        operands("outputs"),
-        tuple(map(text_of, value["onnx_layers"])),
-        int(value["stream"]),
-    )

@@ -6,9 +6,8 @@ peak; launches, caches and overlapping streams are left out. What the price show
 no multiplication needs: copies, transposes, elementwise passes.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -22,8 +21,7 @@ from klein_kv.errors import BuildError
 __all__ = ["PlanPrice", "price_plan"]
 
 _PRECISION = {"BFloat16": "bf16", "Half": "fp16", "FP8": "fp8", "FP4": "fp4", "FP4E2M1": "fp4"}
-# Words in a kernel's name that read only a part of an operand.
-_PARTIAL = re.compile("Slic|Gath")
+_PARTIAL = ("Slic", "Gath")  # in the name of a kernel that reads only a part of an operand
 
 
 class KernelPrice(NamedTuple):
@@ -70,7 +68,6 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
             f"the kernel plan of {plan.graph} has no concrete sizes, because its engine takes "
             "dynamic shapes; build a recipe of one shape, such as static-1024-4ref, to price it"
         )
-    weights = frozenset(plan.weights)
     prices = [price_kernel(kernel, gpu) for kernel in plan.kernels]
     attentions = [kernel for kernel in plan.kernels if kernel.is_attention]
     formats = [product_format(kernel) for kernel in plan.kernels if not kernel.is_attention]
@@ -87,7 +84,7 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
         ideal_seconds=ideal,
         ratio=seconds / ideal if ideal else float("inf"),
         scratch_bytes=plan.scratch_bytes,
-        weight_copies=tuple(k.name for k in plan.kernels if copies_weight(k, weights)),
+        weight_copies=tuple(k.name for k in plan.kernels if copies_weight(k, plan.weights)),
         blended_modulations=tuple(k.name for k in plan.kernels if blends_modulation(k)),
         native_products=dict(Counter(name for name in formats if name is not None)),
         float8_attentions=sum(product_format(kernel) == "fp8" for kernel in attentions),
@@ -102,17 +99,16 @@ def price_kernel(kernel: Kernel, gpu: Gpu) -> KernelPrice:
     ideal = 0.0
     if flops:
         precision = _PRECISION.get(dtype, dtype)
-        peak = gpu.peak(precision)
-        if peak is None:
+        if precision not in gpu.tflops:
             raise BuildError(
                 f"no throughput of {gpu.name} for {precision} is known (kernel {kernel.name}); "
                 f"known: {', '.join(gpu.tflops)}"
             )
-        ideal = flops / peak
+        ideal = flops / (gpu.tflops[precision] * 1e12)
     return KernelPrice(flops, moved, max(ideal, moved / (gpu.bandwidth * 1e9)), ideal)
 
 
-def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
+def copies_weight(kernel: Kernel, weights: Collection[str]) -> bool:
     """Whether a kernel that multiplies nothing writes a weight anew: transposed, cast or copied.
 
     A gather reads rows of a weight (the token embedding) and writes less than it. Block scales are
@@ -133,13 +129,11 @@ def copies_weight(kernel: Kernel, weights: frozenset[str]) -> bool:
 def moves_block_scales(kernel: Kernel) -> bool:
     """Whether a kernel brings the block scales of an nvfp4 weight into the order of its product.
 
-    TensorRT-RTX 1.7.1 does this at every run, in two kernels per weight (the second reads what the
-    first wrote and is not counted): one per 16 numbers of the weight. No input takes them in
-    that order.
+    TensorRT-RTX 1.7.1 does so at every run, in two kernels per weight; the second, which reads what
+    the first wrote, is not counted. No input takes them in that order.
     """
-    return not _matrix_flops(kernel)[0] and any(
-        operand.name.endswith(BLOCK_SCALES) for operand in kernel.inputs
-    )
+    reads = any(operand.name.endswith(BLOCK_SCALES) for operand in kernel.inputs)
+    return reads and not _matrix_flops(kernel)[0]
 
 
 def blends_modulation(kernel: Kernel) -> bool:
@@ -176,12 +170,11 @@ def _matrix_flops(kernel: Kernel) -> tuple[int, str]:
 def _bytes_read(kernel: Kernel, exact: bool) -> int:
     """Bytes of the inputs, through slices and gathers only what is used of them.
 
-    The builder names an operand whole even where a kernel reads a slice. An elementwise kernel
-    cannot read more of a sliced operand than fits in its largest output beside what it copies
-    whole. A tensor that is listed twice is read through two slices.
+    The builder names an operand whole even where a kernel reads a slice: of it no more than fits in
+    the largest output, beside what is copied whole. One that is listed twice is read in two slices.
     """
     inputs = [*kernel.inputs, *kernel.constants]
-    if exact or not _PARTIAL.search(kernel.operation):
+    if exact or not any(word in kernel.operation for word in _PARTIAL):
         return sum(operand.nbytes for operand in _distinct(inputs))
     room = max((operand.elements for operand in kernel.outputs), default=0)
     sliced = [operand for operand in inputs if operand.elements > room]

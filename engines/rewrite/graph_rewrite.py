@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klein_kv.artifacts.signature import Signature
-from klein_kv.artifacts.weights import WeightRef
+from klein_kv.artifacts.weights import WeightPlace, WeightRef, refs_from_places
 from klein_kv.engines.rewrite.graph_quantization import QuantizedNodes, find_quantized
 from klein_kv.errors import ArtifactError, BackendError, BuildError
 
@@ -116,39 +116,19 @@ def _described(value: "onnx.ValueInfoProto") -> str:
 
 
 def _external_weights(model: "onnx.ModelProto", path: Path) -> dict[str, WeightRef]:
-    weights: dict[str, WeightRef] = {}
-    sizes: dict[str, int] = {}
+    places: dict[str, WeightPlace] = {}
     for tensor in model.graph.initializer:
         if not tensor.external_data:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        if not location or Path(location).name != location:
-            raise ArtifactError(
-                f"{path}: weight {tensor.name} lies in {location!r}, expected a file in the same "
-                "folder; export the checkpoint again"
-            )
-        if location not in sizes:
-            try:
-                sizes[location] = (path.parent / location).stat().st_size
-            except OSError as error:
-                raise ArtifactError(
-                    f"weight file {path.parent / location} cannot be read ({error.strerror}); "
-                    "export the checkpoint again"
-                ) from error
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-        if tensor.data_type not in _DTYPES:
-            raise ArtifactError(f"{path}: weight {tensor.name} has ONNX type {tensor.data_type}")
-        if not 0 <= offset <= offset + length <= sizes[location]:
-            raise ArtifactError(
-                f"{path}: weight {tensor.name} ends at byte {offset + length} of {location}, which "
-                f"has {sizes[location]}; export the checkpoint again"
-            )
-        dtype = _DTYPES[tensor.data_type]
-        weights[tensor.name] = WeightRef(
-            path.parent / location, offset, length, dtype, tuple(tensor.dims)
+        places[tensor.name] = WeightPlace(
+            entries.get("location", ""),
+            int(entries.get("offset", 0)),
+            int(entries.get("length", 0)),
+            _DTYPES.get(tensor.data_type, f"type {tensor.data_type}"),
+            tuple(tensor.dims),
         )
-    return weights
+    return refs_from_places(path.parent, places, path)
 
 
 def _move_to_inputs(model: "onnx.ModelProto", names: Iterable[str]) -> None:

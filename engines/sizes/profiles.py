@@ -2,49 +2,39 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from klein_kv.artifacts.config import ModelConfig
+from klein_kv.artifacts.engines.engine_record import ProfileRecord, Shapes
 from klein_kv.artifacts.signature import Signature
 from klein_kv.engines.sizes.recipe import Range, Recipe, ShapeProfile
 from klein_kv.errors import BuildError
 from klein_kv.networks.merge import MOST_ROWS, RANKS
 from klein_kv.networks.transformer import transformer_parameters
 
-__all__ = ["EngineProfile", "engine_profiles", "symbol_ranges"]
+__all__ = ["NEED_REFERENCES", "engine_profiles"]
 
 MAX_ASPECT = 8
 """Longer over shorter side of a reference image (diffusers: `Flux2KleinKVPipeline.check_inputs`
 and its image processor)."""
 
-_NEED_REFERENCES = ("first_step", "encode_references")
-"""Graphs that do not run on 0 reference tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineProfile:
-    """Shapes of one optimization profile: input -> (min, opt, max)."""
-
-    name: str
-    symbols: dict[str, Range]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+NEED_REFERENCES = ("vae_encoder", "encode_references", "first_step")
+"""Graphs that do not run without references."""
 
 
 def engine_profiles(
     signature: Signature, recipe: Recipe, config: ModelConfig
-) -> list[EngineProfile]:
+) -> list[ProfileRecord]:
     """The profiles of one engine; equal ones are kept once.
 
     A `BuildError` tells of a size that is no multiple of a token's pixels, or of no profile at all.
     """
-    profiles: list[EngineProfile] = []
+    profiles: list[ProfileRecord] = []
+    merges = _merge_ranges(config)
     for profile in recipe.profiles:
         for part, symbols in _boxes(signature.graph, profile, config.vae.multiple_of):
-            symbols |= _merge_ranges(config)
-            used = {symbol: symbols[symbol] for symbol in signature.symbols}
-            if any(profile.symbols == used for profile in profiles):
-                continue
-            profiles.append(EngineProfile(part, used, _shapes(signature, used)))
+            used = {symbol: (symbols | merges)[symbol] for symbol in signature.symbols}
+            if all(used != other.symbols for other in profiles):
+                profiles.append(ProfileRecord(part, {**used}, _shapes(signature, used)))
     if not profiles:
         raise BuildError(
             f"{signature.graph}: no profile of recipe {recipe.name} has reference images; build "
@@ -53,12 +43,8 @@ def engine_profiles(
     return profiles
 
 
-def symbol_ranges(profile: ShapeProfile, unit: int) -> dict[str, Range]:
-    """Sizes of the symbolic axes of `artifacts.signature`, but for height and width.
-
-    `unit` is the pixels of a token's side; a `BuildError` tells of a size that is no multiple of
-    it.
-    """
+def _symbol_ranges(profile: ShapeProfile, unit: int) -> dict[str, Range]:
+    """Sizes of the symbolic axes of `artifacts.signature`, but for height and width."""
     for field in ("output", "reference_size"):
         for size in getattr(profile, field):
             if size.width % unit or size.height % unit:
@@ -92,20 +78,17 @@ def _merge_ranges(config: ModelConfig) -> dict[str, Range]:
 
 def _boxes(graph: str, profile: ShapeProfile, unit: int) -> list[tuple[str, dict[str, Range]]]:
     """Symbol ranges of one recipe profile for one graph; several for the VAE encoder."""
-    symbols = symbol_ranges(profile, unit)
+    symbols = _symbol_ranges(profile, unit)
     tokens = symbols["ref_tokens"]
+    if graph in NEED_REFERENCES and not tokens.max:
+        return []
     if graph == "vae_encoder":
-        return _reference_boxes(profile, unit) if tokens.max else []
-    if graph in _NEED_REFERENCES:
-        if not tokens.max:
-            return []
-        least = _tokens(profile.reference_size.min, unit)
+        return _reference_boxes(profile, unit)
+    if graph in NEED_REFERENCES:
+        smallest = profile.reference_size.min
+        least = (smallest.width // unit) * (smallest.height // unit)
         symbols["ref_tokens"] = Range(*(max(value, least) for value in tokens))
     return [(profile.name, symbols)]
-
-
-def _tokens(size: tuple[int, int], unit: int) -> int:
-    return (size[0] // unit) * (size[1] // unit)
 
 
 def _reference_boxes(profile: ShapeProfile, unit: int) -> list[tuple[str, dict[str, Range]]]:
@@ -120,12 +103,9 @@ def _reference_boxes(profile: ShapeProfile, unit: int) -> list[tuple[str, dict[s
         exact = {"width": Range(*[low.width] * 3), "height": Range(*[low.height] * 3)}
         return [(profile.name, exact)]
     side = math.sqrt(high.width * high.height)
-    bounds = [
-        (_up(side * 1.5, unit), _up(side, unit)),
-        (_up(side * math.sqrt(MAX_ASPECT), unit), _up(side / 1.5, unit)),
-    ]
     boxes = []
-    for long, short in bounds:
+    for most_long, most_short in ((1.5, 1), (math.sqrt(MAX_ASPECT), 1 / 1.5)):
+        long, short = (math.ceil(side * x / unit) * unit for x in (most_long, most_short))
         for width, height in ((long, short), (short, long)):
             ranges = {
                 "width": Range(low.width, min(typical.width, width), width),
@@ -135,19 +115,11 @@ def _reference_boxes(profile: ShapeProfile, unit: int) -> list[tuple[str, dict[s
     return boxes
 
 
-def _up(pixels: float, unit: int) -> int:
-    return math.ceil(pixels / unit) * unit
-
-
-def _shapes(
-    signature: Signature, symbols: Mapping[str, Range]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def _shapes(signature: Signature, symbols: Mapping[str, Range]) -> Shapes:
+    ends = [{symbol: values[i] for symbol, values in symbols.items()} for i in range(3)]
     shapes = {}
     for spec in signature.inputs:
         if any(isinstance(axis, str) for axis in spec.shape):
-            low, typical, high = (
-                spec.concrete({symbol: values[i] for symbol, values in symbols.items()})
-                for i in range(3)
-            )
+            low, typical, high = (spec.concrete(sizes) for sizes in ends)
             shapes[spec.name] = (low, typical, high)
     return shapes

@@ -26,7 +26,6 @@ __all__ = [
     "dtype_name",
     "read_json",
     "tensor_bytes",
-    "text_of",
 ]
 
 T = TypeVar("T")
@@ -76,14 +75,6 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} must be a JSON object, got {type(value).__name__}: {path}")
-    return value
-
-
-def text_of(value: Any) -> str:
-    """A text that a file holds; a TypeError if it is none, a ValueError if no Unicode."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
-    value.encode()  # JSON may hold half a surrogate pair
     return value
 
 
@@ -411,18 +402,5 @@ class ModelConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_saved` reads them back."""
+        """Plain values for JSON; `from_json` reads them back."""
         return asdict(self)
-
-    @classmethod
-    def from_saved(cls, value: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` wrote."""
-        return cls(
-            _from_saved(TransformerConfig, value["transformer"]),
-            _from_saved(TextEncoderConfig, value["text_encoder"]),
-            _from_saved(VaeConfig, value["vae"]),
-        )
-
-
-def _from_saved(kind: type[T], value: Mapping[str, Any]) -> T:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})

@@ -5,12 +5,11 @@ stay inside the folder.
 """
 
 import json
-import operator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json, text_of
+from klein_kv.artifacts.config import DTYPES, ModelConfig, VaeConfig, read_json
 from klein_kv.artifacts.digest import (
     combine_digests,
     file_digest,
@@ -30,6 +29,7 @@ from klein_kv.artifacts.signature import (
     quantized_graph_sets,
 )
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError, RequestError
+from klein_kv.json_values import from_json, read_document
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest"]
 
@@ -73,13 +73,8 @@ class Manifest:
         valid.
         """
         others = self.quantized_files | set(SMALL_GRAPH_FILES.values())
-        return combine_digests(
-            {
-                name: record.digest
-                for name, record in self.files.items()
-                if name.endswith((".onnx", ".safetensors")) and name not in others
-            }
-        )
+        names = [x for x in self.files if x.endswith((".onnx", ".safetensors"))]
+        return combine_digests({x: self.files[x].digest for x in names if x not in others})
 
     @property
     def quantized_files(self) -> set[str]:
@@ -99,9 +94,7 @@ class Manifest:
                 f"the artifacts of {self.model_id} hold no precision {precision!r} (quantized: "
                 f"{held}); make it with `klein-kv quantize ARTIFACTS --recipe {precision}`"
             )
-        starts = tuple(
-            f"{component}/{name}." for component, name in self.precisions[precision].items()
-        )
+        starts = tuple(f"{part}/{name}." for part, name in self.precisions[precision].items())
         return sorted(name for name in self.files if name.startswith(starts))
 
     @property
@@ -193,21 +186,8 @@ class Manifest:
             if "num_levels" in value["config"]["vae"]:  # a folder from before the VAE was described
                 vae = read_json(folder / "vae/config.json", "vae config")
                 value["config"]["vae"] = asdict(VaeConfig.from_dict(vae))
-            manifest = cls(
-                model_id=text_of(value["model_id"]),
-                variant=value["variant"],
-                dtype=value["dtype"],
-                config=ModelConfig.from_saved(value["config"]),
-                scheduler={**value["scheduler"]},
-                prompt=PromptFormat(**value["prompt"]),
-                files={name: _file_record(**record) for name, record in value["files"].items()},
-                licence=text_of(value["licence"]),
-                distilled=bool(value.get("distilled", True)),
-                precisions={
-                    name: {component: text_of(files) for component, files in networks.items()}
-                    for name, networks in value.get("precisions", {}).items()
-                },
-            )
+            known = {field.name for field in fields(cls)}
+            manifest: Self = from_json(cls, {x: value[x] for x in known & value.keys()})
         except (*MALFORMED, CheckpointError) as error:
             raise ArtifactError(
                 f"{folder / MANIFEST} is incomplete ({error!r}); export the checkpoint again"
@@ -231,14 +211,16 @@ class Manifest:
     def check_precisions(self, folder: Path) -> None:
         """Refuses precisions and networks of other names, and ones whose files are not listed."""
         for precision, networks in self.precisions.items():
-            wrong = None if "transformer" in networks else "has no transformer"
-            for component, name in networks.items():
-                if component not in _QUANTIZED or not {precision, name} <= set(PRECISION_FORMATS):
-                    wrong = f"has other names than expected ({component!r} in {name!r})"
-                    break
-                missing = [x for x in quantized_files(component, name) if x not in self.files]
-                if missing:
-                    wrong = f"lists no {missing[0]}"
+            known = {precision, *networks.values()} <= set(PRECISION_FORMATS)
+            files = [x for pair in networks.items() for x in quantized_files(*pair)]
+            missing = [x for x in files if x not in self.files]
+            wrong = None
+            if not known or not set(networks) <= set(_QUANTIZED):
+                wrong = f"has other names than expected ({networks})"
+            elif "transformer" not in networks:
+                wrong = "has no transformer"
+            elif missing:
+                wrong = f"lists no {missing[0]}"
             if wrong is not None:
                 raise ArtifactError(
                     f"{folder / MANIFEST}: precision {precision!r} {wrong}; quantize again"
@@ -246,36 +228,37 @@ class Manifest:
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder where a file is missing, or has another size or digest."""
-        for name, record in self.files.items():
-            try:
-                path = inside(folder, name)
-                size = path.stat().st_size
-                digest = file_digest(path) if size == record.bytes else ""
-            except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
-                raise ArtifactError(
-                    f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
-                    "export the checkpoint again"
-                ) from error
-            if digest != record.digest:
-                got, expected = digest, record.digest
-                if size != record.bytes:
-                    got, expected = f"{size} bytes", f"{record.bytes} bytes"
-                if other := stand_in(path):
-                    raise ArtifactError(f"{path} {other}")
-                raise ArtifactError(
-                    f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
-                    f"{expected}; it was changed or damaged, export the checkpoint again"
-                )
+        for name in self.files:
+            self.check_file(folder, name)
 
-
-def _file_record(bytes: int, digest: str, sha256: str = "") -> FileRecord:  # noqa: A002
-    return FileRecord(operator.index(bytes), text_of(digest), text_of(sha256))
+    def check_file(self, folder: Path, name: str) -> None:
+        """The same for one file that is listed."""
+        record = self.files[name]
+        try:
+            path = inside(folder, name)
+            size = path.stat().st_size
+            digest = file_digest(path) if size == record.bytes else ""
+        except (OSError, ValueError, RuntimeError) as error:  # a circle of links is the last
+            raise ArtifactError(
+                f"{name!r} is listed in {folder / MANIFEST} but cannot be read ({error}); "
+                "export the checkpoint again"
+            ) from error
+        if digest == record.digest:
+            return
+        got, expected = digest, record.digest
+        if size != record.bytes:
+            got, expected = f"{size} bytes", f"{record.bytes} bytes"
+        if other := stand_in(path):
+            raise ArtifactError(f"{path} {other}")
+        raise ArtifactError(
+            f"{path} is not the file that {MANIFEST} describes: got {got}, expected "
+            f"{expected}; it was changed or damaged, export the checkpoint again"
+        )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_document(folder / MANIFEST, _FORMAT, FORMAT_VERSION, "export again")
     except FileNotFoundError as error:
         hint = ""
         if (folder / "model_index.json").exists():
@@ -283,14 +266,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} is not a klein-kv artifact folder: it has no {MANIFEST}{hint}"
         ) from error
-    except (OSError, *MALFORMED) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; export again") from error
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise ArtifactError(f"{path} is not a klein-kv manifest; expected format {_FORMAT!r}")
-    version = value.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}, this klein-kv reads {FORMAT_VERSION}; "
-            "upgrade klein-kv or export again"
-        )
-    return value

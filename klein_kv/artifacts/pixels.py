@@ -116,29 +116,31 @@ def prepare_reference(
     Raises:
         RequestError: as of `check_reference` and `check_matte`, or PIL cannot read or convert it.
     """
-    with _reading(image):
+    with _preparing(image):
         return _resized_and_cropped(_srgb(_eight_bits(image), matte), multiple_of)
 
 
 def to_rgb(image: Image.Image, matte: str | None = "white") -> Image.Image:
     """A whole image in the colours that `prepare_reference` gives it, which has the errors too."""
-    with _reading(image):
+    with _preparing(image):
         return _srgb(_eight_bits(image), matte).convert("RGB")
 
 
-@contextlib.contextmanager
-def _reading(image: Image.Image) -> Iterator[None]:
-    """Checks an image; PIL, which reads files late, may find it damaged in the block."""
+def _preparing(image: Image.Image) -> contextlib.AbstractContextManager[None]:
     check_reference(image)
+    what = f"reference image (mode {image.mode}) cannot be read or turned into RGB"
+    return _refusing(what, "; load it anew, or convert it first")
+
+
+@contextlib.contextmanager
+def _refusing(what: str, remedy: str = "") -> Iterator[None]:
+    """A `RequestError` of whatever PIL, which reads files late, finds damaged in the block."""
     try:
         yield
     except RequestError:
         raise
     except _DECODE_ERRORS as error:
-        raise RequestError(
-            f"reference image (mode {image.mode}) cannot be read or turned into RGB: {error}; "
-            "load it anew, or convert it first"
-        ) from error
+        raise RequestError(f"{what}: {error}{remedy}") from error
 
 
 def _resized_and_cropped(image: Image.Image, multiple_of: int) -> NDArray[np.uint8]:
@@ -173,45 +175,37 @@ def load_image(path: str | Path, matte: str | None = "white") -> Image.Image:
     """
     path = Path(path)
     formats: list[str] = []
-    try:
-        formats = _formats(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond half the limit
+    with _refusing(f"image file cannot be read: {path}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond half the limit
+        try:
+            formats = _formats(path)
             opened = Image.open(path, formats=formats)
-    except RequestError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise RequestError(
-            f"image is too large: {path}: {error} Make it smaller (a reference of more than "
-            "1024x1024 pixels is reduced anyway), or raise PIL.Image.MAX_IMAGE_PIXELS "
-            "(klein-kv generate: --max-megapixels)"
-        ) from error
-    except FileNotFoundError as error:
-        raise RequestError(f"image file does not exist: {path}") from error
-    except UnidentifiedImageError as error:
-        raise RequestError(
-            f"not an image that can be read: {path}; expected {', '.join(formats)}"
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise RequestError(f"image file cannot be read: {path}: {error}") from error
-    try:
-        with opened:
-            width, height = opened.size
-            if width * height > _READ_WHOLE:  # down to no less than 2048x2048
-                times = math.isqrt(width * height // (4 * MAX_AREA))
-                opened.draft(None, (width // times, height // times))
-            opened.load()
-            image = _srgb(ImageOps.exif_transpose(_eight_bits(opened)), matte)
-            if matte is not None or not image.has_transparency_data:
-                image = image.convert("RGB")
-            image.info.pop("icc_profile", None)
-            return image
-    except RequestError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise RequestError(
-            f"image file is damaged or cut short: {path}: {error}; save or download it again"
-        ) from error
+        except Image.DecompressionBombError as error:
+            raise RequestError(
+                f"image is too large: {path}: {error} Make it smaller (a reference of more than "
+                "1024x1024 pixels is reduced anyway), or raise PIL.Image.MAX_IMAGE_PIXELS "
+                "(klein-kv generate: --max-megapixels)"
+            ) from error
+        except FileNotFoundError as error:
+            raise RequestError(f"image file does not exist: {path}") from error
+        except UnidentifiedImageError as error:
+            raise RequestError(
+                f"not an image that can be read: {path}; expected {', '.join(formats)}"
+            ) from error
+    damaged = _refusing(
+        f"image file is damaged or cut short: {path}", "; save or download it again"
+    )
+    with damaged, opened:
+        width, height = opened.size
+        if width * height > _READ_WHOLE:  # down to no less than 2048x2048
+            times = math.isqrt(width * height // (4 * MAX_AREA))
+            opened.draft(None, (width // times, height // times))
+        opened.load()
+        image = _srgb(ImageOps.exif_transpose(_eight_bits(opened)), matte)
+        if matte is not None or not image.has_transparency_data:
+            image = image.convert("RGB")
+        image.info.pop("icc_profile", None)
+        return image
 
 
 def _formats(path: Path) -> list[str]:

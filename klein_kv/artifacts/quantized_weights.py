@@ -16,6 +16,7 @@ from typing import Any
 from klein_kv.artifacts.numbers import PRECISION_FORMATS, QuantizedLinear
 from klein_kv.artifacts.weights import read_header
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError
+from klein_kv.json_values import read_document
 
 __all__ = [
     "BLOCK_SCALES",
@@ -84,18 +85,8 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             f"precision is {precision!r}, expected one of {', '.join(PRECISION_FORMATS)}"
         )
     weights, scales = (artifacts / name for name in quantized_files(component, precision))
-    if not scales.is_file():
-        raise ArtifactError(
-            f"{artifacts} has no {component} in {precision}: {scales} is missing; make it with "
-            f"`klein-kv quantize {artifacts} --recipe {precision}`"
-        )
     try:
-        value = json.loads(scales.read_text(encoding="utf-8"))
-        if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
-            raise ArtifactError(
-                f"{scales} is {value['format']!r} of version {value['format_version']}, expected "
-                f"{_FORMAT!r} of version {_FORMAT_VERSION}; quantize again"
-            )
+        value = read_document(scales, _FORMAT, _FORMAT_VERSION, "quantize again")
         refs = read_header(weights, quantized=True)
         linears = {
             name: QuantizedLinear(
@@ -112,6 +103,11 @@ def load_quantized(artifacts: Path, component: str, precision: str) -> Quantized
             for block, ranges in value["attention"].items()
         }
         quantized = QuantizedComponent(linears, attention, {**value["origin"]})
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{artifacts} has no {component} in {precision}: {scales} is missing; make it with "
+            f"`klein-kv quantize {artifacts} --recipe {precision}`"
+        ) from error
     except (OSError, CheckpointError, *MALFORMED) as error:
         raise ArtifactError(
             f"{scales} and {weights.name} cannot be read together "

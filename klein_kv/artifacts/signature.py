@@ -78,11 +78,6 @@ class KVFormat(StrEnum):
     FP8_CONSTANT = "float8_e4m3fn static"
     """Float8 whose scales are constants of the graphs."""
 
-    @property
-    def dtype(self) -> str:
-        """Type of the numbers."""
-        return "float8_e4m3fn"
-
 
 _FLOAT8_KV = "_fp8_kv"
 
@@ -113,12 +108,15 @@ class GraphSet:
         """Path of each graph relative to the folder, by the graph's name."""
         if self.variant == "kv" and self.kv_dtype == KVFormat.FP8_PER_HEAD:
             return FLOAT8_KV_FILES
+        end = "_static_fp8_kv" if self.kv_dtype == KVFormat.FP8_CONSTANT else ""
+        if self.attention is not None:
+            end = "_fp8_attention"
         files, quantized = dict(VARIANTS[self.variant]), dict(self.quantized)
         for graph, file in files.items():
             component, _, name = file.partition("/")
-            if component in quantized:
-                end = self._suffix if component == "transformer" else ""
+            if component == "transformer":
                 name = name.replace(".onnx", f"{end}.onnx")
+            if component in quantized:
                 files[graph] = f"{component}/{quantized[component]}.{name}"
         return files
 
@@ -131,12 +129,6 @@ class GraphSet:
     def file(self, graph: str) -> str:
         """Path of one graph of either kind."""
         return (self.files | self.small_files)[graph]
-
-    @property
-    def _suffix(self) -> str:
-        if self.attention is not None:
-            return "_fp8_attention"
-        return "_static_fp8_kv" if self.kv_dtype == KVFormat.FP8_CONSTANT else ""
 
     @property
     def precision(self) -> str | None:
@@ -300,7 +292,7 @@ def kv_tensors(net: TransformerConfig, dtype: str, kv_dtype: str | None = None) 
 
 
 def _numbers(dtype: str, kv_dtype: str | None) -> str:
-    return dtype if kv_dtype in (None, dtype) else KVFormat(kv_dtype).dtype
+    return dtype if kv_dtype in (None, dtype) else "float8_e4m3fn"
 
 
 def make_signature(
@@ -312,71 +304,59 @@ def make_signature(
     same, a `KVFormat`, or None for the same. A `RequestError` tells of another.
     """
     net = config.transformer
+    channels, width = net.in_channels, net.joint_attention_dim
+    latents, prompt = ("batch", "image_tokens", channels), ("batch", "text_tokens")
+    pixels, grid = ("height", "width", 3), ("grid_height", "grid_width", channels)
+    weight = ("rows", "columns")
     kv = tuple(kv_tensors(net, dtype, kv_dtype))
+    text = TensorSpec("encoder_hidden_states", dtype, (*prompt, width))
     references = (
-        TensorSpec("ref_hidden_states", dtype, (1, "ref_tokens", net.in_channels)),
+        TensorSpec("ref_hidden_states", dtype, (1, "ref_tokens", channels)),
         TensorSpec("ref_ids", "int64", ("ref_tokens", 4)),
     )
-    latents = ("batch", "image_tokens", net.in_channels)
-    step_inputs = (
+    step = (
         TensorSpec("hidden_states", dtype, latents),
-        TensorSpec(
-            "encoder_hidden_states", dtype, ("batch", "text_tokens", net.joint_attention_dim)
-        ),
+        text,
         TensorSpec("timestep", "float32", (1,)),
         TensorSpec("sigma_step", "float32", (1,)),
         TensorSpec("img_ids", "int64", ("image_tokens", 4)),
         TensorSpec("txt_ids", "int64", ("text_tokens", 4)),
     )
-    step_outputs = (
-        TensorSpec("noise_pred", dtype, latents),
-        TensorSpec("latents", dtype, latents),
-    )
-    blend_inputs = (
+    step_out = (TensorSpec("noise_pred", dtype, latents), TensorSpec("latents", dtype, latents))
+    blend = (
         TensorSpec("hidden_states", dtype, latents),
         TensorSpec("image_latents", dtype, (1, *latents[1:])),
         TensorSpec("noise", dtype, latents),
         TensorSpec("mask", dtype, (*latents[:2], 1)),
         TensorSpec("sigma", "float32", (1,)),
     )
-    prompt = ("batch", "text_tokens")
-    pixels = ("height", "width", 3)
-    grid = ("grid_height", "grid_width", net.in_channels)
     merge = (
-        TensorSpec("weight", dtype, ("rows", "columns")),
+        TensorSpec("weight", dtype, weight),
         TensorSpec("up", "float32", ("rows", "rank")),
         TensorSpec("down", "float32", ("rank", "columns")),
         TensorSpec("largest_before", "float32", (1,)),
     )
+    scale = TensorSpec("scale", "float32", (1,))
     largest = TensorSpec("largest", "float32", (1,))
+    ids = TensorSpec("input_ids", "int64", prompt), TensorSpec("attention_mask", "int64", prompt)
+    image = TensorSpec("image", "uint8", ("batch", *pixels))
+    sample = TensorSpec("sample", dtype, ("batch", 3, "height", "width"))
     table: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
-        "first_step": (step_inputs + references, step_outputs + kv),
-        "cached_step": (step_inputs + kv, step_outputs),
-        "plain_step": (step_inputs + references, step_outputs),
+        "first_step": (step + references, step_out + kv),
+        "cached_step": (step + kv, step_out),
+        "plain_step": (step + references, step_out),
         "encode_references": (references, kv),
-        "text_encoder": (
-            (
-                TensorSpec("input_ids", "int64", prompt),
-                TensorSpec("attention_mask", "int64", prompt),
-            ),
-            (TensorSpec("encoder_hidden_states", dtype, (*prompt, net.joint_attention_dim)),),
-        ),
+        "text_encoder": (ids, (text,)),
         "vae_encoder": (
             (TensorSpec("image", "uint8", (1, *pixels)),),
             (TensorSpec("ref_hidden_states", dtype, (1, *grid)),),
         ),
-        "vae_decoder": (
-            (TensorSpec("latents", dtype, ("batch", *grid)),),
-            (
-                TensorSpec("image", "uint8", ("batch", *pixels)),
-                TensorSpec("sample", dtype, ("batch", 3, "height", "width")),
-            ),
-        ),
-        "blend": (blend_inputs, step_outputs[1:]),
-        "merge_lora": (merge, (TensorSpec("merged", dtype, ("rows", "columns")), largest)),
+        "vae_decoder": ((TensorSpec("latents", dtype, ("batch", *grid)),), (image, sample)),
+        "blend": (blend, step_out[1:]),
+        "merge_lora": (merge, (TensorSpec("merged", dtype, weight), largest)),
         "merge_lora_fp8": (
-            (*merge, TensorSpec("scale", "float32", (1,))),
-            (TensorSpec("merged", "float8_e4m3fn", ("rows", "columns")), largest),
+            (*merge, scale),
+            (TensorSpec("merged", "float8_e4m3fn", weight), largest),
         ),
     }
     inputs, outputs = table[graph]

@@ -7,7 +7,6 @@ file; the data is mapped when a backend asks for it. Only this format is read: n
 """
 
 import json
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from klein_kv.artifacts.config import tensor_bytes, text_of
+from klein_kv.artifacts.config import tensor_bytes
 from klein_kv.artifacts.digest import inside, stand_in
 from klein_kv.errors import MALFORMED, ArtifactError, CheckpointError
+from klein_kv.json_values import from_json
 
 __all__ = [
     "NUMPY_DTYPES",
@@ -27,7 +27,6 @@ __all__ = [
     "WeightRef",
     "graph_weights",
     "map_weight",
-    "places_from_json",
     "read_header",
     "read_metadata",
     "refs_from_places",
@@ -121,7 +120,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file carries beside its tensors; errors as of `read_header`."""
     metadata = _parse_header(path)[0].get("__metadata__", {})
     try:
-        return {name: text_of(value) for name, value in metadata.items()}
+        texts: dict[str, str] = from_json(dict[str, str], metadata)
+        return texts
     except MALFORMED as error:
         raise CheckpointError(
             f"{path}: the metadata is no JSON object of texts ({error})"
@@ -226,20 +226,6 @@ class WeightPlace(NamedTuple):
     shape: tuple[int, ...]
 
 
-def places_from_json(table: Mapping[str, Any]) -> dict[str, WeightPlace]:
-    """Reads what JSON made of places; one of `MALFORMED` if it is none."""
-    return {
-        name: WeightPlace(
-            text_of(file),
-            operator.index(offset),
-            operator.index(nbytes),
-            text_of(dtype),
-            tuple(map(operator.index, shape)),
-        )
-        for name, (file, offset, nbytes, dtype, shape) in table.items()
-    }
-
-
 def refs_from_places(
     folder: Path, places: Mapping[str, WeightPlace], table: Path | str
 ) -> dict[str, WeightRef]:
@@ -291,7 +277,8 @@ def graph_weights(folder: Path, file: str) -> dict[str, WeightRef]:
     """
     path = folder / weights_file(file)
     try:
-        places = places_from_json(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        places = from_json(dict[str, WeightPlace], json.loads(text))
     except (OSError, *MALFORMED) as error:
         kind = type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {kind}: {error}; export again") from error

@@ -134,8 +134,7 @@ def double_block(
 ) -> tuple[T, T]:
     """A double block: rows of image and text after it.
 
-    `rows`, `like` (tensors [B, S, ...] with their batch and length), `mods` and `ropes` are of
-    image
+    `rows`, `like` (tensors [B, S, ...] of their batch and length), `mods` and `ropes` are of image
     and text; `kv` is the references' keys and values of this block, or nothing.
     """
     net = Network(ops, config)
@@ -187,9 +186,9 @@ def last_single_block(
 ) -> T:
     """The block after which only the image is read: rows of the image after it.
 
-    Of all other tokens keys and values are computed, and nothing else. `joint` holds rows of text
-    [B, T, F], image and, with plain weights, references; then `image` is a tensor [B, S, F].
-    `ropes` are of the text, and of what comes after it.
+    Of all other tokens keys and values are computed alone. `joint` holds rows of text [B, T, F],
+    image and, with plain weights, references; then `image` is a tensor [B, S, F]. `ropes` are of
+    the text, and of what comes after it.
     """
     net, dim, mlp = Network(ops, config), config.inner_dim, config.mlp_hidden_dim
 

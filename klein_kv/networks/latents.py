@@ -14,16 +14,9 @@ T = TypeVar("T")
 def blend(ops: Ops[T], hidden_states: T, image_latents: T, noise: T, mask: T, sigma: T) -> T:
     """The latents [B, S, C] where the mask is 1; the image with noise of level sigma where it is 0.
 
-    Everything is computed in the model's dtype, as there. Source: diffusers,
+    `hidden_states` and `noise` are [B, S, C], `image_latents` [1, S, C], `mask` [B, S, 1], `sigma`
+    float32 [1]; everything is computed in the model's dtype, as there. Source: diffusers,
     `Flux2KleinInpaintPipeline.__call__` (part 7) and `FlowMatchEulerDiscreteScheduler.scale_noise`.
-
-    Args:
-        ops: what computes.
-        hidden_states: latents after a step, [B, S, C].
-        image_latents: the image's tokens, [1, S, C].
-        noise: [B, S, C].
-        mask: [B, S, 1].
-        sigma: noise level, float32 [1].
     """
 
     def rest(x: T) -> T:

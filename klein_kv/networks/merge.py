@@ -28,19 +28,13 @@ def rows_at_once(columns: int) -> int:
 def merge_lora(
     ops: MergeOps[T], weight: T, up: T, down: T, largest_before: T, scale: T | None = None
 ) -> tuple[T, T]:
-    """Rows of a weight with a change added in float32, as the graphs read them.
+    """Rows of a weight [rows, columns] with a change added in float32, as the graphs read them.
 
-    Args:
-        ops: what computes.
-        weight: [rows, columns], in the model's type.
-        up: float32 [rows, rank], strengths and scales included.
-        down: float32 [rank, columns].
-        largest_before: float32 [1]: `largest` of the rows before.
-        scale: float32 [1], that of numbers in float8; None for a weight of the model's type.
+    `up` [rows, rank] (strengths and scales included) and `down` [rank, columns] are float32.
+    `scale` [1] is that of numbers in float8; None for a weight of the model's type.
 
-    Returns:
-        The rows in the model's type, or `rows / scale` in float8; and `largest`, the largest
-        magnitude in float32 so far, which tells whether they fit there.
+    Gives the rows in the model's type, or `rows / scale` in float8; and their largest magnitude,
+    float32 [1], or `largest_before`, that of the rows before: it tells whether they fit there.
     """
     merged = ops.add(ops.to_float32(weight), ops.product(up, down))
     largest = ops.largest(merged, largest_before)

@@ -1,13 +1,11 @@
 """The handful of operations that klein's networks are written in.
 
 `transformer.py`, `text_encoder.py` and `vae.py` describe the networks once, over these protocols.
-Two things implement them: `torch_ops.TorchOps` computes, and `klein_kv.export.graphs` (OnnxOps,
-ImageOnnxOps, MergeOnnxOps) writes ONNX nodes. So the graph that is exported and the model that is
-tested against diffusers cannot drift apart, and exporting needs no tracing.
+`torch_ops.TorchOps` computes them, `klein_kv.export.graphs` (OnnxOps, ImageOnnxOps, MergeOnnxOps)
+writes ONNX nodes: what is exported and what is tested against diffusers cannot drift apart.
 
 In transformers activations are *rows* wherever attention does not need more: a matrix [batch *
-tokens, features]. Every linear layer is then one matrix product with the weight in its own [out,
-in] layout.
+tokens, features], which one product multiplies with a weight in its own [out, in] layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,10 +42,9 @@ class Ops(Protocol[T]):
     def projection(
         self, rows: T, weight: str, features: tuple[int, int]
     ) -> Callable[[int, int], T]:
-        """Parts of one linear layer, as a function of their range of output features.
+        """Parts of one linear layer, by their range of output features; `features` is all of them.
 
-        What computes takes one product over all `features`, which the parts come from; what writes
-        graphs, one for each part.
+        Computed at once, but written to graphs one by one.
         """
 
     def embedding(self, ids: T, weight: str) -> T:
@@ -77,19 +74,17 @@ class Ops(Protocol[T]):
     def attention(self, q: T, k: T, v: T, mask: T | None = None) -> T:
         """Softmax attention: q [B, S, H, D]; k, v [B, K, Hkv, D] -> [B, S, H * D].
 
-        Query heads share key heads in groups where there are fewer. A query that may see no key by
-        the
-        `causal_mask` (padding on the left) gets zeros, as from torch's
-        `scaled_dot_product_attention`.
+        Query heads share key heads in groups where there are fewer. A query that may see no key
+        (padding on the left) gets zeros, as from torch's `scaled_dot_product_attention`.
         """
 
     def joint_attention(
         self, q: T, k: Sequence[T], v: Sequence[T], references: Sequence[T], like: T
     ) -> T:
-        """Softmax attention of q [B, S, H, D] to references and own keys: [B, S, H * D].
+        """Softmax attention of q [B, S, H, D] to `references` and own keys: [B, S, H * D].
 
-        k and v [B, K, H, D] come in parts, one after the other; the references' [1, R, H, D], or
-        nothing, are shared by every image. `like` has the batch's size.
+        k and v [B, K, H, D] come in parts; those of the references [1, R, H, D], or nothing, are
+        shared by every image of the batch of `like`.
         """
 
     def causal_mask(self, attention_mask: T) -> T:
@@ -98,8 +93,7 @@ class Ops(Protocol[T]):
     def quantize_kv(self, x: T) -> tuple[T, T]:
         """Keys or values [1, R, H, D] as float8 e4m3, and their float32 scales [1, 1, H, 1].
 
-        A scale is the head's largest magnitude / 448, at least the smallest normal float32;
-        division, and rounding to nearest even, are those of float32.
+        A scale is the head's largest magnitude / 448, at least the smallest normal float32.
         """
 
     def dequantize_kv(self, values: T, scale: T) -> T:

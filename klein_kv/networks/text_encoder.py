@@ -48,8 +48,7 @@ def encode_text(ops: Ops[T], config: TextEncoderConfig, input_ids: T, attention_
     """Runs the decoder blocks and joins the tapped hidden states: [B, T, taps * hidden_size].
 
     `input_ids` and `attention_mask` (1 where a token is, 0 where padding is) are int64 [B, T].
-    Hidden
-    state 0 is the embedding; the last of the whole model comes after its final norm.
+    Hidden state 0 is the embedding; the last of the whole model comes after its final norm.
     """
     eps = config.rms_norm_eps
     hidden = ops.embedding(input_ids, "model.embed_tokens.weight")

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from klein_kv.artifacts.attention_scales import block_names
 from klein_kv.artifacts.config import TransformerConfig
 from klein_kv.networks.blocks import (
     IMAGE,
@@ -107,15 +108,13 @@ def encode_references(
     seq = ref_hidden_states
     hidden = ops.linear(ops.rows(seq), "x_embedder.weight")
     kv: list[T] = []
-    for i in range(config.num_blocks):
+    for i, block in enumerate(block_names(config)):
         last = i == config.num_blocks - 1
         if i < config.num_layers:
-            block = f"transformer_blocks.{i}"
             hidden, k, v = ops.block(
                 reference_double_block, block, config, hidden, seq, double, rope, last
             )
         else:
-            block = f"single_transformer_blocks.{i - config.num_layers}"
             hidden, k, v = ops.block(
                 reference_single_block, block, config, hidden, seq, single, rope, last
             )
@@ -143,9 +142,7 @@ def denoise_with_references(
     """Runs one step of plain klein weights: every token attends to every other.
 
     Reference tokens [1, R, C], R may be 0, are shared by every image of the batch. Source:
-    diffusers
-    `Flux2KleinPipeline.__call__`, which appends them to the latents at every step and drops what is
-    predicted for them.
+    diffusers `Flux2KleinPipeline.__call__`, which appends them to the latents at every step.
     """
     net = Network(ops, config)
     temb = net.time_embedding(inputs.timestep)
@@ -178,37 +175,28 @@ def _run_blocks(
     img_rows = ops.linear(ops.rows(img_seq), "x_embedder.weight")
     txt_rows = ops.linear(ops.rows(txt_seq), "context_embedder.weight")
     mods, like, ropes = (image_mods, text_mods), (img_seq, txt_seq), (img_rope, txt_rope)
+    names = block_names(config)
+    cached = [tuple(kv[2 * i : 2 * i + 2]) for i in range(len(names))]
+    rows = img_rows, txt_rows
     for i in range(config.num_layers):
-        img_rows, txt_rows = ops.block(
-            double_block,
-            f"transformer_blocks.{i}",
-            config,
-            (img_rows, txt_rows),
-            like,
-            mods,
-            ropes,
-            tuple(kv[2 * i : 2 * i + 2]),
-        )
+        rows = ops.block(double_block, names[i], config, rows, like, mods, ropes, cached[i])
+    img_rows, txt_rows = rows
     joint_seq = ops.concat([ops.sequence(txt_rows, txt_seq), ops.sequence(img_rows, img_seq)], 1)
     joint = ops.rows(joint_seq)
     rope = Rope(
         ops.concat([txt_rope.cos, img_rope.cos], 1), ops.concat([txt_rope.sin, img_rope.sin], 1)
     )
-    *blocks, last = (f"single_transformer_blocks.{i}" for i in range(config.num_single_layers))
-    at = 2 * config.num_layers
-    for block in blocks:
-        cached = tuple(kv[at : at + 2])
-        joint = ops.block(single_block, block, config, joint, joint_seq, single, rope, cached)
-        at += 2
+    for i in range(config.num_layers, len(names) - 1):
+        joint = ops.block(single_block, names[i], config, joint, joint_seq, single, rope, cached[i])
     return ops.block(
         last_single_block,
-        last,
+        names[-1],
         config,
         joint,
         joint_seq,
         single,
         (txt_rope, img_rope),
-        tuple(kv[at : at + 2]),
+        cached[-1],
         txt_seq,
         image,
     )

@@ -1,8 +1,4 @@
-"""What a backend is: loaded graphs that run on named buffers and leave outputs on the device.
-
-Backends: "onnxruntime" (a CPU, or a CUDA GPU), "tensorrt" (engines on an NVIDIA GPU) and "torch"
-(either, without engines). `open_backend` picks one.
-"""
+"""What a backend is: loaded graphs that run on named buffers and leave outputs on the device."""
 
 import importlib.util
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -21,7 +17,6 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Buffer",
-    "DeviceClock",
     "DeviceContent",
     "GraphMemory",
     "WeightChanges",
@@ -38,43 +33,31 @@ Buffer = Any
 """A tensor on the backend's device; only the backend that made it knows what it is."""
 
 WeightChanges = Mapping[str, Callable[[], Any] | None]
-"""For tensors, by their names in weight tables without rows, what gives another content, whole and
-in the type of the table, or None for the content of the file. It is asked for one tensor after the
-other, and again where a graph is loaded again. It gives an array, or is a `DeviceContent`."""
+"""By tensor, named without rows: what gives its content, whole and in the table's type, or None for
+that of the file. An array or a `DeviceContent`; asked for again where a graph is loaded again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceContent:
-    """Content that graphs of the backend make, piece by piece; a `WeightMaker` alone is given it.
-
-    It is asked for in the thread that changes weights, each piece once the one before is written.
-    """
+    """Content that graphs of a `WeightMaker` make, in the thread that changes weights."""
 
     make: Callable[[], Iterator[tuple[slice, Any]]]
 
     def __call__(self) -> Iterator[tuple[slice, Any]]:
-        """Rows of the tensor, and what they hold: a buffer or an array. Later ones count."""
+        """Rows of the tensor, and what they hold: a buffer or an array; written as they come."""
         return self.make()
 
 
 @dataclass(frozen=True, slots=True)
 class GraphMemory:
-    """What a graph takes on the device besides the buffers that go in and come out.
+    """What a graph takes on the device besides the buffers that go in and come out."""
 
-    Attributes:
-        weights: bytes by tensor while the graph is loaded, which graphs that name the same tensor
-            share. Empty where weights are mapped files, which the system drops by itself.
-        keeps_scratch: the backend keeps the memory of a run for its next run, and
-            `available_memory` cannot tell it from memory in use.
-        fixed_buffers: inputs and outputs of every graph have memory of their own while it is
-            loaded, and all graphs share scratch that stays as large as the largest.
-        kv_copies: further places that the backend keeps for keys and values of a request.
-    """
-
+    # Bytes by tensor while the graph is loaded, which graphs that name the same tensor share. Empty
+    # where weights are mapped files, which the system drops by itself.
     weights: Mapping[Hashable, int] = field(default_factory=dict)
-    keeps_scratch: bool = False
-    fixed_buffers: bool = False
-    kv_copies: int = 0
+    keeps_scratch: bool = False  # for the next run, as memory in use for `available_memory`
+    fixed_buffers: bool = False  # own inputs and outputs while loaded, scratch shared by all graphs
+    kv_copies: int = 0  # further places that the backend keeps for a request's keys and values
 
 
 class Backend(Protocol):
@@ -90,21 +73,17 @@ class Backend(Protocol):
         *,
         eager: bool = False,
     ) -> None:
-        """Does ahead what the next run of a graph would have to: loads it, takes memory.
+        """Does ahead what the next run at these shapes of all inputs would: loads, takes memory.
 
-        Args:
-            graph: its name.
-            shapes: of all its inputs.
-            kv: the keys and values that the run will be given, where there are some already.
-            eager: compile for these very shapes at the first run.
+        `kv` are the keys and values that it will be given, where there are some already; `eager`
+        has it compile for these very shapes at once.
         """
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
         """Runs a graph, a key of `GraphSet.files`, on all its inputs; loads it when first used.
 
-        Returns:
-            All outputs by name, on the device. Keys and values belong to the caller; the others may
-            be written to when the graph runs again: `assemble` keeps what must outlast that.
+        Keys and values that it gives belong to the caller; other outputs may be written to when the
+        graph runs again: `assemble` keeps what must outlast that.
         """
 
     def upload(self, array: NDArray[Any]) -> Buffer:
@@ -128,29 +107,24 @@ class Backend(Protocol):
     def replace_weights(self, changes: WeightChanges) -> None:
         """Gives weights of the transformer another content, now and wherever they are loaded.
 
-        Only these are moved; nothing is built anew. After an error it must be called again for the
-        same tensors before graphs run.
-
-        Raises:
-            BackendError: the weights are not the backend's to change.
+        After an error it must be called again for the same tensors before graphs run. BackendError:
+        the weights are not the backend's to change.
         """
 
     def available_memory(self) -> int:
         """Bytes that can still be taken on the device; what the backend keeps to reuse counts."""
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        """What a graph takes; nothing is loaded for the answer.
-
-        Raises:
-            ArtifactError: there is no such graph here.
-        """
+        """What a graph takes, loaded or not; ArtifactError: there is no such graph here."""
 
     def scratch_bytes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Bytes that a graph takes while it runs at these shapes; None where that is not known.
+        """Bytes that a run at these shapes takes, None: not known; RequestError: it cannot run."""
 
-        Raises:
-            RequestError: it does not run at these shapes.
-        """
+    def mark(self) -> Any:
+        """A point in the device's work, taken without waiting for it."""
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds of the device between two marks; waits until it has passed both."""
 
     def close(self) -> None:
         """Frees everything. Nothing may be called afterwards; buffers are gone."""
@@ -158,21 +132,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WeightMaker(Protocol):
-    """What a backend offers besides whose graphs may make weights; see `DeviceContent`."""
+    """A backend whose graphs may make weights; see `DeviceContent`."""
 
     def upload_weight(self, ref: WeightRef) -> Buffer:
         """A buffer with the content of a tensor of the files, which is only read."""
-
-
-@runtime_checkable
-class DeviceClock(Protocol):
-    """What a backend offers besides whose calls return before the device has done the work."""
-
-    def mark(self) -> object:
-        """A point in the device's work, taken without waiting for it."""
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds of the device between two marks; waits until it has passed both."""
 
 
 def open_backend(
@@ -186,17 +149,11 @@ def open_backend(
 ) -> Backend:
     """Opens a backend on an artifact folder whose manifest has been checked.
 
-    Args:
-        name: one of `BACKENDS`; "auto" is "tensorrt" where the folder holds engines and the device
-            is not "cpu"; else "torch" where that is installed, for bfloat16 on any device and for
-            any type on a device "cuda" that torch sees; else, and for quantized graphs,
-            "onnxruntime".
-        artifacts: the folder.
-        manifest: its manifest.
-        device: "cpu", "cuda" or "cuda:N"; None for the backend's own, a CPU for onnxruntime.
-        threads: CPU threads; None leaves it to the library.
-        graphs: which graphs of the folder; None takes the manifest's.
-        options: `compile_blocks` and `cuda_graphs` of `TorchBackend`; other backends have none.
+    "auto" is "tensorrt" where the folder holds engines and the device is not "cpu"; else "torch"
+    where that is installed, for bfloat16 on any device and for any type on a device "cuda" that
+    torch sees; else, and for quantized graphs, "onnxruntime". The device is "cpu", "cuda" or
+    "cuda:N", None for the backend's own: a CPU for onnxruntime. Threads are the CPU's, None leaves
+    them to the library. None takes the manifest's graphs. Options are `TorchBackend`'s.
 
     Raises:
         BackendError: unknown backend, device or option, a missing library, or a type it cannot
@@ -219,6 +176,7 @@ def open_backend(
     if unknown := sorted(options.keys() - set(known)):
         expected = f"expected some of {', '.join(known)}" if known else "which has none"
         raise BackendError(f"backend_options {unknown} are none of the {name} backend, {expected}")
+
     if name == "tensorrt":
         if kind == "cpu":
             raise BackendError("device is 'cpu', expected 'cuda' for the tensorrt backend")

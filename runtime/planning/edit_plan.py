@@ -39,13 +39,13 @@ _HOST_MEMORY = {
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What to plan.
+    """What to plan; sizes are (width, height) in pixels.
 
     Attributes:
         gpu: name of a GPU with known figures.
-        size: (width, height) of the output in pixels.
+        size: of the output.
         references: numbers of reference images.
-        reference_size: (width, height) of each.
+        reference_size: of each.
         precisions: of the transformer's block linears: "fp8", "nvfp4", "fp8-weight-only", or the 16
             bits that the artifacts hold, "bf16" or "fp16"; None takes that, fp8 and nvfp4.
         text_precision: of the text encoder's; None takes what the artifacts or the recipes of
@@ -70,10 +70,13 @@ class PlanOptions:
     engines: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in ("bf16", "fp8"):
-            raise RequestError(f"kv_dtype is {self.kv_dtype!r}, expected 'bf16' or 'fp8'")
-        if self.attention not in (None, "fp8"):
-            raise RequestError(f"attention is {self.attention!r}, expected 'fp8' or None")
+        for name, given, known in (
+            ("kv_dtype", self.kv_dtype, ("bf16", "fp8")),
+            ("attention", self.attention, ("fp8", None)),
+        ):
+            if given not in known:
+                expected = " or ".join(map(repr, known))
+                raise RequestError(f"{name} is {given!r}, expected {expected}")
         for name, value, least in (
             ("references", min(self.references, default=0), 0),
             ("memory", self.memory, 1),
@@ -85,20 +88,14 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class EditPlan:
-    """One line of the plan: a precision and a number of references.
+    """One line of the plan: a precision and a number of references."""
 
-    Attributes:
-        first: a new prompt and new references.
-        again: a new prompt and references whose keys and values stayed on the device; None
-            without references, and for plain weights, which keep none.
-        choices: what would fit instead, where the first does not.
-        kept_sets: sets of four 1024x1024 references whose keys and values stay on the device.
-    """
-
-    first: MemoryPlan
+    first: MemoryPlan  # of a new prompt and new references
+    # Of a new prompt and references whose keys and values stayed on the device; None without
+    # references, and for plain weights, which keep none.
     again: MemoryPlan | None
-    choices: tuple[Choice, ...]
-    kept_sets: int
+    choices: tuple[Choice, ...]  # what would fit instead, where the first does not
+    kept_sets: int  # of four 1024x1024 references, whose keys and values stay on the device
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -124,17 +121,13 @@ class EditPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """All that `klein-kv plan` tells: edits by precision, then number of references.
-
-    `capacity` is the GPU's memory, `host` the host's at the peak, by what takes it; in bytes.
-    `engines` tells in pixels what the engines that were found take.
-    """
+    """All that `klein-kv plan` tells."""
 
     gpu: str
-    capacity: int
-    edits: tuple[EditPlan, ...]
-    host: dict[str, int]
-    engines: tuple[str, ...] = ()
+    capacity: int  # bytes of its memory
+    edits: tuple[EditPlan, ...]  # by precision, then number of references
+    host: dict[str, int]  # bytes of its memory at the peak, by what takes it
+    engines: tuple[str, ...] = ()  # what those that were found take, in pixels
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -142,8 +135,8 @@ class Plans:
             "gpu": self.gpu,
             "capacity": self.capacity,
             "reserved": RESERVED,
-            "plans": [edit.to_dict() for edit in self.edits],
             "host": self.host,
+            "plans": [edit.to_dict() for edit in self.edits],
             "engines": self.engines,
         }
 
@@ -162,19 +155,24 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
         raise RequestError(
             f"the figures of {target.name} are not known; name another GPU, e.g. rtx5090"
         )
+    unit = manifest.config.vae.multiple_of
+    for what, size in (("size", options.size), ("reference_size", options.reference_size)):
+        if any(side < unit or side % unit for side in size):
+            raise RequestError(
+                f"{what} is {size[0]}x{size[1]}, expected multiples of {unit} pixels"
+            )
     base = base_footprint(artifacts, manifest)
-    own = base.precisions["transformer"]
-    usual = ("fp8", "nvfp4") if options.attention else (own, "fp8", "nvfp4")
+    own = () if options.attention else (base.precisions["transformer"],)
     capacity = int(target.gpu.memory * 1e9) if options.memory is None else options.memory
-    planner = _Planner(artifacts, manifest, capacity, target.sm, options.engines)
+    planner = _Planner(artifacts, manifest, options, capacity, target.sm)
     edits = []
-    for precision in options.precisions or usual:
-        footprint = _footprint(artifacts, manifest, base, precision, options)
+    for precision in options.precisions or (*own, "fp8", "nvfp4"):
+        footprint = planner.footprint(base, precision)
         for count in options.references:
-            first = planner(footprint, _request(manifest, options, count, known=False))
+            first = planner(footprint, planner.request(count, known=False))
             again = None
             if first.kv_bytes:
-                again = planner(footprint, _request(manifest, options, count, known=True), first)
+                again = planner(footprint, planner.request(count, known=True), first)
             choices = () if first.fits else tuple(what_fits(first, planner))
             edits.append(EditPlan(first, again, choices, planner.kept_sets(footprint)))
     plans = [plan for edit in edits for plan in (edit.first, edit.again) if plan is not None]
@@ -183,66 +181,57 @@ def plan_artifacts(artifacts: Path, options: PlanOptions) -> Plans:
     return Plans(target.gpu.name, capacity, tuple(edits), host, tuple(planner.found))
 
 
-def _footprint(
-    artifacts: Path, manifest: Manifest, base: Footprint, precision: str, options: PlanOptions
-) -> Footprint:
-    """The model in another precision: from its files where they are there, else from shapes."""
-    own = base.precisions["transformer"]
-    text = options.text_precision
-    if text is None:
-        # The recipes of `klein-kv quantize` make the text encoder smaller too.
-        recipe = {"text_encoder": {"nvfp4": "fp8"}.get(precision, precision)}
-        text = manifest.precisions.get(precision, recipe).get("text_encoder", own)
-    for name in (precision, text):
-        if name != own and name not in PRECISION_FORMATS:
-            raise RequestError(
-                f"precision is {name!r}, expected one of {own}, {', '.join(PRECISION_FORMATS)} "
-                f"for {artifacts}"
-            )
-    if options.attention is not None and precision == own:
-        raise RequestError(
-            f"attention is {options.attention!r} and precision {precision!r}: its scales belong to "
-            "a quantized precision; name fp8 or nvfp4"
-        )
-    footprint = base.changed(
-        float8_kv=options.kv_dtype == "fp8" or options.attention is not None,
-        attention=options.attention,
-        transformer=precision,
-        text_encoder=text,
-    )
-    # Every form of keys and values reads the same weights.
-    plain = replace(footprint.graphs, kv_dtype=None, attention=None)
-    weights = {**footprint.weights, **file_weights(artifacts, manifest, plain)}
-    return replace(footprint, weights=weights)
-
-
-def _request(manifest: Manifest, options: PlanOptions, count: int, *, known: bool) -> Request:
-    unit = manifest.config.vae.multiple_of
-    for what, size in (("size", options.size), ("reference_size", options.reference_size)):
-        if any(side < unit or side % unit for side in size):
-            raise RequestError(
-                f"{what} is {size[0]}x{size[1]}, expected multiples of {unit} pixels"
-            )
-    return Request(
-        height=options.size[1],
-        width=options.size[0],
-        references=(options.reference_size[::-1],) * count,
-        stages=edit_stages(manifest.variant, count, known=known),
-        batch=options.batch,
-        kv_held=known,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Planner:
     """Plans requests for one device, on the engines that would run them."""
 
     artifacts: Path
     manifest: Manifest
+    options: PlanOptions
     capacity: int
     sm: int
-    folder: Path | None
     found: dict[str, None] = field(default_factory=dict)  # what the engines take
+
+    def footprint(self, base: Footprint, precision: str) -> Footprint:
+        """The model in another precision: from its files where they are there, else from shapes."""
+        own, options = base.precisions["transformer"], self.options
+        text = options.text_precision
+        if text is None:
+            # The recipes of `klein-kv quantize` make the text encoder smaller too.
+            recipe = {"text_encoder": {"nvfp4": "fp8"}.get(precision, precision)}
+            text = self.manifest.precisions.get(precision, recipe).get("text_encoder", own)
+        for name in (precision, text):
+            if name != own and name not in PRECISION_FORMATS:
+                raise RequestError(
+                    f"precision is {name!r}, expected one of {own}, {', '.join(PRECISION_FORMATS)} "
+                    f"for {self.artifacts}"
+                )
+        if options.attention is not None and precision == own:
+            raise RequestError(
+                f"attention is {options.attention!r} and precision {precision!r}: its scales "
+                "belong to a quantized precision; name fp8 or nvfp4"
+            )
+        footprint = base.changed(
+            float8_kv=options.kv_dtype == "fp8" or options.attention is not None,
+            attention=options.attention,
+            transformer=precision,
+            text_encoder=text,
+        )
+        # Every form of keys and values reads the same weights.
+        plain = replace(footprint.graphs, kv_dtype=None, attention=None)
+        held = file_weights(self.artifacts, self.manifest, plain)
+        return replace(footprint, weights={**footprint.weights, **held})
+
+    def request(self, count: int, *, known: bool) -> Request:
+        """An edit with so many references, whose keys and values are known or not."""
+        return Request(
+            height=self.options.size[1],
+            width=self.options.size[0],
+            references=(self.options.reference_size[::-1],) * count,
+            stages=edit_stages(self.manifest.variant, count, known=known),
+            batch=self.options.batch,
+            kv_held=known,
+        )
 
     def __call__(
         self, footprint: Footprint, request: Request, after: MemoryPlan | None = None
@@ -278,10 +267,10 @@ class _Planner:
 
     def _engines(self, footprint: Footprint) -> EngineSet:
         """Those for this device; without any, every choice is an `ArtifactError`."""
-        graphs = footprint.graphs
+        graphs, folder = footprint.graphs, self.options.engines
         try:
-            return open_engines(self.artifacts, self.manifest, graphs, self.folder).for_sm(self.sm)
+            return open_engines(self.artifacts, self.manifest, graphs, folder).for_sm(self.sm)
         except (ArtifactError, BuildError, KeyError):
-            if self.folder is not None and not (self.folder / ENGINE_MANIFEST).exists():
+            if folder is not None and not (folder / ENGINE_MANIFEST).exists():
                 raise
             return EngineSet(())

@@ -1,4 +1,4 @@
-"""What a model takes on a device: its weights by component, and its keys and values."""
+"""What a model takes on a device: weights by component, keys and values, scratch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +8,7 @@ from klein_kv.artifacts.config import ITEM_SIZE, ModelConfig, dtype_name
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, KVFormat
 from klein_kv.artifacts.weights import WeightRef, graph_weights
+from klein_kv.networks.vae import vae_scratch
 from klein_kv.runtime.planning.request import Request
 
 __all__ = [
@@ -43,17 +44,11 @@ def component_of(graph: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes on a device, whatever is asked of it.
-
-    Attributes:
-        config: the checkpoint's configuration.
-        graphs: which graphs run: their types and precisions.
-        weights: bytes by component.
-    """
+    """What a model takes on a device, whatever is asked of it."""
 
     config: ModelConfig
-    graphs: GraphSet
-    weights: Mapping[str, int]
+    graphs: GraphSet  # which run: their types and precisions
+    weights: Mapping[str, int]  # bytes by component
 
     @property
     def precisions(self) -> dict[str, str]:
@@ -67,14 +62,11 @@ class Footprint:
         return self.graphs.kv_dtype in tuple(KVFormat)
 
     def changed(
-        self, *, float8_kv: bool | None = None, attention: str | None = None, **precisions: str
+        self, *, float8_kv: bool = False, attention: str | None = None, **precisions: str
     ) -> "Footprint":
         """The same model with its block linears in other precisions; the rest keeps its type.
 
-        Args:
-            float8_kv: keys and values in eight bits; None leaves them.
-            attention: "fp8" for attention in float8, whose keys and values are float8 too.
-            precisions: keys of `PRECISIONS` by component.
+        `float8_kv` has keys and values in eight bits, which `attention` "fp8" needs.
         """
         own, now = dtype_name(self.graphs.dtype), self.precisions
         after, linears = now | precisions, linear_weights(self.config)
@@ -82,10 +74,10 @@ class Footprint:
         for part, name in after.items():
             saved = int(linears[part] * (PRECISIONS[now[part]] - PRECISIONS[name]))
             weights[part] = max(0, weights[part] - saved)
-        packed = self.float8_kv if float8_kv is None else float8_kv
-        kv_dtype = self.graphs.kv_dtype if not packed else KVFormat.FP8_PER_HEAD
-        if packed and after["transformer"] != own:
-            kv_dtype = KVFormat.FP8_CONSTANT
+        kv_dtype = self.graphs.kv_dtype
+        if float8_kv or self.float8_kv:
+            quantized = after["transformer"] != own
+            kv_dtype = KVFormat.FP8_CONSTANT if quantized else KVFormat.FP8_PER_HEAD
         graphs = replace(
             self.graphs,
             kv_dtype=kv_dtype,
@@ -101,6 +93,40 @@ class Footprint:
             return 0
         specs = self.graphs.kv_tensors(self.config.transformer, tokens)
         return sum(spec.nbytes({}) for spec in specs)
+
+    def scratch_bytes(self, graph: str, sizes: Mapping[str, int]) -> int:
+        """Estimates what lies between a graph's inputs and outputs: what one block holds at once.
+
+        Beside the engines of klein 9B for 1024x1024 and four references (bf16, TensorRT-RTX 1.7.1):
+        `first_step` 2.01 GB here and 2.10 there, `cached_step` 0.84 and 0.52, `encode_references`
+        2.01 and 1.62, `text_encoder` 0.055 and 0.052, VAE 0.81 and 1.34 against 0.81 and 1.35. ONNX
+        Runtime takes more: for it these are lower bounds.
+        """
+        config, batch = self.config, sizes["batch"]
+        item = ITEM_SIZE[self.graphs.dtype]
+        if graph == "text_encoder":
+            text = config.text_encoder
+            width = 4 * text.hidden_size + 3 * text.intermediate_size
+            return item * batch * sizes["text_tokens"] * width
+        if graph == "blend":  # elementwise: nothing between inputs and outputs
+            return 0
+        if graph.startswith("vae_"):
+            images = batch if graph == "vae_decoder" else 1
+            image = {"height": sizes["height"], "width": sizes["width"]}
+            return item * vae_scratch(config.vae, graph, batch=images, **image)
+        # One block: the residual stream, its norm, q, k, v with the references in front, and both
+        # halves of the SwiGLU.
+        net, references = config.transformer, sizes["ref_tokens"]
+        row = 6 * net.inner_dim + 3 * net.mlp_hidden_dim
+        rows = batch * (sizes["image_tokens"] + sizes["text_tokens"])
+        denoise = rows * row + 2 * batch * references * net.inner_dim
+        elements = {
+            "plain_step": (rows + batch * references) * row,
+            "cached_step": denoise,
+            "encode_references": references * row,
+            "first_step": max(denoise, references * row),
+        }
+        return item * elements[graph]
 
 
 def linear_weights(config: ModelConfig) -> dict[str, int]:

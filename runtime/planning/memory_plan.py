@@ -17,7 +17,6 @@ from typing import Any
 from klein_kv.artifacts.signature import TensorSpec, is_kv
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of
 from klein_kv.runtime.planning.request import Request
-from klein_kv.runtime.planning.scratch import estimate_scratch
 
 __all__ = ["RESERVED", "MemoryPlan", "Stage", "make_plan", "size_text"]
 
@@ -36,20 +35,12 @@ def size_text(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Device memory while one graph runs.
+    """Device memory while one graph runs, in bytes."""
 
-    Attributes:
-        name: of the graph.
-        parts: bytes by part; weights under their component's name, inputs and outputs as
-            "activations".
-        loads: bytes of weights that are loaded for it.
-        scratch_source: name of the engines that reported it, or "estimated".
-    """
-
-    name: str
-    parts: dict[str, int]
-    loads: int
-    scratch_source: str
+    name: str  # of the graph
+    parts: dict[str, int]  # weights by component, inputs and outputs as "activations", and the rest
+    loads: int  # weights that are loaded for it
+    scratch_source: str  # name of the engines that reported it, or "estimated"
 
     @property
     def total(self) -> int:
@@ -112,14 +103,9 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         stages = [
-            {
-                "graph": stage.name,
-                **stage.parts,
-                "total": stage.total,
-                "loads": stage.loads,
-                "scratch_source": stage.scratch_source,
-            }
-            for stage in self.stages
+            {"graph": x.name, **x.parts, "total": x.total}
+            | {"loads": x.loads, "scratch_source": x.scratch_source}
+            for x in self.stages
         ]
         return {"peak": self.peak, "fits": self.fits, "loads": self.loads, "stages": stages}
 
@@ -137,21 +123,16 @@ def make_plan(
 ) -> MemoryPlan:
     """Adds everything up, for a device of `capacity` bytes, and decides which weights stay.
 
-    Args:
-        footprint: the model.
-        request: what is to be made.
-        capacity: bytes.
-        scratch: bytes and their source by graph, where known; the rest is estimated.
-        loaded: components on the device now; None plans a request that follows one like it.
-        reserved: bytes that are not to be had.
-        kv_copies: see `GraphMemory`.
-        held_scratch: bytes of shared scratch that an earlier request left.
+    `scratch` has bytes and their source by graph, where known; the rest is estimated. `loaded` are
+    the components on the device now; None plans a request that follows one like it. `reserved`
+    bytes are not to be had, `held_scratch` are what an earlier request left of shared scratch;
+    `kv_copies` is `GraphMemory`'s.
     """
     needs = dict(scratch or {})
     for name in request.stages:
         if name not in needs:
             sizes = request.sizes(name, footprint.config)
-            needs[name] = estimate_scratch(name, footprint, sizes), "estimated"
+            needs[name] = footprint.scratch_bytes(name, sizes), "estimated"
     buffers = _buffers(footprint, request)
     component_bytes = {name: footprint.weights[name] + buffers[name] for name in COMPONENTS}
 
@@ -169,9 +150,7 @@ def make_plan(
 
     # 2. All together, with the scratch that they share; else what one leaves is given back.
     largest = max(held_scratch, *(parts["scratch"] for parts in rows.values()))
-    together = (
-        sum(component_bytes[name] for name in {component_of(name) for name in rows}) + largest
-    )
+    together = largest + sum(component_bytes[part] for part in set(map(component_of, rows)))
     together += max(sum(parts.values()) - parts["scratch"] for parts in rows.values())
     if together <= capacity:
         rows = {name: parts | {"scratch": largest} for name, parts in rows.items()}
@@ -211,14 +190,12 @@ def _buffers(footprint: Footprint, request: Request) -> dict[str, int]:
 
 def _sources(footprint: Footprint, request: Request) -> int:
     """What is copied to the graphs' inputs and exists besides: uploads, text, reference tokens."""
+    config, total = footprint.config, 0
     steps = [name for name in request.stages if name.endswith("_step")]
-    return sum(
-        _nbytes(
-            footprint.graphs.signature(name, footprint.config).inputs,
-            request.sizes(name, footprint.config),
-        )
-        for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}
-    )
+    for name in {*steps[:1], *({"text_encoder", "vae_encoder", "blend"} & set(request.stages))}:
+        inputs = footprint.graphs.signature(name, config).inputs
+        total += _nbytes(inputs, request.sizes(name, config))
+    return total
 
 
 def _nbytes(specs: Iterable[TensorSpec], sizes: Mapping[str, int]) -> int:

@@ -14,28 +14,17 @@ _FLAGSHIP_SIDE, _FLAGSHIP_REFERENCES = 1024, 4
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be made.
-
-    Attributes:
-        height: pixels of the output.
-        width: pixels of the output.
-        references: (height, width) of each reference image, in pixels.
-        stages: graphs that run, in order.
-        batch: images at once.
-        prompts: of them, whose texts are encoded at once.
-        text_tokens: prompt tokens.
-        kv_held: keys and values are on the device from the start; else `first_step` or
-            `encode_references` makes them.
-        kv_kept: they stay after the steps, if they fit beside the VAE.
-    """
+    """What is to be made; sizes in pixels."""
 
     height: int
     width: int
-    references: tuple[tuple[int, int], ...]
-    stages: tuple[str, ...]
-    batch: int = 1
-    prompts: int = 1
+    references: tuple[tuple[int, int], ...]  # (height, width) of each image
+    stages: tuple[str, ...]  # graphs that run, in order
+    batch: int = 1  # images at once
+    prompts: int = 1  # whose texts are encoded at once
     text_tokens: int = 512
+    # Keys and values are on the device from the start, or `first_step` or `encode_references` makes
+    # them; kept, they stay after the steps if they fit beside the VAE.
     kv_held: bool = False
     kv_kept: bool = False
 

@@ -20,15 +20,14 @@ from tests.klein_configs import KLEIN_9B
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install 'klein-kv[rtx]'")
 
 
-@pytest.mark.parametrize("target", ["rtx5090", "rtx4090"])
-def test_blend_is_one_kernel(target: str, tmp_path: Path) -> None:
+def test_blend_is_one_kernel(tmp_path: Path) -> None:
     """It reads latents, image, noise and mask once, and writes latents."""
     save_graph(small_graph("blend", KLEIN_9B, "bfloat16"), tmp_path / "blend.onnx")
     signature = make_signature("blend", KLEIN_9B, "bfloat16")
     profiles = engine_profiles(signature, Recipe.load("default"), KLEIN_9B)
     source = read_graph(tmp_path / "blend.onnx", signature, shared=True)
     module = load_module("tensorrt_rtx")
-    built = build_engine(module, "blend", source, profiles, find_target(target))
+    built = build_engine(module, "blend", source, profiles, find_target("rtx5090"))
     assert set(built.scratch_bytes) == {0}
     plan = KernelPlan.from_lines("blend", "", built.layers[0], 0, ())
     (kernel,) = plan.kernels
@@ -41,7 +40,6 @@ def test_blend_is_one_kernel(target: str, tmp_path: Path) -> None:
     [
         ("merge_lora", "rtx5090", 24),
         ("merge_lora", "sm86", 24),
-        ("merge_lora_fp8", "rtx5090", 27),
         ("merge_lora_fp8", "rtx4090", 27),
     ],
 )

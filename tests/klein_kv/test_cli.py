@@ -27,11 +27,11 @@ def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def test_generate_writes_an_image_with_its_parameters(capsys, tiny_artifacts, tmp_path):
+def test_generate_writes_an_image_with_its_parameters(capsys, short_artifacts, tmp_path):
     references = [picture(tmp_path / "a.png", 130, 170), picture(tmp_path / "b.png", 200, 128, 1)]
     out = tmp_path / "out.png"
     code, text, _ = run(
-        capsys, "generate", tiny_artifacts, "-p", "a kite, 凧", "-r", references[0],
+        capsys, "generate", short_artifacts, "-p", "a kite, 凧", "-r", references[0],
         "-r", references[1], "-o", out, "--steps", 2, "--seed", 5, "--json",
     )  # fmt: skip
     assert code == 0
@@ -44,48 +44,31 @@ def test_generate_writes_an_image_with_its_parameters(capsys, tiny_artifacts, tm
     assert (facts["seed"], facts["steps"], facts["references"]) == (5, 2, 2)
 
 
-def test_generate_repeats_itself_by_seed(capsys, tiny_artifacts, tmp_path):
-    def pixels(name: str, seed: int) -> bytes:
-        out = tmp_path / name
-        size = ("--height", 128, "--width", 144, "--steps", 1)
-        argv = ("generate", tiny_artifacts, "-p", "x", "-o", out, "--seed", seed, *size)
-        assert run(capsys, *argv)[0] == 0
-        with Image.open(out) as image:
-            return image.tobytes()
-
-    assert pixels("a.png", 1) == pixels("b.png", 1)
-    assert pixels("a.png", 1) != pixels("c.png", 2)
-
-
-def test_several_images_are_numbered_and_metadata_can_be_left_out(capsys, tiny_artifacts, tmp_path):
-    code, text, _ = run(
-        capsys, "generate", tiny_artifacts, "-p", "x", "-o", tmp_path / "k.png", "--height", 128,
-        "--width", 128, "--steps", 1, "--num-images", 2, "--no-metadata",
-    )  # fmt: skip
-    assert code == 0
-    paths = [tmp_path / "k-1.png", tmp_path / "k-2.png"]
-    assert text.split() == [str(path) for path in paths]
-    for path in paths:
+def test_generate_repeats_itself_by_seed(capsys, short_artifacts, tmp_path):
+    def pixels(name: str, seed: int, *more: object) -> tuple[str, bytes]:
+        size = ("--height", 64, "--width", 80, "--steps", 1)
+        argv = ("-p", "a kite", "-o", tmp_path / name, "--seed", seed, *size, *more)
+        code, text, _ = run(capsys, "generate", short_artifacts, *argv)
+        assert code == 0
+        path = Path(text.split()[-1])
         with Image.open(path) as image:
-            assert "klein_kv" not in image.text
+            assert image.size == (80, 64)
+            written = b"a kite" in image.info.get("xmp", b"") or "klein_kv" in image.info
+            assert written == ("--no-metadata" not in more)
+            return path.name, image.tobytes()
+
+    first = pixels("a.png", 1)[1]
+    assert pixels("b.png", 1, "--num-images", 2, "--no-metadata")[0] == "b-2.png"
+    with Image.open(tmp_path / "b-1.png") as image:
+        assert image.tobytes() == first
+    assert pixels("c.webp", -7)[1] != first
+    assert pixels("d.jpg", 1)[0] == "d.jpg"
 
 
-@pytest.mark.parametrize("name", ["k.jpg", "k.webp"])
-def test_generate_other_formats(capsys, tiny_artifacts, tmp_path, name):
-    size = ("--height", 64, "--width", 64, "--steps", 1, "--seed", -7)
-    assert (
-        run(capsys, "generate", tiny_artifacts, "-p", "a kite", "-o", tmp_path / name, *size)[0]
-        == 0
-    )
-    with Image.open(tmp_path / name) as image:
-        assert image.size == (64, 64)
-        assert b"a kite" in image.info["xmp"]
-
-
-def test_generate_to_standard_output(capfdbinary, tiny_artifacts):
+def test_generate_to_standard_output(capfdbinary, short_artifacts):
     """`klein-kv generate ... -o - | another program`: the image and nothing else."""
     size = ("--height", "64", "--width", "64", "--steps", "1", "--seed", "18446744073709551615")
-    assert main(["generate", str(tiny_artifacts), "-p", "x", "-o", "-", *size]) == 0
+    assert main(["generate", str(short_artifacts), "-p", "x", "-o", "-", *size]) == 0
     data = capfdbinary.readouterr().out
     assert data.endswith(b"IEND\xaeB`\x82")
     with Image.open(io.BytesIO(data)) as image:
@@ -93,14 +76,14 @@ def test_generate_to_standard_output(capfdbinary, tiny_artifacts):
         assert json.loads(image.text["klein_kv"])["seed"] == 2**64 - 1
 
 
-def test_an_image_is_not_written_to_a_terminal(capsys, monkeypatch, tiny_artifacts):
+def test_an_image_is_not_written_to_a_terminal(capsys, monkeypatch, short_artifacts):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    code, _, errors = run(capsys, "generate", tiny_artifacts, "-p", "x", "-o", "-")
+    code, _, errors = run(capsys, "generate", short_artifacts, "-p", "x", "-o", "-")
     assert code == 1
     assert "standard output is a terminal" in errors
 
 
-def test_prompts_from_a_file(capsys, monkeypatch, tiny_artifacts, tmp_path):
+def test_prompts_from_a_file(capsys, monkeypatch, short_artifacts, tmp_path):
     """One image each; the references' keys and values are made once, and used by all."""
     runs = []
     start = Session.run
@@ -115,7 +98,7 @@ def test_prompts_from_a_file(capsys, monkeypatch, tiny_artifacts, tmp_path):
     reference = picture(tmp_path / "a.png", 64, 64)
     size = ("-r", reference, "--steps", 2, "--seed", 3)
     code, text, errors = run(
-        capsys, "generate", tiny_artifacts, "--prompts", tmp_path / "prompts.txt", *size,
+        capsys, "generate", short_artifacts, "--prompts", tmp_path / "prompts.txt", *size,
         "-o", tmp_path / "k.png", "--json",
     )  # fmt: skip
     assert code == 0
@@ -129,64 +112,49 @@ def test_prompts_from_a_file(capsys, monkeypatch, tiny_artifacts, tmp_path):
             assert json.loads(image.text["klein_kv"])["prompt"] == prompt
             pixels = image.tobytes()
     alone = tmp_path / "alone.png"
-    assert run(capsys, "generate", tiny_artifacts, "-p", prompts[2], *size, "-o", alone)[0] == 0
+    assert run(capsys, "generate", short_artifacts, "-p", prompts[2], *size, "-o", alone)[0] == 0
     with Image.open(alone) as image:
         assert image.tobytes() == pixels
 
 
-@pytest.mark.parametrize("matte", ["white", "none"])
-def test_matte_of_references(capsys, tiny_artifacts, tmp_path, matte):
-    clear, seen = tmp_path / "clear.png", tmp_path / "seen.png"
-    Image.new("RGBA", (64, 64), (200, 30, 90, 0)).save(clear)
-    Image.new("RGB", (64, 64), "white" if matte == "white" else (200, 30, 90)).save(seen)
+def test_matte_of_references(capsys, short_artifacts, tmp_path):
+    Image.new("RGBA", (64, 64), (200, 30, 90, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
     images = []
-    for reference, *options in ((clear, "--matte", matte), (seen,)):
-        out = tmp_path / "out.png"
-        argv = ("-p", "x", "-r", reference, "--steps", 1, "--seed", 1, "-o", out)
-        assert run(capsys, "generate", tiny_artifacts, *argv, *options)[0] == 0
-        with Image.open(out) as image:
+    for name, *options in (("clear.png",), ("white.png",), ("clear.png", "--matte", "none")):
+        argv = ("-p", "x", "-r", tmp_path / name, "--steps", 1, "--seed", 1)
+        argv += ("-o", tmp_path / "out.png", *options)
+        assert run(capsys, "generate", short_artifacts, *argv)[0] == 0
+        with Image.open(tmp_path / "out.png") as image:
             images.append(image.tobytes())
-    assert images[0] == images[1]
+    assert images[0] == images[1] != images[2]
 
 
-def test_a_larger_limit_for_photos(capsys, monkeypatch, tiny_artifacts, tmp_path):
+def test_a_larger_limit_for_photos(capsys, monkeypatch, short_artifacts, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     reference = picture(tmp_path / "a.png", 640, 480)
     argv = ("-p", "x", "-r", reference, "--steps", 1, "-o", tmp_path / "out.png")
-    code, _, errors = run(capsys, "generate", tiny_artifacts, *argv)
+    code, _, errors = run(capsys, "generate", short_artifacts, *argv)
     assert (code, "--max-megapixels" in errors) == (1, True)
     size = ("--height", 64, "--width", 64)
-    assert run(capsys, "generate", tiny_artifacts, *argv, *size, "--max-megapixels", 1)[0] == 0
+    assert run(capsys, "generate", short_artifacts, *argv, *size, "--max-megapixels", 1)[0] == 0
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
-def test_consoles_that_are_not_utf8(tiny_artifacts, tmp_path, monkeypatch, encoding):
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+def test_consoles_that_are_not_utf8(short_artifacts, tmp_path, monkeypatch):
+    """Here one that shows the first of three characters."""
+    monkeypatch.setenv("PYTHONIOENCODING", "cp932")
     out = tmp_path / "凧 é 🚢.png"
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "klein_kv.cli",
-                "generate",
-                str(tiny_artifacts),
-                "-p",
-                "凧 é 🚢",
-            ),
-            *("-o", str(out), "--height", "64", "--width", "64", "--steps", "1"),
-        ],
-        capture_output=True,
-        check=False,
-    )
+    argv = ["generate", short_artifacts, "-p", "凧 é 🚢", "-o", out]
+    argv += ["--height", "64", "--width", "64", "--steps", "1"]
+    script = Path(sys.executable).with_name("klein-kv")  # as it was installed
+    done = subprocess.run([script, *argv], capture_output=True, check=False)
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
     assert out.exists()
-    shown = str(out).encode(encoding, "backslashreplace")
-    assert done.stdout.strip() == shown
+    assert done.stdout.strip() == str(out).encode("cp932", "backslashreplace")
 
 
-def test_inspect_lists_every_graph(capsys, tiny_artifacts):
-    code, text, _ = run(capsys, "inspect", tiny_artifacts, "--json")
+def test_inspect_lists_every_graph(capsys, short_artifacts):
+    code, text, _ = run(capsys, "inspect", short_artifacts, "--json")
     value = json.loads(text)
     assert code == 0
     assert set(value["graphs"]) == {
@@ -194,7 +162,7 @@ def test_inspect_lists_every_graph(capsys, tiny_artifacts):
         "encode_references", "first_step", "cached_step",
         "encode_references_fp8_kv", "first_step_fp8_kv", "cached_step_fp8_kv",
     }  # fmt: skip
-    text = run(capsys, "inspect", tiny_artifacts)[1]
+    text = run(capsys, "inspect", short_artifacts)[1]
     assert text.count("k_ref.0 ... v_ref.") == 6
     assert text.count("k_ref_scale.0 ... v_ref_scale.") == 3
 
@@ -212,46 +180,36 @@ def test_doctor_tells_versions_and_readiness(capsys):
     [
         (("-p", " "), "the prompt is empty"),
         (("-p", "x", "--height", "500"), "height is 500, expected a multiple of 16"),
-        (("-p", "x", "--width", "120"), "width is 120, expected a multiple of 16 from 16 to 65536"),
         (("-p", "x", "--height", "4112"), "output is 1024x4112, 4.2 megapixels"),
         (("-p", "x", "--steps", "0"), "num_inference_steps is 0, expected 1 to 50"),
-        (("-p", "x", "--seed", str(2**64)), f"seed is {2**64}"),
-        (("-p", "x", "--num-images", "0"), "num_images_per_prompt is 0"),
         (("-p", "x", "--backend", "abacus"), "backend is 'abacus'"),
-        (("-p", "x", "--threads", "0"), "threads is 0"),
         (("-p", "x", "-r", "{tmp}/none.png"), "does not exist"),
         (("-p", "x", "-r", "{tmp}/small.png"), "63x200"),
-        (("-p", "x", "-r", "{tmp}/wide.png"), "8:1"),
         (("-p", "x", "-r", "{tmp}/cut.png"), "cut short"),
         (("-p", "x", "-r", "{tmp}/bomb.png"), "too large"),
-        (("-p", "x", "-r", "{tmp}/text.png"), "not an image"),
         (("-p", "x", "-o", "{tmp}/out.gif"), "ends in .png, .jpg, .jpeg or .webp"),
         (
             ("-p", "x", "-o", "{tmp}/out.jpg", "--quality", "100"),
             "quality is 100, expected 20 to 99",
         ),
-        (("-p", "x", "-o", "{tmp}/out.webp", "--width", "16400", "--height", "64"), "most 16383"),
         (("-p", "x", "-o", "-", "--num-images", "2"), "standard output takes one image, got 2"),
         (("-p", "x", "-o", "-", "--json"), "--json goes to standard output too"),
         (("-p", "x", "-r", "{tmp}/whole.png", "--matte", "mauvish"), "matte is 'mauvish'"),
-        (("--prompts", "{tmp}/none.txt"), "none.txt cannot be read"),
         (("--prompts", "{tmp}/empty.txt"), "holds no text, expected one prompt per line"),
         (("--prompts", "{tmp}/whole.png"), "whole.png cannot be read"),
         (("-p", "x", "-o", "{tmp}/nowhere/out.png"), "does not exist"),
     ],
 )
-def test_bad_requests_are_one_line(capsys, tiny_artifacts, tmp_path, argv, message):
+def test_bad_requests_are_one_line(capsys, short_artifacts, tmp_path, argv, message):
     picture(tmp_path / "small.png", 63, 200)
-    picture(tmp_path / "wide.png", 1000, 100)
     whole = picture(tmp_path / "whole.png", 128, 128).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n  \n", encoding="utf-8")
     if any("bomb" in arg for arg in argv):
-        Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+        Image.new("1", (13400, 13400)).save(tmp_path / "bomb.png")
     out = () if "-o" in argv else ("-o", tmp_path / "out.png")
     argv = [arg.replace("{tmp}", str(tmp_path)) for arg in argv]
-    code, text, errors = run(capsys, "generate", tiny_artifacts, *argv, *out)
+    code, text, errors = run(capsys, "generate", short_artifacts, *argv, *out)
     assert code == 1
     assert text == ""
     assert message in errors
@@ -261,24 +219,18 @@ def test_bad_requests_are_one_line(capsys, tiny_artifacts, tmp_path, argv, messa
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_checkpoint_in_place_of_artifacts_is_told_apart(capsys, tiny_checkpoint):
-    code, _, errors = run(capsys, "generate", tiny_checkpoint, "-p", "x")
-    assert code == 1
-    assert "export it first" in errors
-
-
 def test_wrong_usage_exits_with_2():
     with pytest.raises(SystemExit) as caught:
         main(["export", "a", "b", "--text-layers", "nine"])
     assert caught.value.code == 2
 
 
-def test_interrupt_is_no_traceback(capsys, monkeypatch, tiny_artifacts):
+def test_interrupt_is_no_traceback(capsys, monkeypatch, short_artifacts):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("klein_kv.artifacts.manifest.Manifest.load", interrupted)
-    code, _, errors = run(capsys, "inspect", tiny_artifacts)
+    code, _, errors = run(capsys, "inspect", short_artifacts)
     assert (code, errors.strip()) == (130, "klein-kv inspect: interrupted")
 
 
@@ -287,16 +239,6 @@ def test_absent_library_names_its_extra(capsys, monkeypatch, tmp_path):
     code, _, errors = run(capsys, "export", tmp_path, tmp_path / "out")
     assert code == 1
     assert "pip install 'klein-kv[export]'" in errors
-
-
-def test_console_script_is_installed():
-    done = subprocess.run(
-        [Path(sys.executable).with_name("klein-kv"), "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("klein-kv ")
 
 
 def test_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):

@@ -59,47 +59,33 @@ def test_a_pack_is_written(comfyui: Path, install: Install) -> None:
     assert all(json.loads(x.read_text())["nodes"] for x in workflows)
 
 
-def no_comfyui(folder: Path, _patch: pytest.MonkeyPatch) -> None:
-    (folder / "main.py").unlink()
-
-
-def too_old(folder: Path, _patch: pytest.MonkeyPatch) -> None:
-    (folder / "comfy_api" / "latest").rmdir()
-
-
-def there_already(folder: Path, _patch: pytest.MonkeyPatch) -> None:
-    (folder / "custom_nodes" / "klein-kv").mkdir()
-    (folder / "custom_nodes" / "klein-kv" / "mine.py").touch()
-
-
-def read_only(_folder: Path, patch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    patch.setattr(Path, "mkdir", refuse)  # root may write anywhere
+def refuse(*_: Any, **__: Any) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("obstacle", "words"),
     [
-        (no_comfyui, "is no ComfyUI of 0.3.64 or newer: it has no main.py"),
-        (too_old, "it has no comfy_api/latest"),
-        (there_already, "klein-kv already exists and is not an empty folder; remove it"),
-        (read_only, "cannot write"),
+        ("main.py", "is no ComfyUI of 0.3.64 or newer: it has no main.py"),
+        ("comfy_api/latest", "it has no comfy_api/latest"),
+        ("there already", "klein-kv already exists and is not an empty folder; remove it"),
+        ("read only", "cannot write"),
     ],
 )
 def test_what_stands_in_the_way_is_told(
-    spoil: Callable[[Path, pytest.MonkeyPatch], None],
-    words: str,
-    comfyui: Path,
-    install: Install,
-    monkeypatch: pytest.MonkeyPatch,
+    obstacle: str, words: str, comfyui: Path, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(comfyui, monkeypatch)
+    pack = comfyui / "custom_nodes" / "klein-kv"
+    if obstacle == "there already":
+        pack.mkdir()
+        (pack / "mine.py").touch()
+    elif obstacle == "read only":
+        monkeypatch.setattr(Path, "mkdir", refuse)  # root may write anywhere
+    else:
+        (comfyui / obstacle).rename(comfyui / "elsewhere")
     before = sorted(comfyui.rglob("*"))
     code, out, err = install()
-    assert code == 1
-    assert out == ""
+    assert (code, out) == (1, "")
     assert words in err
     assert err.count("\n") == 1
     assert sorted(comfyui.rglob("*")) == before

@@ -45,15 +45,8 @@ def test_generate_merges_adapters(
     capsys: Any, tiny_artifacts: Path, tiny_ours: KleinKVPipeline, lora: Path, tmp_path: Path
 ) -> None:
     expected = picture(tiny_ours, lora, 0.25)
-    pixels, facts = generate(
-        capsys,
-        tiny_artifacts,
-        tmp_path / "a.png",
-        "--lora",
-        f"{lora}:0.5",
-        "--lora",
-        f"{lora}:-.25",
-    )
+    options = ("--lora", f"{lora}:0.5", "--lora", f"{lora}:-.25")
+    pixels, facts = generate(capsys, tiny_artifacts, tmp_path / "a.png", *options)
     assert np.abs(pixels.astype(int) - expected).max() <= 1
     assert not np.array_equal(pixels, picture(tiny_ours))
     assert facts["model"] == "tiny + style.safetensors:0.5 + style.safetensors:-0.25"
@@ -70,11 +63,8 @@ def test_export_merges_adapters_for_good(
     assert Manifest.load(folder).model_id == "tiny + style.safetensors:2"
 
 
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [("5", "expected a number of -4 to 4"), ("x", "expected a number of -4 to 4")],
-)
-def test_bad_weights(capsys: Any, tiny_artifacts: Path, weight: str, message: str) -> None:
+@pytest.mark.parametrize("weight", ["5", "x"])
+def test_bad_weights(capsys: Any, tiny_artifacts: Path, weight: str) -> None:
     with pytest.raises(SystemExit):
         run(capsys, "generate", tiny_artifacts, "-p", "x", "--lora", f"a.safetensors:{weight}")
-    assert message in capsys.readouterr().err
+    assert "expected a number of -4 to 4" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.schedule import Schedule, empirical_mu, make_schedule, round_to_dtype
+from klein_kv.schedule import Schedule, make_schedule, round_to_dtype
 
 KLEIN = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -28,8 +28,6 @@ def diffusers_scheduler(
     """Part 6 of Flux2KleinKVPipeline.__call__, with its own functions."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     sigmas = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-    if hasattr(scheduler.config, "use_flow_sigmas") and scheduler.config.use_flow_sigmas:
-        sigmas = None
     mu = reference.compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
     reference.retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
     return scheduler
@@ -44,14 +42,8 @@ def assert_same(ours: Schedule, theirs: FlowMatchEulerDiscreteScheduler) -> None
     np.testing.assert_array_equal(ours.sigma_steps, torch.stack(expected_steps).numpy())
 
 
-@given(tokens=st.integers(1, 70_000), steps=st.integers(1, 200))
-def test_mu(tokens: int, steps: int) -> None:
-    expected = reference.compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-    assert empirical_mu(tokens, steps) == expected
-
-
-@settings(max_examples=200, deadline=None)
-@given(tokens=st.integers(1, 20_000), steps=st.integers(1, 60), data=st.data())
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.integers(1, 70_000), steps=st.integers(1, 200), data=st.data())
 def test_equals_diffusers(tokens: int, steps: int, data: st.DataObject) -> None:
     below_one = st.floats(2**-10, 1 - 2**-10)
     sigmas = data.draw(st.none() | st.lists(below_one, min_size=1, max_size=6))
@@ -59,10 +51,10 @@ def test_equals_diffusers(tokens: int, steps: int, data: st.DataObject) -> None:
     assert_same(make_schedule(KLEIN, steps, tokens, sigmas), theirs)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 @pytest.mark.parametrize("tokens", [64, 1024, 4096, 4300, 4301, 16384])
-def test_klein_sizes(tokens: int, steps: int) -> None:
-    assert_same(make_schedule(KLEIN, steps, tokens), diffusers_scheduler(KLEIN, steps, tokens))
+def test_klein_sizes(tokens: int) -> None:
+    for steps in (1, 2, 4, 50):
+        assert_same(make_schedule(KLEIN, steps, tokens), diffusers_scheduler(KLEIN, steps, tokens))
 
 
 def test_custom_sigmas_set_the_number_of_steps_but_not_the_shift() -> None:
@@ -77,9 +69,10 @@ def test_custom_sigmas_of_zero_and_as_array() -> None:
     sigmas = np.array([1.0, 0.25, 0.0])
     ours = make_schedule(KLEIN, 4, 1024, sigmas)
     with np.errstate(divide="ignore"):
-        theirs = diffusers_scheduler(KLEIN, 4, 1024, sigmas)
-    assert_same(ours, theirs)
+        assert_same(ours, diffusers_scheduler(KLEIN, 4, 1024, sigmas))
     assert ours.sigmas.tolist()[-2:] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="read-only"):
+        ours.sigmas[0] = 2.0
 
 
 @pytest.mark.parametrize(
@@ -97,30 +90,21 @@ def test_other_ways_to_write_the_same(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("config", "message"),
     [
-        {"use_karras_sigmas": True},
-        {"use_exponential_sigmas": True},
-        {"use_beta_sigmas": True},
-        {"use_flow_sigmas": True},
-        {"invert_sigmas": True},
-        {"stochastic_sampling": True},
-        {"use_dynamic_shifting": False},
-        {"time_shift_type": "linear"},
-        {"num_train_timesteps": 0},
-        {"shift_terminal": 0.02},
-        {"_class_name": "DDIMScheduler"},
+        (KLEIN | {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        (KLEIN | {"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (KLEIN | {"time_shift_type": "linear"}, "time_shift_type"),
+        (KLEIN | {"num_train_timesteps": 0}, "num_train_timesteps"),
+        (KLEIN | {"shift_terminal": 0.02}, "shift_terminal"),
+        (KLEIN | {"_class_name": "DDIMScheduler"}, "_class_name"),
+        # as diffusers reads a configuration that does not say
+        ({}, "use_dynamic_shifting is False, expected True"),
     ],
 )
-def test_unsupported_option_is_named(option: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError, match=next(iter(option))):
-        make_schedule({**KLEIN, **option}, 4, 1024)
-
-
-def test_static_shifting_by_default_is_refused() -> None:
-    """As diffusers reads a configuration that does not say."""
-    with pytest.raises(ArtifactError, match="use_dynamic_shifting is False, expected True"):
-        make_schedule({}, 4, 1024)
+def test_unsupported_option_is_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        make_schedule(config, 4, 1024)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +149,3 @@ def test_rounding_equals_torch(dtype: str, values: list[float]) -> None:
 def test_rounding_to_another_type_is_refused() -> None:
     with pytest.raises(RequestError, match="float8"):
         round_to_dtype(np.zeros(1, np.float32), "float8")
-
-
-def test_schedule_is_read_only() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        make_schedule(KLEIN, 4, 1024).sigmas[0] = 2.0

@@ -57,7 +57,7 @@ class Subject:
 
 
 @pytest.fixture(scope="module", params=["tiny_artifacts", "tiny_fp16_artifacts"])
-def subject(request: pytest.FixtureRequest) -> Subject:
+def subject(request):
     return Subject(request.getfixturevalue(request.param))
 
 
@@ -70,7 +70,7 @@ def step(subject: Subject) -> Arrays:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_references_become_is_rounded_at_the_end(subject: Subject, count: int) -> None:
+def test_what_references_become_is_rounded_at_the_end(subject, count):
     inputs = references(subject, count)
     whole = subject.run("encode_references", inputs, packed=False)
     packed = subject.run("encode_references", inputs, packed=True)
@@ -82,7 +82,7 @@ def test_what_references_become_is_rounded_at_the_end(subject: Subject, count: i
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_cached_step_computes_on_what_the_bytes_stand_for(subject: Subject, count: int) -> None:
+def test_cached_step_computes_on_what_the_bytes_stand_for(subject, count):
     if count:
         packed = subject.run("encode_references", references(subject, count), packed=True)
     else:
@@ -99,7 +99,7 @@ def test_cached_step_computes_on_what_the_bytes_stand_for(subject: Subject, coun
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_first_step_is_the_two_after_each_other(subject: Subject, count: int) -> None:
+def test_first_step_is_the_two_after_each_other(subject, count):
     inputs = references(subject, count)
     packed = subject.run("encode_references", inputs, packed=True)
     expected = subject.run("cached_step", step(subject) | packed, packed=True) | packed

@@ -4,7 +4,7 @@ float32 graphs of four models; 16-bit graphs of `tiny`, which are held against f
 inputs that 16 bits hold exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.signature import kv_names
@@ -60,7 +59,7 @@ class Subject:
     ],
     ids="-".join,
 )
-def subject(request: pytest.FixtureRequest) -> Subject:
+def subject(request):
     backend, name, precision = request.param
     if name != "tiny":
         _, artifacts, theirs = request.getfixturevalue("saved_models")(name)
@@ -71,12 +70,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(load_ours(artifacts, backend), theirs, precision)
 
 
-def their_step(
-    subject: Subject,
-    inputs: Arrays,
-    references: Arrays | None = None,
-    cache: Flux2KVCache | None = None,
-) -> tuple[Any, Flux2KVCache]:
+def their_step(subject, inputs, references=None, cache=None):
     """diffusers' transformer as its pipeline calls it: extract, cached or plain."""
     x = {name: torch.from_numpy(value) for name, value in inputs.items()}
     hidden, ids, options = x["hidden_states"], x["img_ids"], {}
@@ -110,7 +104,7 @@ def their_kv(cache: Flux2KVCache) -> list[Any]:
 # --- transformer ---
 
 
-def test_encode_references(subject: Subject) -> None:
+def test_encode_references(subject):
     ours = subject.run("encode_references", subject.references())
     _, cache = their_step(subject, subject.step(), subject.references())
     assert list(ours) == kv_names(subject.ours.config.transformer.num_blocks)
@@ -119,7 +113,7 @@ def test_encode_references(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_first_step(subject: Subject, batch: int) -> None:
+def test_first_step(subject, batch):
     inputs, references = subject.step(batch=batch), subject.references()
     ours = subject.run("first_step", inputs | references)
     noise_pred, cache = their_step(subject, inputs, references)
@@ -131,7 +125,7 @@ def test_first_step(subject: Subject, batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cached_step(subject: Subject, batch: int) -> None:
+def test_cached_step(subject, batch):
     """On keys and values from another step of another request: prompt, noise, size and time."""
     references = subject.references()
     _, cache = their_step(subject, subject.step(seed=20, batch=batch), references)
@@ -142,7 +136,7 @@ def test_cached_step(subject: Subject, batch: int) -> None:
     subject.close("cached_step", ours["noise_pred"], noise_pred, "noise_pred")
 
 
-def test_cached_step_without_references(subject: Subject) -> None:
+def test_cached_step_without_references(subject):
     net = subject.ours.config.transformer
     empty = np.zeros((1, 0, net.num_attention_heads, net.attention_head_dim), np.float32)
     inputs = subject.step()
@@ -151,7 +145,7 @@ def test_cached_step_without_references(subject: Subject) -> None:
     subject.close("cached_step", ours["noise_pred"], noise_pred, "noise_pred, R = 0")
 
 
-def test_first_step_is_references_then_cached_step(subject: Subject) -> None:
+def test_first_step_is_references_then_cached_step(subject):
     inputs, references = subject.step(), subject.references()
     together = subject.run("first_step", inputs | references)
     kv = subject.run("encode_references", references)
@@ -161,7 +155,7 @@ def test_first_step_is_references_then_cached_step(subject: Subject) -> None:
         subject.close("first_step = references + cached", apart[name], value, name)
 
 
-def test_keys_and_values_do_not_depend_on_the_request(subject: Subject) -> None:
+def test_keys_and_values_do_not_depend_on_the_request(subject):
     references = subject.references()
     one = subject.run("first_step", subject.step() | references)
     other = subject.run(
@@ -175,7 +169,7 @@ def test_keys_and_values_do_not_depend_on_the_request(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
-def test_text_encoder(subject: Subject, padding: str) -> None:
+def test_text_encoder(subject, padding):
     config = subject.ours.config.text_encoder
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     mask = np.ones((2, 40), np.int64)
@@ -199,9 +193,7 @@ def test_text_encoder(subject: Subject, padding: str) -> None:
 
 
 @pytest.mark.parametrize("cells", [(2, 2), (7, 4), (3, 9)])
-def test_vae_encoder(
-    subject: Subject, cells: tuple[int, int], picture: Callable[..., Image.Image]
-) -> None:
+def test_vae_encoder(subject, cells, picture):
     unit = subject.ours.config.vae.multiple_of
     image = picture(cells[1] * unit, cells[0] * unit)
     ours = subject.run("vae_encoder", {"image": np.asarray(image)[None]})["ref_hidden_states"]
@@ -212,7 +204,7 @@ def test_vae_encoder(
 
 
 @pytest.mark.parametrize("cells", [(2, 2), (7, 4), (3, 9)])
-def test_vae_decoder(subject: Subject, cells: tuple[int, int]) -> None:
+def test_vae_decoder(subject, cells):
     pipe, vae = subject.theirs, subject.theirs.vae
     tokens = normal(3, 2, *cells, subject.ours.config.vae.token_channels)
     ours = subject.run("vae_decoder", {"latents": tokens})

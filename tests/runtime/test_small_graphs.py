@@ -3,7 +3,6 @@
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import MANIFEST, Manifest
 from klein_kv.artifacts.numbers import quantize_fp8
 from klein_kv.artifacts.signature import SMALL_GRAPH_FILES, GraphSet
@@ -32,7 +30,7 @@ def merge_inputs(graph: str, config: Any) -> dict[str, np.ndarray]:
     return inputs
 
 
-def test_merge_lora_is_float32_arithmetic(any_ours: KleinKVPipeline) -> None:
+def test_merge_lora_is_float32_arithmetic(any_ours):
     backend = any_ours.backend
     inputs = merge_inputs("merge_lora", any_ours.config)
     for more in (0, 100):
@@ -46,7 +44,7 @@ def test_merge_lora_is_float32_arithmetic(any_ours: KleinKVPipeline) -> None:
     backend.release("merge_lora")
 
 
-def test_merge_lora_fp8_rounds_as_numpy_does(tiny_artifacts: Path) -> None:
+def test_merge_lora_fp8_rounds_as_numpy_does(tiny_artifacts):
     manifest = Manifest.load(tiny_artifacts)
     graphs = GraphSet("kv", "float32", quantized=(("transformer", "fp8"),))
     backend = OrtBackend(tiny_artifacts, manifest, 1, graphs)
@@ -62,7 +60,7 @@ def test_merge_lora_fp8_rounds_as_numpy_does(tiny_artifacts: Path) -> None:
 
 
 @pytest.mark.parametrize("graph", SMALL_GRAPH_FILES)
-def test_files_are_whole_graphs(graph: str, tiny_bf16_artifacts: Path) -> None:
+def test_files_are_whole_graphs(graph, tiny_bf16_artifacts):
     path = tiny_bf16_artifacts / SMALL_GRAPH_FILES[graph]
     onnx.checker.check_model(path, full_check=True)
     model = ir.load(path)
@@ -70,9 +68,7 @@ def test_files_are_whole_graphs(graph: str, tiny_bf16_artifacts: Path) -> None:
     assert sum(x.const_value.nbytes for x in model.graph.initializers.values()) < 100
 
 
-def test_a_folder_from_before_them_opens_and_merges_on_the_host(
-    tiny_artifacts: Path, tmp_path: Path
-) -> None:
+def test_a_folder_from_before_them_opens_and_merges_on_the_host(tiny_artifacts, tmp_path):
     folder = tmp_path / "artifacts"
     shutil.copytree(tiny_artifacts, folder, copy_function=os.link)
     manifest = Manifest.load(folder)

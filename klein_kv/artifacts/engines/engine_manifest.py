@@ -6,17 +6,16 @@ An engine file is native code. So a digest that does not match is refused, never
 
 import hashlib
 import json
-import operator
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from klein_kv.artifacts.config import text_of
 from klein_kv.artifacts.digest import inside, write_atomic
-from klein_kv.artifacts.engines.engine_record import EngineRecord, record_from_json
+from klein_kv.artifacts.engines.engine_record import EngineRecord
 from klein_kv.errors import MALFORMED, ArtifactError
+from klein_kv.json_values import from_json, read_document
 
 __all__ = ["ENGINE_MANIFEST", "PACKED_SUFFIX", "EngineManifest", "find_engines"]
 
@@ -25,8 +24,6 @@ PACKED_SUFFIX = ".zlib"
 """Ends the name of an engine file that zlib packed."""
 _FORMAT = "klein-kv engines"
 _FORMAT_VERSION = 1
-_TEXTS = ("module", "version", "target", "precision", "weights", "recipe")
-_KINDS = {"kv_dtype", "attention"}  # null, or a text; absent in older files
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +94,21 @@ class EngineManifest:
         """
         path = folder / ENGINE_MANIFEST
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_document(path, _FORMAT, _FORMAT_VERSION, "build again")
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{folder} holds no engines: it has no {ENGINE_MANIFEST}; build them with "
                 "`klein-kv build`"
             ) from error
-        except (OSError, *MALFORMED) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}; build again") from error
-        if not isinstance(value, dict) or value.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a manifest of engines; build again")
-        if value.get("format_version") != _FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path} has format version {value.get('format_version')}, this klein-kv reads "
-                f"{_FORMAT_VERSION}; build again"
-            )
         if value.pop("digest", None) != _self_digest(value):
             raise ArtifactError(f"{path} was changed after it was written; build again")
         try:
-            engines = {name: record_from_json(record) for name, record in value["engines"].items()}
-            texts = {name: text_of(value[name]) for name in _TEXTS}
-            kinds = {name: value[name] and text_of(value[name]) for name in _KINDS & value.keys()}
-            return cls(**texts, **kinds, engines=engines, sm=operator.index(value["sm"]))
+            for record in value["engines"].values():
+                for profile in record["profiles"]:  # earlier ones say the scratch of all together
+                    profile.setdefault("scratch_bytes", record["scratch_bytes"])
+            known = {field.name for field in fields(cls)}
+            manifest: Self = from_json(cls, {x: value[x] for x in known & value.keys()})
+            return manifest
         except MALFORMED as error:
             raise ArtifactError(f"{path} is incomplete ({error!r}); build again") from error
 

@@ -1,17 +1,14 @@
 """What is known of one engine: its tensors, where its weights lie, which shapes it serves."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from klein_kv.artifacts.config import text_of
 from klein_kv.artifacts.signature import TensorSpec
-from klein_kv.artifacts.weights import WeightPlace, WeightRef, places_from_json, refs_from_places
+from klein_kv.artifacts.weights import WeightPlace, WeightRef, refs_from_places
 from klein_kv.errors import RequestError
 
-__all__ = ["EngineRecord", "ProfileRecord", "Shapes", "record_from_json"]
+__all__ = ["EngineRecord", "ProfileRecord", "Shapes"]
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """(min, opt, max) shapes by input."""
@@ -25,6 +22,11 @@ class ProfileRecord:
     symbols: dict[str, tuple[int, int, int]]  # symbolic axis -> (min, opt, max)
     shapes: Shapes  # inputs of fixed shape are absent
     scratch_bytes: int = 0  # activation memory at its largest shapes
+
+    def __post_init__(self) -> None:
+        for name, shapes in self.shapes.items():
+            if len({len(shape) for shape in shapes}) > 1:
+                raise ValueError(f"shapes of {name} have different numbers of axes")
 
     @property
     def fixed(self) -> bool:
@@ -89,46 +91,3 @@ class EngineRecord:
     def weight_refs(self, artifacts: Path) -> dict[str, WeightRef]:
         """Where the weight inputs lie in an artifact folder, checked by `refs_from_places`."""
         return refs_from_places(artifacts, self.weights, f"weights of the engine of {self.graph}")
-
-
-def record_from_json(value: Mapping[str, Any]) -> EngineRecord:
-    """Reads what `asdict` and JSON made of a record; one of `MALFORMED` if none."""
-    specs = {
-        side: tuple(
-            TensorSpec(text_of(name), text_of(dtype), _integers(shape))
-            for name, dtype, shape in value[side]
-        )
-        for side in ("inputs", "outputs")
-    }
-    # Engines of an earlier klein-kv say the scratch of all profiles together.
-    scratch = operator.index(value["scratch_bytes"])
-    texts = ("graph", "file", "layers", "sha256", "key", "onnx_digest")
-    return EngineRecord(
-        **{name: text_of(value[name]) for name in texts},
-        inputs=specs["inputs"],
-        outputs=specs["outputs"],
-        bytes=operator.index(value["bytes"]),
-        weights=places_from_json(value["weights"]),
-        profiles=tuple(_profile(profile, scratch) for profile in value["profiles"]),
-        scratch_bytes=scratch,
-        seconds=float(value["seconds"]),
-        peak_rss=operator.index(value["peak_rss"]),
-    )
-
-
-def _profile(value: Mapping[str, Any], scratch: int) -> ProfileRecord:
-    symbols = {}
-    for name, limits in value["symbols"].items():
-        low, opt, high = _integers(limits)
-        symbols[name] = low, opt, high
-    shapes = {}
-    for name, (low_shape, opt_shape, high_shape) in value["shapes"].items():
-        shapes[name] = _integers(low_shape), _integers(opt_shape), _integers(high_shape)
-        if len({len(shape) for shape in shapes[name]}) > 1:
-            raise ValueError(f"shapes of {name} have different numbers of axes")
-    own = operator.index(value.get("scratch_bytes", scratch))
-    return ProfileRecord(text_of(value["name"]), symbols, shapes, own)
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-    return tuple(map(operator.index, values))

@@ -115,10 +115,6 @@ class EngineSet:
             )
         return replace(self, folders=own)
 
-    def for_device(self, module: str, version: str, sm: int) -> "EngineSet":
-        """Those that this TensorRT and a GPU of this compute capability run, or a `BuildError`."""
-        return self.for_module(module, version).for_sm(sm)
-
     def for_sm(self, sm: int) -> "EngineSet":
         """Those for one compute capability, or a `BuildError`."""
         own = tuple(folder for folder in self.folders if folder.manifest.sm == sm)
@@ -141,22 +137,19 @@ def open_engines(
     that have none. An `ArtifactError` if there are none, or only engines of another export.
     """
     general = replace(graphs, attention=None)
-    if folder is not None:
-        engines = EngineManifest.load(folder)
-        folders = [EngineFolder(folder, engines)]
-        if not (_is_of(engines, graphs) or _is_of(engines, general)):
-            own = manifest.dtype
-            raise ArtifactError(
-                f"{folder}: these are engines of {engines.title}, keys and values in "
-                f"{engines.kv_dtype or own}; expected precision {graphs.precision or own}, keys "
-                f"and values in {graphs.kv_dtype or own}, attention in {graphs.attention or own}; "
-                "choose other engines, or another precision, kv_dtype or attention"
-            )
-    else:
-        every = [EngineFolder(x, EngineManifest.load(x)) for x in find_engines(artifacts)]
-        folders = [x for x in every if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
-        if not any(_is_of(x.manifest, graphs) for x in folders):
-            raise _none(artifacts, graphs)
+    paths = find_engines(artifacts) if folder is None else [folder]
+    every = [EngineFolder(path, EngineManifest.load(path)) for path in paths]
+    folders = [x for x in every if _is_of(x.manifest, graphs) or _is_of(x.manifest, general)]
+    if folder is None and not any(_is_of(x.manifest, graphs) for x in folders):
+        raise _none(artifacts, graphs)
+    if not folders:
+        engines, own = every[0].manifest, manifest.dtype
+        raise ArtifactError(
+            f"{folder}: these are engines of {engines.title}, keys and values in "
+            f"{engines.kv_dtype or own}; expected precision {graphs.precision or own}, keys "
+            f"and values in {graphs.kv_dtype or own}, attention in {graphs.attention or own}; "
+            "choose other engines, or another precision, kv_dtype or attention"
+        )
     for one in folders:
         there = graphs if one.manifest.attention == graphs.attention else general
         files = manifest.held_graphs(there)

@@ -33,11 +33,6 @@ class Gpu:
     bandwidth: float
     memory: float
 
-    def peak(self, precision: str) -> float | None:
-        """FLOP/s for operands of this type, or None where no figure is known."""
-        value = self.tflops.get(precision)
-        return None if value is None else value * 1e12
-
 
 GPUS = {
     # NVIDIA's figures for the GeForce RTX 5090 (RTX Blackwell GPU Architecture whitepaper).
@@ -64,6 +59,19 @@ GPUS = {
 }
 """GPUs with figures; other targets build as well and have no price."""
 
+TARGETS = {
+    **dict.fromkeys(("rtx5090", "rtx5080", "rtx5070ti", "rtx5070", "rtx5060ti"), 120),
+    "rtx-pro-6000": 120,  # Workstation, Max-Q and server editions have different clocks: no figures
+    "dgx-spark": 121,
+    **dict.fromkeys(("rtx4090", "rtx4080", "rtx4070", "l40s", "rtx6000-ada"), 89),
+    **dict.fromkeys(("rtx3090", "rtx3080", "a6000", "a10"), 86),
+    "a100": 80,
+}
+"""Compute capabilities without the dot, by target (https://developer.nvidia.com/cuda-gpus)."""
+
+# The GPU whose figures stand for a bare `smNN`.
+_TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -74,35 +82,6 @@ class Target:
     gpu: Gpu | None = None
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("rtx5090", 120, GPUS["rtx5090"]),
-        Target("rtx5080", 120, GPUS["rtx5080"]),
-        Target("rtx5070ti", 120),
-        Target("rtx5070", 120),
-        Target("rtx5060ti", 120),
-        # Workstation, Max-Q and server editions have different clocks: no figures.
-        Target("rtx-pro-6000", 120),
-        Target("dgx-spark", 121),
-        Target("rtx4090", 89, GPUS["rtx4090"]),
-        Target("rtx4080", 89),
-        Target("rtx4070", 89),
-        Target("l40s", 89),
-        Target("rtx6000-ada", 89),
-        Target("rtx3090", 86, GPUS["rtx3090"]),
-        Target("rtx3080", 86),
-        Target("a6000", 86),
-        Target("a10", 86),
-        Target("a100", 80),
-    )
-}
-"""Targets by name. The compute capabilities: https://developer.nvidia.com/cuda-gpus."""
-
-# The GPU whose figures stand for a bare `smNN`.
-_TYPICAL = {120: "rtx5090", 89: "rtx4090", 86: "rtx3090"}
-
-
 LEAST_SM = {"bf16": 80, "fp8": 89, "nvfp4": 100}
 """First compute capability that multiplies them: Ampere, Ada, Blackwell (Model Optimizer)."""
 
@@ -111,11 +90,10 @@ def find_target(name: str) -> Target:
     """A target by name (`rtx5090`), or by compute capability (`sm120`); else a `BuildError`."""
     key = name.lower()
     if key in TARGETS:
-        return TARGETS[key]
+        return Target(key, TARGETS[key], GPUS.get(key))
     if match := re.fullmatch(r"sm_?(\d{2,3})", key):
         sm = int(match[1])
-        typical = _TYPICAL.get(sm)
-        return Target(f"sm{sm}", sm, GPUS[typical] if typical else None)
+        return Target(f"sm{sm}", sm, GPUS.get(_TYPICAL.get(sm, "")))
     raise BuildError(
         f"unknown target {name!r}; expected one of {', '.join(TARGETS)}, or a compute capability "
         "such as sm120"

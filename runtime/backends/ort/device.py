@@ -72,19 +72,14 @@ class OrtDevice:
 
     @property
     def options(self) -> dict[str, str]:
-        """The provider's options.
-
-        Memory is taken as it is asked for, since doubling the arena would take up to twice the
-        weights; float32 is not cut to TF32; convolutions are chosen without trying all on every
-        shape.
-        """
+        """The provider's options."""
         if self.is_host:
             return {}
         return {
             "device_id": str(self.index),
-            "arena_extend_strategy": "kSameAsRequested",
+            "arena_extend_strategy": "kSameAsRequested",  # doubling takes up to twice the weights
             "use_tf32": "0",
-            "cudnn_conv_algo_search": "HEURISTIC",
+            "cudnn_conv_algo_search": "HEURISTIC",  # without trying all on every shape
         }
 
 
@@ -150,11 +145,7 @@ def open_session(onnxruntime: Any, device: OrtDevice, model: str | bytes, option
 
 
 def free_memory(device: OrtDevice, cuda: Cuda | None = None) -> int:
-    """Bytes that a GPU has free; ONNX Runtime tells neither that nor what its arena holds.
-
-    Raises:
-        BackendError: cuda-python is not installed, or there is no usable GPU.
-    """
+    """Bytes that a GPU has free, as `load_cuda` tells; ONNX Runtime tells nothing of it."""
     cuda = cuda or load_cuda(device.kind)
     before = cuda.call("cudaGetDevice")  # of this thread, whose it stays
     cuda.call("cudaSetDevice", device.index)

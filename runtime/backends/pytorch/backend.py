@@ -21,13 +21,7 @@ from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.networks.torch_ops import TorchOps
 from klein_kv.runtime.backends.backend import Buffer, GraphMemory, WeightChanges
 from klein_kv.runtime.backends.pytorch.cuda_graphs import CudaCapture, StepGraphs
-from klein_kv.runtime.backends.pytorch.graphs import (
-    Graph,
-    small_graph,
-    text_encoder_graph,
-    transformer_graph,
-    vae_graph,
-)
+from klein_kv.runtime.backends.pytorch.graphs import Graph, make_graph
 from klein_kv.runtime.backends.pytorch.memory import (
     TORCH_DTYPES,
     Staging,
@@ -47,7 +41,7 @@ class TorchBackend:
     """Runs the graphs of an artifact folder, or on tensors at hand (`from_tensors`), with PyTorch.
 
     Args:
-        weights: where the weights come from; says which graphs there are, and where they run.
+        weights: they say which graphs there are, and where these run.
         threads: CPU threads, which torch has one setting for in the whole process; None leaves it.
         compile_blocks: run the transformer's blocks through `torch.compile`, which needs Triton on
             a GPU and a C++ compiler on a CPU, and takes its time when a graph runs first.
@@ -56,7 +50,6 @@ class TorchBackend:
 
     Attributes:
         name: "torch", and what else rounds in a way of its own, e.g. "torch-cuda-compiled".
-        device: where it runs.
 
     Raises:
         BackendError: an option that the device does not have.
@@ -101,7 +94,7 @@ class TorchBackend:
         Args:
             config: shapes of the networks.
             dtype: type of weights and activations, e.g. "bfloat16".
-            device: where the tensors lie, "cpu", "cuda" or "cuda:N"; None: first GPU, else CPU.
+            device: where the tensors lie; see `find_device`.
             transformer: tensors by the names of diffusers' `Flux2Transformer2DModel.state_dict()`;
                 others are ignored. What is None has graphs that cannot be run.
             text_encoder: tensors by the names of transformers' `Qwen3ForCausalLM.state_dict()`.
@@ -114,14 +107,7 @@ class TorchBackend:
         components = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         return cls(GivenWeights(components, config, dtype, device), **options)
 
-    def prepare(
-        self,
-        graph: str,
-        shapes: Mapping[str, tuple[int, ...]],
-        kv: Mapping[str, Buffer] | None = None,
-        *,
-        eager: bool = False,
-    ) -> None:
+    def prepare(self, graph: str, *_: Any, **__: Any) -> None:
         with self._torch(graph):
             self._graph(graph)
 
@@ -186,7 +172,7 @@ class TorchBackend:
         for graph in list(self._loaded):
             self.release(graph)
 
-    def mark(self) -> object:
+    def mark(self) -> Any:
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -220,15 +206,7 @@ class TorchBackend:
             weights = self._weights.load(component) if component else {}
             dtype = TORCH_DTYPES[graphs.dtype]
             self._networks[component] = TorchOps(weights, dtype, self._compile_blocks, self.device)
-        network = self._networks[component]
-        if not component:
-            function = small_graph(graph, network)
-        elif component == "vae":
-            function = vae_graph(graph, config, network)
-        elif component == "text_encoder":
-            function = text_encoder_graph(config, network)
-        else:
-            function = transformer_graph(graph, config, network, graphs.kv_dtype)
+        function = make_graph(graph, config, self._networks[component], graphs.kv_dtype)
         if self._capture is not None and graph in ("cached_step", "plain_step"):
             names = kv_names(config.transformer.num_blocks, graphs.kv_dtype)
             function = StepGraphs(function, names, self._capture)

@@ -63,10 +63,7 @@ class _Shape:
 class StepGraphs:
     """A step graph that replays what it captured.
 
-    Args:
-        function: the graph, computed eagerly or by compiled blocks.
-        kv_names: inputs that change once per request at most: keys and values, of batch 1.
-        capture: what captures: `CudaCapture`.
+    `kv_names` are inputs that change once per request at most: keys and values, of batch 1.
     """
 
     def __init__(
@@ -112,7 +109,8 @@ class StepGraphs:
 
     def _hold(self, kv: Tensors) -> Tensors:
         """Keys and values in their place; copied there unless these very tensors were the last."""
-        if any(x.numel() > self._room(name) for name, x in kv.items()):
+        places = self._place
+        if any(name not in places or x.numel() > places[name].numel() for name, x in kv.items()):
             self._held.clear()
             self._shapes.clear()  # their graphs read the former place
             self._place.clear()  # before the new one is made: both may not fit
@@ -125,7 +123,3 @@ class StepGraphs:
                 views[name].copy_(x, non_blocking=True)
                 self._held[name] = weakref.ref(x)
         return views
-
-    def _room(self, name: str) -> int:
-        """Elements that the place holds of one of them; -1 if there is none yet."""
-        return self._place[name].numel() if name in self._place else -1

@@ -57,9 +57,17 @@ class FolderWeights:
         Raises:
             ArtifactError: the folder does not hold them as the networks need them.
         """
-        tensors, dtype = self._tensors(component), TORCH_DTYPES[self.graphs.dtype]
+        # In the order of the files, which are read as they are copied.
+        refs = self._refs(component)
+        in_order = sorted(refs.items(), key=lambda x: (x[1].path, x[1].offset))
+        tensors = {name: map_tensor(ref) for name, ref in in_order}
+        if self.device.type != "cpu":
+            staging = Staging(self.device)
+            tensors = {name: staging.copy(tensor) for name, tensor in tensors.items()}
+        if component == "transformer":
+            self._write(tensors, self._changes, refs)
         try:
-            return _checked(component, tensors, self.config, dtype, self.device)
+            return _checked(component, tensors, self.config, self.graphs.dtype, self.device)
         except BackendError as error:
             raise ArtifactError(f"{self._artifacts}: {error}; export again") from error
 
@@ -81,7 +89,7 @@ class FolderWeights:
         names: Iterable[str],
         refs: Mapping[str, WeightRef],
     ) -> None:
-        """Writes into tensors what they should hold now; `refs` is where their own content lies."""
+        """Writes into tensors what they should hold now; their own content lies at `refs`."""
         for name in names:
             change = self._changes.get(name)
             content = map_tensor(refs[name]) if change is None else change()
@@ -97,18 +105,6 @@ class FolderWeights:
             if file.startswith(f"{component}/"):
                 table |= graph_weights(self._artifacts, file)
         return whole_weights(table)
-
-    def _tensors(self, component: str) -> dict[str, torch.Tensor]:
-        # In the order of the files, which are read as they are copied.
-        refs = self._refs(component)
-        in_order = sorted(refs.items(), key=lambda x: (x[1].path, x[1].offset))
-        tensors = {name: map_tensor(ref) for name, ref in in_order}
-        if self.device.type != "cpu":
-            staging = Staging(self.device)
-            tensors = {name: staging.copy(tensor) for name, tensor in tensors.items()}
-        if component == "transformer":
-            self._write(tensors, self._changes, refs)
-        return tensors
 
 
 class GivenWeights:
@@ -129,7 +125,7 @@ class GivenWeights:
         self.graphs = GraphSet("kv", dtype)
         self.device = find_device(device)
         self._components = {
-            name: _checked(name, given, config, TORCH_DTYPES[dtype], self.device)
+            name: _checked(name, given, config, dtype, self.device)
             for name, given in components.items()
             if given is not None
         }
@@ -159,14 +155,10 @@ def _checked(
     component: str,
     tensors: Mapping[str, torch.Tensor],
     config: ModelConfig,
-    dtype: torch.dtype,
+    dtype: str,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that a network reads.
-
-    Raises:
-        BackendError: one is missing, has another shape or type, or lies elsewhere.
-    """
+    """The tensors that a network reads; BackendError: one is missing, or is not as it should be."""
     if component == "transformer":
         shapes = transformer_parameters(config.transformer)
     elif component == "vae":
@@ -174,11 +166,12 @@ def _checked(
     else:
         shapes = text_encoder_parameters(config.text_encoder)
     for name, shape in shapes.items():
-        expected = f"expected {dtype} {shape} on {device}"
+        wanted = shape, TORCH_DTYPES[dtype], device
+        expected = f"expected {wanted[1]} {shape} on {device}"
         tensor = tensors.get(name)
         if tensor is None:
             raise BackendError(f"{component}: tensor {name} is missing, {expected}")
-        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+        if (tensor.shape, tensor.dtype, tensor.device) != wanted:
             raise BackendError(
                 f"{component}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
                 f"{expected}"

@@ -60,22 +60,15 @@ _MOST_ENGINES = 4
 _LARGE = 1 << 30
 """Bytes of weights in an engine, from which on no two of a graph stay loaded."""
 
-_Loaded = dict[str, OrderedDict[Path, Engine]]
-"""By graph and folder, least recently used first."""
+_Loaded = dict[str, OrderedDict[Path, Engine]]  # by graph and folder, least recently used first
 
 
 class TrtBackend:
     """Runs the engines of one artifact folder, whose manifest has been checked, on one GPU.
 
-    What is still open when the program ends is closed then, and its kernels are kept.
-
-    Args:
-        engines: folder of the engines; None takes those below `artifacts/engines` that were built
-            from `graphs` for this GPU and this TensorRT.
-        device: ordinal of the GPU.
-        cuda: CUDA's bindings; None loads cuda-python.
-        trt: TensorRT module; None loads the one that the engines were built with.
-        graphs: which graphs of the folder; None takes the manifest's.
+    What is still open when the program ends is closed then, and its kernels are kept. Without a
+    folder of engines it takes those below `artifacts/engines` that were built from the graphs for
+    this GPU and this TensorRT; what else is None comes from the manifest or is imported.
 
     Raises:
         ArtifactError: the engines are not what their manifest says; nothing is deserialised then.
@@ -102,8 +95,8 @@ class TrtBackend:
         self._graphs = graphs or manifest.graphs
         built = open_engines(artifacts, manifest, self._graphs, engines)
         self._trt = trt or load_module(built.module)
-        name, version = self._trt.__name__, module_version(self._trt)
-        built.for_module(name, version)  # before a GPU is asked for
+        # Before a GPU is asked for.
+        built = built.for_module(self._trt.__name__, module_version(self._trt))
         self._errors: list[str] = []
         self._loaded: _Loaded = {}
         self._chosen: dict[tuple[str, ShapeKey], Engine] = {}  # of loaded ones
@@ -119,7 +112,7 @@ class TrtBackend:
         self._memory = CudaMemory(cuda or load_cuda(), device)
         try:
             with self._memory:
-                self._engines = built.for_device(name, version, self._memory.compute_capability)
+                self._engines = built.for_sm(self._memory.compute_capability)
                 virtual = VirtualMemory(self._memory)
                 self._kv = KvMemory(self._memory, virtual)
                 self._scratch = Scratch(self._memory, virtual)
@@ -236,7 +229,8 @@ class TrtBackend:
         for graph, file in self._graphs.files.items():
             refs = self._table(file)
             touched = {ref: name for name, ref in refs.items() if split_part(name)[0] in changes}
-            if touched and self._embeds_weights(graph):
+            built = [folder.manifest.engines.get(graph) for folder in self._engines.folders]
+            if touched and any(record is not None and not record.weights for record in built):
                 raise BackendError(
                     f"the engine of {graph} has its weights inside, where adapters cannot reach "
                     "them; build the engines with weights as inputs, which is the default"
@@ -300,20 +294,14 @@ class TrtBackend:
             self._memory.staging.upload(target, content[start - first : stop - first])
 
     def available_memory(self) -> int:
-        with self._memory:
-            memory = self._memory
-            buffers = sum(
-                engine.buffer_bytes
-                for engines in self._loaded.values()
-                for engine in engines.values()
-            )
+        with self._memory as memory:
+            loaded = [engine for engines in self._loaded.values() for engine in engines.values()]
+            buffers = sum(engine.buffer_bytes for engine in loaded)
             return memory.free + memory.idle + self._kv.idle + self._scratch.nbytes + buffers
 
     def graph_memory(self, graph: str) -> GraphMemory:
-        record = self._engines.records(graph)[0]
-        weights: dict[Hashable, int] = {
-            ref: aligned(ref.nbytes) for ref in record.weight_refs(self._artifacts).values()
-        }
+        refs = self._engines.records(graph)[0].weight_refs(self._artifacts).values()
+        weights: dict[Hashable, int] = {ref: aligned(ref.nbytes) for ref in refs}
         if not weights:  # inside the engine
             held = self._table(self._graphs.file(graph))
             weights = {(graph, name): ref.nbytes for name, ref in held.items()}
@@ -384,10 +372,6 @@ class TrtBackend:
             folder.mark_used()
         return loaded
 
-    def _embeds_weights(self, graph: str) -> bool:
-        engines = [folder.manifest.engines.get(graph) for folder in self._engines.folders]
-        return any(record is not None and not record.weights for record in engines)
-
     def _embedded_bytes(self, graph: str, folder: EngineFolder) -> int:
         """Bytes of the weights that lie in an engine itself."""
         if folder.manifest.record(graph).weights:
@@ -397,21 +381,18 @@ class TrtBackend:
 
     def _upload_weights(self, refs: Mapping[str, WeightRef]) -> dict[str, DeviceBuffer]:
         """Weights on the device; those that are not there yet go into one piece of memory."""
-        placed = {ref: self._weights.get(ref) for ref in refs.values()}
-        missing = sorted(
-            (ref for ref, buffer in placed.items() if buffer is None),
-            key=lambda ref: (ref.path, ref.offset),
-        )
-        fresh, start = {}, 0
+        placed = {ref: held for ref in refs.values() if (held := self._weights.get(ref))}
+        missing = set(refs.values()) - placed.keys()
         if missing:
             slab = self._memory.allocate((sum(aligned(ref.nbytes) for ref in missing),), "uint8")
-            for ref in missing:
-                pointer = slab.pointer + start
+            fresh, pointer = {}, slab.pointer
+            for ref in sorted(missing, key=lambda ref: (ref.path, ref.offset)):
                 fresh[ref] = DeviceBuffer(pointer, ref.shape, ref.dtype, slab.block)
-                start += aligned(ref.nbytes)
+                pointer += aligned(ref.nbytes)
             self._write_weights({ref: name for name, ref in refs.items() if ref in fresh}, fresh)
             self._weights.update(fresh)
-        return {name: fresh.get(ref) or self._weights[ref] for name, ref in refs.items()}
+            placed |= fresh
+        return {name: placed[ref] for name, ref in refs.items()}
 
 
 def _drop_old_shapes(loaded: _Loaded, memory: CudaMemory) -> None:

@@ -1,12 +1,12 @@
 """Device memory: a stream, buffers that go back to a free list, copies that wait for nothing."""
 
-import functools
+import contextlib
 import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,10 +69,7 @@ class CudaMemory:
     what uses it next comes later on the stream. Nothing here waits for the device but `download`,
     `synchronize`, freeing memory, and an upload that the staging memory has no room left for.
 
-    Attributes:
-        stream: the main stream.
-        staging: pinned host memory that uploads and downloads go through.
-        reclaim: called in turn where the device has no memory left: what frees some.
+    `reclaim` has what frees memory, called in turn where the device has none left.
     """
 
     def __init__(self, cuda: Cuda, device: int = 0, staging_bytes: int = STAGING_BYTES) -> None:
@@ -89,22 +86,17 @@ class CudaMemory:
             self.stream = self.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
             self.staging = Staging(cuda, device, self.stream, staging_bytes)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._before.append(self._become_current())
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _become_current(self) -> int:
-        """Makes the device the thread's current one; returns the one before."""
-        if self._closed:
-            raise BackendError("the tensorrt backend is closed; open the artifacts again")
-        before: int = self.call("cudaGetDevice")
-        if before != self.device:
-            self.call("cudaSetDevice", self.device)
-        return before
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._lock)
+            if self._closed:
+                raise BackendError("the tensorrt backend is closed; open the artifacts again")
+            before: int = self.call("cudaGetDevice")
+            if before != self.device:
+                self.call("cudaSetDevice", self.device)
+            self._before.append(before)
+            undo.pop_all()
+        return self
 
     def __exit__(self, *_: object) -> None:
         before = self._before.pop()
@@ -118,12 +110,9 @@ class CudaMemory:
     def compute_capability(self) -> int:
         """Compute capability of the GPU without the dot, e.g. 120."""
         names = self.cuda.runtime.cudaDeviceAttr
-        major, minor = (
-            names.cudaDevAttrComputeCapabilityMajor,
-            names.cudaDevAttrComputeCapabilityMinor,
-        )
-        ask = functools.partial(self.call, "cudaDeviceGetAttribute")
-        return 10 * int(ask(major, self.device)) + int(ask(minor, self.device))
+        parts = names.cudaDevAttrComputeCapabilityMajor, names.cudaDevAttrComputeCapabilityMinor
+        major, minor = (self.call("cudaDeviceGetAttribute", x, self.device) for x in parts)
+        return 10 * int(major) + int(minor)
 
     @property
     def free(self) -> int:

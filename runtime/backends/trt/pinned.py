@@ -5,7 +5,7 @@ many pages as it needs. Copies run on one stream of their own, in order, so a pa
 as soon as it is given back. The graphs' stream waits for a restored set when it first uses it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from klein_kv.errors import CapacityError, RequestError
@@ -80,23 +80,14 @@ class PinnedStore:
             }
             set_bytes = max(places[name].start + buffer.nbytes for name, buffer in buffers.items())
             copy = self._take(places, set_bytes)
-            Event(self._memory.cuda, self._memory.stream).before(self._stream)
-            for page, offset, nbytes in self._parts(copy):
-                source = block.pointer + offset
-                self._memory.cuda.copy(page, source, nbytes, "DeviceToHost", self._stream)
-            block.physical.busy = Event(self._memory.cuda, self._stream)
+            self._copy(copy, block, "DeviceToHost")
             return copy
 
     def restore(self, copy: PinnedCopy) -> dict[str, DeviceBuffer]:
         """Starts copying back to the device; the graphs' stream waits when it uses the set."""
         with self._memory:
             block = self._kv.take(copy.set_bytes)
-            # What used the memory before may still be under way.
-            Event(self._memory.cuda, self._memory.stream).before(self._stream)
-            for page, offset, nbytes in self._parts(copy):
-                target = block.pointer + offset
-                self._memory.cuda.copy(target, page, nbytes, "HostToDevice", self._stream)
-            block.physical.busy = Event(self._memory.cuda, self._stream)
+            self._copy(copy, block, "HostToDevice")
             return block.buffers(copy.places)
 
     def close(self) -> None:
@@ -105,11 +96,17 @@ class PinnedStore:
         self._memory.call("cudaStreamDestroy", self._stream)
         self._memory.call("cudaFreeHost", self._pointer)
 
-    def _parts(self, copy: PinnedCopy) -> Iterator[tuple[int, int, int]]:
-        """Address, offset in the set, and bytes of each page."""
+    def _copy(self, copy: PinnedCopy, block: KvBlock, kind: str) -> None:
+        """Copies page by page, once what used the device's memory before is done."""
+        cuda = self._memory.cuda
+        Event(cuda, self._memory.stream).before(self._stream)
         for i, page in enumerate(copy.pages):
             offset = i * self._page_bytes
-            yield page, offset, min(self._page_bytes, copy.set_bytes - offset)
+            ends = block.pointer + offset, page
+            target, source = ends if kind == "HostToDevice" else reversed(ends)
+            nbytes = min(self._page_bytes, copy.set_bytes - offset)
+            cuda.copy(target, source, nbytes, kind, self._stream)
+        block.physical.busy = Event(cuda, self._stream)
 
     def _take(self, places: Mapping[str, Place], set_bytes: int) -> PinnedCopy:
         nbytes = self.size(set_bytes)

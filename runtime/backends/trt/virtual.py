@@ -32,12 +32,8 @@ class VirtualMemory:
         self._memory = memory
         driver = memory.cuda.driver
         attribute = driver.CUdevice_attribute
-        supported = memory.call(
-            "cuDeviceGetAttribute",
-            attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
-            memory.device,
-        )
-        if not supported:
+        asked = attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not memory.call("cuDeviceGetAttribute", asked, memory.device):
             raise BackendError(
                 f"CUDA device {memory.device} offers no virtual memory management, which engines "
                 "are run with; update the driver, or use backend onnxruntime or torch"
@@ -51,10 +47,9 @@ class VirtualMemory:
         self._access = driver.CUmemAccessDesc()
         self._access.location = location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        recommended = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-        self._granularity = int(
-            memory.call("cuMemGetAllocationGranularity", self._properties, recommended)
-        )
+        flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+        granularity = memory.call("cuMemGetAllocationGranularity", self._properties, flag)
+        self._granularity = int(granularity)
 
     def rounded(self, nbytes: int) -> int:
         """Bytes of physical memory that so many take."""
@@ -87,17 +82,12 @@ class VirtualMemory:
 
 
 class Scratch:
-    """Memory that engines use while they run, one after the other; it grows where it is.
-
-    Attributes:
-        pointer: address, for good.
-        nbytes: bytes behind it.
-    """
+    """Memory that engines use while they run, one after the other; it grows where it is."""
 
     def __init__(self, memory: CudaMemory, virtual: VirtualMemory) -> None:
         self._memory, self._virtual = memory, virtual
-        self.pointer, self._reserved = virtual.reserve_most()
-        self.nbytes = 0
+        self.pointer, self._reserved = virtual.reserve_most()  # an address for good
+        self.nbytes = 0  # behind it
         memory.reclaim.append(self.shrink)
         self._pieces: list[tuple[int, Any]] = []  # bytes and handle, in the order of addresses
 
@@ -183,15 +173,11 @@ def place_kv(tensors: Iterable[TensorSpec]) -> tuple[dict[str, Place], int]:
 
 
 class KvMemory:
-    """Physical memory of reference sets, and the place where engines find one of them.
-
-    Attributes:
-        place: address, for good.
-    """
+    """Physical memory of reference sets, and the place where engines find one of them."""
 
     def __init__(self, memory: CudaMemory, virtual: VirtualMemory) -> None:
         self._memory, self._virtual = memory, virtual
-        self.place, self._reserved = virtual.reserve_most()
+        self.place, self._reserved = virtual.reserve_most()  # an address for good
         self._held: _Physical | None = None
         self._idle: list[_Physical] = []
         self._all: list[_Physical] = []

@@ -38,8 +38,9 @@ def _plan(lines: list[str] = LINES, scratch: int = 0) -> KernelPlan:
     return KernelPlan.from_lines("cached_step", "test", lines, scratch, weights)
 
 
-def _find(operation: str) -> Kernel:
-    return next(kernel for kernel in _plan().kernels if operation in kernel.name)
+def _find(name: str) -> Kernel:
+    kernels = _plan().kernels
+    return next(kernel for kernel in kernels if name == kernel.kind or name in kernel.name)
 
 
 def _operand(name: str, *dims: int, dtype: str = "BFloat16") -> Operand:
@@ -58,7 +59,7 @@ def _kernel(
 
 
 def test_a_line_of_a_gemm() -> None:
-    gemm = next(kernel for kernel in _plan().kernels if kernel.kind == "gemm")
+    gemm = _find("gemm")
     x, weight = gemm.inputs
     assert x.dims == (4608, 4096)
     assert weight.name.startswith(f"{BLOCK}.attn.to_qkv_mlp_proj.weight[")
@@ -68,85 +69,15 @@ def test_a_line_of_a_gemm() -> None:
     assert gemm.onnx_layers[0].startswith(f"{BLOCK}/Gemm_")
 
 
-def test_events_are_no_kernels() -> None:
+def test_other_lines() -> None:
     event = (
         "Name: __mye1310_myl0_3, LayerType: wait, Inputs: [], Constants: [], Outputs: [], "
         "TacticName: , StreamId: 1, EventId: 1, Metadata: "
     )
     assert parse_line(event).stream == 1
-    assert len(_plan([*LINES, event]).kernels) == len(LINES)
-
-
-def test_lines_of_another_form_are_refused() -> None:
+    assert len(_plan([*LINES, event]).kernels) == len(LINES), "events are no kernels"
     with pytest.raises(BuildError, match="cannot read the builder's kernel plan"):
         _plan(["Layer 0: gemm"])
-
-
-def test_price_of_a_gemm_by_hand() -> None:
-    gemm = next(kernel for kernel in _plan().kernels if kernel.kind == "gemm")
-    cost = price_kernel(gemm, GPU)
-    assert cost.flops == 2 * 4608 * 4096 * 4096
-    assert cost.bytes == 2 * (4608 * 4096 + 4096 * 4096 + 4608 * 4096) + 8  # alpha, beta
-    assert cost.seconds == pytest.approx(154_618_822_656 / 209.5e12)
-    assert cost.seconds == cost.ideal_seconds
-
-
-def test_price_of_fused_products_by_hand() -> None:
-    up = price_kernel(_find("FcSiluMul"), GPU)
-    assert up.flops == 2 * 4608 * 4096 * 12288
-    out = price_kernel(_find("FcMulAdd"), GPU)
-    assert out.flops == 2 * 4608 * 16384 * 4096
-
-
-def test_price_of_attention_by_hand() -> None:
-    kernel = _find("gemm_mha")
-    assert kernel.is_attention
-    cost = price_kernel(kernel, GPU)
-    assert cost.flops == 4 * 32 * 4608 * 20992 * 128  # scores and values, 32 heads of 128
-    assert cost.seconds == pytest.approx(cost.flops / 209.5e12)
-
-
-def test_price_of_a_concatenation_by_hand() -> None:
-    cost = price_kernel(_find("ConcTranReshMove_myl0_305"), GPU)
-    assert cost.flops == 0
-    assert cost.bytes == 2 * 2 * 20992 * 4096  # every element read once and written once, 2 bytes
-    assert cost.seconds == pytest.approx(343_932_928 / 1792e9)
-
-
-def test_price_of_a_convolution_by_hand() -> None:
-    kernel = _kernel(
-        "node_conv2d_3_myl0_9",
-        [_operand("x", 1, 32, 128, 64)],
-        [_operand("y", 1, 512, 128, 64)],
-        "correlation",
-        constants=[_operand("w", 512, 32, 3, 3), _operand("b", 1, 512, 1, 1)],
-    )
-    assert price_kernel(kernel, GPU).flops == 2 * 512 * 128 * 64 * 32 * 9
-
-
-def test_a_slice_counts_what_is_read_of_it() -> None:
-    fused = _operand("qkv_mlp", 4608, 36864)
-    out = _operand("q", 4608, 4096)
-    half = price_kernel(_kernel("__myl_Slic_myl0_3", [fused], [out]), GPU)
-    assert half.bytes == 2 * 2 * 4608 * 4096
-    # silu(gate) * up beside the attention output: two slices of 12288, one operand of 4096.
-    both = _kernel(
-        "__myl_SlicSlicSiluMulTranReshConc_myl0_19",
-        [fused, fused, _operand("attention", 1, 32, 4608, 128)],
-        [_operand("hidden", 4608, 16384)],
-    )
-    assert price_kernel(both, GPU).bytes == 2 * 4608 * (2 * 12288 + 4096 + 16384)
-    # Without a slice in its name a kernel reads all.
-    whole = _kernel("__myl_Mean_myl0_3", [fused], [_operand("m", 4608, 1)])
-    assert price_kernel(whole, GPU).bytes == 2 * 4608 * (36864 + 1)
-
-
-def test_narrow_types_have_their_own_peak() -> None:
-    operands = [_operand("x", 512, 4096, dtype="FP8"), _operand("w", 4096, 4096, dtype="FP8")]
-    gemm = _kernel("g_myl0_1", operands, [_operand("y", 512, 4096)], "gemm")
-    assert price_kernel(gemm, GPU).ideal_seconds == 2 * 512 * 4096 * 4096 / 419e12
-    with pytest.raises(BuildError, match="no throughput of GeForce RTX 3090 for fp8"):
-        price_kernel(gemm, GPUS["rtx3090"])
 
 
 def _nvfp4_gemm(weight: str = "FP4E2M1", layers: tuple[str, ...] = ()) -> Kernel:
@@ -165,33 +96,76 @@ def _nvfp4_gemm(weight: str = "FP4E2M1", layers: tuple[str, ...] = ()) -> Kernel
     )
 
 
-def test_price_of_an_nvfp4_product_by_hand() -> None:
-    cost = price_kernel(_nvfp4_gemm(), GPU)
-    assert cost.flops == 2 * 4608 * 16384 * 4096
-    assert cost.ideal_seconds == cost.flops / 1676e12
-    numbers = (4608 + 4096) * 16384
-    assert cost.bytes == numbers // 2 + numbers // 16 + 2 * 4608 * 4096
+FP8_X, FP8_W = (_operand(x, n, 4096, dtype="FP8") for x, n in (("x", 512), ("w", 4096)))
+Y = _operand("y", 512, 4096)
+FP8_GEMM = _kernel("g_myl0_1", [FP8_X, FP8_W], [Y], "gemm")
+HEADS = [("q", 32, 4608, 128), ("k", 32, 128, 20992), ("v", 32, 20992, 128)]
+FP8_ATTENTION = _kernel(
+    "_gemm_mha_v2_myl0_45",
+    [_operand(*operand, dtype="FP8") for operand in HEADS],
+    [_operand("o", 32, 4608, 128)],
+)
+CONVOLUTION = _kernel(
+    "node_conv2d_3_myl0_9",
+    [_operand("x", 1, 32, 128, 64)],
+    [_operand("y", 1, 512, 128, 64)],
+    "correlation",
+    constants=[_operand("w", 512, 32, 3, 3), _operand("b", 1, 512, 1, 1)],
+)
+FUSED = _operand("qkv_mlp", 4608, 36864)
+SLICE = _kernel("__myl_Slic_myl0_3", [FUSED], [_operand("q", 4608, 4096)])
+# silu(gate) * up beside the attention output: two slices of 12288, one operand of 4096.
+SLICES = _kernel(
+    "__myl_SlicSlicSiluMulTranReshConc_myl0_19",
+    [FUSED, FUSED, _operand("attention", 1, 32, 4608, 128)],
+    [_operand("hidden", 4608, 16384)],
+)
+WHOLE = _kernel("__myl_Mean_myl0_3", [FUSED], [_operand("m", 4608, 1)])  # no slice in its name
+ATTENTION_FLOPS = 4 * 32 * 4608 * 20992 * 128  # scores and values, 32 heads of 128
+NVFP4_BYTES = (4608 + 4096) * 16384 * 9 // 16 + 2 * 4608 * 4096  # scales are a byte per 16 numbers
 
 
-def test_price_of_attention_in_float8_by_hand() -> None:
-    shapes = [(32, 4608, 128), (32, 128, 20992), (32, 20992, 128)]
-    operands = [_operand(name, *s, dtype="FP8") for name, s in zip("qkv", shapes, strict=True)]
-    kernel = _kernel("_gemm_mha_v2_myl0_45", operands, [_operand("o", 32, 4608, 128)])
-    assert price_kernel(kernel, GPU).ideal_seconds == 4 * 32 * 4608 * 20992 * 128 / 419e12
-    assert product_format(kernel) == "fp8"
+@pytest.mark.parametrize(
+    ("kernel", "flops", "nbytes", "peak"),
+    [
+        # 8 bytes are alpha and beta
+        (_find("gemm"), 2 * 4608 * 4096 * 4096, 2 * (2 * 4608 + 4096) * 4096 + 8, 209.5e12),
+        (_find("FcSiluMul"), 2 * 4608 * 4096 * 12288, None, 209.5e12),
+        (_find("FcMulAdd"), 2 * 4608 * 16384 * 4096, None, 209.5e12),
+        (_find("gemm_mha"), ATTENTION_FLOPS, None, 209.5e12),
+        (FP8_ATTENTION, ATTENTION_FLOPS, None, 419e12),
+        (FP8_GEMM, 2 * 512 * 4096 * 4096, None, 419e12),
+        (_nvfp4_gemm(), 2 * 4608 * 16384 * 4096, NVFP4_BYTES, 1676e12),
+        (CONVOLUTION, 2 * 512 * 128 * 64 * 32 * 9, None, 209.5e12),
+        # every element read once and written once, 2 bytes
+        (_find("ConcTranReshMove_myl0_305"), 0, 2 * 2 * 20992 * 4096, None),
+        (SLICE, 0, 2 * 2 * 4608 * 4096, None),
+        (SLICES, 0, 2 * 4608 * (2 * 12288 + 4096 + 16384), None),
+        (WHOLE, 0, 2 * 4608 * (36864 + 1), None),
+    ],
+    ids=lambda value: value.name if isinstance(value, Kernel) else "",
+)
+def test_price_by_hand(kernel: Kernel, flops: int, nbytes: int | None, peak: float | None) -> None:
+    cost = price_kernel(kernel, GPU)
+    assert cost.flops == flops
+    assert nbytes is None or cost.bytes == nbytes
+    ideal = flops / peak if peak else 0
+    assert cost.ideal_seconds == pytest.approx(ideal)
+    assert cost.seconds == pytest.approx(max(ideal, cost.bytes / 1792e9))
+
+
+def test_a_gpu_without_the_type_has_no_price() -> None:
+    with pytest.raises(BuildError, match="no throughput of GeForce RTX 3090 for fp8"):
+        price_kernel(FP8_GEMM, GPUS["rtx3090"])
 
 
 def test_native_products_are_told_from_others() -> None:
     assert product_format(_nvfp4_gemm()) == "nvfp4"
     assert product_format(_nvfp4_gemm("BFloat16")) is None  # dequantized before it
-    fp8 = [_operand("x", 512, 4096, dtype="FP8"), _operand("w", 4096, 4096, dtype="FP8")]
-    out = [_operand("y", 512, 4096)]
-    assert product_format(_kernel("g_myl0_1", fp8, out, "gemm")) == "fp8"
-    assert (
-        product_format(_kernel("g_myl0_1", [fp8[0], _operand("w", 4096, 4096)], out, "gemm"))
-        is None
-    )
-    assert product_format(_kernel("__myl_CastMul_myl0_1", fp8, out)) is None
+    assert product_format(FP8_GEMM) == product_format(FP8_ATTENTION) == "fp8"
+    mixed = _kernel("g_myl0_1", [FP8_X, _operand("w", 4096, 4096)], [Y], "gemm")
+    assert product_format(mixed) is None
+    assert product_format(_kernel("__myl_CastMul_myl0_1", [FP8_X, FP8_W], [Y])) is None
     assert {product_format(kernel) for kernel in _plan().kernels} == {None}
 
 
@@ -200,43 +174,29 @@ def test_a_product_that_falls_back_is_refused() -> None:
 
     def check(weight: str, kind: str) -> None:
         plan = KernelPlan("cached_step", "test", (_nvfp4_gemm(weight, (layer,)),), 0, ())
-        check_applied("cached_step", "test", QuantizedNodes({layer: kind}, ()), plan)
+        check_applied(QuantizedNodes({layer: kind}, ()), plan)
 
     check("FP4E2M1", "nvfp4")
+    empty = KernelPlan("cached_step", "test", (), 0, ())
+    with pytest.raises(BuildError, match="1 of 1 quantized products"):
+        check_applied(QuantizedNodes({layer: "fp8"}, ()), empty)
     for weight, kind in (("BFloat16", "nvfp4"), ("FP4E2M1", "fp8")):
         with pytest.raises(BuildError, match=f"1 of 1 quantized products .*: {layer}"):
             check(weight, kind)
 
 
-def test_moves_of_block_scales_are_no_weight_copies() -> None:
-    name = f"{TO_OUT}.block_scales"
-    move = _kernel(
-        "__myl_Move_myl0_7",
-        [_operand(name, 1024, 4096, dtype="FP8")],
-        [_operand("m", 1024, 4096, dtype="FP8")],
-    )
-    assert moves_block_scales(move)
-    assert not copies_weight(move, frozenset({name}))
-    assert not moves_block_scales(_nvfp4_gemm())
-
-
-def test_weight_transposes_are_found_and_gathers_are_not() -> None:
-    weights = frozenset({TO_OUT, "embed"})
-    weight = _operand(TO_OUT, 4096, 16384)
-    transpose = _kernel("__myl_Tran_myl0_1", [weight], [_operand("t", 16384, 4096)])
-    assert copies_weight(transpose, weights)
-    table = _operand("embed", 151936, 4096)
-    gather = _kernel("__myl_Gath_myl0_1", [table], [_operand("rows", 512, 4096)])
-    assert not copies_weight(gather, weights)
-    assert not any(copies_weight(kernel, weights) for kernel in _plan().kernels)
-
-
-def test_blended_modulations_are_found_and_vectors_are_not() -> None:
-    layers = ("single_stream_modulation/Where_7",)
-    blended = _kernel("__myl_Sele_myl0_1", [], [_operand("m", 1, 20992, 4096)], layers=layers)
-    assert blends_modulation(blended)
-    vector = _kernel("__myl_Add_myl0_1", [], [_operand("m", 1, 4096)], layers=layers)
-    assert not blends_modulation(vector)
+def test_what_a_plan_wastes_is_found() -> None:
+    name, layers = f"{TO_OUT}.block_scales", ("single_stream_modulation/Where_7",)
+    weights = frozenset({TO_OUT, "embed", name})
+    transpose = _kernel("Tran", [_operand(TO_OUT, 4096, 16384)], [_operand("t", 16384, 4096)])
+    gather = _kernel("Gath", [_operand("embed", 151936, 4096)], [_operand("rows", 512, 4096)])
+    move = _kernel("Move", [_operand(name, 1024, 4096)], [_operand("m", 1024, 4096)])
+    blended = _kernel("Sele", [], [_operand("m", 1, 20992, 4096)], layers=layers)
+    vector = _kernel("Add", [], [_operand("m", 1, 4096)], layers=layers)
+    kernels = [transpose, gather, move, blended, vector, _nvfp4_gemm(), *_plan().kernels]
+    assert [kernel for kernel in kernels if copies_weight(kernel, weights)] == [transpose]
+    assert [kernel for kernel in kernels if moves_block_scales(kernel)] == [move]
+    assert [kernel for kernel in kernels if blends_modulation(kernel)] == [blended]
 
 
 def test_one_block_by_hand() -> None:
@@ -250,14 +210,11 @@ def test_one_block_by_hand() -> None:
     assert cost.ratio == cost.seconds / cost.ideal_seconds
 
 
-def test_plan_of_dynamic_shapes_has_no_price() -> None:
+def test_plans_without_a_price() -> None:
     plan = _plan([LINES[1].replace("4608", "-1")])
     assert not plan.known
     with pytest.raises(BuildError, match="recipe of one shape, such as static-1024-4ref"):
         price_plan(plan, GPU)
-
-
-def test_plan_without_kernels_has_no_price() -> None:
     with pytest.raises(BuildError, match="there is no kernel plan of cached_step"):
         price_plan(_plan([]), GPU)
 

@@ -46,33 +46,34 @@ def _save(folder: Path, model: onnx.ModelProto, size: int = 272) -> Path:
     return path
 
 
-def test_shared_weights_become_inputs_and_inline_constants_stay(tmp_path: Path) -> None:
-    graph = read_graph(_save(tmp_path, _linear()), SIGNATURE, shared=True)
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_weights_become_inputs_and_others_stay(tmp_path: Path, shared: bool) -> None:
+    graph = read_graph(_save(tmp_path, _linear()), SIGNATURE, shared)
     model = onnx.ModelProto.FromString(graph.model)
-    assert [value.name for value in model.graph.input] == ["x", "w"]
-    assert [tensor.name for tensor in model.graph.initializer] == ["one"]
+    assert [value.name for value in model.graph.input] == (["x", "w"] if shared else ["x"])
+    names = [tensor.name for tensor in model.graph.initializer]
+    assert names == (["one"] if shared else ["w", "one"])
     ref = graph.weights["w"]
     assert (ref.path.name, ref.offset, ref.nbytes) == ("w.safetensors", 16, 256)
     assert (ref.dtype, ref.shape) == ("float32", (8, 8))
     assert graph.weight_bytes == 256
 
 
-def test_embedded_weights_stay_where_they_are(tmp_path: Path) -> None:
-    graph = read_graph(_save(tmp_path, _linear()), SIGNATURE, shared=False)
-    model = onnx.ModelProto.FromString(graph.model)
-    assert [value.name for value in model.graph.input] == ["x"]
-    assert len(model.graph.initializer) == 2
-
-
-@pytest.mark.parametrize("location", ["../w.safetensors", "/etc/passwd", "", "a/w.safetensors"])
-def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
-    with pytest.raises(ArtifactError, match="expected a file in the same folder"):
-        read_graph(_save(tmp_path, _linear(location)), SIGNATURE, shared=True)
-
-
-def test_truncated_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"ends at byte 272 of w\.safetensors, which has 271"):
-        read_graph(_save(tmp_path, _linear(), 271), SIGNATURE, shared=True)
+@pytest.mark.parametrize(
+    ("location", "size", "message"),
+    [
+        ("../w.safetensors", 272, "leaves the folder"),
+        ("/etc/passwd", 272, "leaves the folder"),
+        ("", 272, "leaves the folder"),
+        ("a/w.safetensors", 272, "cannot be read"),
+        ("w.safetensors", 271, r"bytes 16 to 272 of w\.safetensors, which has 271"),
+    ],
+)
+def test_weights_outside_the_folder_or_the_file_are_refused(
+    tmp_path: Path, location: str, size: int, message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        read_graph(_save(tmp_path, _linear(location), size), SIGNATURE, shared=True)
 
 
 def test_another_graph_is_refused(tmp_path: Path) -> None:
@@ -132,10 +133,6 @@ def test_wide_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = _save(tmp_path, _attention(512, is_causal=1))
     with pytest.raises(BuildError, match="heads of 512, which TensorRT does not fuse"):
         read_graph(path, _attention_signature(512), shared=True)
-
-
-def test_queries_of_the_vae_divide_by_the_parts() -> None:
-    assert 4 % graph_rewrite.QUERY_CHUNKS == 0
 
 
 @pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])

@@ -1,13 +1,14 @@
 import pytest
 
+from klein_kv.artifacts.engines.engine_record import ProfileRecord
 from klein_kv.artifacts.signature import GRAPH_FILES, make_signature
-from klein_kv.engines.sizes.profiles import EngineProfile, engine_profiles
+from klein_kv.engines.sizes.profiles import engine_profiles
 from klein_kv.engines.sizes.recipe import Recipe
 from klein_kv.errors import BuildError
 from tests.klein_configs import KLEIN_9B
 
 
-def _profiles(graph: str, recipe: Recipe) -> list[EngineProfile]:
+def _profiles(graph: str, recipe: Recipe) -> list[ProfileRecord]:
     return engine_profiles(make_signature(graph, KLEIN_9B, "bfloat16"), recipe, KLEIN_9B)
 
 

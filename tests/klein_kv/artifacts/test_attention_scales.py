@@ -12,7 +12,7 @@ from klein_kv.artifacts.attention_scales import (
     attention_scales,
     block_names,
 )
-from klein_kv.artifacts.numbers import FP8_MAX, dequantize_fp8, quantize_fp8
+from klein_kv.artifacts.numbers import FP8_MAX
 from klein_kv.artifacts.signature import kv_names
 from klein_kv.artifacts.weights import WeightRef, read_header, safetensors_header
 from klein_kv.errors import ArtifactError
@@ -29,17 +29,9 @@ def save_norms(folder: Path, values: dict[str, NDArray[np.float32]]) -> dict[str
     return read_header(path)
 
 
-def test_blocks_come_in_the_order_of_keys_and_values() -> None:
-    names = block_names(NET)
-    assert (names[0], names[8], len(names)) == (
-        "transformer_blocks.0",
-        "single_transformer_blocks.0",
-        len(kv_names(NET.num_blocks)) // 2,
-    )
-
-
 def test_calibrated_scales_leave_headroom() -> None:
     scales = attention_scales(NET, RANGES, {})  # no weight is read
+    assert len(scales) == len(kv_names(NET.num_blocks)) // 2
     assert scales["transformer_blocks.3"].k == pytest.approx(HEADROOM * 11 / 448)
     assert scales["single_transformer_blocks.23"] == AttentionScales(
         HEADROOM * 9 / FP8_MAX, HEADROOM * 39 / FP8_MAX, HEADROOM * 5 / FP8_MAX
@@ -69,17 +61,6 @@ def test_without_calibration_the_norms_bound_queries_and_keys(tmp_path: Path) ->
     head[7] = 1
     normed = head / np.sqrt(np.mean(head**2)) * weight
     assert np.abs(normed).max() <= scales.k * FP8_MAX * (1 + 1e-6)
-
-
-def test_a_loose_scale_costs_no_precision() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.standard_normal(20_000).astype(np.float32)
-    tight = float(np.abs(values).max()) / FP8_MAX
-    errors = []
-    for scale in (tight, HEADROOM * tight, 8 * tight):
-        back = dequantize_fp8(quantize_fp8(values, scale), scale)
-        errors.append(float(np.linalg.norm(back - values) / np.linalg.norm(values)))
-    assert max(errors) < 1.05 * min(errors)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])

@@ -10,7 +10,6 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from transformers import Qwen3Config
 
 from klein_kv.artifacts.config import (
-    ITEM_SIZE,
     ModelConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -84,17 +83,13 @@ def test_text_encoder_reads_what_transformers_writes() -> None:
         ({}, 10000.0),
     ],
 )
-def test_rope_theta(rope: dict[str, Any], expected: float) -> None:
-    assert TextEncoderConfig.from_dict(TEXT | rope).rope_theta == expected
+def test_rope_theta_and_defaults(rope: dict[str, Any], expected: float) -> None:
+    few = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
+    read = TextEncoderConfig.from_dict(few | rope)
+    assert (read.rope_theta, read.num_key_value_heads, read.head_dim) == (expected, 4, 8)
 
 
-def test_key_value_heads_and_head_dim_have_defaults() -> None:
-    config = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "head_dim")}
-    read = TextEncoderConfig.from_dict(config)
-    assert (read.num_key_value_heads, read.head_dim) == (4, 8)
-
-
-@pytest.mark.parametrize("layers", [(9, 18, 27), (1, 2, 3), (28,), (0, 27)])
+@pytest.mark.parametrize("layers", [(9, 18, 27), (28,), (0, 27)])
 def test_only_the_blocks_that_are_read(layers: tuple[int, ...]) -> None:
     config = TextEncoderConfig.from_dict(TEXT, layers)
     assert config.num_exported_layers == max(layers)
@@ -109,51 +104,76 @@ def test_klein_sizes() -> None:
     assert (KLEIN_4B.transformer.inner_dim, KLEIN_4B.transformer.num_blocks) == (3072, 25)
     vae = KLEIN_9B.vae
     assert (vae.scale_factor, vae.multiple_of, vae.token_channels) == (8, 16, 128)
-    assert ITEM_SIZE["bfloat16"] == 2
-
-
-@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B])
-def test_saved_and_read_back(config: ModelConfig) -> None:
-    assert ModelConfig.from_saved(json.loads(json.dumps(config.to_dict()))) == config
 
 
 # --- refused ---
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+READERS = {
+    "transformer": (TransformerConfig, TRANSFORMER),
+    "text_encoder": (TextEncoderConfig, TEXT),
+    "vae": (VaeConfig, VAE),
+}
+BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "transformer": [
         ({"_class_name": "FluxTransformer2DModel"}, "_class_name is 'FluxTransformer2DModel'"),
         ({"guidance_embeds": True}, "guidance_embeds is True, expected False"),
         ({"patch_size": 2}, "patch_size is 2"),
         ({"num_layers": None}, "num_layers is missing"),
-        ({"num_layers": 0}, "num_layers is 0, expected an integer of 1 to 1024"),
-        ({"num_single_layers": -1}, "an integer of 1 to"),
-        ({"num_attention_heads": "2"}, "an integer of 1 to"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000, expected an integer of 1 to 1024"),
         ({"num_attention_heads": True}, "an integer of 1 to"),
         ({"attention_head_dim": 32.0}, "an integer of 1 to"),
-        ({"in_channels": [128]}, "an integer of 1 to"),
+        ({"in_channels": 10**30}, "expected an integer of 1 to 16777216"),
         ({"out_channels": 64}, "out_channels is 64, expected in_channels 128"),
         ({"axes_dims_rope": [8, 8, 8, 4]}, "add up to attention_head_dim 32"),
         ({"axes_dims_rope": [16, 8, 8]}, "four axes"),
         ({"axes_dims_rope": [7, 9, 8, 8]}, "even sizes"),
-        ({"timestep_guidance_channels": 33}, "33, expected an even number"),
         ({"axes_dims_rope": 32}, "expected a list of integers"),
         ({"axes_dims_rope": ["8", 8, 8, 8]}, "expected a list of integers"),
+        ({"timestep_guidance_channels": 33}, "33, expected an even number"),
         ({"mlp_ratio": "3"}, "mlp_ratio is '3', expected a number"),
-        ({"mlp_ratio": [3]}, "expected a number"),
-        ({"rope_theta": True}, "expected a number"),
         ({"eps": float("nan")}, "expected a number"),
-        ({"num_layers": 10**9}, "num_layers is 1000000000, expected an integer of 1 to 1024"),
-        ({"in_channels": 10**30}, "expected an integer of 1 to 16777216"),
-        ({"mlp_ratio": 1e308}, "expected a number of 0 to 1e9"),
         ({"eps": 10**400}, "expected a number of 0 to 1e9"),
     ],
+    "text_encoder": [
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention alone"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'default'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'default'"),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', expected a number"),
+        ({"rms_norm_eps": None, "vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "32", "head_dim": None}, "an integer of 1 to"),
+        ({"num_attention_heads": 0, "head_dim": None}, "an integer of 1 to"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),
+        ({"num_hidden_layers": 26}, "hidden states .*27.* has 26 layers; .*--text-layers"),
+    ],
+    "vae": [
+        ({"_class_name": "AutoencoderKL"}, "_class_name"),
+        ({"in_channels": 4}, "in_channels is 4, expected 3"),
+        ({"patch_size": [1, 1]}, r"patch_size is \[1, 1\], expected \[2, 2\]"),
+        ({"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
+        ({"use_quant_conv": False}, "use_quant_conv is False, expected True"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 3}, "down_block_types is"),
+        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types is"),
+        ({"norm_num_groups": 3}, r"block_out_channels is \(8, .*multiples of norm_num_groups 3"),
+        ({"block_out_channels": 8}, "list of integers"),
+        ({"decoder_block_out_channels": [8, 8, 0, 8]}, "decoder_block_out_channels .* multiples"),
+        ({"decoder_block_out_channels": [8, 8]}, r"channels is \(8, 8\), expected 4 levels"),
+        ({"batch_norm_eps": "x"}, "expected a number"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "message"),
+    [(component, *row) for component, rows in BAD.items() for row in rows],
 )
-def test_bad_transformer(change: dict[str, Any], message: str) -> None:
+def test_bad_configuration(component: str, change: dict[str, Any], message: str) -> None:
+    kind, good = READERS[component]
     with pytest.raises(CheckpointError, match=message) as caught:
-        TransformerConfig.from_dict(TRANSFORMER | change)
-    assert str(caught.value).startswith("transformer config")
+        kind.from_dict(good | change)
+    assert str(caught.value).startswith(component)
 
 
 def test_null_stands_for_the_default() -> None:
@@ -162,68 +182,10 @@ def test_null_stands_for_the_default() -> None:
     assert TransformerConfig.from_dict(TRANSFORMER | nulls) == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "full_attention alone"),
-        ({"layer_types": 5}, "layer_types"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'default'"),
-        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'default'"),
-        ({"rope_parameters": "default"}, "RoPE"),
-        ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', expected a number"),
-        ({"rope_theta": [1]}, "expected a number"),
-        ({"rms_norm_eps": None, "vocab_size": None}, "vocab_size is missing"),
-        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
-        ({"hidden_size": "32", "head_dim": None}, "an integer of 1 to"),
-        ({"num_attention_heads": 0, "head_dim": None}, "an integer of 1 to"),
-        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),
-        ({"num_hidden_layers": 26}, "hidden states .*27.* has 26 layers; .*--text-layers"),
-    ],
-)
-def test_bad_text_encoder(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message) as caught:
-        TextEncoderConfig.from_dict(TEXT | change)
-    assert str(caught.value).startswith("text_encoder")
-
-
 @pytest.mark.parametrize("layers", [(), (-1,), (9, 18, 29)])
 def test_hidden_states_that_do_not_exist(layers: tuple[int, ...]) -> None:
     with pytest.raises(CheckpointError, match="--text-layers"):
         TextEncoderConfig.from_dict(TEXT, layers)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "AutoencoderKL"}, "_class_name"),
-        ({"in_channels": 4}, "in_channels is 4, expected 3"),
-        ({"out_channels": 4}, "out_channels is 4, expected 3"),
-        ({"patch_size": [1, 1]}, r"patch_size is \[1, 1\], expected \[2, 2\]"),
-        ({"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
-        ({"use_quant_conv": False}, "use_quant_conv is False, expected True"),
-        ({"use_post_quant_conv": False}, "use_post_quant_conv is False"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention is False"),
-        ({"down_block_types": ["DownEncoderBlock2D"] * 3}, "down_block_types is"),
-        ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types is"),
-        ({"norm_num_groups": 3}, r"block_out_channels is \(8, .*multiples of norm_num_groups 3"),
-        ({"block_out_channels": [8, 8, 8, 10]}, "block_out_channels is .* multiples of"),
-        ({"decoder_block_out_channels": [8, 8, 0, 8]}, "^vae config: decoder_block_out_channels"),
-        ({"decoder_block_out_channels": [8, 8]}, r"channels is \(8, 8\), expected 4 levels"),
-        ({"layers_per_block": 0}, "layers_per_block is 0, expected an integer of 1 to 1024"),
-        ({"latent_channels": 0}, "an integer of 1 to"),
-        ({"latent_channels": "32"}, "an integer of 1 to"),
-        ({"block_out_channels": 8}, "list of integers"),
-        ({"batch_norm_eps": "x"}, "expected a number"),
-    ],
-)
-def test_bad_vae(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message) as caught:
-        VaeConfig.from_dict(VAE | change)
-    assert str(caught.value).startswith("vae config")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +210,6 @@ def test_parts_that_do_not_fit(
     ("content", "message"),
     [
         (None, "is missing: .*config.json does not exist"),
-        (b"{", "cannot be read"),
         (b"\xff", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
         (b"[1]", "must be a JSON object, got list"),

@@ -1,7 +1,6 @@
 """File digests: whole for small files, sampled for large ones, and stable."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,67 +8,38 @@ import pytest
 from klein_kv.artifacts import digest
 from klein_kv.artifacts.digest import combine_digests, file_digest
 
-SIZE = 6 << 20
-
-
-@pytest.fixture
-def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "WHOLE_FILE_LIMIT", 4 << 20)
-
-
-@pytest.fixture
-def large(tmp_path: Path, small_limit: None) -> Callable[..., Path]:
-    """A file over the limit with one byte changed: `large(position)`."""
-
-    def make(position: int | None = None, size: int = SIZE) -> Path:
-        content = bytearray(size)
-        if position is not None:
-            content[position] = 1
-        path = tmp_path / "large.safetensors"
-        path.write_bytes(content)
-        return path
-
-    return make
-
-
-def test_small_file_is_hashed_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for content in (b"", b"klein"):
-        path.write_bytes(content)
-        assert file_digest(path) == "sha256:" + hashlib.sha256(content).hexdigest()
-
-
-def test_the_limit_itself_is_whole(tmp_path: Path, small_limit: None) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(4 << 20))
-    assert file_digest(path).startswith("sha256:")
-    path.write_bytes(bytes((4 << 20) + 1))
-    assert file_digest(path).startswith("sampled-sha256:")
-
-
-@pytest.mark.parametrize(
-    "position", [0, (1 << 20) - 1, (SIZE - (64 << 10)) * 31 // 63, SIZE - (1 << 20), SIZE - 1]
-)
-def test_samples_see_both_ends_and_the_middle(position: int, large: Callable[..., Path]) -> None:
-    assert file_digest(large()) != file_digest(large(position))
-
-
-def test_length_is_part_of_a_sampled_digest(large: Callable[..., Path]) -> None:
-    assert file_digest(large()) != file_digest(large(size=SIZE + 1))
-
-
-def test_samples_are_stable(large: Callable[..., Path]) -> None:
-    """Manifests of earlier releases hold such digests."""
-    assert file_digest(large(SIZE - 1)) == file_digest(large(SIZE - 1))
-    assert file_digest(large()) == EMPTY
-
-
+LIMIT, SIZE = 4 << 20, 6 << 20
 EMPTY = "sampled-sha256:796c9e75061e5334b5b22cf554894bb296b9d70a35130b8aad5dad8bb3c515b0"
+"""Of `SIZE` zeros: manifests of earlier releases hold such digests."""
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        file_digest(tmp_path / "none")
+@pytest.mark.parametrize("content", [b"", b"klein", bytes(LIMIT)], ids=["none", "few", "limit"])
+def test_small_file_is_hashed_whole(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "WHOLE_FILE_LIMIT", LIMIT)
+    (tmp_path / "file").write_bytes(content)
+    assert file_digest(tmp_path / "file") == "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def test_samples_of_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They see both ends, the middle and the length."""
+    monkeypatch.setattr(digest, "WHOLE_FILE_LIMIT", LIMIT)
+    path = tmp_path / "large.safetensors"
+
+    def of(content: bytes) -> str:
+        path.write_bytes(content)
+        return file_digest(path)
+
+    assert of(bytes(SIZE)) == EMPTY
+    assert of(bytes(LIMIT + 1)).startswith("sampled-sha256:")
+    middle = (SIZE - (64 << 10)) * 31 // 63
+    seen = {EMPTY, of(bytes(SIZE + 1))}
+    for place in (0, (1 << 20) - 1, middle, SIZE - (1 << 20), SIZE - 1):
+        content = bytearray(SIZE)
+        content[place] = 1
+        seen.add(of(content))
+    assert len(seen) == 7
 
 
 def test_combined_digest() -> None:

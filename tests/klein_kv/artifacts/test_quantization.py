@@ -1,6 +1,8 @@
 """fp8 and nvfp4 against other implementations: torch's float8, and an exhaustive search."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +17,6 @@ from klein_kv.artifacts.numbers import (
     dequantize_fp8,
     dequantize_nvfp4,
     fp8_scale,
-    is_block_linear,
     nvfp4_scale,
     pack_fp4,
     quantize_fp8,
@@ -24,7 +25,6 @@ from klein_kv.artifacts.numbers import (
 )
 from klein_kv.artifacts.weights import WeightRef, map_weight, read_header, safetensors_header
 from klein_kv.errors import ArtifactError, CheckpointError
-from klein_kv.export.checks.compare import compare
 
 # Every e2m1 number in the order of its code: sign, two bits of exponent, one of mantissa.
 E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -49,15 +49,6 @@ def test_fp8_is_torchs_float8() -> None:
     numbers = quantize_fp8(values, scale)
     np.testing.assert_array_equal(numbers.view(np.uint8), theirs.view(torch.uint8).numpy())
     np.testing.assert_array_equal(dequantize_fp8(numbers, scale), (theirs.float() * scale).numpy())
-
-
-def test_fp8_reads_every_number_back() -> None:
-    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-    finite = codes[np.isfinite(codes.astype(np.float32))]
-    assert len(finite) == 254
-    np.testing.assert_array_equal(
-        quantize_fp8(dequantize_fp8(finite, 0.25), 0.25).view(np.uint8), finite.view(np.uint8)
-    )
 
 
 def test_fp8_saturates_and_rounds_ties_to_even() -> None:
@@ -131,53 +122,39 @@ def test_nvfp4_blocks_of_zeros_and_of_almost_nothing_are_zeros() -> None:
     assert not dequantize_nvfp4(packed, block_scales, 1.0).any()
 
 
-@pytest.mark.parametrize("fault", ["scale", "nibbles", "block scales", "order"])
-def test_a_wrong_reader_is_far_off(fault: str) -> None:
-    """What the error bounds of other tests would let through if a layout were misread."""
-    values = random_values(32, 128, seed=3)
-    scale = nvfp4_scale(float(np.abs(values).max()))
-    packed, block_scales = quantize_nvfp4(values, scale)
-    right = dequantize_nvfp4(packed, block_scales, scale)
-    if fault == "scale":
-        wrong = dequantize_nvfp4(packed, block_scales, 2 * scale)
-    elif fault == "nibbles":
-        wrong = dequantize_nvfp4(packed >> 4 | packed << 4, block_scales, scale)
-    elif fault == "block scales":
-        wrong = dequantize_nvfp4(packed, np.roll(block_scales, 1, axis=1), scale)
-    else:
-        wrong = dequantize_nvfp4(np.roll(packed, 1, axis=1), block_scales, scale)
-    assert compare(right, values).relative < 0.12
-    assert compare(wrong, values).relative > 0.4
-
-
 def save(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
     header = safetensors_header({name: (kind, shape) for name, (kind, shape, _) in tensors.items()})
     path.write_bytes(header + b"".join(data for _, _, data in tensors.values()))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_a_file_reads_back(tmp_path: Path, kind: str) -> None:
-    values = random_values(6, 32, seed=4)
+def write_linear(
+    path: Path, kind: str, values: NDArray[np.float32], input_scale: float | None = None
+) -> QuantizedLinear:
+    """A file of one quantized weight, as it is read."""
     amax = float(np.abs(values).max())
-    path = tmp_path / "weights.safetensors"
+    rows, columns = values.shape
     if kind == "fp8":
         scale = fp8_scale(amax)
-        numbers = quantize_fp8(values, scale)
-        save(path, {"w": ("float8_e4m3fn", (6, 32), numbers.tobytes())})
-        expected = dequantize_fp8(numbers, scale)
+        save(path, {"w": ("float8_e4m3fn", values.shape, quantize_fp8(values, scale).tobytes())})
     else:
         scale = nvfp4_scale(amax)
         packed, block_scales = quantize_nvfp4(values, scale)
-        save(
-            path,
-            {
-                "w": ("float4_e2m1fn", (6, 32), packed.tobytes()),
-                "w.block_scales": ("float8_e4m3fn", (6, 2), block_scales.tobytes()),
-            },
-        )
-        expected = dequantize_nvfp4(packed, block_scales, scale)
+        tensors = {"w": ("float4_e2m1fn", values.shape, packed.tobytes())}
+        tensors["s"] = ("float8_e4m3fn", (rows, columns // 16), block_scales.tobytes())
+        save(path, tensors)
     refs = read_header(path, quantized=True)
-    linear = QuantizedLinear(kind, refs["w"], scale, refs.get("w.block_scales"), 0.5)
+    return QuantizedLinear(kind, refs["w"], scale, refs.get("s"), input_scale)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_a_file_reads_back(tmp_path: Path, kind: str) -> None:
+    values = random_values(6, 32, seed=4)
+    linear = write_linear(tmp_path / "weights.safetensors", kind, values)
+    if kind == "fp8":
+        expected = dequantize_fp8(quantize_fp8(values, linear.weight_scale), linear.weight_scale)
+    else:
+        numbers = quantize_nvfp4(values, linear.weight_scale)
+        expected = dequantize_nvfp4(*numbers, linear.weight_scale)
     np.testing.assert_array_equal(linear.dequantize(), expected)
     np.testing.assert_array_equal(linear.rows(2, 5).dequantize(), expected[2:5])
     assert linear.shape == (6, 32)
@@ -199,57 +176,27 @@ def test_float4_files_are_torchs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(unpack_fp4(map_weight(ref)), codes)
 
 
-def test_float4_layout_is_that_of_onnx() -> None:
-    import onnx_ir as ir
-
-    values = np.array(E2M1, ml_dtypes.float4_e2m1fn).reshape(2, 8)
-    codes = np.arange(16, dtype=np.uint8).reshape(2, 8)
-    assert ir.Tensor(values).tobytes() == pack_fp4(codes).tobytes()
+FP8 = WeightRef(Path("w"), 0, 512, "float8_e4m3fn", (8, 64))
+FP4 = WeightRef(Path("w"), 0, 256, "float4_e2m1fn", (8, 64))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": "fp4"}, "format 'fp4'"),
-        ({"format": "nvfp4"}, "float8_e4m3fn"),
-        ({"weight_scale": float("nan")}, "weight_scale is nan"),
-        ({"weight_scale": 0.0}, "weight_scale is 0"),
-        ({"input_scale": -1.0}, "input_scale is -1"),
+        (("fp4", FP8, 1.0, None, None), "format 'fp4'"),
+        (("nvfp4", FP8, 1.0, None, None), "float8_e4m3fn"),
+        (("fp8", FP8, float("nan"), None, None), "weight_scale is nan"),
+        (("fp8", FP8, 0.0, None, None), "weight_scale is 0"),
+        (("fp8", FP8, 1.0, None, -1.0), "input_scale is -1"),
+        (("nvfp4", FP4, 1.0, None, None), "are none"),
+        (("nvfp4", FP4, 1.0, replace(FP8, shape=(8, 3)), None), "block scales"),
+        (("nvfp4", FP4, 1.0, replace(FP8, shape=(4, 8)), None), "block scales"),
     ],
 )
-def test_refuses_what_makes_no_sense(fields: dict[str, object], message: str) -> None:
-    weight = WeightRef(Path("w"), 0, 512, "float8_e4m3fn", (8, 64))
-    good: dict[str, object] = {
-        "format": "fp8",
-        "weight": weight,
-        "weight_scale": 1.0,
-        "block_scales": None,
-        "input_scale": None,
-    }
-    QuantizedLinear(**good)  # type: ignore[arg-type]
+def test_refuses_what_makes_no_sense(fields: Any, message: str) -> None:
+    QuantizedLinear("fp8", FP8, 1.0, None, None)
     with pytest.raises(ArtifactError, match=message):
-        QuantizedLinear(**good | fields)  # type: ignore[arg-type]
-
-
-def test_refuses_block_scales_of_another_shape() -> None:
-    weight = WeightRef(Path("w"), 0, 256, "float4_e2m1fn", (8, 64))
-    for shape in ((8, 3), (4, 8)):
-        scales = WeightRef(Path("w"), 256, 32, "float8_e4m3fn", shape)
-        with pytest.raises(ArtifactError, match="block scales"):
-            QuantizedLinear("nvfp4", weight, 1.0, scales, None)
-    with pytest.raises(ArtifactError, match="are none"):
-        QuantizedLinear("nvfp4", weight, 1.0, None, None)
-
-
-def test_block_linears_are_the_matrices_of_blocks() -> None:
-    assert is_block_linear("transformer_blocks.0.attn.to_q.weight", (64, 64))
-    assert is_block_linear("single_transformer_blocks.2.attn.to_out.weight", (64, 256))
-    assert is_block_linear("model.layers.3.mlp.up_proj.weight", (80, 32))
-    assert not is_block_linear("transformer_blocks.0.attn.norm_q.weight", (32,))
-    for name in ("x_embedder", "context_embedder", "proj_out", "norm_out.linear"):
-        assert not is_block_linear(f"{name}.weight", (64, 64))
-    assert not is_block_linear("double_stream_modulation_img.linear.weight", (64, 64))
-    assert not is_block_linear("model.embed_tokens.weight", (640, 32))
+        QuantizedLinear(*fields)
 
 
 def test_float4_with_half_a_byte_over_is_refused(tmp_path: Path) -> None:

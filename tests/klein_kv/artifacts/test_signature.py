@@ -86,25 +86,7 @@ def test_tensors(graph: str) -> None:
         assert all(x == signature.output(x.name) for x in specs if specs is signature.outputs)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtype_is_that_of_the_activations(dtype: str) -> None:
-    signature = make_signature("first_step", KLEIN_9B, dtype)
-    floats = {spec.dtype for spec in signature.outputs} | {signature.input("hidden_states").dtype}
-    assert floats == {dtype}
-    assert signature.input("timestep").dtype == "float32"
-
-
-def test_every_block_has_its_own_tensors() -> None:
-    assert kv_names(2) == ["k_ref.0", "v_ref.0", "k_ref.1", "v_ref.1"]
-    assert kv_names(1, KVFormat.FP8_PER_HEAD) == [
-        "k_ref.0",
-        "k_ref_scale.0",
-        "v_ref.0",
-        "v_ref_scale.0",
-    ]
-
-
-@pytest.mark.parametrize("graph", GRAPH_FILES)
+@pytest.mark.parametrize("graph", ["first_step", "cached_step"])
 def test_keys_and_values_in_eight_bits(graph: str) -> None:
     whole = make_signature(graph, KLEIN_9B, "bfloat16")
     assert make_signature(graph, KLEIN_9B, "bfloat16", "bfloat16") == whole
@@ -121,11 +103,9 @@ def test_keys_and_values_in_eight_bits(graph: str) -> None:
 
 
 def test_float8_with_constant_scales_hands_on_numbers_alone() -> None:
-    whole = make_signature("cached_step", KLEIN_9B, "bfloat16")
     packed = make_signature("cached_step", KLEIN_9B, "bfloat16", KVFormat.FP8_CONSTANT)
-    assert [spec.name for spec in packed.inputs] == [spec.name for spec in whole.inputs]
+    assert [spec.name for spec in packed.inputs] == [*STEP_INPUTS, *kv_names(32)]
     assert {spec.dtype for spec in packed.inputs if is_kv(spec.name)} == {"float8_e4m3fn"}
-    assert packed.outputs == whole.outputs
 
 
 def test_graphs_of_quantized_precisions() -> None:
@@ -163,16 +143,11 @@ def test_keys_and_values_in_another_type() -> None:
         make_signature("first_step", KLEIN_9B, "bfloat16", "float16")
 
 
-def test_symbols() -> None:
-    signature = make_signature("cached_step", KLEIN_9B, "float32")
+def test_symbols_and_sizes() -> None:
+    signature = make_signature("cached_step", KLEIN_9B, "bfloat16")
     assert signature.symbols == ("batch", "image_tokens", "text_tokens", "ref_tokens")
-    assert make_signature("vae_encoder", KLEIN_9B, "float32").symbols == ("height", "width")
-
-
-def test_concrete_shape_and_bytes() -> None:
-    spec = make_signature("cached_step", KLEIN_9B, "bfloat16").input("k_ref.7")
+    spec = signature.input("k_ref.7")
     assert spec.concrete({"ref_tokens": 0}) == (1, 0, 32, 128)
-    assert spec.nbytes({"ref_tokens": 0}) == 0
     assert spec.nbytes({"ref_tokens": 16384}) == 128 << 20
     with pytest.raises(KeyError):
         spec.concrete({"batch": 1})

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from klein_kv.artifacts.config import ITEM_SIZE
 from klein_kv.artifacts.weights import (
     NUMPY_DTYPES,
+    graph_weights,
     map_weight,
     read_header,
     read_metadata,
     safetensors_header,
+    save_graph_weights,
 )
-from klein_kv.errors import CheckpointError
-
-SHARED_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from klein_kv.errors import ArtifactError, CheckpointError
 
 
 def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -103,47 +103,32 @@ def test_rows_are_a_range_of_bytes(tmp_path: Path) -> None:
     [
         (b"", "not a whole safetensors file"),
         (b"\x08\0\0", "not a whole safetensors file"),
+        (b"<!DOCTYPE html><html>", "is a web page, not the file"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "Git LFS pointer, .* 12 bytes"),
         (file_of(b"", length=0), "not a safetensors file"),
         (file_of({}, length=1 << 62), "claims 4611686018427387904 bytes"),
-        (file_of({}, length=200_000_000), "claims 200000000 bytes"),
         (file_of({}, length=3), "claims 3 bytes"),
-        (file_of(b"{not json"), "not a safetensors file"),
         (file_of(b"\xff\xfe{}"), "not a safetensors file"),
         (file_of(b"[" * 100_000), "not a safetensors file"),
         (file_of([1, 2]), "no JSON object"),
-        (file_of("text"), "no JSON object"),
-        (file_of(None), "no JSON object"),
-        (file_of({"a": None}), "header entry of a is malformed"),
-        (file_of({"a": [1, 2]}), "header entry of a is malformed"),
         (file_of({"a": {}}), "header entry of a is malformed"),
         (file_of({"a": entry(shape=5)}, bytes(8)), "malformed"),
-        (file_of({"a": entry(offsets=[0])}, bytes(8)), "malformed"),
         (file_of({"a": entry(offsets=[0, 4, 8])}, bytes(8)), "malformed"),
-        (file_of({"a": entry(offsets=5)}, bytes(8)), "malformed"),
-        (file_of({"a": entry(shape="12")}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(shape=[2.0])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(shape=[True, 2])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(shape=[-1, -2])}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(shape=[float("inf")])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(offsets=[float("nan"), 8])}, bytes(8)), "expected integers"),
-        (file_of({"a": entry(offsets=[-8, 0])}, bytes(8)), "expected integers"),
         (file_of({"a": entry(offsets=[8, 0])}, bytes(8)), "should take 8 bytes"),
-        (file_of({"a": entry(offsets=[0, 4])}, bytes(8)), "should take 8 bytes"),
         (file_of({"a": entry(shape=[2**70])}, bytes(8)), "should take"),
         (file_of({"a": entry("F64")}, bytes(8)), "dtype F64, expected one of F32, F16, BF16"),
         (file_of({"a": entry("F8_E4M3")}, bytes(8)), "dtype F8_E4M3"),
         (file_of({"a": entry(["F32"])}, bytes(8)), "dtype"),
-        (file_of({"a": entry({})}, bytes(8)), "dtype"),
-        (file_of({"a": entry(None)}, bytes(8)), "dtype None"),
         (file_of({"a": entry()}, bytes(7)), "truncated or has a tail"),
-        (file_of({"a": entry(offsets=[2**62, 2**62 + 8])}, bytes(8)), "follows a gap"),
         (file_of({"a": entry()}, bytes(9)), "its tensors end at"),
         (file_of({"a": entry(offsets=[4, 12])}, bytes(12)), "follows a gap"),
         (
             file_of({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)),
             "b starts at byte .* overlaps the tensor before it",
         ),
-        (file_of({"a": entry(), "b": entry()}, bytes(8)), "overlaps"),
     ],
 )
 def test_damage_is_refused(content: bytes, message: str, write: Callable[..., Path]) -> None:
@@ -163,16 +148,16 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
-@pytest.mark.parametrize("metadata", [[], "x", {"a": 1}, {"a": None}, {"a": "\ud800"}])
-def test_metadata_that_is_no_texts(metadata: Any, write: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match="the metadata is no JSON object of texts"):
-        read_metadata(write(file_of({"__metadata__": metadata})))
-
-
 def test_pickle_is_refused_unopened(write: Callable[..., Path]) -> None:
     path = write(b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix")
     with pytest.raises(CheckpointError, match="only safetensors is read"):
         read_header(path)
+
+
+@pytest.mark.parametrize("metadata", [[], "x", {"a": 1}, {"a": None}, {"a": "\ud800"}])
+def test_metadata_that_is_no_texts(metadata: Any, write: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="the metadata is no JSON object of texts"):
+        read_metadata(write(file_of({"__metadata__": metadata})))
 
 
 VALUES = st.recursive(
@@ -180,90 +165,80 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
-SHAPES = st.lists(st.integers(0, 5), max_size=3) | VALUES
-OFFSETS = st.lists(st.integers(0, 64), min_size=2, max_size=2) | VALUES
 ENTRIES = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "F16", "BF16", "I64", "U8"]) | VALUES,
-        "shape": SHAPES,
-        "data_offsets": OFFSETS,
+        "shape": st.lists(st.integers(0, 5), max_size=3) | VALUES,
+        "data_offsets": st.lists(st.integers(0, 64), min_size=2, max_size=2) | VALUES,
     }
 )
 HEADERS = st.dictionaries(st.text(max_size=3), ENTRIES | VALUES, max_size=3)
 
 
-def assert_parsed_or_refused(path: Path) -> None:
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(header=HEADERS | VALUES, size=st.integers(0, 80))
+def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
     """Nothing but `CheckpointError`; what is accepted lies inside the file, and can be mapped."""
-    size = path.stat().st_size
+    path = write(file_of(header, bytes(size)))
     try:
         refs = read_header(path)
     except CheckpointError:
         return
     for ref in refs.values():
-        assert 8 <= ref.offset <= ref.offset + ref.nbytes <= size
+        assert 8 <= ref.offset <= ref.offset + ref.nbytes <= path.stat().st_size
         assert map_weight(ref).shape == ref.shape
     ranges = sorted((ref.offset, ref.offset + ref.nbytes) for ref in refs.values())
     assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
 
 
-@SHARED_FOLDER
-@given(content=st.binary(max_size=200))
-def test_any_bytes(content: bytes, write: Callable[..., Path]) -> None:
-    assert_parsed_or_refused(write(content))
+# --- weight tables ---
 
 
-@SHARED_FOLDER
-@given(header=HEADERS | VALUES, size=st.integers(0, 80))
-def test_any_header(header: Any, size: int, write: Callable[..., Path]) -> None:
-    assert_parsed_or_refused(write(file_of(header, bytes(size))))
+def test_table_is_written_and_read(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, 2), "v": torch.zeros(3)}, tmp_path / "x.safetensors")
+    refs = read_header(tmp_path / "x.safetensors")
+    table = {"w[1:3]": refs["w"].rows(1, 3), "v": refs["v"]}
+    save_graph_weights(tmp_path / "x.weights.json", table)
+    assert graph_weights(tmp_path, "x.onnx") == table
 
 
-@SHARED_FOLDER
-@given(
-    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
-    cut=st.integers(0, 400),
-    flip=st.integers(0, 400),
-    bit=st.integers(0, 7),
+PLACE = ["x.safetensors", 8, 32, "float32", [4, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: "../outside"}, "leaves the folder"),
+        ({0: "link"}, "outside the folder"),
+        ({0: "none.safetensors"}, "cannot be read"),
+        ({0: "nul\0"}, "cannot be read"),
+        ({1: -1}, "is said to take bytes"),
+        ({1: 9}, "is said to take bytes 9 to 41 of x.safetensors, which has 40"),
+        ({1: 1.5}, "cannot be read"),
+        ({2: 1 << 60, 4: [1 << 58]}, "is said to take bytes"),
+        ({3: "float64"}, "cannot be read"),
+        ({4: [4, 1]}, "is said to take bytes"),
+        ({4: [-4, -2]}, "is said to take bytes"),
+        ({4: [4.0, 2]}, "cannot be read"),
+        ({4: 8}, "cannot be read"),
+    ],
 )
-def test_any_cut_or_flipped_bit(
-    shapes: list[list[int]], cut: int, flip: int, bit: int, write: Callable[..., Path]
-) -> None:
-    tensors = {f"t{i}": ("float32", tuple(shape)) for i, shape in enumerate(shapes)}
-    content = bytearray(safetensors_header(tensors))
-    content += bytes(sum(4 * int(np.prod(shape)) for shape in shapes))
-    whole = write(bytes(content))
-    refs = read_header(whole)
-    assert {name: ref.shape for name, ref in refs.items()} == {
-        n: s for n, (_, s) in tensors.items()
-    }
-    if cut < len(content):
-        short = write(bytes(content[:cut]), "short.safetensors")
-        with pytest.raises(CheckpointError):
-            read_header(short)
-    if flip < len(content):
-        content[flip] ^= 1 << bit
-        flipped = write(bytes(content), "flipped.safetensors")
-        assert_parsed_or_refused(flipped)
-        with safe_open_or_none(flipped) as theirs:
-            if theirs is not None and all(  # NumPy has no bfloat16; other types are not ours
-                theirs.get_slice(name).get_dtype() in ("F32", "F16", "I64", "U8")
-                for name in theirs.keys()  # noqa: SIM118
-            ):
-                assert set(read_header(flipped)) == set(theirs.keys())
+def test_bad_weight_table(change: dict[int, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(bytes(40))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "x.safetensors").write_bytes(bytes(40))
+    (folder / "link").symlink_to(tmp_path / "outside")
+    place = [change.get(column, value) for column, value in enumerate(PLACE)]
+    (folder / "x.weights.json").write_text(json.dumps({"w": place}))
+    with pytest.raises(ArtifactError, match=message):
+        graph_weights(folder, "x.onnx")
 
 
-class safe_open_or_none:  # noqa: N801
-    """The library's reader, or None where it refuses the file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = safe_open(path, "np")
-        except SafetensorError:
-            self.file = None
-
-    def __enter__(self) -> Any:
-        return self.file.__enter__() if self.file else None
-
-    def __exit__(self, *error: object) -> None:
-        if self.file:
-            self.file.__exit__(*error)
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1]}', "[" * 100_000])
+def test_unreadable_weight_table(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.weights.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"x\.weights\.json cannot be read"):
+        graph_weights(tmp_path, "x.onnx")

@@ -17,15 +17,9 @@ from klein_kv.export.graphs.onnx_ops import OnnxOps
 from klein_kv.networks.kv_float8 import dequantize_references, quantize_references
 from klein_kv.networks.torch_ops import TorchOps
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def torch_ops(dtype: str = "float32") -> TorchOps:
-    return TorchOps({"unused": torch.zeros(1)}, DTYPES[dtype])
-
 
 def there_and_back(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ops = torch_ops({v: k for k, v in DTYPES.items()}[x.dtype])
+    ops = TorchOps({}, x.dtype)
     values, scale = ops.quantize_kv(x)
     return values, scale, ops.dequantize_kv(values, scale)
 
@@ -41,11 +35,8 @@ def heads_of_all_sizes(tokens: int, seed: int = 0) -> NDArray[np.float32]:
 def test_rounding_keeps_four_bits_and_the_sign() -> None:
     x = torch.from_numpy(heads_of_all_sizes(50))
     values, scale, back = there_and_back(x)
-    assert (values.dtype, scale.dtype, back.dtype) == (
-        torch.float8_e4m3fn,
-        torch.float32,
-        torch.float32,
-    )
+    held = (values.dtype, scale.dtype, back.dtype)
+    assert held == (torch.float8_e4m3fn, torch.float32, torch.float32)
     assert (values.shape, scale.shape) == (x.shape, (1, 1, 6, 1))
     largest = x.abs().amax((1, 3), keepdim=True)
     # Half a unit in the last place of a 4-bit significand, or of the smallest subnormal.
@@ -66,16 +57,16 @@ def test_nothing_overflows_or_vanishes(magnitude: float, seed: int) -> None:
     assert float((back - wide).abs().max()) <= float(wide.abs().max()) / 16 * 1.001
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_no_tokens(dtype: str) -> None:
-    values, scale, back = there_and_back(torch.zeros(1, 0, 4, 8, dtype=DTYPES[dtype]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens(dtype: torch.dtype) -> None:
+    values, scale, back = there_and_back(torch.zeros(1, 0, 4, 8, dtype=dtype))
     assert values.shape == back.shape == (1, 0, 4, 8)
-    assert back.dtype == DTYPES[dtype]
+    assert back.dtype == dtype
     assert bool((scale > 0).all())
 
 
 def test_order_is_that_of_the_signature() -> None:
-    ops, rng = torch_ops(), np.random.default_rng(0)
+    ops, rng = TorchOps({}, torch.float32), np.random.default_rng(0)
     kv = [torch.from_numpy(rng.standard_normal((1, 5, 2, 4), np.float32)) for _ in range(4)]
     packed = quantize_references(ops, kv)
     assert [x.dtype for x in packed] == 4 * [torch.float8_e4m3fn, torch.float32]

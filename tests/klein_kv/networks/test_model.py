@@ -30,13 +30,17 @@ from tests.tolerances import assert_close
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def make_module(name: str) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16, joint_attention_dim=24, guidance_embeds=False, **MODELS[name].transformer
+    )
+
+
 @pytest.fixture(scope="module", params=[(n, d) for n in MODELS for d in DTYPES], ids="-".join)
 def subject(request: pytest.FixtureRequest) -> tuple[Flux2Transformer2DModel, str]:
     """A transformer with random weights and diffusers' K/V processors, in one precision."""
     name, dtype = request.param
-    module = Flux2Transformer2DModel(
-        in_channels=16, joint_attention_dim=24, guidance_embeds=False, **MODELS[name].transformer
-    )
+    module = make_module(name)
     randomize(module, torch.Generator().manual_seed(0))
     for block in module.transformer_blocks:
         block.attn.set_processor(Flux2KVAttnProcessor())
@@ -123,55 +127,33 @@ def test_both_functions(subject: tuple[Flux2Transformer2DModel, str]) -> None:
     (cached,) = their_call(module, step, kv_cache=cache, kv_cache_mode="cached")
     assert_close("torch denoise", dtype, ours, cached, "cached")
 
+    turned = encode_references(ops, config, ref.flip(1), ref_ids)
+    assert any((a != b).any() for a, b in zip(kv, turned, strict=True)), "order matters"
+
     (plain,) = their_call(module, step)
     ours, _ = denoise(ops, config, step, [x[:, :0] for x in kv])
     assert_close("torch denoise", dtype, ours, plain, "R = 0")
 
 
-@torch.no_grad()
-def test_keys_and_values_depend_on_order(subject: tuple[Flux2Transformer2DModel, str]) -> None:
-    module, dtype = subject
-    ops, config = TorchOps(module.state_dict(), DTYPES[dtype]), config_of(module)
-    _, ref, ref_ids = random_inputs(dtype)
-    base = encode_references(ops, config, ref, ref_ids)
-    turned = encode_references(ops, config, ref.flip(1), ref_ids)
-    assert any((a != b).any() for a, b in zip(base, turned, strict=True))
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_the_modules(name: str) -> None:
+def test_parameters_and_rope_tables_are_the_modules(name: str) -> None:
+    """Tables bit for bit: positions up to 4,095 leave no room for another rounding of the angle."""
     with torch.device("meta"):
-        module = Flux2Transformer2DModel(
-            in_channels=16,
-            joint_attention_dim=24,
-            guidance_embeds=False,
-            **MODELS[name].transformer,
-        )
+        module = make_module(name)
+    config = config_of(module)
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    assert transformer_parameters(config_of(module)) == expected
+    assert transformer_parameters(config) == expected
+    embed = Flux2PosEmbed(theta=config.rope_theta, axes_dim=list(config.axes_dims_rope))
+    positions = torch.arange(MAX_POSITION)[:, None].expand(-1, 4)
+    for tables, other in zip(rope_tables(config), embed(positions), strict=True):
+        each = other.numpy()[:, ::2]  # each value stands twice
+        np.testing.assert_array_equal(np.concatenate(tables, axis=1), each)
 
 
 @pytest.mark.parametrize(("config", "billions"), [(KLEIN_9B, 9.08), (KLEIN_4B, 3.88)])
 def test_released_models_have_their_size(config: Any, billions: float) -> None:
     shapes = transformer_parameters(config.transformer).values()
     assert sum(int(np.prod(shape)) for shape in shapes) / 1e9 == pytest.approx(billions, abs=0.01)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_rope_tables_are_diffusers(name: str) -> None:
-    """Bit for bit: positions up to 4,095 leave no room for another rounding of the angle."""
-    arguments = MODELS[name].transformer
-    theta, axes = arguments.get("rope_theta", 2000), arguments["axes_dims_rope"]
-    module = Flux2PosEmbed(theta=theta, axes_dim=list(axes))
-    positions = torch.arange(MAX_POSITION)[:, None].expand(-1, 4)
-    expected = [x.numpy()[:, ::2] for x in module(positions)]  # each value stands twice
-    config = config_of(
-        Flux2Transformer2DModel(
-            in_channels=16, joint_attention_dim=24, guidance_embeds=False, **arguments
-        )
-    )
-    for tables, other in zip(rope_tables(config), expected, strict=True):
-        np.testing.assert_array_equal(np.concatenate(tables, axis=1), other)
 
 
 @pytest.mark.parametrize("channels", [64, 256])

@@ -109,7 +109,7 @@ def test_decodes_one_image_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TorchOps, "conv2d", count)
     model = SimpleNamespace(vae=config)
-    outputs = graphs.vae_graph("vae_decoder", model, ops)({"latents": latents})
+    outputs = graphs.make_graph("vae_decoder", model, ops)({"latents": latents})
     assert sizes == {1}
     for name, expected in zip(("image", "sample"), whole, strict=True):
         assert outputs[name].shape == expected.shape

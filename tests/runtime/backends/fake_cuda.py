@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -114,15 +114,7 @@ class FakeCuda:
     CUmemAllocationProp = SimpleNamespace
     CUmemAccessDesc = SimpleNamespace
 
-    def __init__(
-        self,
-        capacity: int = 1 << 34,
-        lagging: Collection[int] = (),
-        devices: int = 1,
-        granularity: int = 4096,
-        *,
-        backed: bool = True,
-    ) -> None:
+    def __init__(self, capacity=1 << 34, lagging=(), devices=1, granularity=4096, *, backed=True):
         self.capacity = capacity
         self.devices = devices
         self.granularity = granularity
@@ -333,9 +325,7 @@ class FakeCuda:
         if address < end:
             raise AssertionError(f"{end - address} bytes that are not device memory were used")
 
-    def cudaMemcpyAsync(
-        self, target: int, source: int, nbytes: int, kind: int, stream: int
-    ) -> tuple[Status]:
+    def cudaMemcpyAsync(self, target, source, nbytes, kind, stream):
         self.copies.append((kind, nbytes))
         device = self.streams[stream].device
         for address, kinds in ((target, (1, 3)), (source, (2, 3))):
@@ -352,9 +342,7 @@ class FakeCuda:
     def cuMemGetAllocationGranularity(self, properties: Any, option: int) -> tuple[Status, int]:
         return OK, self.granularity
 
-    def cuMemAddressReserve(
-        self, nbytes: int, alignment: int, address: int, flags: int
-    ) -> tuple[Status, int]:
+    def cuMemAddressReserve(self, nbytes, alignment, address, flags):
         if nbytes % self.granularity:
             return Status.cudaErrorInvalidValue, 0
         if self.backed:
@@ -397,9 +385,7 @@ class FakeCuda:
             os.close(handle.descriptor)
         return (OK,)
 
-    def cuMemMap(
-        self, pointer: int, nbytes: int, offset: int, handle: _Physical, flags: int
-    ) -> tuple[Status]:
+    def cuMemMap(self, pointer, nbytes, offset, handle, flags):
         fits = any(
             start <= pointer and pointer + nbytes <= start + reserved.nbytes
             for start, reserved in self.reserved.items()
@@ -417,9 +403,7 @@ class FakeCuda:
         handle.maps.add(pointer)
         return (OK,)
 
-    def cuMemSetAccess(
-        self, pointer: int, nbytes: int, access: list[Any], count: int
-    ) -> tuple[Status]:
+    def cuMemSetAccess(self, pointer, nbytes, access, count):
         right = self.mapped[pointer][0].nbytes == nbytes and len(access) == count == 1
         right = right and access[0].location.id == self.mapped[pointer][0].device
         return (OK if right else Status.cudaErrorInvalidValue,)

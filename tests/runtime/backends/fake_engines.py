@@ -1,13 +1,15 @@
-"""A folder of "engines" for the stand-ins of `fake_trt`, and inputs for their graphs."""
+"""Stand-ins of `fake_trt` at work: a folder of "engines", a pipeline on them, inputs of graphs."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.config import DTYPES
 from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
@@ -15,20 +17,77 @@ from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet, Signature, TensorSpec
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights
-from tests.runtime.backends.fake_trt import SCRATCH, engine_blob
+from klein_kv.runtime.backends.trt.backend import TrtBackend
+from tests.runtime.backends.fake_cuda import FakeCuda
+from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt, engine_blob
 
-__all__ = ["make_engines", "random_inputs"]
+__all__ = ["REQUEST", "Machine", "make_engines", "random_inputs"]
 
 LOW, HIGH = 0, 1 << 20
+REQUEST: dict[str, Any] = {
+    "prompt": "a kite",
+    "height": 128,
+    "width": 160,
+    "seed": 3,
+    "output_type": "np",
+    "max_sequence_length": 64,
+}
 
 
-def make_engines(
-    artifacts: Path,
-    folder: Path,
-    graphs: GraphSet | None = None,
-    sizes: Mapping[str, Mapping[str, int]] | None = None,
-    scratch: Mapping[str, int] | None = None,
-) -> Path:
+class Machine:
+    """A pipeline on a stand-in GPU of its own; called, it gives the images of `REQUEST`."""
+
+    def __init__(
+        self,
+        artifacts: Path,
+        engines: Path,
+        cuda: FakeCuda | None = None,
+        device: int = 0,
+        graphs: GraphSet | None = None,
+        scratch: Callable[..., int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.cuda = cuda or FakeCuda()
+        self.trt = FakeTrt(artifacts, self.cuda, graphs=graphs, scratch=scratch)
+        manifest = Manifest.load(artifacts, check_files=False)
+        self.backend = TrtBackend(
+            artifacts,
+            manifest,
+            engines=engines,
+            device=device,
+            cuda=self.cuda.cuda,
+            trt=self.trt,
+            graphs=graphs,
+        )
+        self.pipe = KleinKVPipeline(artifacts, manifest, self.backend, **options)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.base = self.cuda.used  # before any request
+
+    def __call__(self, image: Any = None, **changes: Any) -> NDArray[Any]:
+        return np.asarray(self.pipe(**(REQUEST | {"image": image} | changes)).images)  # type: ignore[union-attr]
+
+    def quiet(self, image: Any = None, **changes: Any) -> tuple[NDArray[Any], dict[str, int]]:
+        """An image, and what was waited for and allocated from the first engine call until then."""
+        marks: list[tuple[int, int]] = []
+
+        def watch(call: Callable[..., Any], most: int) -> Callable[..., Any]:
+            def watched(*args: Any) -> Any:
+                if len(marks) < most:
+                    marks.append((self.cuda.waits, self.cuda.allocations))
+                return call(*args)
+
+            return watched
+
+        with self.trt.counting() as counts, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.backend, "run", watch(self.backend.run, 1))
+            patch.setattr(self.backend, "download", watch(self.backend.download, 2))
+            made = self(image, **changes)
+        (waits, allocations), (last_waits, last_allocations) = marks
+        counts |= {"waits": last_waits - waits, "allocations": last_allocations - allocations}
+        return made, counts
+
+
+def make_engines(artifacts, folder, graphs=None, sizes=None, scratch=None):
     """Writes what a build would, of every graph of the artifacts.
 
     Args:
@@ -40,6 +99,7 @@ def make_engines(
     """
     manifest = Manifest.load(artifacts, check_files=False)
     graphs = graphs or manifest.graphs
+    folder.mkdir(parents=True, exist_ok=True)
     records = {}
     for graph in sizes or manifest.held_graphs(graphs):
         needs = (scratch or {}).get(graph, SCRATCH)
@@ -72,15 +132,7 @@ def random_inputs(signature: Signature, **sizes: int) -> dict[str, NDArray[Any]]
     return inputs
 
 
-def _write(
-    artifacts: Path,
-    folder: Path,
-    manifest: Manifest,
-    graphs: GraphSet,
-    graph: str,
-    sizes: Mapping[str, int] | None,
-    scratch: int,
-) -> EngineRecord:
+def _write(artifacts, folder, manifest, graphs, graph, sizes, scratch):
     signature = graphs.signature(graph, manifest.config)
     weights = {} if graph.startswith("vae") else graph_weights(artifacts, graphs.file(graph))
 
@@ -98,6 +150,8 @@ def _write(
         )
 
     shapes = {spec.name: limits(spec) for spec in signature.inputs}
+    symbols = {axis for spec in signature.inputs for axis in spec.shape if isinstance(axis, str)}
+    spans = {} if sizes is None else {axis: (sizes[axis],) * 3 for axis in sorted(symbols)}
     data = engine_blob(graph, [shapes])
     write_atomic(folder / f"{graph}.engine", data)
     return EngineRecord(
@@ -111,7 +165,7 @@ def _write(
         inputs=tuple(info(spec) for spec in signature.inputs),
         outputs=tuple(info(spec) for spec in signature.outputs),
         weights={name: ref.place(artifacts) for name, ref in weights.items()},
-        profiles=(ProfileRecord("any", {}, shapes, scratch),),  # type: ignore[arg-type]
+        profiles=(ProfileRecord("any", spans, shapes, scratch),),  # type: ignore[arg-type]
         scratch_bytes=scratch,
         seconds=0.0,
         peak_rss=0,

@@ -111,9 +111,7 @@ class FakeOnnxruntime:
     given_back = 0
     OrtValue = FakeValue
 
-    def __init__(
-        self, strays: set[str] | None = None, started: bool = True, error: str = ""
-    ) -> None:
+    def __init__(self, strays=None, started=True, error=""):
         self.strays = strays or set()
         self.started = started
         self.error = error
@@ -128,9 +126,7 @@ class FakeOnnxruntime:
     def OrtMemoryInfo(self, name: str, _kind: Any, index: int, _type: Any) -> Any:  # noqa: N802
         return name, index
 
-    def create_and_register_allocator_v2(
-        self, provider: str, info: Any, options: dict[str, str], config: Any
-    ) -> None:
+    def create_and_register_allocator_v2(self, provider, info, options, config):
         if self.error:
             raise RuntimeError(self.error)
         if not isinstance(config, onnxruntime.OrtArenaCfg):

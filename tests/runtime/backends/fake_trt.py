@@ -241,9 +241,7 @@ class FakeEngine:
         self.contexts.append(weakref.proxy(context))
         return context
 
-    def execute(
-        self, addresses: dict[str, int], shapes: dict[str, Shape], scratch: tuple[int, int]
-    ) -> None:
+    def execute(self, addresses, shapes, scratch):
         if self._session is None:
             self._session = self._load(addresses)
         # Scratch that overlaps anything in use would give wrong numbers.

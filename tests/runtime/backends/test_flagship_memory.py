@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,8 @@ from klein_kv.runtime.backends.trt import staging
 from klein_kv.runtime.planning.edit_plan import PlanOptions, plan_artifacts
 from klein_kv.runtime.planning.memory_plan import RESERVED
 from klein_kv.runtime.planning.request import flagship_request
-from tests.conftest import KleinExport, MadeOnce
 from tests.runtime.backends.fake_cuda import FakeCuda
-from tests.runtime.backends.fake_engines import make_engines
-from tests.runtime.backends.test_trt_loop import Machine
+from tests.runtime.backends.fake_engines import Machine, make_engines
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +42,7 @@ SCRATCH = {  # of the engines for this shape (docs/engines.md)
 
 
 @pytest.fixture(scope="module")
-def artifacts(klein_export: KleinExport, made_once: MadeOnce) -> Path:
+def artifacts(klein_export, made_once):
     """klein 9B in bfloat16, fp8 and nvfp4: tables of weights that lie in files with holes."""
 
     def make(folder: Path) -> None:
@@ -104,30 +101,24 @@ def quantize_tables(artifacts: Path, precision: str) -> None:
 
 
 @pytest.fixture
-def card(
-    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Machine]:
+def card(artifacts, tmp_path, monkeypatch):
     """A pipeline in a precision on a card, with engines for the flagship edit."""
     monkeypatch.setattr(staging, "_read", lambda *_: None)  # no weights are read
-    load = Manifest.load
-    monkeypatch.setattr(Manifest, "load", lambda folder, **_: load(folder, check_files=False))
 
-    def open_card(precision: str | None, **options: Any) -> Machine:
-        manifest = Manifest.load(artifacts)
+    def open_card(precision, **options) -> Machine:
+        manifest = Manifest.load(artifacts, check_files=False)
         graphs = manifest.choose_graphs(precision=precision)
         request = flagship_request("kv", manifest.config)
         sizes = {graph: request.sizes(graph, manifest.config) for graph in graphs.files}
-        folder = tmp_path / "engines" / f"{precision}"
-        folder.mkdir(parents=True)
-        make_engines(artifacts, folder, graphs, sizes, SCRATCH)
-        cuda = FakeCuda(CARD - RESERVED, granularity=1 << 21, backed=False)
+        make_engines(artifacts, tmp_path, graphs, sizes, SCRATCH)
         return Machine(
             artifacts,
-            folder,
-            cuda,
+            tmp_path,
+            FakeCuda(CARD - RESERVED, granularity=1 << 21, backed=False),
             graphs=graphs,
             scratch=lambda graph, _shapes: SCRATCH[graph],
             precision=precision,
+            check_finite=False,  # there are no numbers
             **options,
         )
 
@@ -135,88 +126,68 @@ def card(
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [
-        Image.fromarray(rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)) for _ in range(8)
-    ]
+def pictures():
+    image = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    return [Image.fromarray(image + np.uint8(i)) for i in range(8)]
 
 
 REQUEST = {"height": 1024, "width": 1024, "max_sequence_length": 512, "output_type": "pil"}
 
 
-def used_by_stage(machine: Machine, *args: Any, **kwargs: Any) -> dict[str, int]:
-    """Bytes of the device while each graph ran the last time."""
-    used: dict[str, int] = {}
-    run = machine.backend.run
+def used_by_stage(machine, pictures, prompt):
+    """Bytes of the device while each graph ran the last time, without what CUDA takes."""
+    used, run = {}, machine.backend.run
 
-    def watch(graph: str, inputs: Any) -> Any:
+    def watch(graph, inputs):
         outputs = run(graph, inputs)
         used[graph] = machine.cuda.used
         return outputs
 
-    machine.backend.run = watch  # type: ignore[method-assign]
-    try:
-        machine(*args, **(REQUEST | kwargs))
-    finally:
-        machine.backend.run = run  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine.backend, "run", watch)
+        machine(pictures, **(REQUEST | {"prompt": prompt}))
     return used
 
 
 @pytest.mark.parametrize("precision", [None, "fp8", "nvfp4"])
-def test_four_references_are_kept_by_default(precision, card, pictures):
-    """Regression: a quarter of what weights left free held none, and nothing said so."""
+def test_four_references_are_kept_and_the_plan_says_what_is_allocated(
+    precision, artifacts, card, pictures, tmp_path
+):
+    """Regression: a quarter of what weights left free held none, and nothing said so.
+
+    In bf16 text encoder and transformer do not fit beside the references: each makes room.
+    """
     machine = card(precision)
-    assert machine.pipe.reference_store.budget >= SET
-    machine(pictures[:4], **REQUEST)
-    stats = machine.pipe.reference_store.stats
-    assert (stats.entries, stats.bytes, stats.misses) == (1, SET, 1)
-    before = len(machine.trt.runs)
-    machine(pictures[:4], **(REQUEST | {"prompt": "another"}))
-    assert machine.pipe.reference_store.stats.hits == 1
-    assert machine.trt.runs[before:] == ["text_encoder", *4 * ["cached_step"], "vae_decoder"]
-    machine(pictures[4:], **REQUEST)  # another set takes its place
-    assert machine.pipe.reference_store.stats.misses == 2
-
-
-@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
-def test_the_plan_says_what_is_allocated(precision, artifacts, card, pictures, tmp_path):
-    machine = card(precision)
-    machine(pictures[:4], **REQUEST)
-    options = PlanOptions(
-        precisions=(precision,), references=(4,), engines=tmp_path / "engines" / precision
-    )
-    (edit,) = plan_artifacts(artifacts, options).edits
-    assert edit.kept_sets == machine.pipe.reference_store.budget // SET >= 1
-    with machine.trt.counting() as counts:
-        again = used_by_stage(machine, pictures[:4], prompt="another")
-    assert counts["loads"] == 0
-    assert edit.again is not None
-    machine.pipe.reference_store.clear()
-    first = used_by_stage(machine, pictures[:4], prompt="a third")
-    for planned, used in ((edit.first, first), (edit.again, again)):
-        for stage in planned.stages:
-            total = stage.total - RESERVED
-            # Keys and values wait for the first step, which the plan counts from then on.
-            waiting = 0 if "kv" in stage.parts else SET
-            assert used[stage.name] == pytest.approx(total + waiting, rel=0.02), stage.name
-        assert max(used.values()) == pytest.approx(planned.peak - RESERVED, rel=0.02)
-
-
-def test_bf16_takes_turns(artifacts, card, pictures, tmp_path):
-    """Text encoder and transformer do not fit beside the references: each makes room."""
-    machine = card(None)
-    options = PlanOptions(
-        precisions=("bf16",), references=(4,), engines=tmp_path / "engines" / "None"
-    )
+    store = machine.pipe.reference_store
+    options = PlanOptions(precisions=(precision or "bf16",), references=(4,), engines=tmp_path)
     (edit,) = plan_artifacts(artifacts, options).edits
     assert edit.first.fits
-    assert edit.kept_sets == 1
-    machine(pictures[:4], **REQUEST)
-    used = used_by_stage(machine, pictures[:4], prompt="another")
     assert edit.again is not None
-    for stage in edit.again.stages:
-        assert used[stage.name] == pytest.approx(stage.total - RESERVED, rel=0.02), stage.name
+    assert edit.kept_sets == store.budget // SET >= 1
+
+    machine(pictures[:4], **REQUEST)
+    assert (store.stats.entries, store.stats.bytes, store.stats.misses) == (1, SET, 1)
+    before = len(machine.trt.runs)
+    with machine.trt.counting() as counts:
+        again = used_by_stage(machine, pictures[:4], "another")
+    assert store.stats.hits == 1
+    assert machine.trt.runs[before:] == ["text_encoder", *4 * ["cached_step"], "vae_decoder"]
+    assert (counts["loads"] == 0) == (precision is not None)
+    store.clear()
+    first = used_by_stage(machine, pictures[:4], "a third")
+    compared = [(edit.again, again)]
+    if precision is not None:  # in bf16 the first edit finds idle memory of the one before
+        compared.append((edit.first, first))
+    for planned, used in compared:
+        assert max(used.values()) == pytest.approx(planned.peak - RESERVED, rel=0.02)
+        for stage in planned.stages:
+            # Keys and values wait for the first step, which the plan counts from then on.
+            waiting = 0 if "kv" in stage.parts else SET
+            total = stage.total - RESERVED + waiting
+            assert used[stage.name] == pytest.approx(total, rel=0.02), stage.name
+    misses = store.stats.misses
+    machine(pictures[4:], **REQUEST)  # another set takes its place
+    assert (store.stats.misses, store.stats.entries) == (misses + 1, edit.kept_sets)
 
 
 def test_a_set_that_is_not_kept_is_told(card, pictures, caplog):

@@ -9,15 +9,26 @@ import torch
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.errors import BackendError
+from klein_kv.errors import ArtifactError, BackendError
 from klein_kv.runtime.backends.backend import open_backend
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
-def test_bad_threads(threads, tiny_artifacts):
-    manifest = Manifest.load(tiny_artifacts)
-    with pytest.raises(BackendError, match="expected a whole number of 1 or more"):
-        open_backend("auto", tiny_artifacts, manifest, "cpu", threads)
+@pytest.mark.parametrize(
+    ("name", "device", "threads", "kind", "message"),
+    [
+        *(
+            ("auto", "cpu", threads, BackendError, "expected a whole number of 1 or more")
+            for threads in (0, -1, 1.5, "2", True)
+        ),
+        ("jax", None, None, BackendError, "backend is 'jax', expected one of auto, onnx"),
+        ("auto", "tpu", None, BackendError, "device is 'tpu', expected 'cpu', 'cuda' or 'cuda:N'"),
+        ("tensorrt", "cpu", None, BackendError, "expected 'cuda'"),
+        ("tensorrt", None, None, ArtifactError, "klein-kv build"),
+    ],
+)
+def test_what_cannot_be_opened(name, device, threads, kind, message, tiny_artifacts):
+    with pytest.raises(kind, match=message):
+        open_backend(name, tiny_artifacts, Manifest.load(tiny_artifacts), device, threads)
 
 
 @pytest.mark.parametrize(

@@ -1,66 +1,55 @@
 """ONNX Runtime on a CUDA GPU: everything but the GPU, on a stand-in that computes on the CPU."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import GRAPH_FILES, kv_names
+from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights
 from klein_kv.errors import ArtifactError, BackendError, RequestError
 from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort.backend import OrtBackend
-from klein_kv.runtime.backends.ort.device import _IDENTITY, CPU, OrtDevice
+from klein_kv.runtime.backends.ort.device import _IDENTITY, CPU, OrtDevice, open_device
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_engines import random_inputs
 from tests.runtime.backends.fake_onnxruntime import CUDA, FakeOnnxruntime, FakeValue
 
-Picture = Callable[..., Image.Image]
 CUDA_1 = OrtDevice("cuda", 1)
 
 
-def open_cuda(artifacts: Path, fake: FakeOnnxruntime | None = None) -> OrtBackend:
+def open_on(artifacts, device=CUDA_1, fake=None, cuda=None) -> OrtBackend:
+    module = onnxruntime if device is CPU else fake or FakeOnnxruntime()
+    bindings = (cuda or FakeCuda(devices=2)).cuda
     manifest = Manifest.load(artifacts)
-    fake, cuda = fake or FakeOnnxruntime(), FakeCuda(devices=2).cuda
-    return OrtBackend(artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda)
+    return OrtBackend(artifacts, manifest, 1, device=device, onnxruntime=module, cuda=bindings)
 
 
 # --- buffers ---
 
 
 @pytest.fixture(scope="module", params=[CPU, CUDA_1], ids=["cpu", "cuda"])
-def backend(request: pytest.FixtureRequest, tiny_artifacts: Path) -> OrtBackend:
-    device: OrtDevice = request.param
-    module = onnxruntime if device is CPU else FakeOnnxruntime()
-    manifest = Manifest.load(tiny_artifacts)
-    return OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
+def backend(request, tiny_artifacts):
+    return open_on(tiny_artifacts, request.param)
 
 
 @pytest.mark.parametrize("dtype", [x for x in NUMPY_DTYPES if x != "float8_e5m2"])  # files alone
-@pytest.mark.parametrize("shape", [(2, 3), (1, 0, 4), (), (5,)])
-def test_every_type_comes_back_as_it_went(dtype, shape, backend):
-    array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
-    buffer = backend.upload(array)
-    back = backend.download(buffer)
-    assert (back.dtype, back.shape) == (array.dtype, shape)
-    np.testing.assert_array_equal(back.astype(np.float64), array.astype(np.float64))
-    assert buffer.data_type() == f"tensor({dtype.replace('float32', 'float').replace('_', '')})"
+def test_every_type_comes_back_as_it_went(dtype, backend):
+    for shape in ((2, 3), (1, 0, 4), (), (5,)):
+        array = np.arange(int(np.prod(shape))).astype(NUMPY_DTYPES[dtype]).reshape(shape)
+        buffer = backend.upload(array)
+        back = backend.download(buffer)
+        assert (back.dtype, back.shape) == (array.dtype, shape)
+        np.testing.assert_array_equal(back.astype(np.float64), array.astype(np.float64))
+        assert buffer.data_type() == f"tensor({dtype.replace('float32', 'float').replace('_', '')})"
 
 
-def test_bfloat16_keeps_every_bit(backend):
+def test_bfloat16_keeps_every_bit_and_torch_reads_it_where_it_lies(backend):
     bits = np.arange(1 << 16, dtype=np.uint16)  # infinities and NaNs too
     array = bits.view(NUMPY_DTYPES["bfloat16"])
     np.testing.assert_array_equal(backend.download(backend.upload(array)).view(np.uint16), bits)
-
-
-def test_torch_reads_a_buffer_where_it_lies(backend):
     torch = pytest.importorskip("torch")
     array = np.arange(6).astype(NUMPY_DTYPES["bfloat16"]).reshape(2, 3)
     buffer = backend.upload(array)
@@ -69,8 +58,8 @@ def test_torch_reads_a_buffer_where_it_lies(backend):
     assert tensor.tolist() == array.astype(np.float32).tolist()
 
 
-def test_a_view_is_the_same_memory(tiny_artifacts, backend):
-    channels = Manifest.load(tiny_artifacts).config.transformer.in_channels
+def test_a_view_is_the_same_memory(backend):
+    channels = backend._config.transformer.in_channels
     tokens = np.random.default_rng(0).standard_normal((1, 6, channels), np.float32)
     grid = backend.upload(tokens.reshape(1, 2, 3, channels))
     allocated = FakeValue.allocated
@@ -84,8 +73,6 @@ def test_a_view_is_the_same_memory(tiny_artifacts, backend):
     with pytest.raises(BackendError, match="cannot view"):
         backend.view(view, (7, channels))
 
-
-def test_parts_are_put_together(backend):
     whole = np.arange(12, dtype=np.float32).reshape(1, 6, 2)
     parts = [backend.upload(whole[:, :2]), backend.view(backend.upload(whole), (4, 2), start=4)]
     joined = backend.assemble((1, 6, 2), parts)
@@ -95,37 +82,27 @@ def test_parts_are_put_together(backend):
 # --- sessions ---
 
 
-def test_weights_are_uploaded_once_and_shared(tiny_artifacts):
-    backend = open_cuda(tiny_artifacts)
-    allocated = FakeValue.allocated
-    for graph in ("first_step", "cached_step", "encode_references"):
-        backend._load(graph)
-    refs = {
-        ref
-        for graph in ("first_step", "cached_step", "encode_references")
-        for ref in graph_weights(tiny_artifacts, GRAPH_FILES[graph]).values()
-    }
-    assert FakeValue.allocated - allocated == len(refs) == len(backend._weights)
-    ref, weight = next(iter(backend._weights.items()))
-    assert weight.shape() == list(ref.shape)
-
-
 @pytest.mark.parametrize("device", [CPU, CUDA_1], ids=["cpu", "cuda"])
-def test_release_gives_back_weights_that_no_other_graph_uses(device, tiny_artifacts):
+def test_weights_are_shared_and_go_with_the_last_graph_that_uses_them(device, tiny_artifacts):
     """On a GPU nobody else would: the text encoder must be gone when the transformer comes."""
-    module = onnxruntime if device is CPU else FakeOnnxruntime()
-    manifest = Manifest.load(tiny_artifacts)
-    backend = OrtBackend(tiny_artifacts, manifest, 1, device=device, onnxruntime=module)
-    held, given_back = {}, FakeOnnxruntime.given_back
-    for graph in ("text_encoder", "first_step", "cached_step"):
+    backend = open_on(tiny_artifacts, device)
+    held, given_back, allocated = {}, FakeOnnxruntime.given_back, FakeValue.allocated
+    for graph in ("text_encoder", "first_step", "cached_step", "encode_references"):
         backend._load(graph)
         held[graph] = len(backend._weights)
+    refs = {
+        ref for graph in held for ref in graph_weights(tiny_artifacts, GRAPH_FILES[graph]).values()
+    }
+    assert len(backend._weights) == len(refs)
+    if device is CUDA_1:
+        assert FakeValue.allocated - allocated == len(refs), "each was uploaded once"
     backend.release("cached_step")
-    assert len(backend._weights) == held["first_step"]
+    backend.release("encode_references")
+    assert len(backend._weights) == held["first_step"] == held["cached_step"]
     assert FakeOnnxruntime.given_back == given_back, "nothing was freed"
-    backend.release("text_encoder")
+    for _ in range(2):
+        backend.release("text_encoder")
     assert len(backend._weights) == held["first_step"] - held["text_encoder"]
-    backend.release("text_encoder")
     backend.release("first_step")
     assert not backend._weights
     assert FakeOnnxruntime.given_back - given_back == (0 if device is CPU else 2)
@@ -143,24 +120,28 @@ def test_the_empty_model_is_onnx():
 
 def test_the_same_images_as_on_a_cpu(tiny_artifacts, tiny_ours, picture):
     fake = FakeOnnxruntime()
-    manifest = Manifest.load(tiny_artifacts)
-    pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts, fake))
+    backend = open_on(tiny_artifacts, fake=fake)
+    pipe = KleinKVPipeline(tiny_artifacts, Manifest.load(tiny_artifacts), backend)
     pipe.set_progress_bar_config(disable=True)
-    request: dict[str, Any] = {"height": 128, "width": 160, "seed": 3, "output_type": "np"}
-    for images in (None, [picture(128, 96), picture(64, 80)]):
-        ours = pipe("a kite", image=images, **request).images
-        np.testing.assert_array_equal(ours, tiny_ours("a kite", image=images, **request).images)
+    images = [picture(128, 96), picture(64, 80)]
+    request = {"prompt": "a kite", "image": images, "height": 128, "width": 160, "seed": 3}
+    request |= {"output_type": "np", "max_sequence_length": 64}
+    np.testing.assert_array_equal(pipe(**request).images, tiny_ours(**request).images)
     assert fake.arenas == [(CUDA, "Cuda", 1, CUDA_1.options)], "one arena for all sessions"
+    # They round differently: the same images must not hit each other's keys and values.
+    ours, theirs = pipe.encode_references(images), tiny_ours.encode_references(images)
+    assert ours.digest != theirs.digest
+    with pytest.raises(RequestError, match="another backend"):
+        tiny_ours("a kite", references=ours)
 
 
 def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts):
-    backend = open_cuda(tiny_artifacts)
-    manifest = Manifest.load(tiny_artifacts)
-    arrays = random_inputs(manifest.graphs.signature("first_step", manifest.config))
+    backend = open_on(tiny_artifacts)
+    arrays = random_inputs(backend._graphs.signature("first_step", backend._config))
     inputs = {name: backend.upload(array) for name, array in arrays.items()}
     first = backend.run("first_step", inputs)
     feeds = {name: value for name, value in inputs.items() if not name.startswith("ref_")}
-    feeds |= {name: first[name] for name in kv_names(manifest.config.transformer.num_blocks)}
+    feeds |= {name: value for name, value in first.items() if "_ref." in name}
     allocated = FakeValue.allocated
     second = backend.run("cached_step", feeds)
     assert FakeValue.allocated == allocated
@@ -169,23 +150,9 @@ def test_keys_and_values_are_handed_on_where_they_lie(tiny_artifacts):
     )
 
 
-def test_reference_sets_of_the_two_devices_are_told_apart(tiny_artifacts, tiny_ours, picture):
-    """They round differently: the same images must not hit each other's keys and values."""
-    manifest = Manifest.load(tiny_artifacts)
-    pipe = KleinKVPipeline(tiny_artifacts, manifest, open_cuda(tiny_artifacts))
-    image = picture(96, 96)
-    ours, theirs = pipe.encode_references(image), tiny_ours.encode_references(image)
-    assert ours.digest != theirs.digest
-    with pytest.raises(RequestError, match="another backend"):
-        tiny_ours("a kite", references=ours)
-
-
 def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts):
-    cuda, fake = FakeCuda(capacity=12_345, devices=2), FakeOnnxruntime()
-    manifest = Manifest.load(tiny_artifacts)
-    backend = OrtBackend(
-        tiny_artifacts, manifest, 1, device=CUDA_1, onnxruntime=fake, cuda=cuda.cuda
-    )
+    cuda = FakeCuda(capacity=12_345, devices=2)
+    backend = open_on(tiny_artifacts, cuda=cuda)
     cuda.cudaSetDevice(1)
     cuda.cudaMalloc(345)
     cuda.cudaSetDevice(0)
@@ -198,7 +165,7 @@ def test_free_memory_is_what_cuda_says_and_weights_count(tiny_artifacts):
     refs = graph_weights(tiny_artifacts, GRAPH_FILES["cached_step"]).values()
     assert sum(held.weights.values()) >= sum(ref.nbytes for ref in set(refs))
     assert not held.keeps_scratch
-    assert not OrtBackend(tiny_artifacts, manifest, 1).graph_memory("cached_step").weights
+    assert not open_on(tiny_artifacts, CPU).graph_memory("cached_step").weights
 
 
 # --- refused ---
@@ -215,32 +182,33 @@ def test_the_cpu_package_says_what_to_install(tiny_artifacts):
 def test_a_provider_that_cannot_start(tiny_artifacts, capsys):
     fake = FakeOnnxruntime(error="CUDA failure 35: driver version is insufficient")
     with pytest.raises(BackendError, match=r"cannot start on device 1: CUDA failure 35.*driver"):
-        open_cuda(tiny_artifacts, fake)
+        open_on(tiny_artifacts, fake=fake)
     assert capsys.readouterr().out == "", "what onnxruntime prints is no result of ours"
 
 
-def test_no_silent_fallback_to_the_cpu(tiny_artifacts):
-    """Regression: ONNX Runtime makes a CPU session of a CUDA one whose provider did not start."""
-    backend = open_cuda(tiny_artifacts, FakeOnnxruntime(started=False))
-    with pytest.raises(BackendError, match="did not start, only CPUExecutionProvider did"):
-        backend.run("encode_references", {})
-    assert not backend._sessions
-
-
-def test_a_node_without_a_kernel_is_named(tiny_artifacts):
-    backend = open_cuda(tiny_artifacts, FakeOnnxruntime(strays={"Gemm", "RotaryEmbedding"}))
-    with pytest.raises(ArtifactError, match=r"no kernel for Gemm, RotaryEmbedding in the graph's"):
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        # Regression: ONNX Runtime makes a CPU session of one whose provider did not start.
+        ({"started": False}, BackendError, "did not start, only CPUExecutionProvider did"),
+        (
+            {"strays": {"Gemm", "RotaryEmbedding"}},
+            ArtifactError,
+            r"no kernel for Gemm, RotaryEmbedding in the graph's",
+        ),
+    ],
+)
+def test_no_silent_fallback_to_the_cpu(options, kind, message, tiny_artifacts):
+    backend = open_on(tiny_artifacts, fake=FakeOnnxruntime(**options))
+    with pytest.raises(kind, match=message):
         backend.run("encode_references", {})
     assert not backend._sessions
 
 
 def test_bfloat16_is_for_gpus(tiny_bf16_artifacts):
-    manifest = Manifest.load(tiny_bf16_artifacts)
     with pytest.raises(BackendError, match=r"does not compute on a CPU; export .* --dtype fp32"):
-        OrtBackend(tiny_bf16_artifacts, manifest, 1)
-    backend = OrtBackend(
-        tiny_bf16_artifacts, manifest, 1, device=CUDA_1, onnxruntime=FakeOnnxruntime()
-    )
+        open_on(tiny_bf16_artifacts, CPU)
+    backend = open_on(tiny_bf16_artifacts)
     table = graph_weights(tiny_bf16_artifacts, GRAPH_FILES["first_step"])
     assert backend._place(*next(iter(table.items()))).data_type() == "tensor(bfloat16)"
 
@@ -278,37 +246,20 @@ def test_bfloat16_graphs_hold_nothing_that_cuda_has_no_kernel_for(graph, tiny_bf
 # --- on a GPU ---
 
 
-@pytest.fixture
-def gpu() -> OrtDevice:
+@pytest.mark.gpu
+@pytest.mark.parametrize("artifacts", ["tiny_artifacts", "tiny_bf16_artifacts"])
+def test_a_gpu_makes_the_cpus_image(artifacts, request, tiny_ours, picture):
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
-    from klein_kv.runtime.backends.ort.device import open_device
-
     try:
         open_device(onnxruntime, OrtDevice("cuda"))
     except BackendError as error:
         pytest.skip(str(error))
-    return OrtDevice("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_gpu_makes_the_cpus_image(
-    precision: str,
-    gpu: OrtDevice,
-    tiny_artifacts: Path,
-    tiny_bf16_artifacts: Path,
-    tiny_ours: KleinKVPipeline,
-    picture: Picture,
-) -> None:
-    folder = tiny_artifacts if precision == "float32" else tiny_bf16_artifacts
+    folder = request.getfixturevalue(artifacts)
     pipe = KleinKVPipeline.from_pretrained(folder, backend="onnxruntime", device="cuda:0")
     pipe.set_progress_bar_config(disable=True)
-    image = picture(128, 96)
-    request: dict[str, Any] = {"height": 128, "width": 160, "seed": 3, "output_type": "np"}
-    ours = pipe("a kite", image=image, **request).images
-    expected = tiny_ours("a kite", image=image, **request).images
-    tolerance = 1e-3 if precision == "float32" else 0.15
-    np.testing.assert_allclose(ours, expected, atol=tolerance)
-    again = pipe("a kite", image=image, **request).images
-    np.testing.assert_allclose(again, ours, atol=tolerance)
+    asked = {"image": picture(128, 96), "height": 128, "width": 160, "seed": 3, "output_type": "np"}
+    tolerance = 1e-3 if artifacts == "tiny_artifacts" else 0.15
+    expected = tiny_ours("a kite", **asked).images
+    for _ in range(2):
+        np.testing.assert_allclose(pipe("a kite", **asked).images, expected, atol=tolerance)

@@ -165,7 +165,7 @@ def test_known_orders(name, lagging):
     assert device.cuda.used == 0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     lagging=st.sampled_from(LAGS),
     calls=st.lists(
@@ -183,19 +183,16 @@ def test_any_order_of_copies(lagging, calls):
 def test_all_is_pinned_at_once_and_used_again():
     """Regression: pinning happened page by page, inside the first request that gave a set up."""
     device = Device(())
-    pinned = dict(device.cuda.pinned)
+    pinned = set(device.cuda.pinned)
     assert device.cuda.calls["cudaHostAlloc"] == 2  # the other is for uploads
     for i in range(20):
         device.store.keep(device.make(float(i)))
-    copies = [device.store.keep(device.make(float(i))) for i in range(2)]
-    assert device.cuda.pinned.keys() == pinned.keys()
-    del copies
+    assert set(device.cuda.pinned) == pinned
 
 
 def test_close_leaves_nothing_behind():
     device = Device((0, 1))
-    buffers = device.store.restore(device.store.keep(device.make(1.0)))
-    del buffers
+    device.store.restore(device.store.keep(device.make(1.0)))
     device.store.close()
     device.kv.close()
     gc.collect()
@@ -204,15 +201,11 @@ def test_close_leaves_nothing_behind():
     assert not any(device.cuda.left)
 
 
-def test_system_that_pins_no_more(monkeypatch):
+def test_what_cannot_be_pinned(monkeypatch):
     device = Device(())
+    with pytest.raises(RequestError, match="255 bytes, expected 256 or more"):
+        PinnedStore(device.memory, device.kv, 255, PAGE)
     full = (Status.cudaErrorMemoryAllocation, 0)
     monkeypatch.setattr(device.cuda, "cudaHostAlloc", lambda *_: full)
     with pytest.raises(CapacityError, match=r"does not pin .* of host memory; give host"):
         PinnedStore(device.memory, device.kv, 8 * PAGE, PAGE)
-
-
-def test_budget_of_less_than_a_page():
-    device = Device(())
-    with pytest.raises(RequestError, match="255 bytes, expected 256 or more"):
-        PinnedStore(device.memory, device.kv, 255, PAGE)

@@ -2,20 +2,15 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import kv_names, make_signature
 from klein_kv.artifacts.weights import NUMPY_DTYPES
@@ -26,37 +21,31 @@ from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 from tests.conftest import load_ours
 from tests.runtime.backends.fake_engines import random_inputs
 
-Picture = Callable[..., Image.Image]
-Arrays = dict[str, Any]
-
 CPU = torch.device("cpu")
 
 
-def open_torch(artifacts: Path, device: str = "cpu", **options: Any) -> TorchBackend:
-    return TorchBackend(
-        FolderWeights(artifacts, Manifest.load(artifacts), device=device), **options
-    )
+def open_torch(artifacts, device="cpu", **options) -> TorchBackend:
+    weights = FolderWeights(artifacts, Manifest.load(artifacts), device=device)
+    return TorchBackend(weights, **options)
 
 
 @pytest.fixture
-def backend(tiny_artifacts: Path) -> TorchBackend:
+def backend(tiny_artifacts):
     return open_torch(tiny_artifacts)
 
 
 @pytest.fixture
-def config(tiny_artifacts: Path) -> ModelConfig:
+def config(tiny_artifacts):
     return Manifest.load(tiny_artifacts).config
 
 
-def step_inputs(config: ModelConfig, refs: int = 22, batch: int = 1) -> Arrays:
+def step_inputs(config, refs=22, batch=1):
     """Inputs of all transformer graphs, as float32 arrays."""
     signature = make_signature("first_step", config, "float32")
     return random_inputs(signature, ref_tokens=refs, batch=batch)
 
 
-def upload_all(
-    backend: TorchBackend, inputs: Arrays, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def upload_all(backend, inputs, dtype=torch.float32):
     """Inputs of a step, and references, on the device."""
     x = {name: backend.upload(value) for name, value in inputs.items()}
     for name in ("hidden_states", "encoder_hidden_states", "ref_hidden_states"):
@@ -65,7 +54,7 @@ def upload_all(
     return x, references
 
 
-def run_all(backend: TorchBackend, inputs: Arrays, dtype: torch.dtype = torch.float32) -> Arrays:
+def run_all(backend, inputs, dtype=torch.float32):
     """Outputs of the KV transformer graphs, as float32 arrays."""
     x, references = upload_all(backend, inputs, dtype)
     kv = backend.run("encode_references", references)
@@ -82,7 +71,7 @@ def run_all(backend: TorchBackend, inputs: Arrays, dtype: torch.dtype = torch.fl
     }
 
 
-def assert_near(ours: Arrays, theirs: Arrays, bound: float) -> None:
+def assert_near(ours, theirs, bound):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=bound, err_msg=name)
@@ -91,9 +80,7 @@ def assert_near(ours: Arrays, theirs: Arrays, bound: float) -> None:
 # --- buffers ---
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "float16", "bfloat16", "int64", "uint8", "float8_e4m3fn"]
-)
+@pytest.mark.parametrize("dtype", torch_memory.TORCH_DTYPES)
 def test_upload_copies_and_download_gives_it_back(dtype, backend):
     array = np.arange(24).reshape(2, 3, 4).astype(NUMPY_DTYPES[dtype])
     for given in (array, array.transpose(2, 0, 1), array[:, ::2], array[:0], array[0, 0, 0:1]):
@@ -133,10 +120,9 @@ def test_views_parts_and_types_that_no_graph_takes(backend):
 
 
 def test_graphs_share_weights_and_release_frees_them(backend, config, monkeypatch):
-    loaded: list[Any] = []
-    load = FolderWeights.load
+    loaded, load = [], FolderWeights.load
 
-    def watch(self: FolderWeights, component: str) -> Any:
+    def watch(self, component):
         tensors = load(self, component)
         loaded.append(weakref.ref(tensors["proj_out.weight"]))
         return tensors
@@ -147,8 +133,8 @@ def test_graphs_share_weights_and_release_frees_them(backend, config, monkeypatc
     assert len(loaded) == 1
     for graph in ("first_step", "cached_step", "encode_references"):
         assert loaded[0]() is not None, "a loaded graph has them"
-        backend.release(graph)
-        backend.release(graph)
+        for _ in range(2):
+            backend.release(graph)
         gc.collect()
     assert loaded[0]() is None
     run_all(backend, inputs)
@@ -226,7 +212,7 @@ def test_errors_of_torch_become_the_projects(backend, config):
     with pytest.raises(CapacityError, match=r"upload: out of memory .*use fewer references"):
         backend.upload(np.broadcast_to(np.uint8(0), 1 << 55))
 
-    def full_gpu(_inputs: Any) -> Any:
+    def full_gpu(_inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
     backend._loaded["cached_step"] = full_gpu
@@ -254,7 +240,7 @@ def test_keys_and_values_keep_nothing_else_alive(backend, config):
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
+def compiler():
     """Skips where torch.compile has no C++ compiler; leaves no compiled code behind."""
     try:
         cpp_builder.get_cpp_compiler()
@@ -285,7 +271,7 @@ def test_compiled_blocks(tiny_artifacts, backend, config):
 
 
 @pytest.fixture
-def gpu() -> str:
+def gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU that torch sees")
     return "cuda:0"
@@ -306,13 +292,8 @@ def test_gpu_equals_cpu(graphs, compiled, gpu, tiny_artifacts, backend, config):
 @pytest.mark.gpu
 def test_gpu_pipeline_in_bfloat16(gpu, tiny_bf16_artifacts, picture):
     """An edit, and the same with known references, against the CPU's."""
-    request = {
-        "image": [picture(128, 160), picture(96, 96)],
-        "height": 128,
-        "width": 144,
-        "seed": 1,
-        "output_type": "latent",
-    }
+    images = [picture(128, 160), picture(96, 96)]
+    request = {"image": images, "height": 128, "width": 144, "seed": 1, "output_type": "latent"}
     expected = load_ours(tiny_bf16_artifacts, "torch")("kite", **request).images
     for graphs in (False, True):
         pipe = KleinKVPipeline.from_pretrained(
@@ -353,8 +334,7 @@ def test_gpu_memory(gpu, tiny_artifacts, config, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_loop_does_not_wait(gpu, tiny_bf16_artifacts, config):
     """torch reports every call that would wait for the device."""
-    backend = open_torch(tiny_bf16_artifacts, gpu)
-    inputs = step_inputs(config)
+    backend, inputs = open_torch(tiny_bf16_artifacts, gpu), step_inputs(config)
     run_all(backend, inputs, torch.bfloat16)
     x, references = upload_all(backend, inputs, torch.bfloat16)
     torch.cuda.synchronize()

@@ -20,6 +20,11 @@ from klein_kv.runtime.backends.pytorch.weights import FolderWeights
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def config(tiny_artifacts):
+    return Manifest.load(tiny_artifacts).config
+
+
 def test_weights_are_mapped_and_those_of_the_checkpoint(tiny_artifacts, tiny_theirs):
     weights = FolderWeights(tiny_artifacts, Manifest.load(tiny_artifacts), device="cpu")
     for component in ("text_encoder", "vae", "transformer"):
@@ -127,23 +132,25 @@ def test_folders_whose_weights_are_others(shape, message, tiny_artifacts, tmp_pa
         weights.load("transformer")
 
 
-def test_from_tensors_checks(tiny_artifacts, tiny_theirs):
-    config = Manifest.load(tiny_artifacts).config
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: None, r"transformer: tensor proj_out.weight is missing"),
+        (lambda x: x.half(), r"is torch.float16 .*, expected torch.float32"),
+        (lambda x: x[:1], r"\(1, 64\) on cpu, expected torch.float32 \(128, 64\)"),
+        (lambda x: x.to("meta"), "on meta, expected"),
+    ],
+)
+def test_from_tensors_checks(change, message, config, tiny_theirs):
     state = tiny_theirs.transformer.state_dict()
+    state["proj_out.weight"] = change(state["proj_out.weight"])
+    given = {name: x for name, x in state.items() if x is not None}
+    with pytest.raises(BackendError, match=message):
+        TorchBackend.from_tensors(config, "float32", device="cpu", transformer=given)
 
-    def make(**change: Any) -> TorchBackend:
-        return TorchBackend.from_tensors(config, "float32", device="cpu", **change)
 
-    name = "proj_out.weight"
-    with pytest.raises(BackendError, match=r"transformer: tensor proj_out.weight is missing"):
-        make(transformer={key: x for key, x in state.items() if key != name})
-    with pytest.raises(BackendError, match=r"is torch.float16 .*, expected torch.float32"):
-        make(transformer=state | {name: state[name].half()})
-    with pytest.raises(BackendError, match=r"\(1, 64\) on cpu, expected torch.float32 \(128, 64\)"):
-        make(transformer=state | {name: state[name][:1]})
-    with pytest.raises(BackendError, match="on meta, expected"):
-        make(transformer=state | {name: state[name].to("meta")})
-    empty = make()
+def test_from_tensors_without_a_part(config):
+    empty = TorchBackend.from_tensors(config, "float32", device="cpu")
     for graph, part in (("cached_step", "transformer"), ("vae_decoder", "vae")):
         with pytest.raises(BackendError, match=f"without the {part}'s weights; .* from_tensors"):
             empty.run(graph, {})

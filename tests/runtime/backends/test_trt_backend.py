@@ -12,60 +12,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from klein_kv.artifacts.engines.engine_manifest import EngineManifest
-from klein_kv.artifacts.manifest import Manifest
-from klein_kv.artifacts.signature import GRAPH_FILES, kv_names
+from klein_kv.artifacts.signature import GRAPH_FILES
 from klein_kv.artifacts.weights import graph_weights
 from klein_kv.errors import ArtifactError, BackendError, BuildError, CapacityError, RequestError
-from klein_kv.runtime.backends.backend import open_backend
 from klein_kv.runtime.backends.ort import device as ort_device
 from klein_kv.runtime.backends.trt import backend as trt_backend
 from klein_kv.runtime.backends.trt import cuda as trt_cuda
 from klein_kv.runtime.backends.trt import engine, memory, pinned, staging, virtual
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.backends.trt.memory import CudaMemory
-from klein_kv.runtime.pipeline import KleinKVPipeline
 from tests.runtime.backends import fake_trt
 from tests.runtime.backends.fake_cuda import FakeCuda
-from tests.runtime.backends.fake_engines import make_engines, random_inputs
+from tests.runtime.backends.fake_engines import Machine, make_engines, random_inputs
 from tests.runtime.backends.fake_trt import FakeTrt
 
 
 @pytest.fixture
-def engines(tiny_artifacts: Path, tmp_path: Path) -> Path:
+def engines(tiny_artifacts, tmp_path):
     """A folder of "engines" of the tiny artifacts."""
     return make_engines(tiny_artifacts, tmp_path)
 
 
 @pytest.fixture
-def manifest(tiny_artifacts: Path) -> Manifest:
-    return Manifest.load(tiny_artifacts)
-
-
-@pytest.fixture
-def backend(tiny_artifacts: Path, engines: Path) -> TrtBackend:
+def backend(tiny_artifacts, engines):
     return open_on(FakeCuda(), tiny_artifacts, engines)
 
 
 def open_on(cuda: FakeCuda, artifacts: Path, engines: Path, **options) -> TrtBackend:
     """A backend on the stand-ins; `backend._trt` and `cuda_of(backend)` are they."""
     trt = FakeTrt(artifacts, cuda, **options)
-    manifest = Manifest.load(artifacts)
-    return TrtBackend(artifacts, manifest, engines=engines, cuda=cuda.cuda, trt=trt)
+    return TrtBackend(artifacts, trt.manifest, engines=engines, cuda=cuda.cuda, trt=trt)
 
 
 def cuda_of(backend: TrtBackend) -> FakeCuda:
     return backend._trt.cuda
-
-
-def pictures(count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [
-        Image.fromarray(rng.integers(0, 256, (128 + 16 * i, 144, 3), dtype=np.uint8))
-        for i in range(count)
-    ]
 
 
 def upload_inputs(backend: TrtBackend, graph: str, tokens: int = 24) -> dict:
@@ -79,32 +61,25 @@ def encode_prompt(backend: TrtBackend) -> dict:
     return backend.run("text_encoder", {"input_ids": ids, "attention_mask": ids})
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_the_loop_over_engines_equals_onnxruntime(
-    count, tiny_artifacts, manifest, backend, tiny_ours
-):
-    ours = KleinKVPipeline(tiny_artifacts, manifest, backend)
-    ours.set_progress_bar_config(disable=True)
-    request = {"image": pictures(count) or None, "height": 128, "width": 160, "seed": 3}
-    first, again = (ours("a kite", output_type="np", **request).images for _ in range(2))
-    expected = tiny_ours("a kite", output_type="np", **request).images
-    np.testing.assert_allclose(first, expected, atol=1e-5)
-    np.testing.assert_array_equal(first, again)
-
-
-def test_keys_and_values_are_handed_on_without_a_copy(backend, manifest):
+def test_keys_and_values_are_handed_on_without_a_copy(backend):
     cuda, trt = cuda_of(backend), backend._trt
     inputs = upload_inputs(backend, "first_step")
     first = backend.run("first_step", inputs)
-    names = kv_names(manifest.config.transformer.num_blocks)
     feeds = {name: inputs[name] for name in inputs if not name.startswith("ref_")}
-    feeds |= {name: first[name] for name in names}
-    out = backend.run("cached_step", feeds)
+    kv = {name: first[name] for name in first if "_ref." in name}
+    out = backend.run("cached_step", feeds | kv)
     contexts = [trt.engines[graph].contexts[0] for graph in ("first_step", "cached_step")]
-    addresses = [[context.addresses[n] for n in names] for context in contexts]
+    addresses = [[context.addresses[name] for name in kv] for context in contexts]
     assert addresses[0] == addresses[1], "both find them at the same place"
 
-    feeds["hidden_states"] = out["latents"]
+    # As `verify` gives them: uploaded one by one, they are copied into place.
+    single = {name: backend.upload(backend.download(x)) for name, x in kv.items()}
+    expected = backend.download(out["latents"])
+    got = backend.download(backend.run("cached_step", feeds | single)["latents"])
+    np.testing.assert_array_equal(got, expected)
+    backend.run("cached_step", feeds | kv)
+
+    feeds |= kv | {"hidden_states": out["latents"]}
     copies, used = len(cuda.copies), cuda.used
     for _ in range(4):
         backend.run("cached_step", feeds)
@@ -113,19 +88,7 @@ def test_keys_and_values_are_handed_on_without_a_copy(backend, manifest):
     assert cuda.used == used
 
 
-def test_keys_and_values_that_lie_elsewhere_are_copied_into_place(backend, manifest):
-    """As `verify` gives them: uploaded one by one."""
-    inputs = upload_inputs(backend, "first_step")
-    first = backend.run("first_step", inputs)
-    feeds = {name: inputs[name] for name in inputs if not name.startswith("ref_")}
-    kv = {name: first[name] for name in kv_names(manifest.config.transformer.num_blocks)}
-    single = {name: backend.upload(backend.download(x)) for name, x in kv.items()}
-    expected = backend.download(backend.run("cached_step", feeds | kv)["latents"])
-    got = backend.download(backend.run("cached_step", feeds | single)["latents"])
-    np.testing.assert_array_equal(got, expected)
-
-
-def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend, manifest):
+def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend):
     inputs = upload_inputs(backend, "first_step")
     backend.run("first_step", inputs)
     used, uploads = cuda_of(backend).used, len(backend._weights)
@@ -138,7 +101,7 @@ def test_engines_share_one_copy_of_the_weights(tiny_artifacts, backend, manifest
     shared = graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"])
     assert shared
     assert all(first.addresses[name] == encode.addresses[name] for name in shared)
-    kv = manifest.config.transformer.kv_bytes(24, "float32")
+    kv = backend._config.transformer.kv_bytes(24, "float32")
     assert cuda_of(backend).used <= used + kv + 3 * cuda_of(backend).granularity
 
 
@@ -160,12 +123,10 @@ def test_release_and_close_free_device_memory(tiny_artifacts, backend):
 
 
 def test_a_backend_that_nobody_closed_is_closed_when_it_is_collected(tiny_artifacts, engines):
-    backend = open_on(FakeCuda(), tiny_artifacts, engines)
-    cuda = cuda_of(backend)
-    encode_prompt(backend)
-    assert cuda.used
-    del backend
+    cuda = FakeCuda()
+    encode_prompt(open_on(cuda, tiny_artifacts, engines))
     gc.collect()
+    assert cuda.calls["cuMemCreate"]
     assert not any(cuda.left)
 
 
@@ -283,16 +244,6 @@ def test_engines_of_another_version_gpu_or_export_are_refused(tiny_artifacts, en
             open_on(FakeCuda(), tiny_artifacts, engines)
 
 
-def test_without_engines_or_gpu_the_error_says_what_to_do(tiny_artifacts, manifest):
-    for name, device, kind, message in (
-        ("tensorrt", None, ArtifactError, "klein-kv build"),
-        ("tensorrt", "cpu", BackendError, "expected 'cuda'"),
-        ("auto", "tpu", BackendError, "tpu"),
-    ):
-        with pytest.raises(kind, match=message):
-            open_backend(name, tiny_artifacts, manifest, device, None)
-
-
 # --- against the installed bindings ---
 
 
@@ -392,36 +343,31 @@ def test_tensorrt_takes_our_error_recorder():
 # --- what waits, and what is copied ---
 
 
-def test_keeping_references_copies_no_keys_and_values_to_the_host(
-    tiny_artifacts, backend, manifest
-):
+def test_keeping_references_copies_no_keys_and_values_to_the_host(tiny_artifacts, engines, picture):
     """Regression: a kept set was downloaded to learn its size, gigabytes for klein 9B."""
-    pipe = KleinKVPipeline(tiny_artifacts, manifest, backend, reference_cache_bytes=1 << 30)
-    references = pipe.encode_references(pictures(2))
+    machine = Machine(tiny_artifacts, engines, reference_cache_bytes=1 << 30)
+    references = machine.pipe.encode_references([picture(144, 128), picture(144, 144)])
     assert references.nbytes == sum(buffer.nbytes for buffer in references.kv.values())
-    assert not [nbytes for kind, nbytes in cuda_of(backend).copies if kind == 2]
+    assert not [nbytes for kind, nbytes in machine.cuda.copies if kind == 2]
 
 
-def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, backend, manifest):
-    pipe = KleinKVPipeline(tiny_artifacts, manifest, backend, reference_cache_bytes=0)
-    pipe.set_progress_bar_config(disable=True)
-    cuda, waits = cuda_of(backend), []
-    request = {"height": 128, "width": 128, "seed": 0, "num_inference_steps": 4}
-    pipe("a kite", image=pictures(1), **request)
+def test_timings_come_from_events_and_wait_for_nothing(tiny_artifacts, engines, picture):
+    machine, waits = Machine(tiny_artifacts, engines, reference_cache_bytes=0), []
+    image = picture(144, 128)
+    machine(image)
 
-    def count(*_: object) -> dict:
-        waits.append(cuda.waits)
+    def count(*_):
+        waits.append(machine.cuda.waits)
         return {}
 
     # No tensors for the callback: it would have to download them.
-    request |= {"callback_on_step_end": count, "callback_on_step_end_tensor_inputs": ()}
-    pipe("a kite", image=pictures(1), **request)
+    machine(image, callback_on_step_end=count, callback_on_step_end_tensor_inputs=())
     assert len(set(waits)) == 1, "a step waited for the device"
-    timings = pipe.timings
+    timings = machine.pipe.timings
     assert len(timings.cached_steps) == 3
     assert timings.first_step > 0
     assert 0 < timings.stages + sum(timings.step_gaps) <= timings.total
-    assert not cuda.recorded, "events are freed"
+    assert not machine.cuda.recorded, "events are freed"
 
 
 def test_scratch_is_what_the_shape_needs(tiny_artifacts, engines):

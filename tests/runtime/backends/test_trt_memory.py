@@ -1,42 +1,123 @@
-"""Device memory on the stand-in for CUDA: uploads without waiting, weights, addresses that stay."""
+"""Device memory: uploads without waiting, weights, addresses that stay.
+
+On the stand-in for CUDA, prompt or lagging; what needs no look behind addresses also on a GPU of
+any kind, where there are one and cuda-python.
+"""
 
 import gc
 import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from klein_kv.artifacts.signature import GRAPH_FILES
-from klein_kv.artifacts.weights import WeightRef, graph_weights, map_weight
+from klein_kv.artifacts.weights import WeightRef
 from klein_kv.errors import ArtifactError, BackendError, CapacityError
 from klein_kv.runtime.backends.trt import staging
+from klein_kv.runtime.backends.trt.cuda import Event, load_cuda
 from klein_kv.runtime.backends.trt.memory import CudaMemory
-from klein_kv.runtime.backends.trt.virtual import KvMemory, Scratch, VirtualMemory
+from klein_kv.runtime.backends.trt.pinned import PinnedStore
+from klein_kv.runtime.backends.trt.virtual import KvMemory, Place, Scratch, VirtualMemory
 from tests.runtime.backends.fake_cuda import FakeCuda, Status
-from tests.runtime.backends.fake_trt import array_at
 
-PAGE = 4096
+PAGE, MIB = 4096, 1 << 20
+KINDS = {"prompt": (), "lagging": (0,)}
 
 
 class Device:
-    """A device with everything that the executor has of it."""
+    """A device with everything that the executor has of it; without bindings a stand-in."""
 
-    def __init__(self, capacity: int = 1 << 30, staging_bytes: int = 1 << 16, **options: Any):
-        self.cuda = FakeCuda(capacity, **options)
-        self.memory = CudaMemory(self.cuda.cuda, staging_bytes=staging_bytes)
+    def __init__(self, capacity=1 << 30, staging_bytes=1 << 16, bindings=None, lagging=()):
+        self.cuda = FakeCuda(capacity, lagging)
+        self.memory = CudaMemory(bindings or self.cuda.cuda, staging_bytes=staging_bytes)
         virtual = VirtualMemory(self.memory)
         self.kv = KvMemory(self.memory, virtual)
         self.scratch = Scratch(self.memory, virtual)
 
+    def close(self):
+        with self.memory:
+            self.kv.close()
+            self.scratch.close()
+        self.memory.close()
 
-@pytest.fixture(params=[(), (0,)], ids=["prompt", "lagging"])
-def device(request: pytest.FixtureRequest) -> Device:
-    return Device(lagging=request.param)
+
+@pytest.fixture(params=KINDS)
+def device(request):
+    return Device(lagging=KINDS[request.param])
+
+
+@pytest.fixture(params=[*KINDS, pytest.param("gpu", marks=pytest.mark.gpu)])
+def any_device(request):
+    """A stand-in, or a GPU."""
+    bindings = None
+    if request.param == "gpu":
+        runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+        status, count = runtime.cudaGetDeviceCount()
+        if int(status) != 0 or not count:
+            pytest.skip("needs an NVIDIA GPU")
+        bindings = load_cuda()
+    device = Device(bindings=bindings, lagging=KINDS.get(request.param, ()))
+    yield device
+    device.close()
+
+
+def numbers(nbytes, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def content(device, address, nbytes):
+    array = np.empty(nbytes, np.uint8)
+    device.memory.staging.download(address, array)
+    return array
 
 
 # --- uploads ---
+
+
+def test_there_and_back(any_device):
+    """In one array larger than the staging memory, and in many that fill it."""
+    memory = any_device.memory
+    for sizes in ([1, 255, 4096, 65_536, 65_535, 300_007], [9_000] * 12):
+        arrays = [numbers(nbytes, seed) for seed, nbytes in enumerate(sizes)]
+        buffers = [memory.upload(array) for array in arrays]
+        for buffer, array in zip(buffers, arrays, strict=True):
+            np.testing.assert_array_equal(memory.download(buffer), array)
+        whole = memory.assemble((sum(sizes),), buffers)
+        np.testing.assert_array_equal(memory.download(whole), np.concatenate(arrays))
+
+
+def test_blocks_come_back_from_the_pool(any_device):
+    memory = any_device.memory
+    first = memory.allocate((MIB,), "uint8")
+    pointer = first.pointer
+    del first
+    assert memory.allocate((MIB,), "uint8").pointer == pointer
+    with pytest.raises(CapacityError):
+        memory.allocate((memory.call("cudaMemGetInfo")[1] + MIB,), "uint8")
+
+
+def test_events_take_the_time(any_device):
+    memory = any_device.memory
+    source, target = (memory.allocate((8 * MIB,), "uint8") for _ in range(2))
+    start = Event(memory.cuda, memory.stream, timed=True)
+    for _ in range(20):
+        memory.copy(target.pointer, source.pointer, 8 * MIB)
+    end = Event(memory.cuda, memory.stream, timed=True)
+    end.synchronize()
+    assert 0 < memory.call("cudaEventElapsedTime", start.handle, end.handle) < 1e3
+
+
+def test_two_threads(any_device):
+    memory = any_device.memory
+
+    def work(i):
+        for turn in range(50):
+            array = numbers(100_000, 100 * i + turn)
+            with memory:
+                np.testing.assert_array_equal(memory.download(memory.upload(array)), array)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
 
 
 def test_uploads_wait_for_nothing_and_are_done_with_the_array(device):
@@ -53,16 +134,7 @@ def test_uploads_wait_for_nothing_and_are_done_with_the_array(device):
         np.testing.assert_array_equal(device.memory.download(buffer), expected)
 
 
-def test_uploads_beyond_the_staging_memory_wait_for_room(device):
-    """In one array larger than all of it, and in many that fill it."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 255, size, dtype=np.uint8) for size in (300_000, 1, 65_536, 65_535)]
-    buffers = [device.memory.upload(array) for array in arrays]
-    for buffer, array in zip(buffers, arrays, strict=True):
-        np.testing.assert_array_equal(device.memory.download(buffer), array)
-
-
-def test_shapes_types_and_views(device):
+def test_shapes_types_views_and_parts(device):
     memory = device.memory
     empty = memory.upload(np.zeros((1, 0, 4), np.float32))
     assert empty.pointer
@@ -74,13 +146,10 @@ def test_shapes_types_and_views(device):
     with pytest.raises(BackendError, match="cannot upload complex64"):
         memory.upload(np.zeros(3, np.complex64))
 
-
-def test_parts_are_put_together_on_the_device(device):
-    memory = device.memory
     parts = [np.full((1, n, 2), n, np.float32) for n in (1, 3, 2)]
     copies = len(device.cuda.copies)
     made = memory.assemble((1, 6, 2), (memory.upload(part) for part in parts))
-    assert [kind for kind, _ in device.cuda.copies[copies:]] == [1, 3] * 3
+    assert [kind for kind, _ in device.cuda.copies[copies:]] == [1, 3] * 3, "on the device"
     np.testing.assert_array_equal(memory.download(made), np.concatenate(parts, axis=1))
     with pytest.raises(BackendError, match="parts do not make"):
         memory.assemble((1, 5, 2), [made])
@@ -91,33 +160,27 @@ def test_parts_are_put_together_on_the_device(device):
 # --- weights ---
 
 
-def upload(memory: CudaMemory, refs: list[WeightRef]) -> dict[WeightRef, NDArray[Any]]:
+def upload(memory, refs):
     buffers = {ref: memory.allocate(ref.shape, ref.dtype) for ref in refs}
     memory.staging.upload_weights({ref: buffer.pointer for ref, buffer in buffers.items()})
-    return {ref: array_at(x.pointer, ref.shape, ref.dtype) for ref, x in buffers.items()}
+    return buffers
 
 
-@pytest.mark.parametrize("staging_bytes", [1 << 12, 1 << 16, 1 << 24])
-def test_weights_arrive_whole(staging_bytes, tiny_artifacts, monkeypatch):
-    """Tensors larger and smaller than a piece, on a stream that lags."""
-    monkeypatch.setattr(staging, "_PIECE", 1 << 14)
-    device = Device(staging_bytes=staging_bytes, lagging=(0,))
-    refs = list(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]).values())
-    for ref, got in upload(device.memory, refs).items():
-        np.testing.assert_array_equal(got, map_weight(ref))
-
-
-def test_staging_memory_is_pinned_once(tiny_artifacts):
-    """Regression: each load pinned and freed 128 MB."""
-    device = Device()
-    refs = list(graph_weights(tiny_artifacts, GRAPH_FILES["encode_references"]).values())
-    for _ in range(3):
-        upload(device.memory, refs)
-    assert device.cuda.calls["cudaHostAlloc"] == 1
-    assert device.cuda.calls["cudaFreeHost"] == 0
+def test_weights_arrive_whole(any_device, tmp_path, monkeypatch):
+    """Tensors larger and smaller than a piece."""
+    monkeypatch.setattr(staging, "_PIECE", 1 << 12)
+    path, held = tmp_path / "weights", numbers(500_000)
+    path.write_bytes(held.tobytes())
+    places = [(3, 300_000), (300_003, 77), (400_000, 100_000), (300_100, 0)]
+    refs = [WeightRef(path, start, nbytes, "uint8", (nbytes,)) for start, nbytes in places]
+    for _ in range(2):
+        for ref, buffer in upload(any_device.memory, refs).items():
+            expected = held[ref.offset : ref.offset + ref.nbytes]
+            np.testing.assert_array_equal(any_device.memory.download(buffer), expected)
 
 
 def test_a_file_that_is_too_short_is_one_clear_error(tmp_path):
+    """Regression: each load pinned and freed 128 MB."""
     path = tmp_path / "weights.safetensors"
     path.write_bytes(bytes(1000))
     device = Device()
@@ -127,58 +190,62 @@ def test_a_file_that_is_too_short_is_one_clear_error(tmp_path):
     path.unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         upload(device.memory, refs)
+    calls = device.cuda.calls
+    assert (calls["cudaHostAlloc"], calls["cudaFreeHost"]) == (1, 0)
     assert not device.cuda.recorded
 
 
 # --- addresses that stay ---
 
 
-def fill(address: int, nbytes: int, value: int) -> None:
-    array_at(address, (nbytes,), "uint8").fill(value)
+def test_scratch_grows_and_sets_change_places(any_device):
+    memory, kv, scratch = any_device.memory, any_device.kv, any_device.scratch
+    scratch.require(PAGE)
+    memory.staging.upload(scratch.pointer, numbers(PAGE))
+    scratch.require(8 * MIB)
+    np.testing.assert_array_equal(content(any_device, scratch.pointer, PAGE), numbers(PAGE))
+    blocks = [kv.take(nbytes) for nbytes in (5 * PAGE, 2 * PAGE)]
+    for i, block in enumerate(blocks):
+        memory.staging.upload(block.pointer, numbers(PAGE, i))
+    for i in (0, 1, 0):
+        kv.hold(blocks[i])
+        np.testing.assert_array_equal(content(any_device, kv.place, PAGE), numbers(PAGE, i))
+    memory.staging.upload(kv.place, numbers(PAGE, 9))
+    held = content(any_device, blocks[0].pointer, PAGE)
+    np.testing.assert_array_equal(held, numbers(PAGE, 9), "the same memory, not a copy")
 
 
-def test_scratch_grows_where_it_is():
+def test_copies_on_a_stream_of_their_own(any_device):
+    memory, kv = any_device.memory, any_device.kv
+    store = PinnedStore(memory, kv, 4 * MIB, page_bytes=MIB)
+    block, array = kv.take(3 * MIB + 5), numbers(3 * MIB + 5)
+    memory.staging.upload(block.pointer, array)
+    copy = store.keep(block.buffers({"k_ref.0": Place(0, array.shape, "uint8")}))
+    del block
+    restored = store.restore(copy)["k_ref.0"]
+    kv.settle(restored.block)
+    np.testing.assert_array_equal(memory.download(restored), array)
+    del restored, copy
+    store.close()
+
+
+def test_what_is_there_already_costs_nothing():
     device = Device()
-    pointer = device.scratch.pointer
     device.scratch.require(1)
-    fill(pointer, PAGE, 7)
     waits = device.cuda.waits
     device.scratch.require(3 * PAGE + 1)
     assert device.scratch.nbytes == 4 * PAGE
-    assert array_at(pointer, (PAGE,), "uint8").min() == 7, "what was there stays"
-    fill(pointer, 4 * PAGE, 8)
     assert device.cuda.waits == waits, "growing waits for nothing"
-    device.scratch.require(PAGE)
-    device.scratch.shrink()
-    assert (device.scratch.nbytes, device.cuda.used) == (0, 0)
-    device.scratch.require(PAGE)
-    assert device.scratch.pointer == pointer
-
-
-def test_sets_are_found_at_one_place():
-    device = Device()
-    first, second = device.kv.take(5 * PAGE), device.kv.take(2 * PAGE)
-    fill(first.pointer, 5 * PAGE, 1)
-    fill(second.pointer, 2 * PAGE, 2)
-    place = device.kv.place
-    for block, value, nbytes in ((first, 1, 5 * PAGE), (second, 2, 2 * PAGE), (first, 1, PAGE)):
-        device.kv.hold(block)
-        assert set(array_at(place, (nbytes,), "uint8").tolist()) == {value}
-    array_at(place, (PAGE,), "uint8").fill(9)
-    assert array_at(first.pointer, (1,), "uint8")[0] == 9, "the same memory, not a copy"
-    assert device.cuda.used == 7 * PAGE
-
-
-def test_a_set_that_is_there_already_costs_nothing():
-    device = Device()
     block = device.kv.take(PAGE)
     device.kv.hold(block)
     waits, allocations = device.cuda.waits, device.cuda.allocations
     device.kv.hold(block)
     del block  # idle, and still in the place
-    again = device.kv.take(PAGE)
-    device.kv.hold(again)
+    device.kv.hold(device.kv.take(PAGE))
+    device.scratch.require(PAGE)
     assert (device.cuda.waits, device.cuda.allocations) == (waits, allocations)
+    device.scratch.shrink()
+    assert (device.scratch.nbytes, device.cuda.used) == (0, PAGE)
 
 
 def test_idle_memory_goes_where_it_is_needed():
@@ -204,9 +271,7 @@ def test_closing_frees_what_is_still_in_use(device):
     held = [device.memory.upload(np.zeros(10, np.float32)), device.kv.take(PAGE)]
     device.scratch.require(PAGE)
     device.kv.hold(held[1])
-    device.kv.close()
-    device.scratch.close()
-    device.memory.close()
+    device.close()
     assert device.cuda.left[:4] == (0, 0, 0, 0)
     held.clear()
     gc.collect()
@@ -218,6 +283,48 @@ def test_a_gpu_without_virtual_memory_is_refused(monkeypatch):
     monkeypatch.setattr(cuda, "cuDeviceGetAttribute", lambda *_: (0, 0))
     with pytest.raises(BackendError, match="offers no virtual memory management"):
         VirtualMemory(CudaMemory(cuda.cuda))
+
+
+def test_scratch_that_cannot_be_had_is_refused_and_does_not_loop():
+    """Regression: taking a piece shrank what was there, which had to be taken again, for ever."""
+    device = Device(capacity=9 * PAGE)
+    held = device.kv.take(6 * PAGE)
+    device.scratch.require(2 * PAGE)
+    with pytest.raises(CapacityError):
+        device.scratch.require(4 * PAGE)
+    assert device.cuda.calls["cuMemCreate"] < 12
+    del held
+    device.scratch.require(9 * PAGE)
+    assert device.scratch.nbytes == 9 * PAGE
+
+
+def test_memory_that_cannot_be_mapped_is_given_back(monkeypatch):
+    device = Device()
+    for name in ("cuMemMap", "cuMemSetAccess"):
+        with monkeypatch.context() as patch:
+            patch.setattr(device.cuda, name, lambda *_: (Status.cudaErrorInvalidValue,))
+            for take in (device.kv.take, device.scratch.require):
+                with pytest.raises(BackendError, match=name):
+                    take(PAGE)
+        assert (device.cuda.used, len(device.cuda.reserved)) == (0, 2)
+    device.kv.hold(device.kv.take(PAGE))
+
+
+def test_a_failing_call_leaves_the_memory_to_other_threads(monkeypatch):
+    """Regression: the lock stayed with the thread, and the program hung at its end."""
+    device = Device()
+    with monkeypatch.context() as patch:
+        patch.setattr(device.cuda, "cudaGetDevice", lambda: (Status.cudaErrorInvalidValue, 0))
+        with pytest.raises(BackendError, match="cudaGetDevice"), device.memory:
+            pass
+    entered = threading.Event()
+
+    def enter():
+        with device.memory:
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert entered.wait(10)
 
 
 # --- the stand-in is as strict as CUDA ---
@@ -240,55 +347,8 @@ def test_the_stand_in_refuses_what_cuda_refuses():
     raw.cudaFree(pointer)
     with pytest.raises(AssertionError, match="not device memory"):
         raw.cudaMemcpyAsync(pointer, host.ctypes.data, 1, 1, stream)
-
-
-def test_the_stand_in_refuses_to_unmap_what_is_still_to_be_used():
     device = Device(lagging=(0,))
     block = device.kv.take(PAGE)
     device.memory.copy(block.pointer, block.pointer, 10)
     with pytest.raises(AssertionError, match="has yet to use"):
         device.cuda.cuMemUnmap(block.pointer, PAGE)
-
-
-def test_scratch_that_cannot_be_had_is_refused_and_does_not_loop():
-    """Regression: taking a piece shrank what was there, which had to be taken again, for ever."""
-    device = Device(capacity=9 * PAGE)
-    held = device.kv.take(6 * PAGE)
-    device.scratch.require(2 * PAGE)
-    with pytest.raises(CapacityError):
-        device.scratch.require(4 * PAGE)
-    assert device.cuda.calls["cuMemCreate"] < 12
-    del held
-    device.scratch.require(9 * PAGE)
-    assert device.scratch.nbytes == 9 * PAGE
-
-
-def test_memory_that_cannot_be_mapped_is_given_back(monkeypatch):
-    device = Device()
-    refuse = (Status.cudaErrorInvalidValue,)
-    for name in ("cuMemMap", "cuMemSetAccess"):
-        with monkeypatch.context() as patch:
-            patch.setattr(device.cuda, name, lambda *_: refuse)
-            with pytest.raises(BackendError, match=name):
-                device.kv.take(PAGE)
-            with pytest.raises(BackendError, match=name):
-                device.scratch.require(PAGE)
-        assert (device.cuda.used, len(device.cuda.reserved)) == (0, 2)
-    device.kv.hold(device.kv.take(PAGE))
-
-
-def test_a_failing_call_leaves_the_memory_to_other_threads(monkeypatch):
-    """Regression: the lock stayed with the thread, and the program hung at its end."""
-    device = Device()
-    with monkeypatch.context() as patch:
-        patch.setattr(device.cuda, "cudaGetDevice", lambda: (Status.cudaErrorInvalidValue, 0))
-        with pytest.raises(BackendError, match="cudaGetDevice"), device.memory:
-            pass
-    entered = threading.Event()
-
-    def enter() -> None:
-        with device.memory:
-            entered.set()
-
-    threading.Thread(target=enter, daemon=True).start()
-    assert entered.wait(10)

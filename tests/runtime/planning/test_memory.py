@@ -1,7 +1,6 @@
 """Host memory: what is free, and that requests are refused before any work is done."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -9,11 +8,10 @@ from klein_kv import KleinKVPipeline
 from klein_kv.errors import CapacityError
 from klein_kv.runtime.planning import memory
 from klein_kv.runtime.planning.memory import available_memory
-from tests.runtime.conftest import Picture, SetFree
 
 
 @pytest.fixture
-def fresh(tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
+def fresh(tiny_ours):
     """The tiny pipeline as if its backend had taken no memory yet."""
     return KleinKVPipeline(
         tiny_ours.artifacts,
@@ -25,19 +23,18 @@ def fresh(tiny_ours: KleinKVPipeline) -> KleinKVPipeline:
 
 
 @pytest.mark.usefixtures("no_graph_runs")
-def test_request_is_refused_first(
-    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
-) -> None:
+def test_request_is_refused_first(fresh, picture, set_free):
     set_free(1000)
     with pytest.raises(CapacityError, match=r"0\.001 MB of memory can be had; .* nothing that was"):
         fresh("a red kite", image=[picture(128, 128)] * 4)
     with pytest.raises(CapacityError, match="the request needs"):
         fresh("a red kite")
+    set_free(22_000_000)
+    with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
+        fresh.encode_references([picture(256, 256)] * 20)
 
 
-def test_refusal_names_what_would_fit(
-    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
-) -> None:
+def test_refusal_names_what_would_fit(fresh, picture, set_free):
     images = [picture(256, 256)] * 20
     set_free(22_000_000)
     request = {"height": 128, "width": 128, "output_type": "latent", "num_inference_steps": 1}
@@ -55,18 +52,7 @@ def test_refusal_names_what_would_fit(
     fresh("a red kite", image=images[:fitting], **request)
 
 
-@pytest.mark.usefixtures("no_graph_runs")
-def test_references_alone_are_refused_first(
-    fresh: KleinKVPipeline, picture: Picture, set_free: SetFree
-) -> None:
-    set_free(22_000_000)
-    with pytest.raises(CapacityError, match=r"encode_references \(reference K/V 7\.864 MB"):
-        fresh.encode_references([picture(256, 256)] * 20)
-
-
-def test_control_group_limits_what_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_control_group_limits_what_is_available(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     free = available_memory()
     assert free > 1 << 20
@@ -81,9 +67,7 @@ def test_control_group_limits_what_is_available(
         assert available_memory() > 1 << 20
 
 
-def test_a_request_like_an_earlier_one_is_not_refused(
-    fresh: KleinKVPipeline, set_free: SetFree
-) -> None:
+def test_a_request_like_an_earlier_one_is_not_refused(fresh, set_free):
     """Regression: what the backend kept of the first request counted as taken for the second."""
     request = {"height": 256, "width": 256, "seed": 0, "num_inference_steps": 1}
     fresh("a red kite", **request)

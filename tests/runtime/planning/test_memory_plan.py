@@ -2,20 +2,17 @@
 
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein_kv.artifacts.config import ModelConfig
 from klein_kv.artifacts.signature import GRAPH_FILES, GraphSet, KVFormat
 from klein_kv.networks.text_encoder import text_encoder_parameters
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.planning.footprint import COMPONENTS, Footprint, component_of, linear_weights
 from klein_kv.runtime.planning.memory_plan import RESERVED, MemoryPlan, make_plan, size_text
 from klein_kv.runtime.planning.request import Request, edit_stages
-from klein_kv.runtime.planning.scratch import estimate_scratch
 from tests.klein_configs import KLEIN_4B, KLEIN_9B
 
 GB = 10**9
@@ -27,108 +24,102 @@ FOOTPRINT = Footprint(
 SCRATCH = dict.fromkeys(GRAPH_FILES, (GB, "engines"))
 KV = 4 * 4096 * 2 * 32 * 4096 * 2  # four references of 4,096 tokens, k and v of 32 blocks
 ROOMY = 1000 * GB
+TOKENS, TEXT = 4096 * 128 * 2, 512 * 12288 * 2  # bytes of one image's latents, of one prompt's text
 
 
-def request(references: int = 4, known: bool = False, **changes: Any) -> Request:
+def request(references: int = 4, known: bool = False, **changes) -> Request:
     stages = edit_stages("kv", references, known=known)
     sizes = ((1024, 1024),) * references
     return replace(Request(1024, 1024, sizes, stages, kv_held=known), **changes)
 
 
-def plan(capacity: int = ROOMY, **changes: Any) -> MemoryPlan:
-    return make_plan(FOOTPRINT, request(**changes), capacity, scratch=SCRATCH)
+def plan(
+    capacity: int = ROOMY, options: dict | None = None, footprint: Footprint = FOOTPRINT, **changes
+) -> MemoryPlan:
+    """Of a request with changes, on engines that need 1 GB; `options` are `make_plan`'s."""
+    options = {"scratch": SCRATCH} | (options or {})
+    return make_plan(footprint, request(**changes), capacity, **options)
 
 
-def test_a_second_place_for_keys_and_values_counts() -> None:
+def each(planned: MemoryPlan, part: str) -> set[int | None]:
+    """What a part takes in the stages."""
+    return {stage.parts.get(part) for stage in planned.stages}
+
+
+# --- what it adds up ---
+
+
+def test_stages_add_up():
+    planned = plan(batch=2)
+    stages = {stage.name: stage.parts for stage in planned.stages}
+    steps = ["first_step", "cached_step"]
+    assert list(stages) == ["text_encoder", "vae_encoder", *steps, "vae_decoder"]
+    assert planned.kv_bytes == KV
+    assert [name for name, parts in stages.items() if "kv" in parts] == steps
+    # Inputs and outputs of all graphs, and what is copied to them.
+    step = 2 * TOKENS + 2 * TEXT + 8 + 32 * (4096 + 512)
+    references, prompt, image = 16384 * (128 * 2 + 32), 2 * 512 * 8, 1024 * 1024 * 3
+    buffers = {
+        "text_encoder": prompt + TEXT,  # one prompt for both images
+        "vae_encoder": image + TOKENS,
+        "first_step": step + references + 4 * TOKENS,  # noise_pred and latents out
+        "cached_step": step + 4 * TOKENS,
+        "vae_decoder": 2 * TOKENS + 2 * image + 2 * 2 * image,  # uint8, and bfloat16
+    }
+    sources = step + references + prompt + image
+    assert each(planned, "activations") == {sources + sum(buffers.values())}
+    assert (each(planned, "scratch"), each(planned, "reserved")) == ({GB}, {RESERVED})
+    assert planned.peak == max(sum(parts.values()) for parts in stages.values())
+    assert {stage.scratch_source for stage in planned.stages} == {"engines"}
+    estimated = make_plan(FOOTPRINT, request(), ROOMY)
+    assert {stage.scratch_source for stage in estimated.stages} == {"estimated"}
+
+
+def test_a_second_place_for_keys_and_values_counts():
     """Regression: what the torch backend copies for its CUDA graphs was not in the plan."""
-    whole = plan()
-    copied = make_plan(FOOTPRINT, request(), ROOMY, scratch=SCRATCH, kv_copies=1)
-    for one, two in zip(whole.stages, copied.stages, strict=True):
+    copied = plan(options={"kv_copies": 1})
+    for one, two in zip(plan().stages, copied.stages, strict=True):
         assert two.total - one.total == KV  # it stays, whatever else runs
-    again = make_plan(FOOTPRINT, request(kv_held=True), ROOMY, scratch=SCRATCH, kv_copies=1)
-    assert {stage.parts["kv"] for stage in again.stages} == {2 * KV}
+    assert each(plan(options={"kv_copies": 1}, kv_held=True), "kv") == {2 * KV}
 
 
-def test_buffers_stay_while_their_component_does() -> None:
+def test_buffers_stay_while_their_component_does():
     roomy = plan()
     assert roomy.all_fits
-    assert len({stage.parts["activations"] for stage in roomy.stages}) == 1
+    (whole,) = each(roomy, "activations")
     tight = plan(roomy.together - 1)
     assert tight.fits
     assert not tight.all_fits
     assert all(stage.total <= tight.capacity for stage in tight.stages)
     alone = [stage for stage in tight.stages if len(stage.resident) < 3]
     assert alone
-    assert all(x.parts["activations"] < roomy.stages[0].parts["activations"] for x in alone)
-    later = make_plan(FOOTPRINT, request(), ROOMY, scratch=SCRATCH, held_scratch=2 * GB)
-    assert {stage.parts["scratch"] for stage in later.stages} == {2 * GB}
+    assert all(stage.parts["activations"] < whole for stage in alone)
+    assert each(plan(options={"held_scratch": 2 * GB}), "scratch") == {2 * GB}
 
 
-def test_stages_add_up() -> None:
-    planned = plan(batch=2)
-    assert [stage.name for stage in planned.stages] == [
-        "text_encoder",
-        "vae_encoder",
-        "first_step",
-        "cached_step",
-        "vae_decoder",
-    ]
-    assert planned.kv_bytes == KV
-    stages = {stage.name: stage.parts for stage in planned.stages}
-    assert {name for name, parts in stages.items() if "kv" in parts} == {
-        "first_step",
-        "cached_step",
-    }
-    # Inputs and outputs of all graphs, and what is copied to them.
-    tokens, text, ids = 2 * 4096 * 128 * 2, 2 * 512 * 12288 * 2, 32 * (4096 + 512)
-    references = 16384 * (128 * 2 + 32)
-    step = tokens + text + 8 + ids
-    prompt, image = 2 * 512 * 8, 1024 * 1024 * 3
-    buffers = {
-        "text_encoder": prompt + text // 2,  # one prompt for both images
-        "vae_encoder": image + 4096 * 128 * 2,
-        "first_step": step + references + 2 * tokens,  # noise_pred and latents out
-        "cached_step": step + 2 * tokens,
-        "vae_decoder": tokens + 2 * image + 2 * 2 * image,  # uint8, and bfloat16
-    }
-    sources = step + references + prompt + image
-    for parts in stages.values():
-        assert parts["activations"] == sources + sum(buffers.values())
-    assert all(parts["scratch"] == GB for parts in stages.values())
-    assert all(parts["reserved"] == RESERVED for parts in stages.values())
-    assert planned.peak == max(sum(parts.values()) for parts in stages.values())
-    assert {stage.scratch_source for stage in planned.stages} == {"engines"}
-
-
-def test_what_is_mixed_with_an_image_counts() -> None:
+def test_what_is_mixed_with_an_image_counts():
     """The image's encoding, its latents, the noise that stays, and the mask."""
     stages = edit_stages("kv", 4, blends=True)
     assert stages[1:5] == ("vae_encoder", "first_step", "blend", "cached_step")
     plain, mixed = plan(batch=2), plan(batch=2, stages=stages)
-    tokens, mask, sigma = 2 * 4096 * 128 * 2, 2 * 4096 * 2, 4
-    fed = 2 * tokens + tokens // 2 + mask + sigma
+    fed = 5 * TOKENS + 2 * 4096 * 2 + 4  # latents and noise of both, one image; mask, sigma
     for stage in plain.stages:
         other = mixed.stage(stage.name)
         assert other is not None
-        assert other.total - stage.total == 2 * fed + tokens, "inputs, their sources, the output"
-    (blend,) = (stage for stage in mixed.stages if stage.name == "blend")
+        assert other.total - stage.total == 2 * fed + 2 * TOKENS, "inputs, sources, the output"
+    blend = mixed.stage("blend")
+    assert blend is not None
     assert blend.parts["kv"] == KV
-    assert estimate_scratch("blend", FOOTPRINT, request().sizes("blend", KLEIN_9B)) == 0
+    assert FOOTPRINT.scratch_bytes("blend", request().sizes("blend", KLEIN_9B)) == 0
 
 
-def test_other_inputs_change_the_stages() -> None:
-    assert [s.name for s in plan(references=0).stages] == [
-        "text_encoder",
-        "cached_step",
-        "vae_decoder",
-    ]
+def test_other_inputs_change_the_stages():
+    assert edit_stages("kv", 0) == ("text_encoder", "cached_step", "vae_decoder")
     assert edit_stages("plain", 2) == ("text_encoder", "vae_encoder", "plain_step", "vae_decoder")
     assert edit_stages("plain", 0) == ("text_encoder", "plain_step", "vae_decoder")
-    estimated = make_plan(FOOTPRINT, request(), ROOMY)
-    assert {stage.scratch_source for stage in estimated.stages} == {"estimated"}
 
 
-def test_eight_bits_halve_keys_and_values() -> None:
+def test_eight_bits_halve_keys_and_values():
     packed = FOOTPRINT.changed(float8_kv=True)
     assert packed.kv_bytes(request()) == KV // 2 + 2 * 32 * 32 * 4  # a scale per head and tensor
     assert packed.kv_bytes(request(references=0)) == 0
@@ -137,84 +128,28 @@ def test_eight_bits_halve_keys_and_values() -> None:
     assert quantized.kv_bytes(request()) == KV // 2  # the scales are constants of the graphs
 
 
-def test_all_stays_where_it_fits() -> None:
-    planned = plan()
-    assert all(stage.resident == set(COMPONENTS) for stage in planned.stages)
-    assert planned.loads == {}
-    assert planned.fits
+def test_quantized_weights_are_smaller():
+    linears, text = 8_724_152_320, 5_209_325_568  # of all blocks of klein 9B, Qwen3-8B to block 27
+    fp8 = FOOTPRINT.changed(transformer="fp8")
+    assert fp8.weights == {**FOOTPRINT.weights, "transformer": 18 * GB - linears}
+    both = FOOTPRINT.changed(transformer="nvfp4", text_encoder="fp8")
+    assert both.weights["transformer"] == 18 * GB - int(linears * (2 - 0.5625))
+    assert both.weights["text_encoder"] == 12 * GB - text
+    assert both.precisions == {"transformer": "nvfp4", "text_encoder": "fp8"}
 
 
-def test_text_encoder_goes_first() -> None:
-    planned = plan(32 * GB)
-    assert planned.fits
-    assert planned.loads == {"text_encoder": 12 * GB}
-    resident = {stage.name: stage.resident for stage in planned.stages}
-    assert resident["text_encoder"] == {"text_encoder", "transformer", "vae"}
-    assert resident["first_step"] == {"transformer", "vae"}
-    assert resident["vae_decoder"] == {"transformer", "vae"}
+@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B], ids=["9b", "4b"])
+def test_linear_weights_are_those_of_the_checkpoint(config):
+    def matrices(shapes, *prefixes):
+        return sum(
+            prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and shape[1:]
+        )
 
-
-def test_known_references_stay_and_the_transformer_makes_room() -> None:
-    """12 + 18 + 8.6 GB do not go together on 32: a new prompt loads both in turn."""
-    planned = plan(32 * GB, known=True)
-    assert planned.fits
-    assert planned.loads == {"text_encoder": 12 * GB, "transformer": 18 * GB}
-    assert all(stage.parts["kv"] == KV for stage in planned.stages)
-    assert "transformer" not in planned.stages[0].resident
-
-
-def test_one_at_a_time_on_a_small_device() -> None:
-    planned = plan(22 * GB, references=0)
-    assert planned.fits
-    assert list(planned.loads) == ["text_encoder", "transformer"]
-    assert not plan(19 * GB, references=0).fits
-
-
-def test_what_is_loaded_now_counts_once() -> None:
-    """The runtime plans from what is on the device, not from a request before it."""
-    empty = make_plan(FOOTPRINT, request(), ROOMY, scratch=SCRATCH, loaded=())
-    assert empty.loads == FOOTPRINT.weights
-    assert "transformer" not in empty.stages[0].parts
-    some = make_plan(FOOTPRINT, request(), ROOMY, scratch=SCRATCH, loaded={"transformer"})
-    assert set(some.loads) == {"text_encoder", "vae"}
-    assert "transformer" in some.stages[0].parts
-
-
-@given(
-    capacity=st.integers(1, 60) | st.none(),
-    sizes=st.tuples(*[st.integers(0, 30)] * 3),
-    references=st.integers(0, 4),
-    known=st.booleans(),
-    loaded=st.sets(st.sampled_from(COMPONENTS)) | st.none(),
-)
-def test_a_plan_never_holds_more_than_it_must_or_can(
-    capacity: int | None,
-    sizes: tuple[int, ...],
-    references: int,
-    known: bool,
-    loaded: set[str] | None,
-) -> None:
-    weights = {name: size * GB for name, size in zip(COMPONENTS, sizes, strict=True)}
-    room = ROOMY if capacity is None else capacity * GB
-    asked = request(references, known and references > 0)
-    planned = make_plan(
-        replace(FOOTPRINT, weights=weights), asked, room, scratch=SCRATCH, loaded=loaded
-    )
-    before = set(loaded or ())
-    for stage in planned.stages:
-        own = component_of(stage.name)
-        assert own in stage.resident
-        bare = stage.total - sum(weights[other] for other in stage.resident - {own})
-        assert stage.total <= room or stage.total == bare
-        if loaded is not None:
-            assert stage.resident <= before | {own}, "something came without being loaded"
-            assert stage.loads == (0 if own in before else weights[own])
-            before = set(stage.resident)
-    needed = max(
-        stage.total - sum(weights[x] for x in stage.resident - {component_of(stage.name)})
-        for stage in planned.stages
-    )
-    assert planned.fits == (needed <= room)
+    blocks = ("transformer_blocks.", "single_transformer_blocks.")
+    assert linear_weights(config) == {
+        "transformer": matrices(transformer_parameters(config.transformer), *blocks),
+        "text_encoder": matrices(text_encoder_parameters(config.text_encoder), "model.layers."),
+    }
 
 
 @pytest.mark.parametrize(
@@ -228,40 +163,78 @@ def test_a_plan_never_holds_more_than_it_must_or_can(
         ("vae_decoder", 1_350_514_176, 0.02),
     ],
 )
-def test_estimates_beside_engines(graph: str, reported: int, within: float) -> None:
+def test_estimates_beside_engines(graph, reported, within):
     """Engines of klein 9B, 1024x1024, four references, TensorRT-RTX 1.7.1: never far below."""
-    sizes = request().sizes(graph, KLEIN_9B)
-    planned = estimate_scratch(graph, FOOTPRINT, sizes)
+    planned = FOOTPRINT.scratch_bytes(graph, request().sizes(graph, KLEIN_9B))
     assert reported * 0.95 < planned < reported * (1 + within)
 
 
-def test_quantized_weights_are_smaller() -> None:
-    linears, text = 8_724_152_320, 5_209_325_568  # of all blocks of klein 9B, Qwen3-8B to block 27
-    fp8 = FOOTPRINT.changed(transformer="fp8")
-    assert fp8.weights == {**FOOTPRINT.weights, "transformer": 18 * GB - linears}
-    both = FOOTPRINT.changed(transformer="nvfp4", text_encoder="fp8")
-    assert both.weights["transformer"] == 18 * GB - int(linears * (2 - 0.5625))
-    assert both.weights["text_encoder"] == 12 * GB - text
-    assert both.precisions == {"transformer": "nvfp4", "text_encoder": "fp8"}
+# --- what stays ---
+
+ALL = set(COMPONENTS)
+TEXT_GONE, TRANSFORMER_GONE = ALL - {"text_encoder"}, ALL - {"transformer"}
 
 
-@pytest.mark.parametrize("config", [KLEIN_9B, KLEIN_4B], ids=["9b", "4b"])
-def test_linear_weights_are_those_of_the_checkpoint(config: ModelConfig) -> None:
-    def matrices(shapes: dict[str, tuple[int, ...]], *prefixes: str) -> int:
-        return sum(
-            prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and shape[1:]
-        )
+@pytest.mark.parametrize(
+    ("capacity", "changes", "loads", "first", "last"),
+    [
+        (ROOMY, {}, [], ALL, ALL),
+        (32 * GB, {}, ["text_encoder"], ALL, TEXT_GONE),
+        # 12 + 18 + 8.6 GB do not go together: a new prompt loads both in turn.
+        (32 * GB, {"known": True}, ["text_encoder", "transformer"], TRANSFORMER_GONE, TEXT_GONE),
+        (22 * GB, {"references": 0}, ["text_encoder", "transformer"], TRANSFORMER_GONE, TEXT_GONE),
+    ],
+)
+def test_what_stays(capacity, changes, loads, first, last):
+    planned = plan(capacity, **changes)
+    assert planned.fits
+    assert planned.loads == {component: FOOTPRINT.weights[component] for component in loads}
+    assert (planned.stages[0].resident, planned.stages[-1].resident) == (first, last)
+    if "known" in changes:
+        assert each(planned, "kv") == {KV}
 
-    blocks = ("transformer_blocks.", "single_transformer_blocks.")
-    assert linear_weights(config) == {
-        "transformer": matrices(transformer_parameters(config.transformer), *blocks),
-        "text_encoder": matrices(text_encoder_parameters(config.text_encoder), "model.layers."),
-    }
+
+def test_what_does_not_fit():
+    assert not plan(19 * GB, references=0).fits
 
 
-def test_sizes_for_people() -> None:
-    assert [size_text(x) for x in (123, 20_000_000, 8_589_934_592)] == [
-        "0.000 MB",
-        "20.0 MB",
-        "8.59 GB",
-    ]
+def test_what_is_loaded_now_counts_once():
+    """The runtime plans from what is on the device, not from a request before it."""
+    empty = plan(options={"loaded": ()})
+    assert empty.loads == FOOTPRINT.weights
+    assert "transformer" not in empty.stages[0].parts
+    some = plan(options={"loaded": {"transformer"}})
+    assert set(some.loads) == {"text_encoder", "vae"}
+    assert "transformer" in some.stages[0].parts
+
+
+@given(
+    capacity=st.integers(1, 60) | st.none(),
+    sizes=st.tuples(*[st.integers(0, 30)] * 3),
+    references=st.integers(0, 4),
+    known=st.booleans(),
+    loaded=st.sets(st.sampled_from(COMPONENTS)) | st.none(),
+)
+def test_a_plan_never_holds_more_than_it_must_or_can(capacity, sizes, references, known, loaded):
+    weights = {name: size * GB for name, size in zip(COMPONENTS, sizes, strict=True)}
+    room = ROOMY if capacity is None else capacity * GB
+    footprint = replace(FOOTPRINT, weights=weights)
+    asked = {"references": references, "known": known and references > 0}
+    planned = plan(room, {"loaded": loaded}, footprint, **asked)
+    before, needed = set(loaded or ()), 0
+    for stage in planned.stages:
+        own = component_of(stage.name)
+        assert own in stage.resident
+        bare = stage.total - sum(weights[other] for other in stage.resident - {own})
+        needed = max(needed, bare)
+        assert stage.total <= room or stage.total == bare
+        if loaded is not None:
+            assert stage.resident <= before | {own}, "something came without being loaded"
+            assert stage.loads == (0 if own in before else weights[own])
+            before = set(stage.resident)
+    assert planned.fits == (needed <= room)
+
+
+def test_sizes_for_people():
+    texts = [size_text(nbytes) for nbytes in (123, 20_000_000, 8_589_934_592)]
+    assert texts == ["0.000 MB", "20.0 MB", "8.59 GB"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from klein_kv.artifacts.digest import write_atomic
 from klein_kv.artifacts.engines.engine_manifest import (
     ENGINE_MANIFEST,
     EngineManifest,
@@ -76,13 +75,13 @@ def test_missing_engine_is_refused(folder: Path) -> None:
         (RECORD.sha256, "0" * 64),
         ('"sm": 120', '"sm": 89'),
         ("cached_step.engine", "../../evil.engine"),
-        ('"offset"', '"offset"'),
+        ("{", "[" * 100_000),
+        ("}", ""),
     ],
 )
 def test_tampered_manifest_is_refused(folder: Path, old: str, new: str) -> None:
     path = folder / ENGINE_MANIFEST
-    text = path.read_text()
-    path.write_text(text.replace(old, new) if old != new else text[:-20])
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ArtifactError, match=r"changed after it was written|cannot be read"):
         EngineManifest.load(folder)
 
@@ -101,14 +100,14 @@ def test_paths_stay_in_their_folders(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "not a manifest of engines"),
+        ({"format": "x"}, "the format is 'x', expected 'klein-kv engines'"),
         ({"format_version": 2}, "format version 2, this klein-kv reads 1"),
         ({"sm": 1e999}, "incomplete"),
         ({"module": None}, "incomplete"),
         ({"engines": {"x": asdict(RECORD) | {"scratch_bytes": 1e999}}}, "incomplete"),
         ({"engines": {"x": asdict(RECORD) | {"sha256": [1]}}}, "incomplete"),
         (
-            {"engines": {"x": asdict(replace(RECORD, profiles=(replace(PROFILE, shapes=BENT),)))}},
+            {"engines": {"x": asdict(RECORD) | {"profiles": [asdict(PROFILE) | {"shapes": BENT}]}}},
             "incomplete.* numbers of axes",
         ),
     ],
@@ -125,12 +124,6 @@ def test_other_manifests_are_refused(folder: Path, change: dict[str, object], me
         EngineManifest.load(folder)
 
 
-def test_nesting_beyond_all_measure_is_refused(folder: Path) -> None:
-    (folder / ENGINE_MANIFEST).write_text("[" * 100_000)
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        EngineManifest.load(folder)
-
-
 def test_profile_for_shapes() -> None:
     wide = ProfileRecord("wide", {}, {"x": ((1, 0, 4), (1, 16, 4), (1, 256, 4))})
     record = replace(RECORD, profiles=(*RECORD.profiles, wide))
@@ -142,22 +135,10 @@ def test_profile_for_shapes() -> None:
 
 
 def test_weight_refs_check_the_files(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="weights of the engine of cached_step cannot be read"):
         RECORD.weight_refs(tmp_path)
     path = tmp_path / "transformer" / "a.safetensors"
     path.parent.mkdir()
-    path.write_bytes(bytes(39))
-    with pytest.raises(ArtifactError, match=r"bytes 8 to 40 of .* which has 39"):
-        RECORD.weight_refs(tmp_path)
     path.write_bytes(bytes(40))
     ref = RECORD.weight_refs(tmp_path)["w"]
     assert (ref.path, ref.offset, ref.nbytes, ref.shape) == (path, 8, 32, (4, 4))
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.engine"
-    write_atomic(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomic(path, "not bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

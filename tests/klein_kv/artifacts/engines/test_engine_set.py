@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest
-from klein_kv.artifacts.engines.engine_record import ProfileRecord
+from klein_kv.artifacts.engines.engine_record import EngineRecord, ProfileRecord
 from klein_kv.artifacts.engines.engine_set import open_engines
 from klein_kv.artifacts.engines.engine_sizes import sizes_text
 from klein_kv.artifacts.manifest import Manifest
@@ -20,7 +19,7 @@ from klein_kv.engines.sizes.shape_engines import shape_recipe
 from klein_kv.errors import ArtifactError, BuildError, RequestError
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
-from tests.runtime.backends.fake_engines import make_engines
+from tests.runtime.backends.fake_engines import make_engines, random_inputs
 from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt
 
 TOKENS = 20
@@ -72,32 +71,26 @@ def test_the_shape_decides(artifacts: Path) -> None:
 def test_the_executor_changes_engines_and_keeps_weights(
     tiny_artifacts: Path, artifacts: Path
 ) -> None:
-    manifest = Manifest.load(tiny_artifacts)
-    cuda = FakeCuda()
-    trt = FakeTrt(tiny_artifacts, cuda)
-    general = artifacts / "engines" / "general"
-    backend = TrtBackend(tiny_artifacts, manifest, engines=general, cuda=cuda.cuda, trt=trt)
+    manifest, cuda = Manifest.load(tiny_artifacts), FakeCuda()
+    trt, folder = FakeTrt(tiny_artifacts, cuda), artifacts / "engines"
+    backend = TrtBackend(
+        tiny_artifacts, manifest, engines=folder / "general", cuda=cuda.cuda, trt=trt
+    )
     backend._engines = open_engines(artifacts, manifest, manifest.graphs)
     signature = make_signature("encode_references", manifest.config, manifest.dtype)
 
-    def run(tokens: int) -> dict[str, Any]:
-        inputs = {}
-        for spec in signature.inputs:
-            shape = spec.concrete({"ref_tokens": tokens})
-            value = np.zeros(shape, np.int64 if spec.dtype == "int64" else np.float32)
-            inputs[spec.name] = backend.upload(value)
-        return backend.run("encode_references", inputs)
+    def run(tokens: int) -> list[str]:
+        inputs = random_inputs(signature, ref_tokens=tokens)
+        uploaded = {name: backend.upload(value) for name, value in inputs.items()}
+        backend.run("encode_references", uploaded)
+        return [path.name for path in backend._loaded["encode_references"]]
 
-    for folder in ("general", "shape"):
-        path = artifacts / "engines" / folder / ENGINE_MANIFEST
-        os.utime(path, (1, 1))
-    run(TOKENS + 1)
-    assert [path.name for path in backend._loaded["encode_references"]] == ["general"]
+    os.utime(folder / "shape" / ENGINE_MANIFEST, (1, 1))
+    assert run(TOKENS + 1) == ["general"]
     weights = {ref: buffer.pointer for ref, buffer in backend._weights.items()}
-    run(TOKENS)
-    assert [x.name for x in backend._loaded["encode_references"]] == ["general", "shape"]
+    assert run(TOKENS) == ["general", "shape"]
     assert {ref: buffer.pointer for ref, buffer in backend._weights.items()} == weights
-    assert (artifacts / "engines" / "shape" / ENGINE_MANIFEST).stat().st_mtime > 1
+    assert (folder / "shape" / ENGINE_MANIFEST).stat().st_mtime > 1
     for _ in range(3):
         run(TOKENS + 1)
         run(TOKENS)
@@ -119,29 +112,23 @@ def test_errors_say_what_is_missing(tiny_artifacts: Path, artifacts: Path) -> No
 def test_an_engine_of_no_graph_is_refused(tiny_artifacts: Path, artifacts: Path) -> None:
     folder, manifest = artifacts / "engines/general", Manifest.load(tiny_artifacts)
     engines = EngineManifest.load(folder)
-    strange = {"nothing": engines.engines["first_step"]}
-    replace(engines, engines=engines.engines | strange).save(folder)
+    strange = engines.engines | {"nothing": engines.engines["first_step"]}
+    replace(engines, engines=strange).save(folder)
     with pytest.raises(ArtifactError, match="engine of nothing was built from another export"):
         open_engines(artifacts, manifest, manifest.graphs)
 
 
 def test_sizes_are_told_in_pixels(tiny_artifacts: Path, artifacts: Path) -> None:
     """Tokens alone, which they were told in, are nothing that a user asks for."""
-    recipe = Recipe.load("default")
     manifest = Manifest.load(tiny_artifacts)
     engines = EngineManifest.load(artifacts / "engines/general")
-    records = {
-        graph: replace(
-            record,
-            profiles=tuple(
-                ProfileRecord(profile.name, dict(profile.symbols), profile.shapes)
-                for profile in engine_profiles(
-                    make_signature(graph, manifest.config, manifest.dtype), recipe, manifest.config
-                )
-            ),
-        )
-        for graph, record in engines.engines.items()
-    }
+
+    def sized(graph: str, recipe: Recipe) -> EngineRecord:
+        signature = make_signature(graph, manifest.config, manifest.dtype)
+        profiles = engine_profiles(signature, recipe, manifest.config)
+        return replace(engines.engines[graph], profiles=tuple(profiles))
+
+    records = {graph: sized(graph, Recipe.load("default")) for graph in engines.engines}
     replace(engines, engines=records).save(artifacts / "engines/general")
     found = open_engines(artifacts, manifest, manifest.graphs, artifacts / "engines/general")
     takes = (
@@ -164,14 +151,7 @@ def test_sizes_are_told_in_pixels(tiny_artifacts: Path, artifacts: Path) -> None
             found.choose(graph, shapes)
         start = f"no engine of {graph} takes {wanted}; {takes}; build engines of this size ("
         assert str(error.value).startswith(start)
-    one = shape_recipe(Size(1024, 768), 1)
-    shape = engine_profiles(
-        make_signature("cached_step", manifest.config, manifest.dtype), one, manifest.config
-    )
-    step = replace(
-        records["cached_step"],
-        profiles=tuple(ProfileRecord(x.name, dict(x.symbols), x.shapes) for x in shape),
-    )
+    step = sized("cached_step", shape_recipe(Size(1024, 768), 1))
     assert sizes_text(replace(engines, engines={"cached_step": step}), 16) == (
         "outputs of an area of 0.79 million pixels; references of 1024x1024 pixels together "
         "(1 of 1024x1024)"
@@ -203,10 +183,12 @@ def test_engines_of_another_gpu_or_library_are_left_out(
     manifest = Manifest.load(tiny_artifacts)
     found = open_engines(artifacts, manifest, manifest.graphs)
     assert {x.path.name for x in found.folders} == {"general", "shape", "old", "other"}
-    kept = found.for_device("fake_trt", "0.0.1", 120)
+    kept = found.for_module("fake_trt", "0.0.1").for_sm(120)
     assert {x.path.name for x in kept.folders} == {"shape", "general"}
-    assert [x.path.name for x in found.for_device("fake_trt", "0.0.1", 89).folders] == ["other"]
+    assert [x.path.name for x in found.for_module("fake_trt", "0.0.1").for_sm(89).folders] == [
+        "other"
+    ]
     with pytest.raises(BuildError, match=r"this is fake_trt 9, which cannot load them"):
-        found.for_device("fake_trt", "9", 120)
+        found.for_module("fake_trt", "9").for_sm(120)
     with pytest.raises(BuildError, match=r"12\.0 .*, this GPU has 8\.6; .* sm86"):
-        found.for_device("fake_trt", "0.0.1", 86)
+        found.for_module("fake_trt", "0.0.1").for_sm(86)

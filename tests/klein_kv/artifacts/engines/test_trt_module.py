@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engines.trt_module import MODULES, load_module
-from klein_kv.engines.build_log import BuildLog
-from klein_kv.errors import BackendError, RequestError
+from klein_kv.artifacts.engines.trt_module import load_module
+from klein_kv.engines.build_log import BuildLog, make_logger
+from klein_kv.errors import BackendError
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, Any]) -> None:
@@ -22,7 +22,6 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, Any]) -> None
     ("name", "expected"),
     [
         ("auto", "pip install 'klein-kv[rtx]' or pip install 'klein-kv[tensorrt]'"),
-        ("tensorrt_rtx", "pip install 'klein-kv[rtx]'"),
         ("tensorrt", "pip install 'klein-kv[tensorrt]'"),
     ],
 )
@@ -46,27 +45,20 @@ def test_auto_prefers_rtx_and_passes_over_a_stub(monkeypatch: pytest.MonkeyPatch
         load_module("tensorrt")
 
 
-def test_unknown_module_is_refused() -> None:
-    with pytest.raises(RequestError, match="expected 'auto' or one of tensorrt_rtx, tensorrt"):
-        load_module("tensorflow")
-    assert MODULES == ("tensorrt_rtx", "tensorrt")
-
-
-def test_log_keeps_plans_and_scratch_and_forgets_the_rest() -> None:
+def test_log_keeps_plans_scratch_and_the_first_errors() -> None:
     log = BuildLog()
+    assert log.reason == "it gave no reason"
     log.add("Layers:\nName: a, LayerType: kgen\nName: b, LayerType: gemm\n\nI/O Tensors:\n Name: x")
     log.add("Total Activation Memory: 4096 bytes")
     log.add("Max Scratch Memory: 1 bytes")
-    log.add("something else")
     assert log.layers == [["Name: a, LayerType: kgen", "Name: b, LayerType: gemm"]]
     assert log.scratch_bytes == [4096]
-    assert log.errors == []
-
-
-def test_a_log_tells_the_first_errors() -> None:
-    log = BuildLog()
-    assert log.reason == "it gave no reason"
-    log.errors += [f" message {i}\n" for i in range(1000)]
+    levels = {name: i for i, name in enumerate(("ERROR", "WARNING", "INFO", "VERBOSE"))}
+    trt = SimpleNamespace(ILogger=type("ILogger", (), levels))
+    logger = make_logger(trt, log)
+    logger.log(trt.ILogger.WARNING, "slow")
+    for message in (" message 0\n", " message 1\n", "another"):
+        logger.log(trt.ILogger.ERROR, message)
     assert log.reason == "message 0 | message 1"
     log.errors[:] = [5000 * "x"]
     assert len(log.reason) == 600
