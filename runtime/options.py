@@ -19,9 +19,9 @@ from klein_kv.runtime.inputs.start_image import StartImage
 __all__ = [
     "CallArguments",
     "RuntimeOptions",
+    "check_count",
     "embeds_array",
     "host_array",
-    "is_integer",
     "output_size",
     "prompt_may_come_first",
     "texts_of",
@@ -83,11 +83,7 @@ class RuntimeOptions:
 
     @classmethod
     def from_names(cls, options: Mapping[str, Any]) -> Self:
-        """Options by name.
-
-        Raises:
-            RequestError: no option of such a name.
-        """
+        """Options by name; a RequestError tells of one that there is not."""
         names = [item.name for item in fields(cls)]
         if unknown := sorted(options.keys() - set(names)):
             raise RequestError(f"there is no option {unknown[0]!r}, expected {', '.join(names)}")
@@ -96,11 +92,7 @@ class RuntimeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallArguments:
-    """What `KleinKVPipeline.__call__` was asked for; see there for each.
-
-    Raises:
-        RequestError: arguments that contradict each other, or are out of range.
-    """
+    """What `KleinKVPipeline.__call__` was asked for; see there for each."""
 
     image: Any = None
     prompt: str | list[str] | None = None
@@ -137,8 +129,8 @@ class CallArguments:
                 f"callback_on_step_end_tensor_inputs names {unknown}, expected some of "
                 f"{list(_CALLBACK_TENSORS)}"
             )
-        _check_count("num_inference_steps", self.num_inference_steps, 50 if not self.sigmas else 0)
-        _check_count("num_images_per_prompt", self.num_images_per_prompt)
+        check_count("num_inference_steps", self.num_inference_steps, 50 if not self.sigmas else 0)
+        check_count("num_images_per_prompt", self.num_images_per_prompt)
         if self.images and self.references is not None:
             raise RequestError("both image and references are given, expected one of them")
 
@@ -151,11 +143,7 @@ class CallArguments:
 
 
 def texts_of(prompt: Any) -> list[str]:
-    """The texts of an argument `prompt`, a text or a list of at least one.
-
-    Raises:
-        RequestError: something else.
-    """
+    """The texts of an argument `prompt`: a text, or a list of at least one."""
     if isinstance(prompt, str):
         return [prompt]
     if not _are_texts(prompt):
@@ -167,14 +155,14 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
 
 
-def _check_count(name: str, value: object, most: int = 0) -> None:
-    if not is_integer(value) or value < 1 or (most and value > most):  # type: ignore[operator]
+def check_count(name: str, value: object, most: int = 0) -> None:
+    """Refuses what is no whole number (Python's or numpy's) from 1 to `most`, if there is one."""
+    if not _is_integer(value) or value < 1 or (most and value > most):  # type: ignore[operator]
         limit = f"1 to {most}" if most else "1 or more"
         raise RequestError(f"{name} is {value!r}, expected {limit}")
 
 
-def is_integer(value: object) -> bool:
-    """Whether a number is whole: Python's or numpy's integers, but no truth value."""
+def _is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -198,11 +186,7 @@ def prompt_may_come_first(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def host_array(value: Any, name: str, dtype: str) -> NDArray[Any]:
-    """A numpy array of type `dtype` from a numpy array or a torch tensor.
-
-    Raises:
-        RequestError: not floating point, or not finite.
-    """
+    """A numpy array of type `dtype` from a numpy array or torch tensor of finite numbers."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().float().numpy()
     array = np.asarray(value)
@@ -214,11 +198,7 @@ def host_array(value: Any, name: str, dtype: str) -> NDArray[Any]:
 
 
 def embeds_array(value: Any, config: ModelConfig, dtype: str) -> NDArray[Any]:
-    """Text embeddings of the caller's own, [B, T, D] of type `dtype`.
-
-    Raises:
-        RequestError: another shape, or not finite floating point values.
-    """
+    """Text embeddings of the caller's own, [B, T, D] of type `dtype`."""
     embeds = host_array(value, "prompt_embeds", dtype)
     width = config.transformer.joint_attention_dim
     if embeds.ndim != 3 or embeds.shape[2] != width or 0 in embeds.shape:
@@ -242,17 +222,13 @@ def output_size(
     """Height and width of the output in pixels, as asked for.
 
     Where one is None: that of the caller's own latents [B, C, h, w], else of the first reference.
-
-    Raises:
-        RequestError: a side that is no multiple of a token's, or has more tokens than there are
-            positions; an area above 2048x2048.
     """
     unit = config.vae.multiple_of
     longest = unit * MAX_POSITION
     for name, value in (("height", height), ("width", width)):
         if value is None:
             continue
-        if not is_integer(value) or not unit <= value <= longest or value % unit:
+        if not _is_integer(value) or not unit <= value <= longest or value % unit:
             raise RequestError(
                 f"{name} is {value!r}, expected a multiple of {unit} from {unit} to {longest}"
             )

@@ -30,7 +30,7 @@ from klein_kv.runtime.one_at_a_time import one_at_a_time
 from klein_kv.runtime.options import (
     CallArguments,
     RuntimeOptions,
-    is_integer,
+    check_count,
     prompt_may_come_first,
     texts_of,
 )
@@ -302,8 +302,7 @@ class KleinKVPipeline(LoraLoader):
             RequestError: a size that a call would refuse.
             CapacityError: such a call does not fit into memory.
         """
-        if not is_integer(prompts) or prompts < 1:
-            raise RequestError(f"prompts is {prompts!r}, expected 1 or more")
+        check_count("prompts", prompts)
         arguments = CallArguments(
             prompt=[""] * prompts,
             image=blank_references(references),

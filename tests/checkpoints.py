@@ -44,11 +44,6 @@ class Architecture:
     padding_side: str = "right"
     max_shard_size: str = "10GB"
 
-    @property
-    def unit(self) -> int:
-        """Pixels per token and side."""
-        return int(2 ** len(self.vae["block_out_channels"]))
-
 
 MODELS: dict[str, Architecture] = {
     # The usual shape of everything, in other sizes; RoPE axes of different widths.

@@ -124,13 +124,13 @@ def tiny_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_fp16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
-    """The tiny checkpoint, exported in float16."""
+    """The same in float16."""
     return _export(made_once, tiny_checkpoint, "float16")
 
 
 @pytest.fixture(scope="session")
 def tiny_bf16_artifacts(made_once: MadeOnce, tiny_checkpoint: Path) -> Path:
-    """The tiny checkpoint, exported in bfloat16."""
+    """The same in bfloat16."""
     return _export(made_once, tiny_checkpoint, "bfloat16")
 
 
@@ -193,14 +193,12 @@ def klein_export(made_once: MadeOnce) -> "KleinExport":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preview, "_PIXELS", 16)  # half of the time, for previews of zeros
             result = export_checkpoint(checkpoint, artifacts, allow_zeros=True)
-        facts = {"dtype": result.dtype, "bytes": result.bytes_written, "nodes": result.nodes}
+        facts = {name: getattr(result, name) for name in ("dtype", "bytes_written", "nodes")}
         (folder / "result.json").write_text(json.dumps(facts))
 
     folder = made_once("klein-9b", make)
     facts = json.loads((folder / "result.json").read_text())
-    return KleinExport(
-        folder / "checkpoint", folder / "artifacts", facts["dtype"], facts["bytes"], facts["nodes"]
-    )
+    return KleinExport(folder / "checkpoint", folder / "artifacts", **facts)
 
 
 @pytest.fixture(scope="session")
@@ -262,32 +260,16 @@ class KleinExport:
     nodes: dict[str, int]
 
 
-def load_ours(artifacts: Path, backend: str = "onnxruntime") -> "KleinKVPipeline":
+def load_ours(artifacts: Path, backend: str = "onnxruntime", **options: Any) -> "KleinKVPipeline":
     """Our pipeline, on one thread, without its progress bar, and computing everything anew."""
     from klein_kv import KleinKVPipeline
 
+    usual = {"threads": 1, "reference_cache_bytes": 0, "prompt_cache_bytes": 0}
     pipeline = KleinKVPipeline.from_pretrained(
-        artifacts,
-        backend=backend,
-        device="cpu",
-        threads=1,
-        reference_cache_bytes=0,
-        prompt_cache_bytes=0,
+        artifacts, backend=backend, device="cpu", **usual | options
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One model of `tests.checkpoints`, exported in float32, and loaded by both pipelines."""
-
-    checkpoint: Path
-    artifacts: Path
-    ours: "KleinKVPipeline"
-    theirs: "Flux2KleinKVPipeline"
-    text_layers: tuple[int, ...]
-    unit: int
 
 
 @pytest.fixture(scope="session")
@@ -310,29 +292,6 @@ def saved_models(
 
         folder = made_once(f"model-{name}", make)
         return folder / "checkpoint", folder / "artifacts", load_diffusers(folder / "checkpoint")
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def models(
-    saved_models: Callable[[str], tuple[Path, Path, "Flux2KleinKVPipeline"]], backend: str
-) -> Callable[[str], Model]:
-    """Models of `tests.checkpoints.MODELS` by name, with each backend; built when asked for."""
-    from tests.checkpoints import MODELS
-
-    @functools.cache
-    def get(name: str) -> Model:
-        checkpoint, artifacts, theirs = saved_models(name)
-        architecture = MODELS[name]
-        return Model(
-            checkpoint,
-            artifacts,
-            load_ours(artifacts, backend),
-            theirs,
-            architecture.text_layers,
-            architecture.unit,
-        )
 
     return get
 

@@ -37,19 +37,12 @@ _OWN = PRECISIONS[0]
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """What the model and LoRA nodes choose; opened by `open_model`.
-
-    Attributes:
-        folder: of the artifacts.
-        backend: see `RuntimeOptions`.
-        precision: likewise, or "own".
-        adapters: files and weights, in order.
-    """
+    """What the model and LoRA nodes choose; opened by `open_model`."""
 
     folder: Path
     backend: str
-    precision: str
-    adapters: tuple[tuple[Path, float], ...] = ()
+    precision: str  # that of `RuntimeOptions`, or "own"
+    adapters: tuple[tuple[Path, float], ...] = ()  # files and weights, in order
 
 
 def artifact_folders() -> dict[str, Path]:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import numpy as np
 import torch
 from comfy import model_management
 from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
+from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv.artifacts.preview_matrix import PREVIEW
@@ -21,10 +23,9 @@ from klein_kv.runtime.comfyui.models import (
     artifact_folders,
     open_model,
 )
-from klein_kv.runtime.comfyui.pictures import image_from_made, pictures_from_image
-from klein_kv.runtime.comfyui.run_facts import RunFacts
 from klein_kv.runtime.inpaint_pipeline import KleinKVInpaintPipeline
 from klein_kv.runtime.pipeline import KleinKVPipeline
+from klein_kv.runtime.planning.memory_plan import size_text
 
 __all__ = ["comfy_entrypoint"]
 
@@ -41,7 +42,6 @@ class KleinKVModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVModel",
             display_name="Klein KV Model",
@@ -73,11 +73,6 @@ class KleinKVModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, artifacts: str, backend: str, precision: str) -> io.NodeOutput:
-        """See `io.ComfyNode`.
-
-        Raises:
-            RequestError: the folder is there no more.
-        """
         folder = artifact_folders().get(artifacts)
         if folder is None:
             raise RequestError(
@@ -92,7 +87,6 @@ class KleinKVLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVLora",
             display_name="Klein KV LoRA",
@@ -121,7 +115,6 @@ class KleinKVLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelChoice, lora_name: str, strength: float) -> io.NodeOutput:
-        """See `io.ComfyNode`; a FileNotFoundError tells of a file that is there no more."""
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         return io.NodeOutput(replace(model, adapters=(*model.adapters, (path, float(strength)))))
 
@@ -131,7 +124,6 @@ class KleinKVReferences(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVReferences",
             display_name="Klein KV References",
@@ -152,13 +144,8 @@ class KleinKVReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, **images: torch.Tensor | None) -> io.NodeOutput:
-        """See `io.ComfyNode`.
-
-        Raises:
-            RequestError: more images than four, in batches.
-        """
         given = [images.get(f"image_{n}") for n in range(1, _REFERENCES + 1)]
-        pictures = [x for image in given if image is not None for x in pictures_from_image(image)]
+        pictures = [x for image in given if image is not None for x in _pictures(image)]
         if len(pictures) > _REFERENCES:
             raise RequestError(
                 f"{len(pictures)} reference images are given (a batch counts as its images), "
@@ -172,7 +159,6 @@ class KleinKVEdit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVEdit",
             display_name="Klein KV Edit",
@@ -244,7 +230,6 @@ class KleinKVEdit(io.ComfyNode):
         mask: torch.Tensor | None = None,
         strength: float = 1.0,
     ) -> io.NodeOutput:
-        """See `io.ComfyNode`; what is wrong is a KleinKVError."""
         if mask is not None and not mask.any():  # a picture without one
             mask = None
         starts_from_image = mask is not None or strength < 1
@@ -286,8 +271,8 @@ class KleinKVEdit(io.ComfyNode):
             made: Any = KleinKVInpaintPipeline.from_pipe(pipe)(**request)
         else:
             made = pipe(**request, image=list(references))
-        facts = RunFacts.of(pipe, model.precision, len(references))
-        return io.NodeOutput(image_from_made(made.images), facts)
+        text = _run_text(pipe, model.precision, has_references=bool(references))
+        return io.NodeOutput(_image(made.images), text)
 
 
 class KleinKVInfo(io.ComfyNode):
@@ -295,7 +280,6 @@ class KleinKVInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See `io.ComfyNode`."""
         return io.Schema(
             node_id="KleinKVInfo",
             display_name="Klein KV Info",
@@ -308,9 +292,8 @@ class KleinKVInfo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, run: RunFacts) -> io.NodeOutput:
-        """See `io.ComfyNode`."""
-        return io.NodeOutput(run.text, ui=ui.PreviewText(run.text))
+    def execute(cls, run: str) -> io.NodeOutput:
+        return io.NodeOutput(run, ui=ui.PreviewText(run))
 
 
 class _Extension(ComfyExtension):
@@ -322,3 +305,44 @@ async def comfy_entrypoint() -> ComfyExtension:
     """What ComfyUI calls when it loads the pack."""
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     return _Extension()
+
+
+def _pictures(image: torch.Tensor) -> list[Image.Image]:
+    """PIL images of an IMAGE, float [B, H, W, C] in 0..1 with C of 1, 3 or 4."""
+    if image.ndim != 4 or image.shape[3] not in (1, 3, 4) or 0 in image.shape:
+        raise RequestError(
+            f"the image has shape {tuple(image.shape)}, expected [batch, height, width, 3]"
+        )
+    # Rounded: a pixel of a file, divided by 255, may come back a little below a whole number.
+    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(x[..., 0] if x.shape[2] == 1 else x) for x in pixels]
+
+
+def _image(made: NDArray[np.float32] | list[Image.Image]) -> torch.Tensor:
+    """An IMAGE of float32 [B, H, W, 3] in 0..1, or of PIL images of one size."""
+    if isinstance(made, list):
+        made = np.stack([np.asarray(x, np.float32) for x in made]) / np.float32(255)
+    return torch.from_numpy(made)
+
+
+def _run_text(pipe: KleinKVPipeline, precision: str, *, has_references: bool) -> str:
+    """What the last call of a pipeline did, in some lines for people."""
+    timings, stats = pipe.timings, pipe.reference_store.stats
+    if not has_references:
+        how = "none"
+    elif timings.plain_steps:
+        how = "take part in every step (plain weights)"
+    elif timings.cached_steps and not (timings.first_step or timings.encode_references):
+        how = "hit: keys and values were kept"
+    else:
+        how = "miss: encoded in this run"
+    held, kept = size_text(pipe.session.held_bytes), size_text(stats.bytes)
+    return "\n".join(
+        (
+            f"{pipe.manifest.model_id}, {pipe.backend.name}, {precision} precision",
+            timings.to_text(),
+            f"references: {how}",
+            f"memory: {held} of weights and work space (mapped files not counted); reference sets "
+            f"kept: {stats.entries}, {kept} of at most {size_text(pipe.reference_store.budget)}",
+        )
+    )

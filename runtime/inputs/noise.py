@@ -4,11 +4,10 @@ A `torch.Generator` gives what diffusers draws from it. A plain `seed` needs no 
 Mersenne Twister words, cut to 24-bit fractions and sent through Box and Muller's transform in the
 order of torch's CPU kernel, give the noise of `torch.Generator().manual_seed(seed)`.
 
-How close: the words are exact; logarithm, sine and cosine are numpy's, so a value may differ from
-torch's in the last bit (measured: at most 4.8e-7 over millions of values, with torch 2.13 on x86
-with AVX2 or AVX-512). Where torch has no vector kernel it rounds the angle differently, and the
-distance is up to 3e-6. bfloat16 and float16 noise is float32 noise rounded, as in torch 2.13;
-releases of torch that computed in the narrow type itself are not reproduced.
+The words are exact; logarithm, sine and cosine are numpy's, so a value may differ from torch's in
+the last bit (measured: at most 4.8e-7, with torch 2.13 on x86 with AVX2 or AVX-512; up to 3e-6
+where torch has no vector kernel and rounds the angle otherwise). bfloat16 and float16 noise is
+float32 noise rounded, as in torch 2.13.
 """
 
 import math
@@ -25,7 +24,6 @@ from klein_kv.schedule import round_to_dtype
 __all__ = ["initial_noise", "random_seed"]
 
 _LANES = 16  # Box-Muller works on rows of 16: 8 radii, then 8 angles
-_TWO_PI = np.float32(2.0 * math.pi)
 
 
 def initial_noise(
@@ -38,16 +36,11 @@ def initial_noise(
 
     Args:
         shape: [B, C, h, w], positive; with a seed the values must be a multiple of 16.
-        generator: a `torch.Generator`, which is advanced, drawn once for the whole tensor; or a
-            list of B of them, each drawn for one item. A list of one counts as a single one.
-        seed: -2**63 to 2**64 - 1, as torch takes; stands for one CPU generator with that seed, of
-            which torch reads the low 32 bits. With neither argument the seed comes from the
-            operating system.
-        dtype: "float32", "float16" or "bfloat16": the type to draw in.
-
-    Returns:
-        A float32 array; for "float16" a float16 array, for "bfloat16" a float32 array whose values
-        all are bfloat16 values.
+        generator: a `torch.Generator`, which is advanced, or a list of B of them, each for one
+            item.
+        seed: -2**63 to 2**64 - 1, as torch takes: one CPU generator with that seed, of which torch
+            reads the low 32 bits. With neither argument the operating system gives one.
+        dtype: "float32", "float16" or "bfloat16", which comes as float32.
 
     Raises:
         RequestError: both `generator` and `seed`, or one of the arguments is not as above.
@@ -79,22 +72,14 @@ def _normal(sizes: tuple[int, ...], seed: int) -> NDArray[np.float32]:
             "128 channels give; pass generator= with a torch.Generator instead of seed="
         )
     # torch: mt19937(seed) keeps the low 32 bits. numpy promises RandomState's stream for good.
-    words = np.random.RandomState(int(seed) & 0xFFFFFFFF)
-    return _box_muller(_uniform(count, words)).reshape(sizes)
-
-
-def _uniform(count: int, words: np.random.RandomState) -> NDArray[np.float32]:
-    """`count` multiples of 2**-24 in [0, 1): the low 24 bits of one 32-bit word each."""
-    bits = np.frombuffer(words.bytes(4 * count), dtype="<u4") & np.uint32(0xFFFFFF)
-    return bits.astype(np.float32) * np.float32(2.0**-24)
-
-
-def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normal values from uniform ones, [16 n] -> [16 n], in float32 throughout."""
+    words = np.random.RandomState(int(seed) & 0xFFFFFFFF).bytes(4 * count)
+    bits = np.frombuffer(words, dtype="<u4") & np.uint32(0xFFFFFF)
+    uniform = bits.astype(np.float32) * np.float32(2.0**-24)  # in [0, 1)
     rows = uniform.reshape(-1, 2, _LANES // 2)
     radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - rows[:, 0]))
-    angle = _TWO_PI * rows[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    angle = np.float32(2.0 * math.pi) * rows[:, 1]
+    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return normal.reshape(sizes)
 
 
 def _torch_noise(sizes: tuple[int, ...], generator: Any, dtype: str) -> NDArray[Any]:

@@ -47,22 +47,14 @@ class PromptEncoder:
         self.cache = cache
 
     def tokenize(self, prompts: list[str], length: int) -> dict[str, NDArray[np.int64]]:
-        """Inputs of the text encoder, [B, length] each.
-
-        Raises:
-            RequestError: a text that is not valid Unicode, or an impossible length.
-        """
+        """Inputs of the text encoder, [B, length] each; see `PromptTokenizer`."""
         if isinstance(length, int) and length > MAX_POSITION:
             raise RequestError(f"max_sequence_length is {length}, expected at most {MAX_POSITION}")
         input_ids, attention_mask = self.tokenizer(prompts, length)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def layers_at(self, layers: tuple[int, ...]) -> list[int]:
-        """Where the wanted hidden states stand among the exported ones.
-
-        Raises:
-            RequestError: some were not exported.
-        """
+        """Where the wanted hidden states stand among the exported ones."""
         exported = self.config.layers
         if layers in (exported, DEFAULT_TEXT_LAYERS):
             return list(range(len(exported)))

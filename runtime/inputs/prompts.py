@@ -21,16 +21,12 @@ __all__ = ["PromptTokenizer", "read_prompts"]
 
 _log = logging.getLogger(__name__)
 
+# Characters of a prompt: 4096 tokens hold far fewer; the tokenizer takes 300 bytes for each.
 _LONGEST = 1_000_000
-"""Characters of a prompt. 4096 tokens hold far fewer; the tokenizer takes 300 bytes for each."""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file in UTF-8, one per line; empty lines are left out.
-
-    Raises:
-        RequestError: the file cannot be read, is no UTF-8, or holds no text.
-    """
+    """The prompts of a text file in UTF-8, one per line; a RequestError if there are none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -71,16 +67,11 @@ class PromptTokenizer:
     def __call__(
         self, prompts: Sequence[str], max_length: int = 512
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokenizes prompts to a fixed length; longer ones are cut, with a warning.
+        """Token ids and mask (0 for padding), int64 [B, max_length] each; longer ones are cut.
 
-        Source: diffusers, `Flux2KleinKVPipeline._get_qwen3_prompt_embeds`. `max_length` (L) counts
-        the text around the prompt.
-
-        Returns:
-            input_ids int64 [B, L] and attention_mask int64 [B, L] (1 for tokens, 0 for padding).
-
-        Raises:
-            RequestError: a text that is not valid Unicode or far too long, or a limit below 1.
+        Source: diffusers, `Flux2KleinKVPipeline._get_qwen3_prompt_embeds`. `max_length` counts the
+        text around the prompt. A text that is not valid Unicode or far too long, or a limit below
+        1, is a RequestError.
         """
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise RequestError(f"max_length is {max_length!r}, expected an integer of 1 or more")

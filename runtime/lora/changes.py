@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Matrix",
-    "TensorChange",
-    "WeightedChanges",
-    "apply_changes",
-    "as_product",
-    "matrix_shape",
-]
+__all__ = ["Matrix", "TensorChange", "WeightedChanges", "apply_changes", "as_product"]
 
 _ROWS = 64  # that a product is made of at a time
 
@@ -49,15 +42,11 @@ class TensorChange:
     magnitude: NDArray[np.float32] | None = None
 
     @property
-    def is_product(self) -> bool:
-        """Whether a product of two factors is added, and nothing else is done."""
-        return self.kind == "LoRA" and self.magnitude is None and len(self.matrices[0]) == 2
-
-    @property
     def rank(self) -> int | None:
-        """The inner dimension of the factors; None if there is none."""
-        ranks = [matrix[0].shape[1] for matrix in self.matrices if len(matrix) == 2]
-        return ranks[-1] if ranks else None
+        """The inner dimension of two factors whose product is added; None of any other change."""
+        if self.kind != "LoRA" or self.magnitude is not None:
+            return None
+        return len(self.matrices[0][1])
 
     def apply(self, weight: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
         """The weight [out, in] (or [n]) with the change at a strength; a new array, float32.
@@ -70,8 +59,10 @@ class TensorChange:
         if strength == 0:
             return out
         rows = out[self.target[0] : self.target[1]]
-        if self.is_product:
-            self._add_product(rows, strength)
+        if self.rank is not None:  # some rows at a time: the sum stays in the cache
+            up, down = self.factors(strength)
+            for start in range(0, len(rows), _ROWS):
+                rows[start : start + _ROWS] += up[start : start + _ROWS] @ down
             return out
         new = self.dense()
         if self.kind != "set":
@@ -87,12 +78,6 @@ class TensorChange:
         new *= np.float32(strength)
         rows += new
         return out
-
-    def _add_product(self, rows: NDArray[np.float32], strength: float) -> None:
-        """Adds the product of two factors, some rows at a time: the sum stays in the cache."""
-        up, down = self.factors(strength)
-        for start in range(0, len(rows), _ROWS):
-            rows[start : start + _ROWS] += up[start : start + _ROWS] @ down
 
     def factors(self, strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The factors of a product that is added: [rows of `target`, r], scaled, and [r, in]."""
@@ -148,11 +133,6 @@ def as_product(
         norms = float(np.linalg.norm(up)), float(np.linalg.norm(down))
     bound = norms[0] * norms[1]  # of any number of the product
     return (up, down) if bound < np.finfo(np.float32).max / 2 else None
-
-
-def matrix_shape(matrix: Matrix) -> tuple[int, ...]:
-    """Shape of a matrix from its factors."""
-    return matrix[0].shape if len(matrix) == 1 else (len(matrix[0]), matrix[1].shape[1])
 
 
 def _product(matrix: Matrix, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:

@@ -4,6 +4,8 @@ Nothing is merged when a method returns: the next call that needs the weights br
 wanted then, and moves the tensors that change alone.
 """
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,8 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.errors import RequestError
 from klein_kv.networks.transformer import transformer_parameters
-from klein_kv.runtime.lora.adapters import Adapters, adapters_digest
-from klein_kv.runtime.lora.lora_file import WeightedAdapter, read_adapter
+from klein_kv.runtime.lora.lora_file import Adapter, WeightedAdapter, read_adapter
+from klein_kv.runtime.lora.lora_source import find_lora
 from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.one_at_a_time import one_at_a_time
 from klein_kv.runtime.references.reference_encoder import ReferenceEncoder
@@ -26,8 +28,9 @@ __all__ = ["LoraLoader"]
 class LoraLoader:
     """Loads adapters (LoRA, LoKr, LoHa, DoRA and full differences) and merges them.
 
-    Part of `KleinKVPipeline`. Source of names and meanings: diffusers, `LoraBaseMixin` and
-    `Flux2LoraLoaderMixin`.
+    Part of `KleinKVPipeline`. Names and meanings are those of diffusers' `LoraBaseMixin` and
+    `Flux2LoraLoaderMixin`: the adapter that is loaded last is the active one, `set_adapters`
+    chooses others, fused ones stay until `unfuse_lora` whatever is unloaded.
     """
 
     artifacts: Path
@@ -36,10 +39,12 @@ class LoraLoader:
     session: Session
     encoder: ReferenceEncoder
 
-    _merger: WeightMerger | None = None
-
     def _start_without_adapters(self) -> None:
-        self._adapters = Adapters()
+        self._adapters: dict[str, Adapter] = {}
+        self._active: dict[str, float] = {}  # weights by name, in the order of merging
+        self._fused: dict[str, WeightedAdapter] = {}
+        self._lora_enabled = True
+        self._merger: WeightMerger | None = None
         self._merged: tuple[WeightedAdapter, ...] | None = ()
         self._touched: set[str] = set()  # names in weight tables that are not the files' own
 
@@ -68,13 +73,15 @@ class LoraLoader:
             RequestError: the file cannot be read as an adapter of this model, or a name that is in
                 use; nothing has changed then.
         """
-        name = self._adapters.new_name(adapter_name, replaces=hotswap)
+        name = self._new_name(adapter_name, replaces=hotswap)
         source: Any = pretrained_model_name_or_path_or_dict
         if not isinstance(source, Mapping):
-            source = _find_file(source, weight_name)
+            source = find_lora(source, weight_name)
         shapes = transformer_parameters(self.manifest.config.transformer)
         adapter = read_adapter(source, shapes, strict=strict)
-        self._adapters.add(name, adapter)
+        if name not in self._adapters:
+            self._active = {name: 1.0}
+        self._adapters[name] = adapter
 
     @one_at_a_time
     def set_adapters(
@@ -89,40 +96,49 @@ class LoraLoader:
         Raises:
             RequestError: an adapter that is not loaded, or weights that do not fit.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else None
-        if weights is None:
-            weights = [adapter_weights] * len(names)
-        self._adapters.activate(names, [_weight(weight) for weight in weights])
+        names = self._loaded_names(adapter_names)
+        given: Any = adapter_weights
+        if not isinstance(given, list | tuple):
+            given = [given] * len(names)
+        if len(names) != len(given):
+            raise RequestError(f"{len(given)} weights for {len(names)} adapters, expected as many")
+        weights = [_weight(name, x) for name, x in zip(names, given, strict=True)]
+        self._active = dict(zip(names, weights, strict=True))
 
     def get_active_adapters(self) -> list[str]:
         """Names of the active adapters."""
-        return self._adapters.active
+        return list(self._active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all adapters, by the component that they change; {} without any."""
-        return {"transformer": self._adapters.names} if self._adapters.names else {}
+        return {"transformer": list(self._adapters)} if self._adapters else {}
 
     @one_at_a_time
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forgets adapters; a RequestError tells of one that is not loaded."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._adapters.delete(names)
+        """Forgets adapters; a RequestError tells of one that is not loaded.
+
+        Where none stays active, the first of the others is, at weight 1.
+        """
+        for name in self._loaded_names(adapter_names):
+            self._adapters.pop(name, None)
+            self._active.pop(name, None)
+        if not self._active and self._adapters:
+            self._active = {next(iter(self._adapters)): 1.0}
 
     @one_at_a_time
     def disable_lora(self) -> None:
-        """Makes images without the active adapters until `enable_lora`."""
-        self._adapters.enabled = False
+        """Makes images without the active adapters until `enable_lora`; fused ones stay."""
+        self._lora_enabled = False
 
     @one_at_a_time
     def enable_lora(self) -> None:
         """Takes back `disable_lora`."""
-        self._adapters.enabled = True
+        self._lora_enabled = True
 
     @one_at_a_time
     def unload_lora_weights(self) -> None:
         """Forgets all adapters; fused ones stay in the weights."""
-        self._adapters.clear()
+        self._adapters, self._active, self._lora_enabled = {}, {}, True
 
     @one_at_a_time
     def fuse_lora(
@@ -141,31 +157,67 @@ class LoraLoader:
             RequestError: nothing to fuse, or another component.
         """
         _check_components(components)
-        self._adapters.fuse(adapter_names, lora_scale)
+        names = self._loaded_names(list(self._active) if adapter_names is None else adapter_names)
+        if not names:
+            raise RequestError("there is no active adapter to fuse; load one first")
+        if not _is_number(lora_scale):
+            raise RequestError(f"lora_scale is {lora_scale!r}, expected a number")
+        for name in names:
+            self._fused[name] = self._adapters[name], self._active.get(name, 1.0) * lora_scale
 
     @one_at_a_time
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Takes fused adapters out of the weights, which are bit for bit what they were."""
         _check_components(components)
-        self._adapters.unfuse()
+        self._fused = {}
 
     @property
     def num_fused_loras(self) -> int:
         """Number of fused adapters."""
-        return len(self._adapters.fused)
+        return len(self._fused)
 
     @property
     def fused_loras(self) -> set[str]:
         """Names of fused adapters."""
-        return self._adapters.fused
+        return set(self._fused)
+
+    def _new_name(self, name: str | None, *, replaces: bool) -> str:
+        """The name that an adapter gets: the given one, else "default_N"."""
+        if name is None and not replaces:
+            numbers = range(len(self._adapters), 2 * len(self._adapters) + 1)
+            return next(x for n in numbers if (x := f"default_{n}") not in self._adapters)
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"adapter_name is {name!r}, expected a text")
+        if (name in self._adapters) != replaces:
+            held = ", ".join(self._adapters) or "none"
+            wanted = "one that is loaded" if replaces else "another one"
+            raise RequestError(f"adapter_name is {name!r}, expected {wanted} (loaded: {held})")
+        return name
+
+    def _loaded_names(self, names: str | Sequence[str]) -> list[str]:
+        """One name or several as a list; a `RequestError` tells of one that is not loaded."""
+        listed = [names] if isinstance(names, str) else list(names)
+        for name in listed:
+            if name not in self._adapters:
+                held = ", ".join(self._adapters) or "those that load_lora_weights loads"
+                raise RequestError(f"there is no adapter {name!r}, expected some of {held}")
+        return listed
 
     def _merge_adapters(self, attention_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Brings the weights to what the next graphs should run with.
+        """Brings the weights to what the next graphs should run with, in order of merging.
 
         Raises:
             RequestError: a scale that is no number, or weights that stop being finite.
         """
-        self._bring_weights_to(self._adapters.wanted((attention_kwargs or {}).get("scale", 1.0)))
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if not _is_number(scale):
+            raise RequestError(f"the scale of adapters is {scale!r}, expected a number")
+        wanted = list(self._fused.values())
+        for name, weight in self._active.items() if self._lora_enabled else ():
+            adapter = self._adapters[name]
+            if name not in self._fused or self._fused[name][0] is not adapter:
+                wanted.append((adapter, weight * scale))
+        self._bring_weights_to(tuple(x for x in wanted if x[1] != 0))
 
     def _bring_weights_to(self, wanted: tuple[WeightedAdapter, ...]) -> None:
         if wanted == self._merged:
@@ -179,14 +231,18 @@ class LoraLoader:
         self._merged, self._touched = None, touched  # until all of them are what they should be
         self.session.replace_weights({name: contents.get(name) for name in touched}, nbytes)
         self._merged, self._touched = wanted, set(contents)
-        self.encoder.origin = replace(self.encoder.origin, adapters=adapters_digest(wanted))
+        self.encoder.origin = replace(self.encoder.origin, adapters=_digest(wanted))
 
     def _warn_of_adapters(self) -> None:
         if self._merger is not None:
             self._merger.warn()
 
 
-def _weight(weight: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _weight(name: str, weight: Any) -> float:
     """One weight of `set_adapters`; None is 1."""
     if isinstance(weight, Mapping):
         if weight.keys() - {"transformer"}:
@@ -195,7 +251,12 @@ def _weight(weight: Any) -> Any:
                 "with the key 'transformer' (blocks have no weights of their own)"
             )
         weight = weight.get("transformer")
-    return 1.0 if weight is None else weight
+    weight = 1.0 if weight is None else weight
+    if not _is_number(weight) or not -4 <= weight <= 4:
+        raise RequestError(
+            f"the weight of adapter {name!r} is {weight!r}, expected a number of -4 to 4"
+        )
+    return float(weight)
 
 
 def _check_components(components: Sequence[str]) -> None:
@@ -205,37 +266,9 @@ def _check_components(components: Sequence[str]) -> None:
         )
 
 
-def _find_file(source: str | Path, name: str | None) -> Path:
-    """The file of an adapter: itself, one of a folder, or of a repository of the hub.
-
-    Raises:
-        RequestError: no such file, or more than one to choose from.
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) if name is None else [path / name]
-        usual = [file for file in files if file.name == "pytorch_lora_weights.safetensors"]
-        files = usual or files
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files) or "none"
-            raise RequestError(
-                f"{path} holds {len(files)} .safetensors files ({names}); name one as weight_name"
-            )
-        return files[0]
-    if path.exists() or path.suffix or str(source).count("/") != 1:
-        return path
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise RequestError(
-            f"{path} does not exist; to load it from the Hugging Face hub, pip install "
-            "huggingface_hub"
-        ) from error
-    try:
-        return Path(hf_hub_download(str(source), name or "pytorch_lora_weights.safetensors"))
-    except Exception as error:  # of the network, of the hub, of a name
-        raise RequestError(
-            f"{source} is no file here, and {name or 'pytorch_lora_weights.safetensors'} cannot be "
-            f"had from the repository of that name ({type(error).__name__}: {error}); give the "
-            "path of a .safetensors file, or weight_name"
-        ) from error
+def _digest(adapters: Sequence[WeightedAdapter]) -> str:
+    """Hex digest of adapters and weights in order; "" of none."""
+    if not adapters:
+        return ""
+    lines = "".join(f"{adapter.digest} {weight!r}\n" for adapter, weight in adapters)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -17,17 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.changes import Matrix, TensorChange, WeightedChanges, matrix_shape
+from klein_kv.runtime.lora.changes import Matrix, TensorChange, WeightedChanges
 from klein_kv.runtime.lora.lora_keys import (
+    Piece,
     file_format,
     group_keys,
     likely_model,
     matrix_slots,
+    module_table,
     some,
     why_unmatched,
 )
 from klein_kv.runtime.lora.lora_source import LoraSource, open_lora
-from klein_kv.runtime.lora.module_names import Piece, module_table
 
 __all__ = ["Adapter", "WeightedAdapter", "changes_by_tensor", "describe_lora", "read_adapter"]
 
@@ -37,20 +38,11 @@ _MAX_RANK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What one LoRA changes.
-
-    Attributes:
-        changes: by our tensor names, those of diffusers' `Flux2Transformer2DModel`; several changes
-            of a tensor concern different rows.
-        digest: sha256 of all that has an effect: the same from a file and from a dictionary.
-        format: who writes such files, and the kind of change; for people.
-        ignored: keys that matched nothing.
-    """
+    """What one LoRA changes, by our tensor names; several changes of one are of different rows."""
 
     changes: Mapping[str, tuple[TensorChange, ...]]
-    digest: str
-    format: str
-    ignored: tuple[str, ...] = ()
+    digest: str  # of all that has an effect: the same from a file and from a dictionary
+    ignored: tuple[str, ...]  # keys that matched nothing
 
 
 WeightedAdapter = tuple[Adapter, float]
@@ -74,9 +66,9 @@ def read_adapter(
     """Reads a LoRA for a transformer.
 
     Args:
-        source: a safetensors file, whose tensors are mapped, or numpy arrays or torch tensors by
-            key, which are copied.
-        shapes: names and shapes of the transformer's tensors (`transformer_parameters`).
+        source: a safetensors file, whose tensors are mapped, or arrays or torch tensors by key,
+            which are copied.
+        shapes: those of `transformer_parameters`.
         strict: refuse keys that match nothing; otherwise they are left out with a warning.
 
     Raises:
@@ -96,8 +88,7 @@ def read_adapter(
     _check_ignored(file, ignored, bool(changes), strict)
     _check_overlap(file.name, changes)
     fixed = {tensor: tuple(its) for tensor, its in changes.items()}
-    used = sorted(file.tensors.keys() - set(ignored))
-    return Adapter(fixed, _digest(fixed), file_format(used), tuple(ignored))
+    return Adapter(fixed, _digest(fixed), tuple(ignored))
 
 
 def describe_lora(path: Path) -> dict[str, Any]:
@@ -174,7 +165,8 @@ def _combined_shape(where: str, kind: str, matrices: tuple[Matrix, ...]) -> tupl
             )
         if len(matrix) == 2 and not 0 < shapes[1][0] <= _MAX_RANK:
             raise RequestError(f"{where} has rank {shapes[1][0]}, expected 1 to {_MAX_RANK}")
-    first, *others = (matrix_shape(matrix) for matrix in matrices)
+    # Of one array, or of the product of two.
+    first, *others = ((*matrix[0].shape[:1], *matrix[-1].shape[1:]) for matrix in matrices)
     if kind == "LoKr":
         return first[0] * others[0][0], first[1] * others[0][1]
     if kind == "LoHa" and first != others[0]:

@@ -1,13 +1,38 @@
-"""What the keys of a LoRA file say: which module each is of, and which part of its change."""
+"""What the keys of a LoRA file say: which module each is of, and which part of its change.
+
+Files name modules as diffusers' `Flux2Transformer2DModel` or as Black Forest Labs do, with dots or
+with underscores in their place. Every such name is in a table; none is taken apart.
+"""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.lora.module_names import without_prefix
+from klein_kv.networks.transformer_names import bfl_rows
 
-__all__ = ["file_format", "group_keys", "likely_model", "matrix_slots", "some", "why_unmatched"]
+__all__ = [
+    "Piece",
+    "file_format",
+    "group_keys",
+    "likely_model",
+    "matrix_slots",
+    "module_table",
+    "some",
+    "why_unmatched",
+]
 
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "base_model.model.",
+    "transformer.",
+    "unet.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+)
 _ENDS = ("", ".weight", ".default", ".default.weight")
 _STEMS = {
     "down": (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down"),
@@ -51,10 +76,7 @@ def group_keys(keys: Iterable[str], where: str) -> tuple[dict[str, dict[str, str
     """For each module, without prefixes, its keys by slot; and the keys that are no such thing.
 
     Slots are "down", "up", "magnitude", "alpha", "diff", "set_weight" and LyCORIS' "lokr_..." and
-    "hada_...".
-
-    Raises:
-        RequestError: a part that no linear layer has, or two keys of one meaning.
+    "hada_...". A part that no linear layer has, or two keys of one meaning, is a `RequestError`.
     """
     modules: dict[str, dict[str, str]] = {}
     others = []
@@ -67,7 +89,10 @@ def group_keys(keys: Iterable[str], where: str) -> tuple[dict[str, dict[str, str
         if end is None:
             others.append(key)
             continue
-        slots = modules.setdefault(without_prefix(key.removesuffix(end)), {})
+        module = key.removesuffix(end)
+        while prefix := next((prefix for prefix in _PREFIXES if module.startswith(prefix)), ""):
+            module = module.removeprefix(prefix)
+        slots = modules.setdefault(module, {})
         other = slots.setdefault(_SLOTS[end], key)
         if other != key:
             raise RequestError(f"{where}: {other} and {key} mean the same; expected one of them")
@@ -77,22 +102,20 @@ def group_keys(keys: Iterable[str], where: str) -> tuple[dict[str, dict[str, str
 def matrix_slots(slots: Iterable[str], where: str) -> tuple[str, tuple[tuple[str, ...], ...]]:
     """The kind of a module's change (`TensorChange.kind`) and the slots of its matrices' factors.
 
-    Raises:
-        RequestError: a factor without its other half, or not one kind of change.
+    A factor without its other half, or not one kind of change, is a `RequestError`.
     """
     held = set(slots)
-    groups: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
+    matrices: tuple[tuple[str, ...], ...]
     if held & {"down", "up"}:
-        groups.append(("LoRA", (("up", "down"),)))
-    if held.intersection(_LOKR):
-        groups.append(("LoKr", tuple(_whole_or_pair(f"lokr_{x}", held) for x in ("w1", "w2"))))
-    if held.intersection(_LOHA):
-        groups.append(("LoHa", (_LOHA[:2], _LOHA[2:])))
-    if "diff" in held:
-        groups.append(("full", (("diff",),)))
-    if "set_weight" in held:
-        groups.append(("set", (("set_weight",),)))
-    kind, matrices = groups[0]
+        kind, matrices = "LoRA", (("up", "down"),)
+    elif held.intersection(_LOKR):
+        kind, matrices = "LoKr", tuple(_whole_or_pair(f"lokr_{x}", held) for x in ("w1", "w2"))
+    elif held.intersection(_LOHA):
+        kind, matrices = "LoHa", (_LOHA[:2], _LOHA[2:])
+    elif "diff" in held:
+        kind, matrices = "full", (("diff",),)
+    else:
+        kind, matrices = "set", (("set_weight",),)
     needed = {slot for matrix in matrices for slot in matrix}
     allowed = needed | ({"alpha"} if kind in ("full", "set") else {"alpha", "magnitude"})
     if missing := sorted(needed - held):
@@ -136,3 +159,40 @@ def why_unmatched(keys: Iterable[str]) -> str:
     if any(key.endswith(_BIASES) for key in keys):
         return " (biases; klein's layers have none)"
     return likely_model(keys)
+
+
+class Piece(NamedTuple):
+    """Rows `source` (start, stop) of a module's change are for rows `target` of a tensor."""
+
+    tensor: str
+    source: tuple[int, int]
+    target: tuple[int, int]
+
+
+def module_table(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """For each name that a file may give a module, the rows of our tensors that it changes.
+
+    Args:
+        shapes: names and shapes of `transformer_parameters`.
+    """
+    table: dict[str, tuple[Piece, ...]] = {}
+    for name, (rows, *_) in shapes.items():
+        table[name.removesuffix(".weight")] = (Piece(name, (0, rows), (0, rows)),)
+    for name, parts in bfl_rows(shapes).items():
+        end = 0
+        for source, start, stop in parts:
+            piece = Piece(name, (start, stop), (end, end + stop - start))
+            end = piece.target[1]
+            module = source.removesuffix(".weight").removesuffix(".scale")
+            table[module] = (*table.get(module, ()), piece)
+            if source.endswith(".scale"):
+                table[source] = (piece,)
+            elif source.endswith("qkv.weight"):  # OneTrainer: q, k and v apart
+                number = start // (stop - start)
+                table[f"{module}.{number}"] = (Piece(name, piece.target, piece.target),)
+            elif source.endswith("linear1.weight"):  # OneTrainer: q, k, v and the MLP apart
+                dim = shapes[name][1]
+                bounds = (0, dim, 2 * dim, 3 * dim, stop)
+                for number, (low, high) in enumerate(pairwise(bounds)):
+                    table[f"{module}.{number}"] = (Piece(name, (0, high - low), (low, high)),)
+    return {name.replace(".", "_"): pieces for name, pieces in table.items()} | table

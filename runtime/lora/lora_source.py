@@ -1,4 +1,4 @@
-"""Where the tensors of a LoRA come from: a safetensors file, or arrays of the caller's."""
+"""Where the tensors of a LoRA come from: a safetensors file, the hub, or arrays of the caller's."""
 
 import json
 import math
@@ -20,9 +20,10 @@ from klein_kv.artifacts.weights import (
 )
 from klein_kv.errors import MALFORMED, CheckpointError, RequestError
 
-__all__ = ["LoraSource", "open_lora"]
+__all__ = ["LoraSource", "find_lora", "open_lora"]
 
 _FLOATS = {dtype for name, dtype in NUMPY_DTYPES.items() if "float" in name}
+_USUAL_NAME = "pytorch_lora_weights.safetensors"
 _PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # Regular expressions of a file are run: none that could take long.
@@ -74,8 +75,7 @@ class LoraSource:
     def array(self, key: str) -> NDArray[Any]:
         """A tensor as it is stored (a dictionary's: copied), without a convolution's axes of 1.
 
-        Raises:
-            RequestError: not floating point, or not finite.
+        A `RequestError` if it is not floating point, or not finite.
         """
         array = self._stored(key)
         if array.dtype not in _FLOATS:
@@ -121,11 +121,7 @@ def _finite(value: Any) -> float:
 
 
 def open_lora(source: Path | Mapping[str, Any]) -> LoraSource:
-    """Reads names, and metadata where there is a file.
-
-    Raises:
-        RequestError: not a whole safetensors file, or keys that are no texts.
-    """
+    """Reads names, and metadata where there is a file; what is no LoRA is a `RequestError`."""
     if isinstance(source, Mapping):
         if not source or not all(isinstance(key, str) for key in source):
             raise RequestError("the LoRA is an empty dictionary, or has keys that are no texts")
@@ -149,3 +145,39 @@ def open_lora(source: Path | Mapping[str, Any]) -> LoraSource:
     return LoraSource(
         path.name, tensors, PeftConfig.from_json(text, path.name) if text else PeftConfig()
     )
+
+
+def find_lora(source: str | Path, name: str | None) -> Path:
+    """The file of an adapter: itself, one of a folder, or of a repository of the hub.
+
+    Raises:
+        RequestError: no such file, or more than one to choose from.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) if name is None else [path / name]
+        files = [file for file in files if file.name == _USUAL_NAME] or files
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            raise RequestError(
+                f"{path} holds {len(files)} .safetensors files ({names}); name one as weight_name"
+            )
+        return files[0]
+    if path.exists() or path.suffix or str(source).count("/") != 1:
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise RequestError(
+            f"{path} does not exist; to load it from the Hugging Face hub, pip install "
+            "huggingface_hub"
+        ) from error
+    name = name or _USUAL_NAME
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except Exception as error:  # of the network, of the hub, of a name
+        raise RequestError(
+            f"{source} is no file here, and {name} cannot be had from the repository of that name "
+            f"({type(error).__name__}: {error}); give the path of a .safetensors file, or "
+            "weight_name"
+        ) from error

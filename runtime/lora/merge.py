@@ -1,16 +1,19 @@
 """Weights with adapters merged in, a tensor at a time, in the type that the graphs read.
 
-What adds products to a tensor is merged on the backend's device, where that can; all else by numpy.
-
 A merge starts from the artifacts' own weights, which stay as they are, and is computed in float32.
 Quantized weights are rounded anew from there, under the tensor scale that graphs have as a
 constant. What they stand for is no place to start: it lies on a grid, and rounding would take a
 small change back.
+
+What adds products of factors to a tensor is merged on a GPU, by a graph of its own, where the
+backend has that: the weight comes from its file, once, through pinned memory; the sum stays on the
+device, where it is made a few million numbers at a time. All else is merged by numpy.
 """
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,10 @@ from klein_kv.artifacts.numbers import (
 from klein_kv.artifacts.quantized_weights import BLOCK_SCALES, load_quantized
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import NUMPY_DTYPES, graph_weights, map_weight, whole_weights
-from klein_kv.errors import BackendError, CapacityError, RequestError
-from klein_kv.networks.merge import RANKS
-from klein_kv.runtime.backends.backend import Backend, DeviceContent
+from klein_kv.errors import ArtifactError, BackendError, CapacityError, RequestError
+from klein_kv.networks.merge import RANKS, rows_at_once
+from klein_kv.runtime.backends.backend import Backend, Buffer, DeviceContent, WeightMaker
 from klein_kv.runtime.lora.changes import WeightedChanges, apply_changes, as_product
-from klein_kv.runtime.lora.device_merge import DeviceMerger
 from klein_kv.runtime.lora.lora_file import WeightedAdapter, changes_by_tensor
 
 __all__ = ["WeightMerger"]
@@ -43,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 _ROUNDING = 1e-6  # of a scale
 _ROWS = 64  # that tell whether a weight is a dequantized one
+_READ_BYTES = 64 << 20  # of a weight that lie on the device at once
 
 
 class WeightMerger:
@@ -55,7 +58,8 @@ class WeightMerger:
         graphs: GraphSet,
         backend: Backend | None = None,
     ) -> None:
-        self._device = None if backend is None else DeviceMerger(backend)
+        self._backend = backend
+        self._device_graphs = _device_graphs(backend)
         step = "first_step" if manifest.variant == "kv" else "plain_step"
         self._own = whole_weights(graph_weights(artifacts, manifest.graphs.files[step]))
         self._dtype = NUMPY_DTYPES[graphs.dtype]
@@ -83,11 +87,13 @@ class WeightMerger:
 
         contents: dict[str, Callable[[], Any]] = {}
         for tensor, its in changes.items():
-            if self._device_merges(tensor, its):
+            layer = self._quantized.get(tensor)
+            if self._device_merges(layer, its):
                 contents[tensor] = DeviceContent(partial(self._merged_on_device, tensor, its))
-            else:
-                names = self._table_names(tensor)
-                contents |= {name: partial(content, tensor, name) for name in names}
+                continue
+            contents[tensor] = partial(content, tensor, tensor)
+            if layer is not None and layer.block_scales is not None:
+                contents[tensor + BLOCK_SCALES] = partial(content, tensor, tensor + BLOCK_SCALES)
         return contents
 
     def nbytes(self, names: Iterable[str]) -> int:
@@ -108,42 +114,69 @@ class WeightMerger:
             )
             self._saturated = {}
 
-    def _table_names(self, tensor: str) -> list[str]:
-        layer = self._quantized.get(tensor)
-        scaled = layer is not None and layer.block_scales is not None
-        return [tensor, tensor + BLOCK_SCALES] if scaled else [tensor]
-
-    def _device_merges(self, tensor: str, changes: WeightedChanges) -> bool:
-        layer = self._quantized.get(tensor)
+    def _device_merges(self, layer: QuantizedLinear | None, changes: WeightedChanges) -> bool:
+        if layer is not None and layer.block_scales is not None:
+            return False
+        ranks = [change.rank for change, _ in changes]
         return (
-            self._device is not None
-            and (layer is None or layer.block_scales is None)
-            and self._device.can(None if layer is None else layer.weight_scale)
-            and all(change.is_product for change, _ in changes)
-            and sum(change.rank or 0 for change, _ in changes) <= RANKS[-1]
+            _merge_graph(None if layer is None else layer.weight_scale) in self._device_graphs
+            and None not in ranks
+            and sum(rank or 0 for rank in ranks) <= RANKS[-1]
         )
 
     def _merged_on_device(
         self, tensor: str, changes: WeightedChanges
     ) -> Iterator[tuple[slice, Any]]:
         """A tensor in pieces; whole, by numpy, where it does not fit there, or into its type."""
-        ref, layer = self._own[tensor], self._quantized.get(tensor)
+        layer = self._quantized.get(tensor)
         scale = None if layer is None else layer.weight_scale
-        factors = as_product(changes, ref.shape[0], RANKS)
-        if factors is not None and self._device is not None:
+        factors = as_product(changes, self._own[tensor].shape[0], RANKS)
+        if factors is not None and self._device_graphs:
             try:
-                largest = yield from self._device.merge(ref, factors, scale)
+                largest = yield from self._pieces(tensor, *factors, scale)
             except CapacityError as error:
                 _log.info("%s is merged on the host: %s", tensor, error)
             except BackendError as error:
                 _log.warning("adapters are merged on the host from now on: %s", error)
-                self._device = None
+                self._device_graphs = set()
             else:
                 if self._fits(largest, scale):
                     if layer is not None:
                         self._check_source(tensor, layer, self._base(tensor))
                     return
         yield slice(None), self._merged(tensor, changes)[tensor]  # tells what does not fit
+
+    def _pieces(
+        self, tensor: str, up: NDArray[np.float32], down: NDArray[np.float32], scale: float | None
+    ) -> Generator[tuple[slice, Buffer], None, float]:
+        """Rows of a weight with [rows, rank] @ [rank, columns] added, as `DeviceContent` has them.
+
+        `scale` is that of the result in float8, None for the model's type. Returns the largest
+        magnitude in float32. A CapacityError tells that the device has no memory for it.
+        """
+        backend: Any = self._backend  # a `WeightMaker`: others have none of these graphs
+        ref = self._own[tensor]
+        rows, columns = ref.shape
+        rank, step = len(down), rows_at_once(columns)
+        read = step * max(1, _READ_BYTES * rows // (ref.nbytes * step))
+        ups = backend.upload(up)
+        fixed = {"down": backend.upload(down)}
+        if scale is not None:
+            fixed["scale"] = backend.upload(np.array([scale], np.float32))
+        largest = backend.upload(np.zeros(1, np.float32))
+        for start in range(0, rows, step):
+            if start % read == 0:
+                weight = backend.upload_weight(ref.rows(start, min(start + read, rows)))
+            count = min(step, rows - start)
+            inputs = {
+                "weight": backend.view(weight, (count, columns), start % read * columns),
+                "up": backend.view(ups, (count, rank), start * rank),
+                "largest_before": largest,
+            }
+            outputs = backend.run(_merge_graph(scale), inputs | fixed)
+            largest = outputs["largest"]
+            yield slice(start, start + count), outputs["merged"]
+        return float(backend.download(largest)[0])
 
     def _fits(self, largest: float, scale: float | None) -> bool:
         if scale is not None:
@@ -203,3 +236,20 @@ class WeightMerger:
                 "rounding takes a part back; export an unquantized checkpoint to keep all of it",
                 tensor,
             )
+
+
+def _device_graphs(backend: Backend | None) -> set[str]:
+    """Graphs that merge on a backend's device: folders, or engines, of before may lack them."""
+    graphs: set[str] = set()
+    if backend is None or not isinstance(backend, WeightMaker):
+        return graphs
+    for graph in ("merge_lora", "merge_lora_fp8"):
+        with contextlib.suppress(ArtifactError):
+            backend.graph_memory(graph)
+            graphs.add(graph)
+    return graphs
+
+
+def _merge_graph(scale: float | None) -> str:
+    """Which of them makes numbers of the model's type, or float8 ones with a scale."""
+    return "merge_lora" if scale is None else "merge_lora_fp8"

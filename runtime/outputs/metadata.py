@@ -60,25 +60,17 @@ _XMP = """\
 
 @dataclass(frozen=True, slots=True)
 class ImageParameters:
-    """Facts about one image.
-
-    Attributes:
-        references: number of reference images.
-        model_digest: sha256 of the weights, with or without "sha256:" before it.
-        seed: None if the noise came from elsewhere.
-        strength: of an edit that started from an image; None of others.
-        version: of klein-kv.
-    """
+    """Facts about one image."""
 
     prompt: str
     steps: int
     width: int
     height: int
-    references: int
+    references: int  # number of images
     model: str
-    model_digest: str
-    seed: int | None = None
-    strength: float | None = None
+    model_digest: str  # sha256 of the weights, with or without "sha256:" before it
+    seed: int | None = None  # None if the noise came from elsewhere
+    strength: float | None = None  # of an edit that started from an image
     version: str = __version__
 
     @property
@@ -99,10 +91,9 @@ class ImageParameters:
 
 
 def image_format(path: Path, longest: int = 0) -> str:
-    """PIL's name of the format that a file's name asks for.
+    """PIL's name of the format that a file's name asks for, for `longest` pixels on a side.
 
-    Raises:
-        RequestError: none that is written here, or none for `longest` pixels on a side.
+    A RequestError if it is none that is written here, or none for so many pixels.
     """
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:

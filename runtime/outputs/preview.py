@@ -17,12 +17,8 @@ from klein_kv.errors import ArtifactError, RequestError
 
 __all__ = ["Previews"]
 
-_LONGEST = 512
-"""Pixels of a preview's longer side, at most; never more than the image has."""
-
-
-_LARGEST = 100.0
-"""Latents are of order one; what broke is shown too, without a warning of numpy's."""
+_LONGEST = 512  # pixels of a preview's longer side; never more than the image has
+_LARGEST = 100.0  # latents are of order one; what broke is shown, without a warning of numpy's
 
 
 class Previews:
@@ -36,12 +32,7 @@ class Previews:
         self._matrix: NDArray[np.float32] | None = None
 
     def make(self, latents: NDArray[Any]) -> list[Image.Image]:
-        """One picture for each image of a batch of latents [B, C, h, w].
-
-        Raises:
-            ArtifactError: the folder was exported before there were previews.
-            RequestError: latents of another shape.
-        """
+        """One picture for each image of latents [B, C, h, w]; see `KleinKVPipeline.preview`."""
         matrix, latents = self._read(), np.asarray(latents)
         channels = self._shape[0] - 1
         if latents.ndim != 4 or latents.shape[1] != channels or 0 in latents.shape:

@@ -23,12 +23,8 @@ def decode_latents(
 ) -> tuple[Any, bool]:
     """Runs the VAE decoder on tokens [B, S, C] on the device, in grid order `shape` [B, h, w, C].
 
-    Returns:
-        For "pil" a list of PIL images, for "np" float32 [B, H, W, 3] in 0..1, for "pt" a torch
-        tensor [B, 3, H, W] in 0..1 in the artifacts' type. And whether they are finite.
-
-    Raises:
-        BackendError: "pt" without torch.
+    Gives PIL images for "pil", for "np" float32 [B, H, W, 3] in 0..1, for "pt" a torch tensor
+    [B, 3, H, W] in the artifacts' type (a BackendError without torch); and whether all is finite.
     """
     outputs = backend.run("vae_decoder", {"latents": backend.view(latents, shape)})
     if output_type == "pil":

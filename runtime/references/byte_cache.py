@@ -30,17 +30,8 @@ V = TypeVar("V", bound=HasBytes)
 class ByteCache(Generic[V]):
     """Values by key, at most `budget` bytes of them.
 
-    Args:
-        budget: bytes; 0 keeps nothing.
-        what: a value, for the log: "a reference set".
-
-    Attributes:
-        hits: values found.
-        misses: values that were made and offered.
-        evictions: values given up for others.
-
-    Raises:
-        RequestError: a budget below 0.
+    Counts hits, misses (values that were made and offered) and evictions. A budget of 0 keeps
+    nothing, one below is a `RequestError`; `what` is a value, for the log: "a reference set".
     """
 
     def __init__(self, budget: int, what: str) -> None:

@@ -16,8 +16,13 @@ from klein_kv.artifacts.weights import NUMPY_DTYPES
 from klein_kv.errors import RequestError
 from klein_kv.runtime.backends.backend import Buffer
 from klein_kv.runtime.planning.request import Request
-from klein_kv.runtime.references.reference_file import load_references, read_reference_digest
-from klein_kv.runtime.references.reference_set import KVOrigin, ReferenceSet, images_digest
+from klein_kv.runtime.references.reference_set import (
+    KVOrigin,
+    ReferenceSet,
+    images_digest,
+    load_references,
+    read_reference_digest,
+)
 from klein_kv.runtime.references.reference_store import ReferenceStore
 from klein_kv.runtime.session import Session
 
@@ -28,17 +33,11 @@ _LONGEST_SIDE = 16384
 
 @dataclass(frozen=True, slots=True)
 class PreparedReferences:
-    """Reference images as the VAE reads them.
+    """Reference images as the VAE reads them."""
 
-    Attributes:
-        pixels: uint8 [1, H, W, 3] each.
-        images: their `images_digest`.
-        digest: digest of the keys and values that they get here.
-    """
-
-    pixels: tuple[NDArray[np.uint8], ...]
-    images: str
-    digest: str
+    pixels: tuple[NDArray[np.uint8], ...]  # [1, H, W, 3] each
+    images: str  # their `images_digest`
+    digest: str  # of the keys and values that they get here
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -73,12 +72,9 @@ class ReferenceEncoder:
     def prepare(
         self, images: Sequence[Image.Image] | PreparedReferences, *before: NDArray[np.uint8]
     ) -> PreparedReferences:
-        """Checks and crops images, one or more with the prepared ones `before` them.
+        """Checks and crops images (`pixels.prepare_reference`), with prepared ones `before` them.
 
         Computes nothing yet. `PreparedReferences` stay what they are, and have none before them.
-
-        Raises:
-            RequestError: see `pixels.prepare_reference`.
         """
         if isinstance(images, PreparedReferences):
             return replace(images, digest=self.origin.digest(images.images))
@@ -97,8 +93,7 @@ class ReferenceEncoder:
                 "ref_hidden_states": session.upload(none),
                 "ref_ids": session.upload(np.zeros((0, 4), np.int64)),
             }
-        unit = self._config.vae.multiple_of
-        ids = reference_ids([(height // unit, width // unit) for height, width in prepared.sizes])
+        ids = reference_ids(self._grids(prepared))
         tokens = session.assemble(
             (1, len(ids), channels), (self._encode(image) for image in prepared.pixels)
         )
@@ -108,11 +103,16 @@ class ReferenceEncoder:
         self, prepared: PreparedReferences, references: dict[str, Buffer] | None
     ) -> Buffer:
         """Tokens [1, S, C] of the first image alone; of all `references`, where these are there."""
-        unit, (height, width) = self._config.vae.multiple_of, prepared.first_size
-        shape = (1, (height // unit) * (width // unit), self._config.transformer.in_channels)
+        rows, columns = self._grids(prepared)[0]
+        shape = (1, rows * columns, self._config.transformer.in_channels)
         if references is not None:
             return self._session.view(references["ref_hidden_states"], shape)
         return self._session.assemble(shape, [self._encode(prepared.pixels[0])])
+
+    def _grids(self, prepared: PreparedReferences) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of each image."""
+        unit = self._config.vae.multiple_of
+        return [(height // unit, width // unit) for height, width in prepared.sizes]
 
     def _encode(self, image: NDArray[np.uint8]) -> Buffer:
         session = self._session
@@ -120,8 +120,7 @@ class ReferenceEncoder:
 
     def set_of(self, prepared: PreparedReferences, kv: dict[str, Buffer]) -> ReferenceSet:
         """A set of keys and values that `first_step` or `encode_references` gave out."""
-        unit = self._config.vae.multiple_of
-        count = sum((height // unit) * (width // unit) for height, width in prepared.sizes)
+        count = sum(rows * columns for rows, columns in self._grids(prepared))
         return ReferenceSet(
             kv=dict(kv),
             tensors=self._graphs.kv_tensors(self._config.transformer, count),
@@ -133,11 +132,7 @@ class ReferenceEncoder:
         )
 
     def encode(self, prepared: PreparedReferences) -> ReferenceSet:
-        """The set from the store, or computed and kept there.
-
-        Raises:
-            CapacityError: the keys and values do not fit into memory.
-        """
+        """The set from the store, or computed and kept; a CapacityError if it does not fit."""
         references = self._store.get(prepared.digest)
         if references is None:
             stages = ("vae_encoder", "encode_references")
@@ -150,12 +145,7 @@ class ReferenceEncoder:
         return references
 
     def load(self, path: Path) -> ReferenceSet:
-        """The set of a file; from the store, where it is already there.
-
-        Raises:
-            ArtifactError: the file is missing, damaged, or no saved reference set.
-            RequestError: a set of other weights, types, backend or layout.
-        """
+        """The set of a file, or of the store, where it is already there; see `load_references`."""
         references = self._store.get(read_reference_digest(path))
         if references is None:
             net = self._config.transformer
@@ -165,11 +155,7 @@ class ReferenceEncoder:
         return references
 
     def check(self, references: ReferenceSet) -> None:
-        """Refuses sets that belong to something else.
-
-        Raises:
-            RequestError: with the reason.
-        """
+        """Refuses sets that belong to something else, with the reason."""
         if not isinstance(references, ReferenceSet):
             raise RequestError(
                 f"references is a {type(references).__name__}, expected a set that "
@@ -199,11 +185,7 @@ class ReferenceEncoder:
 
 
 def blank_references(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    """Black pictures of these sizes, (height, width) in pixels each.
-
-    Raises:
-        RequestError: no size.
-    """
+    """Black pictures of these sizes, (height, width) in pixels; a RequestError if one is none."""
     for size in sizes:
         if not (
             isinstance(size, tuple | list)

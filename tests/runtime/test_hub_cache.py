@@ -32,6 +32,7 @@ def snapshot(tiny_artifacts: Path, tmp_path: Path) -> Path:
 def test_artifacts_in_the_cache_run(snapshot, any_ours, backend):
     """They were refused as links out of their folder."""
     request = {"prompt": "a kite", "height": 64, "width": 64, "seed": 1, "num_inference_steps": 1}
+    request["max_sequence_length"] = 64
     with load_ours(snapshot, backend) as pipe:
         got = pipe(output_type="np", **request).images
     np.testing.assert_array_equal(got, any_ours(output_type="np", **request).images)

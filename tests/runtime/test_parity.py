@@ -9,7 +9,6 @@ most of the time is attention to padding.
 import functools
 import hashlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,43 @@ from PIL import Image
 
 from klein_kv import KleinKVPipeline
 from tests.checkpoints import MODELS, load_diffusers
-from tests.conftest import Model, load_ours
+from tests.conftest import load_ours
 from tests.runtime.conftest import Picture
 from tests.tolerances import assert_close
 
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of `MODELS`, exported in float32, and loaded by both pipelines."""
+
+    checkpoint: Path
+    ours: KleinKVPipeline
+    theirs: Flux2KleinKVPipeline
+    text_layers: tuple[int, ...]
+
+
 Models = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def models(saved_models: Any, backend: str) -> Models:
+    """By name, with each backend; built when asked for."""
+
+    @functools.cache
+    def get(name: str) -> Model:
+        checkpoint, artifacts, theirs = saved_models(name)
+        ours = load_ours(artifacts, backend)
+        return Model(checkpoint, ours, theirs, MODELS[name].text_layers)
+
+    return get
+
 
 PROMPT = "a red kite over the sea"
 # Width and height; none is a multiple of 16 on both sides.
 REFERENCES = [(200, 136), (150, 177), (97, 320), (130, 75)]
 OUTPUTS = [(128, 192), (160, 128), (192, 160)]
 STEPS = [1, 4, 8]
+LONG_PROMPTS = [(0, 1), (1, 4), (2, 1), (4, 1)]  # references and steps
 
 
 def run(
@@ -61,8 +86,8 @@ def run(
     return latents, images
 
 
-def assert_same(model: Model, **request: Any) -> Any:
-    """Runs both pipelines and compares everything; returns our images."""
+def assert_same(model: Model, **request: Any) -> None:
+    """Runs both pipelines and compares everything."""
     request.setdefault("text_encoder_out_layers", model.text_layers)
     ours, our_images = run(model.ours, **request)
     theirs, their_images = run_theirs(model, **request)
@@ -72,8 +97,13 @@ def assert_same(model: Model, **request: Any) -> Any:
         np.testing.assert_array_equal(ours.pop(), state, "generators stand elsewhere")
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert_close("latents", "float32", mine, other, f"step {step}")
-    assert_images_close(request.get("output_type", "pil"), "float32", our_images, their_images)
-    return our_images
+    output_type = request.get("output_type", "pil")
+    assert_images_close(output_type, "float32", our_images, their_images)
+    if output_type == "latent":  # numpy by contract, torch there
+        their_images = their_images.numpy()
+    assert type(our_images) is type(their_images)
+    assert output_type == "pil" or our_images.dtype == their_images.dtype
+    assert model.ours.num_timesteps == len(ours)
 
 
 def run_theirs(model: Model, **request: Any) -> tuple[list[Any], Any]:
@@ -116,7 +146,7 @@ def request_of(references: int, steps: int, picture: Picture) -> dict[str, Any]:
         "num_inference_steps": steps,
         "height": height,
         "width": width,
-        "max_sequence_length": 64 if (i - j) % 3 else 512,
+        "max_sequence_length": 512 if (references, steps) in LONG_PROMPTS else 64,
     }
     if (i + j) % 2:
         request |= (
@@ -132,17 +162,14 @@ def test_equals_diffusers(
     name: str, references: int, steps: int, models: Models, picture: Picture
 ) -> None:
     request = request_of(references, steps, picture)
-    images = assert_same(models(name), **request)
-    batch = len(request["prompt"]) if isinstance(request["prompt"], list) else 1
-    assert len(images) == batch * request.get("num_images_per_prompt", 1)
-    assert images[0].size == (request["width"], request["height"])
+    assert_same(models(name), **request)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_input_matters(name: str, models: Models, picture: Picture) -> None:
     """Otherwise the matrix would prove little: each change shows far above the tolerance."""
     one, two = picture(160, 128, seed=1), picture(160, 128, seed=2)
-    request = {"prompt": PROMPT, "image": [one, two], "height": 128, "width": 128}
+    request = {"prompt": PROMPT, "image": [one, two], "num_inference_steps": 2, **SMALL}
 
     def latents(**change: Any) -> Any:
         return run(models(name).ours, **(request | {"output_type": "latent"} | change))[1]
@@ -155,37 +182,62 @@ def test_every_input_matters(name: str, models: Models, picture: Picture) -> Non
         {"image": None},
         {"seeds": (4,)},
         {"max_sequence_length": 80},
-        {"sigmas": [1.0, 0.7, 0.4, 0.2]},
+        {"sigmas": [1.0, 0.4]},
     ):
         assert np.abs(latents(**change) - base).max() > 1e-2, change
 
 
-# --- sizes ---
+# --- one thing at a time ---
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_size_is_the_first_references(name: str, models: Models, picture: Picture) -> None:
-    model = models(name)
-    pictures = [picture(177, 150), picture(300, 200)]
-    (image,) = assert_same(model, prompt=PROMPT, image=pictures, num_inference_steps=2)
-    assert image.size == (177 // model.unit * model.unit, 150 // model.unit * model.unit)
-
-
-@pytest.mark.parametrize("given", ["height", "width"])
-def test_one_side_is_given(given: str, models: Models, picture: Picture) -> None:
-    request = {given: 208, "image": picture(160, 144), "num_inference_steps": 2}
-    assert_same(models("plain"), prompt=PROMPT, **request)
-
-
-def test_size_without_references(models: Models) -> None:
+SMALL = {"height": 128, "width": 128}
+EMBEDS = torch.randn(2, 37, 72, generator=torch.Generator().manual_seed(0))
+BATCH: dict[str, Any] = {"prompt": [PROMPT, "snow"], "image": [(150, 130)]}
+# Requests of two steps; pictures are their sizes, and a mode where it is not RGB.
+CASES: dict[str, dict[str, Any]] = {
+    "size of the first reference": {"image": [(177, 150), (300, 200)]},
+    "height alone": {"height": 208, "image": [(160, 144)]},
+    "width alone": {"width": 208, "image": [(160, 144)]},
     # 128 latent cells: 4,096 tokens at any number of VAE levels.
-    latents = assert_same(
-        models("sharded"),
-        prompt=PROMPT,
-        num_inference_steps=1,
-        output_type="latent",
-    )
-    assert latents.shape == (1, 16, 128, 128)
+    "no size": {"output_type": "latent", "num_inference_steps": 1},
+    "RGBA": {"image": [(150, 130, "RGBA")]},
+    "grey": {"image": [(150, 130, "L")]},
+    "palette": {"image": [(150, 130, "P")]},
+    "CMYK": {"image": [(150, 130, "CMYK")]},
+    "prompts times images": BATCH | {"num_images_per_prompt": 2},
+    "generators": {"image": [(128, 160)], "seeds": (5, 6), "num_images_per_prompt": 2},
+    # Shorter prompts are padded, on the side that the tokenizer says; the long one is cut.
+    "empty prompt": {"prompt": "", **SMALL},
+    "languages": {"prompt": "Café 一只红色的风筝 \U0001f3f3", **SMALL},
+    "long prompt": {"prompt": "a red kite " * 80, **SMALL},
+    "embeds": {"prompt": None, "prompt_embeds": EMBEDS, "image": [(128, 128)]},
+    "embeds twice": {"prompt": None, "prompt_embeds": EMBEDS, "num_images_per_prompt": 2, **SMALL},
+    "order of hidden states": {"text_encoder_out_layers": (27, 9, 18), **SMALL},
+    "sigmas": {"image": [(128, 144)], "sigmas": [1.0, 0.7, 0.3], "num_inference_steps": 4},
+    "one sigma": {"image": [(128, 144)], "sigmas": [0.9], "num_inference_steps": 4},
+    "five sigmas": {"image": [(128, 144)], "sigmas": [1.0, 0.8, 0.6, 0.4, 0.2]},
+    "pil": BATCH,
+    "np": BATCH | {"output_type": "np"},
+    "pt": BATCH | {"output_type": "pt"},
+    "latent": BATCH | {"output_type": "latent"},
+}
+EVERY_MODEL = ["size of the first reference", "generators", "empty prompt", "languages"]
+EVERY_MODEL += ["long prompt", "pil", "np", "pt", "latent"]
+
+
+PAIRS = [(case, name) for name in MODELS for case in EVERY_MODEL]
+PAIRS += [(case, "plain") for case in CASES if case not in {*EVERY_MODEL, "no size"}]
+
+
+@pytest.mark.parametrize(("case", "name"), [*PAIRS, ("no size", "sharded")])
+def test_each_argument_means_the_same(
+    case: str, name: str, models: Models, picture: Picture
+) -> None:
+    request = {"prompt": PROMPT, "num_inference_steps": 2} | CASES[case]
+    if "image" in request:
+        sizes = request["image"]
+        pictures = [picture(width, height).convert(*mode) for width, height, *mode in sizes]
+        request["image"] = pictures if len(pictures) > 1 else pictures[0]
+    assert_same(models(name), **request)
 
 
 @pytest.fixture
@@ -222,32 +274,6 @@ def test_large_reference_is_reduced(
     assert_close("latents", "float32", ours[:2], theirs[:2])
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
-def test_every_mode_of_picture(mode: str, models: Models, picture: Picture) -> None:
-    request = {"image": picture(150, 130).convert(mode), "num_inference_steps": 1}
-    assert_same(models("plain"), prompt=PROMPT, **request)
-
-
-# --- batches and noise ---
-
-
-def test_prompts_times_images_per_prompt(models: Models, picture: Picture) -> None:
-    images = assert_same(
-        models("plain"),
-        prompt=[PROMPT, "snow"],
-        image=picture(128, 128),
-        num_images_per_prompt=2,
-        num_inference_steps=2,
-    )
-    assert len(images) == 4
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_list_of_generators(name: str, models: Models, picture: Picture) -> None:
-    request = {"image": [picture(128, 160)], "num_images_per_prompt": 2, "num_inference_steps": 2}
-    assert_same(models(name), prompt=PROMPT, seeds=(5, 6), **request)
-
-
 def test_images_of_a_batch_are_those_made_alone(models: Models, picture: Picture) -> None:
     ours = models("plain").ours
     request = {"image": picture(128, 160), "num_inference_steps": 2, "output_type": "latent"}
@@ -257,9 +283,8 @@ def test_images_of_a_batch_are_those_made_alone(models: Models, picture: Picture
         assert_close("latents", "float32", both[i : i + 1], alone)
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy"])
 @pytest.mark.parametrize("references", [0, 1])
-def test_latents_of_ones_own(kind: str, references: int, models: Models, picture: Picture) -> None:
+def test_latents_of_ones_own(references: int, models: Models, picture: Picture) -> None:
     model = models("plain")
     noise = torch.randn(2, 128, 9, 11, generator=torch.Generator().manual_seed(0))
     request = {
@@ -268,13 +293,12 @@ def test_latents_of_ones_own(kind: str, references: int, models: Models, picture
         "image": picture(160, 128) if references else None,
         "num_inference_steps": 2,
     }
-    ours, images = run(
-        model.ours, seeds=None, latents=noise if kind == "torch" else noise.numpy(), **request
-    )
     theirs, expected = run(model.theirs, seeds=None, latents=noise, **request)
-    assert images[0].size == (11 * 16, 9 * 16)
-    assert_close("latents", "float32", ours, theirs)
-    assert_close("pixels", "float32", images, expected)
+    assert expected[0].size == (11 * 16, 9 * 16)
+    for given in (noise, noise.numpy()):
+        ours, images = run(model.ours, seeds=None, latents=given, **request)
+        assert_close("latents", "float32", ours, theirs)
+        assert_close("pixels", "float32", images, expected)
 
 
 def test_seed_is_the_generators_noise(models: Models) -> None:
@@ -286,33 +310,6 @@ def test_seed_is_the_generators_noise(models: Models) -> None:
     assert_close("latents", "float32", got, expected)
 
 
-# --- text ---
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("prompt", ["", "Café 一只红色的风筝 \U0001f3f3", "a red kite " * 80])
-def test_prompts_within_64_tokens(
-    name: str, prompt: str, models: Models, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Shorter ones are padded, on the side that the tokenizer says; the long one is cut."""
-    caplog.set_level(logging.WARNING, "klein_kv")
-    request = {"height": 128, "width": 128, "num_inference_steps": 2}
-    assert_same(models(name), prompt=prompt, **request)
-    warned = any("the limit is 64" in record.getMessage() for record in caplog.records)
-    assert warned or len(prompt) < 100
-
-
-@pytest.mark.parametrize("per_prompt", [1, 2])
-def test_prompt_embeds(per_prompt: int, models: Models, picture: Picture) -> None:
-    model = models("plain")
-    embeds = torch.randn(2, 37, 72, generator=torch.Generator().manual_seed(0))
-    request = {"image": [picture(128, 128)], "num_inference_steps": 2}
-    assert_same(model, prompt_embeds=embeds, num_images_per_prompt=per_prompt, **request)
-    _, expected = run(model.ours, prompt_embeds=embeds, **request)
-    _, images = run(model.ours, prompt_embeds=embeds.numpy(), **request)
-    np.testing.assert_array_equal(images[0], expected[0])
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_encode_prompt(name: str, models: Models) -> None:
     model = models(name)
@@ -322,52 +319,12 @@ def test_encode_prompt(name: str, models: Models) -> None:
     assert_close("text_encoder", "float32", ours, expected)
 
 
-def test_hidden_states_in_another_order(models: Models) -> None:
-    request = {"height": 128, "width": 128, "num_inference_steps": 1}
-    assert_same(models("plain"), prompt=PROMPT, text_encoder_out_layers=(27, 9, 18), **request)
-
-
-# --- schedule ---
-
-
-@pytest.mark.parametrize(
-    ("sigmas", "steps"), [([1.0, 0.7, 0.3], 4), ([0.9], 4), ([1.0, 0.8, 0.6, 0.4, 0.2], 3)]
-)
-def test_sigmas_of_ones_own(
-    sigmas: list[float], steps: int, models: Models, picture: Picture
-) -> None:
-    request = {"image": picture(128, 144), "sigmas": sigmas, "num_inference_steps": steps}
-    assert_same(models("plain"), prompt=PROMPT, **request)
-    assert models("plain").ours.num_timesteps == len(sigmas)
-
-
-# --- outputs ---
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
-def test_output_types(name: str, output_type: str, models: Models, picture: Picture) -> None:
-    model = models(name)
-    request = {
-        "prompt": [PROMPT, "snow"],
-        "image": picture(150, 130),
-        "num_inference_steps": 1,
-        "output_type": output_type,
-    }
-    ours = assert_same(model, **request)
-    _, theirs = run_theirs(model, text_encoder_out_layers=model.text_layers, **request)
-    if output_type == "latent":  # numpy by contract, torch there
-        theirs = theirs.numpy()
-    assert type(ours) is type(theirs)
-    if output_type != "pil":
-        assert ours.dtype == theirs.dtype
-
-
 def test_tuple_instead_of_output(models: Models) -> None:
-    model = models("plain")
-    request = {"prompt": PROMPT, "height": 128, "width": 128, "num_inference_steps": 1}
-    (images,) = model.ours(seed=3, return_dict=False, **request)
-    np.testing.assert_array_equal(images[0], model.ours(seed=3, **request).images[0])
+    ours = models("plain").ours
+    request = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 1, **SMALL}
+    (images,) = ours(return_dict=False, max_sequence_length=64, **request)
+    expected = ours(max_sequence_length=64, **request).images
+    np.testing.assert_array_equal(images[0], expected[0])
 
 
 # --- callbacks ---
@@ -424,16 +381,10 @@ def test_callback_changes_the_run(
     assert_close("latents", "float32", *results)
     assert seen["ours"] == seen["theirs"]
     assert len(seen["ours"]) == (2 if change is stop else 4)
-    assert not np.allclose(results[0], run(model.ours, **request)[1], atol=1e-2)
+    latents, unchanged = run(model.ours, **request)
+    assert len(latents) == 5, "an interrupt holds for one call: four steps, and the generator"
+    assert not np.allclose(results[0], unchanged, atol=1e-2)
     assert model.ours.current_timestep is None
-
-
-def test_interrupt_holds_for_one_call(models: Models) -> None:
-    ours = models("plain").ours
-    request = {"prompt": PROMPT, "height": 128, "width": 128, "output_type": "latent"}
-    run(ours, callback_on_step_end=callback_of(stop, []), **request)
-    latents, _ = run(ours, **request)
-    assert len(latents) == 5  # four steps, and the generator's state
 
 
 def test_what_a_callback_keeps_stays_what_it_was(models: Models) -> None:
@@ -467,7 +418,9 @@ def test_references_equal_images(name: str, models: Models, picture: Picture) ->
     ours = models(name).ours
     pictures = [picture(150, 177, seed=1), picture(200, 136, seed=2)]
     references = ours.encode_references(pictures)
-    for request in ({"prompt": PROMPT}, {"prompt": ["snow", ""], "height": 192, "width": 128}):
+    sized = {"prompt": ["snow", ""], "height": 192, "width": 128}
+    for request in ({"prompt": PROMPT}, sized):
+        request |= {"num_inference_steps": 2}
         latents, images = run(ours, references=references, **request)
         expected, their_images = run(ours, image=pictures, **request)
         for mine, other in zip(latents, expected, strict=True):
@@ -503,6 +456,7 @@ def test_arguments_may_come_in_diffusers_order(models: Models, picture: Picture)
 def test_prompt_may_come_first(models: Models, picture: Picture) -> None:
     ours = models("plain").ours
     request = {"image": picture(128, 128), "seed": 1, "num_inference_steps": 1}
+    request["max_sequence_length"] = 64
     for prompt in (PROMPT, [PROMPT]):
         images = ours(prompt, **request).images
         np.testing.assert_array_equal(images[0], ours(prompt=PROMPT, **request).images[0])

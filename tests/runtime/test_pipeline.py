@@ -1,6 +1,7 @@
 """Requests: what is refused, before anything is computed, and what the results carry."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ PROMPT = "a red kite over the sea"
 LATENTS = np.zeros((1, 128, 8, 8), np.float32)
 EMBEDS = np.zeros((1, 7, 96), np.float32)
 PICTURE = Image.new("RGB", (64, 64))
+NARROW = Image.new("RGB", (32, 640))
+# Of what is computed: prompts of few tokens, one step.
+SMALL: dict[str, Any] = {"max_sequence_length": 64, "num_inference_steps": 1}
+SQUARE: dict[str, Any] = {"height": 128, "width": 128, **SMALL}
 
 
 # --- refused ---
@@ -123,36 +128,29 @@ def test_bad_request(request_: dict[str, Any], message: str, tiny_ours: KleinKVP
     assert torch.equal(generator.get_state(), before)
 
 
-def test_prompt_first_and_named(tiny_ours: KleinKVPipeline, picture: Picture) -> None:
-    with pytest.raises(RequestError, match="another prompt or positional argument"):
-        tiny_ours("a kite", prompt="a kite")
-    with pytest.raises(RequestError, match="pass the rest by name"):
-        tiny_ours("a kite", picture(64, 64))
-
-
-def test_unknown_argument(tiny_ours: KleinKVPipeline) -> None:
-    with pytest.raises(TypeError, match="guidance_scale"):
-        tiny_ours(PROMPT, guidance_scale=4.0)
-
-
-@pytest.mark.parametrize("prompt", [None, 5])
-def test_encode_prompt_of_no_text(prompt: Any, tiny_ours: KleinKVPipeline) -> None:
-    with pytest.raises(RequestError, match="expected a text or a list of texts"):
-        tiny_ours.encode_prompt(prompt)
-
-
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("call", "error", "message"),
     [
-        ([], "no reference image was given"),
-        (Image.new("RGB", (32, 640)), "expected at least 64 pixels"),
-        (["photo.png"], "reference image is a str"),
-        (None, "reference image is a NoneType"),
+        (lambda x: x("kite", prompt="kite"), RequestError, "another prompt or positional argument"),
+        (lambda x: x("kite", PICTURE), RequestError, "pass the rest by name"),
+        (lambda x: x("kite", guidance_scale=4.0), TypeError, "guidance_scale"),
+        (lambda x: x.encode_prompt(None), RequestError, "expected a text or a list of texts"),
+        (lambda x: x.encode_prompt(5), RequestError, "expected a text or a list of texts"),
+        (lambda x: x.encode_references([]), RequestError, "no reference image was given"),
+        (lambda x: x.encode_references(None), RequestError, "reference image is a NoneType"),
+        (lambda x: x.encode_references(["a.png"]), RequestError, "reference image is a str"),
+        (lambda x: x.encode_references(NARROW), RequestError, "expected at least 64 pixels"),
     ],
 )
-def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
-    with pytest.raises(RequestError, match=message):
-        tiny_ours.encode_references(image)
+@pytest.mark.usefixtures("no_graph_runs")
+def test_bad_call(
+    call: Callable[[KleinKVPipeline], object],
+    error: type[Exception],
+    message: str,
+    tiny_ours: KleinKVPipeline,
+) -> None:
+    with pytest.raises(error, match=message):
+        call(tiny_ours)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_bad_references(image: Any, message: str, tiny_ours: KleinKVPipeline) ->
 )
 def test_bad_answer_of_a_callback(returned: Any, message: str, tiny_ours: KleinKVPipeline) -> None:
     with pytest.raises(RequestError, match=message):
-        tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=lambda *_: returned)
+        tiny_ours(PROMPT, callback_on_step_end=lambda *_: returned, **SQUARE)
 
 
 def test_error_in_a_callback_passes_through(tiny_ours: KleinKVPipeline) -> None:
@@ -175,27 +173,26 @@ def test_error_in_a_callback_passes_through(tiny_ours: KleinKVPipeline) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny_ours(PROMPT, height=128, width=128, callback_on_step_end=callback)
-    tiny_ours(PROMPT, height=128, width=128, num_inference_steps=1)
+        tiny_ours(PROMPT, callback_on_step_end=callback, **SQUARE)
+    tiny_ours(PROMPT, **SQUARE)
 
 
-def test_bfloat16_tensors_are_taken(tiny_ours: KleinKVPipeline) -> None:
+def test_embeds_may_be_torchs_numpys_and_bfloat16(tiny_ours: KleinKVPipeline) -> None:
     embeds = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    request = {"height": 128, "width": 128, "num_inference_steps": 1, "seed": 0}
-    expected = tiny_ours(prompt_embeds=embeds.float(), **request).images[0]
-    narrow = embeds.float().numpy().astype(ml_dtypes.bfloat16)
-    for given in (embeds, narrow):
-        images = tiny_ours(prompt_embeds=given, **request).images
+    expected = tiny_ours(prompt_embeds=embeds.float(), seed=0, **SQUARE).images[0]
+    wide = embeds.float().numpy()
+    for given in (embeds, wide, wide.astype(ml_dtypes.bfloat16)):
+        images = tiny_ours(prompt_embeds=given, seed=0, **SQUARE).images
         np.testing.assert_array_equal(images[0], expected)
 
 
 def test_attention_kwargs_have_no_effect_without_adapters(
     tiny_ours: KleinKVPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = {"height": 128, "width": 128, "num_inference_steps": 1, "seed": 0}
-    plain = tiny_ours(PROMPT, **request).images[0]
+    request = SQUARE | {"seed": 0, "output_type": "np"}
+    plain = tiny_ours(PROMPT, **request).images
     with caplog.at_level(logging.WARNING, "klein_kv"):
-        other = tiny_ours(PROMPT, attention_kwargs={"scale": 2, "gain": 1}, **request).images[0]
+        other = tiny_ours(PROMPT, attention_kwargs={"scale": 2, "gain": 1}, **request).images
     np.testing.assert_array_equal(plain, other)
     assert "attention_kwargs ['gain'] have no effect" in caplog.text
 
@@ -204,16 +201,15 @@ def test_attention_kwargs_have_no_effect_without_adapters(
 
 
 def test_without_a_seed_every_call_differs(any_ours: KleinKVPipeline) -> None:
-    request = {"height": 128, "width": 128, "num_inference_steps": 1, "output_type": "latent"}
-    one, other = (any_ours(PROMPT, **request).images for _ in range(2))
+    one, other = (any_ours(PROMPT, output_type="latent", **SQUARE).images for _ in range(2))
     assert not np.array_equal(one, other)
 
 
 def test_small_references_make_small_images(any_ours: KleinKVPipeline, picture: Picture) -> None:
     """As in diffusers; so do small sizes that the caller names."""
-    (image,) = any_ours(PROMPT, image=picture(64, 80), num_inference_steps=1).images
+    (image,) = any_ours(PROMPT, image=picture(64, 80), **SMALL).images
     assert image.size == (64, 80)
-    (image,) = any_ours(PROMPT, height=np.int64(16), width=48, num_inference_steps=1).images
+    (image,) = any_ours(PROMPT, height=np.int64(16), width=48, **SMALL).images
     assert image.size == (48, 16)
 
 
@@ -240,51 +236,43 @@ def test_one_rule_for_every_size(
 
 
 def test_sides_above_2048_are_computed(tiny_ours: KleinKVPipeline) -> None:
-    (image,) = tiny_ours(PROMPT, height=16, width=2064, num_inference_steps=1, seed=0).images
+    (image,) = tiny_ours(PROMPT, height=16, width=2064, seed=0, **SMALL).images
     assert image.size == (2064, 16)
 
 
 @pytest.mark.parametrize("matte", ["white", "black", None])
 def test_matte(tiny_artifacts: Path, tiny_ours: KleinKVPipeline, matte: str | None) -> None:
     image = Image.new("RGBA", (64, 64), (200, 30, 90, 0))
-    request = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
+    request = SMALL | {"seed": 0, "output_type": "np"}
     seen = Image.new("RGB", (64, 64), matte or (200, 30, 90))
     expected = tiny_ours(PROMPT, image=seen, **request).images
     options = {} if matte == "white" else {"matte": matte}
     with KleinKVPipeline.from_pretrained(tiny_artifacts, **options) as ours:
         np.testing.assert_array_equal(ours(PROMPT, image=image, **request).images, expected)
-    with pytest.raises(RequestError, match="matte is 'mauvish', expected a colour"):
-        KleinKVPipeline.from_pretrained(tiny_artifacts, matte="mauvish")
 
 
 def test_no_tensors_for_the_callback(any_ours: KleinKVPipeline) -> None:
     """diffusers takes None where nothing is wanted."""
-    request = {"height": 16, "width": 16, "num_inference_steps": 1}
     seen: list[Any] = []
     any_ours(
         PROMPT,
         callback_on_step_end=lambda *args: seen.append(args[3]),
         callback_on_step_end_tensor_inputs=None,
-        **request,
+        **SQUARE,
     )
     assert seen == [{}]
 
 
-def test_reference_set(any_ours: KleinKVPipeline, picture: Picture) -> None:
+def test_a_reference_set_serves_many_requests(any_ours: KleinKVPipeline, picture: Picture) -> None:
     references = any_ours.encode_references([picture(70, 100), picture(128, 64)])
     assert references.num_tokens == 4 * 6 + 8 * 4
     assert references.first_size == (96, 64)
     assert references.nbytes == any_ours.config.transformer.kv_bytes(56, "float32")
     download = any_ours.backend.download
-    assert all(download(buffer).shape == (1, 56, 2, 32) for buffer in references.kv.values())
-
-
-def test_a_reference_set_serves_many_requests(any_ours: KleinKVPipeline, picture: Picture) -> None:
-    references = any_ours.encode_references(picture(96, 96))
-    download = any_ours.backend.download
     before = {name: download(buffer).copy() for name, buffer in references.kv.items()}
+    assert {array.shape for array in before.values()} == {(1, 56, 2, 32)}
     for prompt in (PROMPT, [PROMPT, "snow"]):
-        any_ours(prompt, references=references, num_inference_steps=2)
+        any_ours(prompt, references=references, **SMALL)
     for name, buffer in references.kv.items():
         np.testing.assert_array_equal(download(buffer), before[name])
 
@@ -292,7 +280,7 @@ def test_a_reference_set_serves_many_requests(any_ours: KleinKVPipeline, picture
 def test_progress_bar(
     tiny_artifacts: Path, capsys: pytest.CaptureFixture[str], tiny_ours: KleinKVPipeline
 ) -> None:
-    request = {"height": 128, "width": 128, "num_inference_steps": 3}
+    request = SQUARE | {"num_inference_steps": 3}
     tiny_ours(PROMPT, **request)
     assert capsys.readouterr() == ("", "")
     tiny_ours.set_progress_bar_config(desc="drawing")
@@ -316,29 +304,21 @@ def test_loads_from_a_text_path_and_any_backend_name(tiny_artifacts: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"backend": "openvino"}, "backend is 'openvino', expected one of auto, onnxruntime"),
-        ({"device": "tpu"}, "device is 'tpu'"),
-        ({"backend": "onnxruntime", "device": "cuda:0"}, "has no CUDAExecutionProvider"),
-        ({"threads": 0}, "threads is 0, expected a whole number"),
-        ({"threads": -1}, "threads is -1"),
-        ({"threads": 1.5}, r"threads is 1\.5"),
-        ({"threads": "2"}, "threads is '2'"),
-        ({"threads": True}, "threads is True"),
+        ({"backend": "openvino"}, BackendError, "backend is 'openvino', expected one of auto"),
+        ({"device": "tpu"}, BackendError, "device is 'tpu'"),
+        ({"backend": "onnxruntime", "device": "cuda:0"}, BackendError, "no CUDAExecutionProvider"),
+        ({"matte": "mauvish"}, RequestError, "matte is 'mauvish', expected a colour"),
+        ({"attention": "fp8"}, RequestError, "attention is 'fp8' and no quantized precision"),
+        ({"precision": "nvfp4"}, ArtifactError, "klein-kv quantize ARTIFACTS --recipe nvfp4"),
     ],
 )
-def test_bad_backend_options(options: dict[str, Any], message: str, tiny_artifacts: Path) -> None:
-    with pytest.raises(BackendError, match=message):
+def test_bad_options(
+    options: dict[str, Any], error: type[Exception], message: str, tiny_artifacts: Path
+) -> None:
+    with pytest.raises(error, match=message):
         KleinKVPipeline.from_pretrained(tiny_artifacts, **options)
-
-
-def test_onnxruntime_refuses_bfloat16_on_a_cpu(tiny_bf16_artifacts: Path) -> None:
-    with pytest.raises(
-        BackendError,
-        match=r"is bfloat16, which ONNX Runtime does not compute on a CPU; export .*--dtype fp32",
-    ):
-        KleinKVPipeline.from_pretrained(tiny_bf16_artifacts, backend="onnxruntime")
 
 
 def test_checkpoint_is_not_an_artifact_folder(tiny_checkpoint: Path) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
@@ -15,6 +14,7 @@ from klein_kv.errors import CapacityError, RequestError
 from tests.checkpoints import load_plain_diffusers
 from tests.conftest import load_ours
 from tests.runtime.conftest import Picture, SetFree, Watch
+from tests.runtime.test_parity import run
 from tests.tolerances import assert_close
 
 
@@ -26,18 +26,6 @@ def ours(plain_artifacts: Path, backend: str) -> KleinKVPipeline:
 @pytest.fixture(scope="module")
 def theirs(plain_checkpoint: Path) -> Flux2KleinPipeline:
     return load_plain_diffusers(plain_checkpoint)
-
-
-def run(pipeline: Any, **request: Any) -> tuple[list[Any], Any]:
-    latents: list[Any] = []
-
-    def after_step(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        latents.append(np.array(torch.as_tensor(tensors["latents"]).numpy()))
-        return {}
-
-    generator = torch.Generator().manual_seed(5)
-    out = pipeline(generator=generator, callback_on_step_end=after_step, **request)
-    return latents, out.images
 
 
 @pytest.mark.parametrize("references", [0, 1, 2, 4])
@@ -61,6 +49,7 @@ def test_equals_diffusers(
     }
     mine, my_images = run(ours, **request)
     other, their_images = run(theirs, **request, guidance_scale=1.0)
+    np.testing.assert_array_equal(mine.pop(), other.pop(), "generators stand elsewhere")
     assert len(mine) == len(other) == steps
     for a, b in zip(mine, other, strict=True):
         assert_close("latents", "float32", a, b)
@@ -71,7 +60,8 @@ def test_equals_diffusers(
 def test_graphs(ours: KleinKVPipeline, picture: Picture, watch: Watch) -> None:
     """Every step is the same graph, on the same tokens; nothing is kept."""
     runs = watch(ours)
-    ours("a kite", image=picture(128, 128), seed=0, num_inference_steps=3)
+    request = {"seed": 0, "num_inference_steps": 3, "max_sequence_length": 64}
+    ours("a kite", image=picture(128, 128), **request)
     steps = 3 * ["plain_step"]
     assert [run.graph for run in runs] == ["text_encoder", "vae_encoder", *steps, "vae_decoder"]
     tokens = [run.inputs["ref_hidden_states"] for run in runs if run.graph == "plain_step"]

@@ -166,18 +166,31 @@ class Writer:
     only: Callable[[str, Array], bool] = lambda name, weight: weight.ndim == 2
 
 
-def _dotted(prefix: str, **parts: str) -> Callable[[str, str], str]:
-    return lambda module, part: f"{prefix}{module}{parts.get(part, '.' + part)}"
+# Keys: what is written before a module's name, and its parts' names behind that.
+
+
+def _dotted(prefix: str, up: str = "", down: str = "") -> Callable[[str, str], str]:
+    ends = {"up": up, "down": down}
+    return lambda module, part: f"{prefix}{module}{ends.get(part, '.' + part)}"
 
 
 def _flat(prefix: str) -> Callable[[str, str], str]:
-    names = {"up": "lora_up.weight", "down": "lora_down.weight"}
-    return lambda module, part: f"{prefix}{module.replace('.', '_')}.{names.get(part, part)}"
+    dotted = _dotted("", *_UP_DOWN)
+    return lambda module, part: prefix + dotted(module.replace(".", "_"), part)
 
 
-_AB = {"up": ".lora_B.weight", "down": ".lora_A.weight"}
-_UP_DOWN = {"up": ".lora_up.weight", "down": ".lora_down.weight"}
+_AB = (".lora_B.weight", ".lora_A.weight")
+_AB_DEFAULT = (".lora_B.default.weight", ".lora_A.default.weight")
+_AB_BARE = (".lora_B", ".lora_A")
+_UP_DOWN = (".lora_up.weight", ".lora_down.weight")
+_OLD = (".lora.up.weight", ".lora.down.weight")
+_OLDER = ("_lora.up.weight", "_lora.down.weight")
+_LINEAR_LAYER = (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight")
+
 _PLAIN = partial(lora, alpha=None)
+_COLUMNS = partial(dora, columns=True)
+_PAIR, _PAIRS = (partial(lokr, pairs=pairs) for pairs in ("2", "12"))
+_DOKR = partial(dora, inner=lokr)
 
 
 def _whole(name: str, weight: Array) -> bool:
@@ -185,74 +198,36 @@ def _whole(name: str, weight: Array) -> bool:
     return weight.ndim == 2 and not name.endswith(("qkv", "adaLN_modulation.1"))
 
 
+def _all(_name: str, _weight: Array) -> bool:
+    return True
+
+
+_DIFFUSERS, _BFL, _PARTS = diffusers_modules, bfl_modules, part_modules
+_KOHYA, _LYCORIS, _AI = _flat("lora_unet_"), _flat("lycoris_"), _dotted("diffusion_model.")
+_ONE_TRAINER = _dotted("transformer.", *_UP_DOWN)
 WRITERS = {
-    "diffusers": Writer(
-        "PEFT (diffusers)", diffusers_modules, _PLAIN, _dotted("transformer.", **_AB)
-    ),
-    "diffsynth": Writer(
-        "DiffSynth",
-        diffusers_modules,
-        _PLAIN,
-        _dotted("", up=".lora_B.default.weight", down=".lora_A.default.weight"),
-    ),
-    "ai-toolkit": Writer("ai-toolkit", bfl_modules, _PLAIN, _dotted("diffusion_model.", **_AB)),
-    "ai-toolkit-lokr": Writer("ai-toolkit LoKr", bfl_modules, lokr, _dotted("diffusion_model.")),
-    "kohya": Writer("kohya", bfl_modules, lora, _flat("lora_unet_")),
-    "fal": Writer("PEFT (fal, BFL)", bfl_modules, _PLAIN, _dotted("base_model.model.", **_AB)),
-    "onetrainer": Writer("OneTrainer", part_modules, lora, _dotted("transformer.", **_UP_DOWN)),
-    "onetrainer-dora": Writer(
-        "OneTrainer DoRA",
-        part_modules,
-        partial(dora, columns=True),
-        _dotted("transformer.", **_UP_DOWN),
-        _whole,
-    ),
-    "lycoris-lokr": Writer(
-        "LyCORIS LoKr", bfl_modules, partial(lokr, pairs="2"), _flat("lycoris_")
-    ),
-    "lycoris-lokr-pairs": Writer(
-        "LyCORIS LoKr", diffusers_modules, partial(lokr, pairs="12"), _flat("lycoris_")
-    ),
-    "lycoris-loha": Writer("LyCORIS LoHa", bfl_modules, loha, _flat("lycoris_")),
-    "lycoris-dora": Writer("LyCORIS DoRA", bfl_modules, dora, _flat("lycoris_")),
-    "lycoris-dokr": Writer(
-        "LyCORIS LoKr DoRA", bfl_modules, partial(dora, inner=lokr), _flat("lycoris_")
-    ),
-    "comfyui": Writer("ComfyUI", bfl_modules, lora, _dotted("diffusion_model.", **_UP_DOWN)),
-    "mixed-dora": Writer("kohya DoRA", diffusers_modules, dora, _flat("lora_unet_")),
-    "column-dora": Writer(
-        "kohya DoRA", bfl_modules, partial(dora, columns=True), _flat("lora_unet_"), _whole
-    ),
-    "full": Writer(
-        "ai-toolkit full", bfl_modules, full, _dotted("diffusion_model."), lambda *_: True
-    ),
-    "set": Writer(
-        "ai-toolkit full", bfl_modules, replaced, _dotted("diffusion_model."), lambda *_: True
-    ),
-    "old-diffusers": Writer(
-        "plain names",
-        diffusers_modules,
-        lora,
-        _dotted("", up=".lora.up.weight", down=".lora.down.weight"),
-    ),
-    "older-diffusers": Writer(
-        "plain names",
-        diffusers_modules,
-        lora,
-        _dotted("unet.", up="_lora.up.weight", down="_lora.down.weight"),
-    ),
-    "linear-layer": Writer(
-        "plain names",
-        diffusers_modules,
-        lora,
-        _dotted("", up=".lora_linear_layer.up.weight", down=".lora_linear_layer.down.weight"),
-    ),
-    "bare-ab": Writer(
-        "plain names",
-        bfl_modules,
-        _PLAIN,
-        _dotted("model.diffusion_model.", up=".lora_B", down=".lora_A"),
-    ),
+    "diffusers": Writer("PEFT (diffusers)", _DIFFUSERS, _PLAIN, _dotted("transformer.", *_AB)),
+    "diffsynth": Writer("DiffSynth", _DIFFUSERS, _PLAIN, _dotted("", *_AB_DEFAULT)),
+    "ai-toolkit": Writer("ai-toolkit", _BFL, _PLAIN, _dotted("diffusion_model.", *_AB)),
+    "ai-toolkit-lokr": Writer("ai-toolkit LoKr", _BFL, lokr, _AI),
+    "kohya": Writer("kohya", _BFL, lora, _KOHYA),
+    "fal": Writer("PEFT (fal, BFL)", _BFL, _PLAIN, _dotted("base_model.model.", *_AB)),
+    "onetrainer": Writer("OneTrainer", _PARTS, lora, _ONE_TRAINER),
+    "onetrainer-dora": Writer("OneTrainer DoRA", _PARTS, _COLUMNS, _ONE_TRAINER, _whole),
+    "lycoris-lokr": Writer("LyCORIS LoKr", _BFL, _PAIR, _LYCORIS),
+    "lycoris-lokr-pairs": Writer("LyCORIS LoKr", _DIFFUSERS, _PAIRS, _LYCORIS),
+    "lycoris-loha": Writer("LyCORIS LoHa", _BFL, loha, _LYCORIS),
+    "lycoris-dora": Writer("LyCORIS DoRA", _BFL, dora, _LYCORIS),
+    "lycoris-dokr": Writer("LyCORIS LoKr DoRA", _BFL, _DOKR, _LYCORIS),
+    "comfyui": Writer("ComfyUI", _BFL, lora, _dotted("diffusion_model.", *_UP_DOWN)),
+    "mixed-dora": Writer("kohya DoRA", _DIFFUSERS, dora, _KOHYA),
+    "column-dora": Writer("kohya DoRA", _BFL, _COLUMNS, _KOHYA, _whole),
+    "full": Writer("ai-toolkit full", _BFL, full, _AI, _all),
+    "set": Writer("ai-toolkit full", _BFL, replaced, _AI, _all),
+    "old-diffusers": Writer("plain names", _DIFFUSERS, lora, _dotted("", *_OLD)),
+    "older-diffusers": Writer("plain names", _DIFFUSERS, lora, _dotted("unet.", *_OLDER)),
+    "linear-layer": Writer("plain names", _DIFFUSERS, lora, _dotted("", *_LINEAR_LAYER)),
+    "bare-ab": Writer("plain names", _BFL, _PLAIN, _dotted("model.diffusion_model.", *_AB_BARE)),
 }
 
 

@@ -14,11 +14,11 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import GraphSet
 from klein_kv.artifacts.weights import WeightRef, graph_weights, split_part
 from klein_kv.errors import CapacityError, RequestError
-from klein_kv.networks import merge
+from klein_kv.networks import merge as merge_network
 from klein_kv.networks.transformer import transformer_parameters
 from klein_kv.runtime.backends.backend import DeviceContent
 from klein_kv.runtime.backends.trt.backend import TrtBackend
-from klein_kv.runtime.lora import device_merge
+from klein_kv.runtime.lora import merge
 from klein_kv.runtime.lora.lora_file import WeightedAdapter, read_adapter
 from klein_kv.runtime.lora.merge import WeightMerger
 from klein_kv.runtime.pipeline import KleinKVPipeline
@@ -97,7 +97,7 @@ def steps_apart(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64]:
     [
         ("tiny_bf16_artifacts", None, False),
         ("tiny_fp16_artifacts", None, True),
-        ("artifacts", "fp8", True),
+        ("quantized_artifacts", "fp8", True),
     ],
 )
 def test_engines_merge_as_the_host_does(
@@ -110,8 +110,8 @@ def test_engines_merge_as_the_host_does(
 ) -> None:
     """Sums are made in another order: now and then the next number; never more."""
     if pieces:  # as of large weights
-        monkeypatch.setattr(merge, "_MOST_NUMBERS", 1 << 11)
-        monkeypatch.setattr(device_merge, "_READ_BYTES", 1 << 14)
+        monkeypatch.setattr(merge_network, "_MOST_NUMBERS", 1 << 13)
+        monkeypatch.setattr(merge, "_READ_BYTES", 1 << 15)
     card = Card(request.getfixturevalue(folder), tmp_path, precision)
     before, adapters = card.held(), card.adapters()
     contents, expected = card.merger().contents(adapters), card.expected(adapters)
@@ -186,11 +186,11 @@ def broken_engine(card: Card) -> list[WeightedAdapter]:
 )
 def test_what_a_device_does_not_merge_the_host_does(
     prepare: Callable[[Card], list[WeightedAdapter]],
-    artifacts: Path,
+    quantized_artifacts: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    card = Card(artifacts, tmp_path, "fp8")
+    card = Card(quantized_artifacts, tmp_path, "fp8")
     adapters = prepare(card)
     merger = card.merger()
     card.backend.replace_weights(merger.contents(adapters))
@@ -254,8 +254,8 @@ def test_a_switch_leaves_engines_and_captured_graphs_as_they_are(
     np.testing.assert_array_equal(edit(fresh), changed)
 
 
-def test_graphs_of_quantized_sets_alone_have_float8(artifacts: Path) -> None:
-    manifest = Manifest.load(artifacts)
+def test_graphs_of_quantized_sets_alone_have_float8(quantized_artifacts: Path) -> None:
+    manifest = Manifest.load(quantized_artifacts)
     small = {x.precision: set(x.small_files) for x in (manifest.graphs, GraphSet("kv", "bfloat16"))}
     assert small == {None: {"blend", "merge_lora"}}
     fp8 = manifest.choose_graphs(precision="fp8")

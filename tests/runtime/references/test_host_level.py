@@ -15,7 +15,6 @@ from PIL import Image
 from klein_kv import KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import KVFormat
-from klein_kv.errors import ArtifactError, RequestError
 from klein_kv.runtime.backends.trt import pinned
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from klein_kv.runtime.backends.trt.pinned import PinnedStore
@@ -147,27 +146,6 @@ def test_a_copy_that_is_there_is_not_made_again(machine: Open, sets: list[Pictur
         pipe(image=sets[0], **REQUEST)
     # The latents, once per request; no keys and values.
     assert sum(kind == 2 for kind, _ in cuda.copies) == downloads + 3
-
-
-def test_budget_must_hold_a_page(machine: Open) -> None:
-    with pytest.raises(RequestError, match=f"expected {PAGE} or more"):
-        machine(host_cache_bytes=PAGE - 1)
-
-
-def test_engines_and_graphs_must_agree_on_keys_and_values(
-    tiny_artifacts: Path, engines: Path
-) -> None:
-    manifest = Manifest.load(tiny_artifacts)
-    other = manifest.choose_graphs(manifest.dtype if _kv_dtype(engines) else KVFormat.FP8_PER_HEAD)
-    with pytest.raises(ArtifactError, match="choose other engines"):
-        TrtBackend(
-            tiny_artifacts,
-            manifest,
-            engines=engines,
-            cuda=(cuda := FakeCuda()).cuda,
-            trt=FakeTrt(tiny_artifacts, cuda),
-            graphs=other,
-        )
 
 
 @pytest.mark.parametrize("lagging", LAGS)

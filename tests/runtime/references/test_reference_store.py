@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.signature import kv_names
 from klein_kv.errors import CapacityError, RequestError
 from klein_kv.runtime.planning import memory
+from klein_kv.runtime.references.byte_cache import ByteCache
 from tests.runtime.conftest import Open, Picture, Pictures, SetFree
 from tests.runtime.stub_backend import TOKEN, DeviceStub, Stub
 
@@ -75,7 +76,7 @@ def graphs_of(pipe: KleinKVPipeline) -> list[str]:
 # --- sequences of requests ---
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=SHARED)
+@settings(max_examples=30, suppress_health_check=SHARED)
 @given(
     budget=st.integers(0, 100 * TOKEN),
     host_budget=st.one_of(st.just(0), st.integers(1, 150 * TOKEN)),
@@ -136,7 +137,7 @@ def test_many_requests_leave_nothing_behind(stub: Open, pictures: Pictures) -> N
     pipe.backend.run = watch  # type: ignore[method-assign]
     gc.disable()
     try:
-        for _ in range(300):
+        for _ in range(120):
             edit(pipe, sets[rng.integers(0, len(sets))], num_inference_steps=1)
             assert pipe.reference_store.stats.bytes <= 70 * TOKEN
         stats = pipe.reference_store.stats
@@ -147,8 +148,8 @@ def test_many_requests_leave_nothing_behind(stub: Open, pictures: Pictures) -> N
         assert all(array() is None for array in arrays)
     finally:
         gc.enable()
-    assert stats.hits + stats.misses == 300
-    assert min(stats.hits, stats.misses, stats.evictions) > 20
+    assert stats.hits + stats.misses == 120
+    assert min(stats.hits, stats.misses, stats.evictions) > 10
 
 
 def test_threads_that_ask_for_the_same_references_encode_once(
@@ -243,12 +244,73 @@ def test_host_memory_that_cannot_be_had_is_a_warning(
         np.testing.assert_array_equal(edit(pipe, [image]), latents)
 
 
-def test_sets_of_other_weights_have_another_digest(
-    stub: Open, manifest: Manifest, pictures: Pictures
-) -> None:
-    here = stub().encode_references(pictures[0])
-    name = next(name for name in manifest.files if name.endswith(".safetensors"))
-    files = manifest.files | {name: replace(manifest.files[name], digest="other")}
-    other = replace(manifest, files=files)
-    there = KleinKVPipeline(stub().artifacts, other, Stub(other)).encode_references(pictures[0])
-    assert here.digest != there.digest
+# --- the cache alone: what it holds, and in which order it gives up ---
+
+
+@dataclass(eq=False)
+class Value:
+    nbytes: int
+    name: str = ""
+
+
+def get(cache: ByteCache[Value], key: str, nbytes: int = 10) -> Value:
+    value = cache.get(key)
+    if value is None:
+        value = Value(nbytes, key)
+        cache.put(key, value)
+    return value
+
+
+def held(cache: ByteCache[Value], keys: str = "abcd") -> str:
+    gc.collect()
+    return "".join(key for key in keys if key in cache)
+
+
+def test_least_recently_used_goes_first() -> None:
+    cache: ByteCache[Value] = ByteCache(30, "a value")
+    for key in "abcad":
+        get(cache, key)
+    assert held(cache) == "acd"
+    assert (cache.hits, cache.misses, cache.evictions) == (1, 4, 1)
+    assert (len(cache), cache.nbytes) == (3, 30)
+    get(cache, "b", 25)  # displaces several
+    assert held(cache) == "b"
+
+
+def test_evicted_value_in_use_is_found_again() -> None:
+    cache: ByteCache[Value] = ByteCache(10, "a value")
+    first = get(cache, "a")
+    get(cache, "b")
+    assert "a" in cache
+    assert get(cache, "a") is first
+    get(cache, "b")
+    del first
+    assert held(cache) == "b"
+
+
+def test_what_is_given_up_is_handed_on() -> None:
+    handed: list[str] = []
+
+    class Watched(ByteCache[Value]):
+        def _give_up(self, key: str, value: Value) -> None:
+            handed.append(key)
+
+    cache = Watched(20, "a value")
+    for key in "abc":
+        get(cache, key)
+    get(cache, "d", 21)  # larger than the budget: it displaces nothing
+    assert handed == ["a", "d"]
+    assert held(cache) == "bc"
+    assert cache.free(1, keep="b") == 10
+    assert handed == ["a", "d", "c"]
+    assert cache.free(100) == 10
+    get(cache, "a")
+    cache.clear()
+    assert (handed, held(cache)) == (["a", "d", "c", "b"], "")
+
+
+def test_no_budget_keeps_nothing() -> None:
+    cache: ByteCache[Value] = ByteCache(0, "a value")
+    value = get(cache, "a")
+    assert cache.get("a") is None
+    assert value.nbytes == 10, "though it is alive"

@@ -31,23 +31,17 @@ class LoadedModel:
     def __hash__(self) -> int:
         return id(self.model)
 
-    def model_load(
-        self, lowvram_model_memory: float = 0, force_patch_weights: bool = False
-    ) -> None:
+    def model_load(self) -> None:
         self.model.model_patches_to(self.device)
         self.model.model_patches_to(self.model.model_dtype())
-        self.model.partially_load(
-            self.device, lowvram_model_memory or 1e32, force_patch_weights=force_patch_weights
-        )
+        self.model.partially_load(self.device, 1e32, force_patch_weights=False)
 
-    def model_unload(
-        self, memory_to_free: float | None = None, unpatch_weights: bool = True
-    ) -> bool:
-        if memory_to_free is not None and memory_to_free < self.model.loaded_size():
+    def model_unload(self, memory_to_free: float) -> bool:
+        if memory_to_free < self.model.loaded_size():
             freed = self.model.partially_unload(self.model.offload_device, memory_to_free)
             if freed >= memory_to_free:
                 return False
-        self.model.detach(unpatch_weights)
+        self.model.detach(True)
         return True
 
 
@@ -55,7 +49,7 @@ def get_torch_device() -> torch.device:
     return torch.device("cpu")
 
 
-def get_free_memory(dev: torch.device | None = None, torch_free_too: bool = False) -> int:
+def get_free_memory(dev: torch.device) -> int:
     return capacity - sum(x.model.loaded_size() for x in current_loaded_models)
 
 
@@ -75,13 +69,7 @@ def free_memory(
     return gone
 
 
-def load_models_gpu(
-    models: list[ModelPatcher],
-    memory_required: float = 0,
-    force_patch_weights: bool = False,
-    minimum_memory_required: float | None = None,
-    force_full_load: bool = False,
-) -> None:
+def load_models_gpu(models: list[ModelPatcher]) -> None:
     for model in models:
         assert not model.model_patches_models()
         for loaded in [x for x in current_loaded_models if model.is_clone(x.model)]:
@@ -89,7 +77,7 @@ def load_models_gpu(
             loaded.model.detach(unpatch_all=False)
         there = model.current_loaded_device() == model.load_device
         missing = model.model_size() - (model.loaded_size() if there else 0)
-        free_memory(missing * 1.1 + memory_required, model.load_device)
+        free_memory(missing * 1.1, model.load_device)
         loaded = LoadedModel(model)
         loaded.model_load()
         current_loaded_models.insert(0, loaded)
@@ -99,7 +87,7 @@ def unload_all_models() -> None:
     free_memory(1e30, get_torch_device())
 
 
-def soft_empty_cache(force: bool = False) -> None:
+def soft_empty_cache() -> None:
     pass
 
 

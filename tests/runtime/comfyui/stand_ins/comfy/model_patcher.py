@@ -11,8 +11,7 @@ class ModelPatcher:
         model: torch.nn.Module,
         load_device: torch.device,
         offload_device: torch.device,
-        size: int = 0,
-        weight_inplace_update: bool = False,
+        size: int,
     ) -> None:
         assert isinstance(model, torch.nn.Module)
         assert isinstance(load_device, torch.device)

@@ -11,15 +11,7 @@ import torch
 class Input:
     Parent: Any = None
 
-    def __init__(
-        self,
-        id: str,
-        display_name: str | None = None,
-        optional: bool = False,
-        tooltip: str | None = None,
-        lazy: bool | None = None,
-        extra_dict: Any = None,
-    ) -> None:
+    def __init__(self, id: str, *, optional: bool = False, tooltip: str | None = None) -> None:
         assert isinstance(id, str)
         self.id, self.optional, self.tooltip = id, optional, tooltip
 
@@ -32,11 +24,7 @@ class Output:
     Parent: Any = None
 
     def __init__(
-        self,
-        id: str | None = None,
-        display_name: str | None = None,
-        tooltip: str | None = None,
-        is_output_list: bool = False,
+        self, id: str | None = None, *, display_name: str | None = None, tooltip: str | None = None
     ) -> None:
         self.id, self.display_name = id, display_name
 
@@ -62,62 +50,55 @@ class Mask:
     io_type, Type = "MASK", torch.Tensor
 
 
+class _Within(Input):
+    """A number with limits. Of the stand-in alone."""
+
+    def __init__(self, id: str, default: Any, min: Any, max: Any, **usual: Any) -> None:
+        super().__init__(id, **usual)
+        assert min <= default <= max
+        self.min, self.max = min, max
+
+    def refused(self, value: Any) -> bool:
+        return super().refused(value) or not self.min <= value <= self.max
+
+
 @_typed
 class Int:
     io_type, Type = "INT", int
 
-    class Input(Input):
+    class Input(_Within):
         def __init__(
             self,
             id: str,
-            display_name: str | None = None,
+            *,
             optional: bool = False,
             tooltip: str | None = None,
-            lazy: bool | None = None,
-            default: int | None = None,
-            min: int | None = None,
-            max: int | None = None,
+            default: int,
+            min: int,
+            max: int,
             step: int | None = None,
             control_after_generate: bool | None = None,
-            display_mode: Any = None,
-            socketless: bool | None = None,
-            force_input: bool | None = None,
         ) -> None:
-            super().__init__(id, display_name, optional, tooltip, lazy)
-            assert default is None or min <= default <= max
-            self.min, self.max = min, max
-
-        def refused(self, value: Any) -> bool:
-            return not isinstance(value, int) or not self.min <= value <= self.max
+            super().__init__(id, default, min, max, optional=optional, tooltip=tooltip)
 
 
 @_typed
 class Float:
-    io_type, Type = "FLOAT", float
+    io_type, Type = "FLOAT", int | float
 
-    class Input(Input):
+    class Input(_Within):
         def __init__(
             self,
             id: str,
-            display_name: str | None = None,
+            *,
             optional: bool = False,
             tooltip: str | None = None,
-            lazy: bool | None = None,
-            default: float | None = None,
-            min: float | None = None,
-            max: float | None = None,
+            default: float,
+            min: float,
+            max: float,
             step: float | None = None,
-            round: float | None = None,
-            display_mode: Any = None,
-            socketless: bool | None = None,
-            force_input: bool | None = None,
         ) -> None:
-            super().__init__(id, display_name, optional, tooltip, lazy)
-            assert default is None or min <= default <= max
-            self.min, self.max = min, max
-
-        def refused(self, value: Any) -> bool:
-            return not isinstance(value, int | float) or not self.min <= value <= self.max
+            super().__init__(id, default, min, max, optional=optional, tooltip=tooltip)
 
 
 @_typed
@@ -128,18 +109,13 @@ class String:
         def __init__(
             self,
             id: str,
-            display_name: str | None = None,
-            optional: bool = False,
+            *,
             tooltip: str | None = None,
-            lazy: bool | None = None,
             multiline: bool = False,
-            placeholder: str | None = None,
             default: str | None = None,
             dynamic_prompts: bool | None = None,
-            socketless: bool | None = None,
-            force_input: bool | None = None,
         ) -> None:
-            super().__init__(id, display_name, optional, tooltip, lazy)
+            super().__init__(id, tooltip=tooltip)
 
 
 @_typed
@@ -150,19 +126,12 @@ class Combo:
         def __init__(
             self,
             id: str,
-            options: list[str] | None = None,
-            display_name: str | None = None,
-            optional: bool = False,
+            *,
+            options: list[str],
             tooltip: str | None = None,
-            lazy: bool | None = None,
             default: str | None = None,
-            control_after_generate: bool | None = None,
-            upload: Any = None,
-            image_folder: Any = None,
-            remote: Any = None,
-            socketless: bool | None = None,
         ) -> None:
-            super().__init__(id, display_name, optional, tooltip, lazy)
+            super().__init__(id, tooltip=tooltip)
             assert isinstance(options, list)
             assert default is None or default in options
 
@@ -171,27 +140,21 @@ class Schema:
     def __init__(
         self,
         node_id: str,
-        display_name: str | None = None,
-        category: str = "sd",
-        inputs: list[Input] | None = None,
-        outputs: list[Output] | None = None,
-        hidden: Any = None,
-        description: str = "",
-        is_input_list: bool = False,
+        *,
+        display_name: str,
+        category: str,
+        inputs: list[Input],
+        outputs: list[Output],
+        description: str,
         is_output_node: bool = False,
-        is_deprecated: bool = False,
-        is_experimental: bool = False,
-        is_api_node: bool = False,
-        not_idempotent: bool = False,
-        enable_expand: bool = False,
     ) -> None:
-        self.node_id, self.inputs, self.outputs = node_id, inputs or [], outputs or []
+        self.node_id, self.inputs, self.outputs = node_id, inputs, outputs
         ids = [x.id for x in self.inputs] + [x.id for x in self.outputs if x.id is not None]
         assert len(ids) == len(set(ids)), "ids must be unique among inputs and outputs"
 
 
 class NodeOutput:
-    def __init__(self, *args: Any, ui: Any = None, expand: Any = None, block_execution: Any = None):
+    def __init__(self, *args: Any, ui: Any = None) -> None:
         self.args, self.ui = args, ui
 
 
