@@ -39,7 +39,7 @@ from klein_kv.engines.plan.applied import check_applied
 from klein_kv.engines.plan.kernel_plan import KernelPlan
 from klein_kv.engines.rewrite.graph_rewrite import Graph, read_graph
 from klein_kv.engines.sizes.profiles import NEED_REFERENCES, engine_profiles
-from klein_kv.engines.sizes.recipe import Recipe
+from klein_kv.engines.sizes.recipe import WEIGHTS_MODES, Recipe
 from klein_kv.errors import ArtifactError, BuildError, CapacityError, RequestError
 from klein_kv.machine import peak_memory
 from klein_kv.unfinished import remove_leftovers
@@ -104,13 +104,15 @@ def build_artifacts(
     Raises:
         ArtifactError: the folder is not whole, or a graph is not ours.
         BackendError: TensorRT is not installed.
-        BuildError: target, recipe, weights or precision do not fit, or TensorRT refuses a graph.
+        BuildError: target, recipe or precision do not fit, or TensorRT refuses a graph.
         CapacityError: not enough disk or memory.
-        RequestError: an unknown graph or module.
+        RequestError: an unknown graph, module or weights mode.
     """
     manifest = Manifest.load(artifacts, check_files=False)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe or "default")
+    if weights not in (None, *WEIGHTS_MODES):
+        raise RequestError(f"weights is {weights!r}, expected {' or '.join(WEIGHTS_MODES)}")
     recipe = replace(
         recipe,
         weights=weights or recipe.weights,

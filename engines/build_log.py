@@ -35,7 +35,8 @@ class BuildLog:
         if message.startswith("Layers:\n") or "Engine Layer Information" in message[:80]:
             # After the kernels comes a table of inputs and outputs; its lines are indented.
             lines = [line for line in message.splitlines() if line.startswith("Name: ")]
-            self.layers += [lines] if lines else []
+            if lines:
+                self.layers.append(lines)
         elif match := _SCRATCH.match(message):
             self.scratch_bytes.append(int(match[1]))
 

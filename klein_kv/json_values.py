@@ -4,7 +4,6 @@ Such files are other people's: a value of another type is an error, not a surpri
 """
 
 import json
-import operator
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -41,17 +40,16 @@ def from_json(kind: Any, value: Any) -> Any:
     """The value as a `kind`: a dataclass, a named tuple, or a type that their fields have.
 
     Absent fields take their default; of a union the first type is meant, or null. One of
-    `MALFORMED` where the value is no such thing, or has fields that the class does not know.
+    `MALFORMED` where the value is no such thing, or has fields that the class does not know: what
+    gets a new field gets a new format version.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
         return _text(value)
-    if kind is int:
-        return operator.index(value)
-    if kind is float:
-        if type(value) not in (int, float):
-            raise TypeError(f"{value!r:.80} is no number")
-        return float(value)
+    if kind in (int, float, bool):
+        if type(value) not in {int: (int,), float: (int, float), bool: (bool,)}[kind]:
+            raise TypeError(f"{value!r:.80} is no {kind.__name__}")
+        return kind(value)
     if hasattr(kind, "__dataclass_fields__"):
         types = _types(kind)
         return kind(**{name: from_json(types[name], item) for name, item in value.items()})

@@ -40,6 +40,11 @@ ITEM_BITS = {
 # The builder's stream synchronisation and shape arithmetic on the host: no work for the GPU.
 _NO_KERNEL = ("signal", "wait", "shape_call")
 
+_FIELDS = (
+    ("Inputs: ", ", Constants: "),
+    ("Constants: ", ", Outputs: "),
+    ("Outputs: ", ", TacticName: "),
+)
 _OPERAND = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], "
     r"Strides: \[(?P<strides>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)"
@@ -149,21 +154,17 @@ def parse_line(line: str) -> Kernel:
             f"cannot read the builder's kernel plan: expected 'Name: ..., LayerType: ..., "
             f"Inputs: ...', got {line[:120]!r}"
         )
-    inputs, constants, outputs = (
-        tuple(_operands(line.partition(f"{field}: [")[2].partition(end)[0]))
-        for field, end in (
-            ("Inputs", ", Constants: "),
-            ("Constants", ", Outputs: "),
-            ("Outputs", ", TacticName: "),
-        )
-    )
+    operands = []
+    for start, end in _FIELDS:
+        text, closing, _ = line.partition(start)[2].partition(end)
+        operands.append(tuple(_operands(text)) if closing else ())
     stream = re.search(r", StreamId: (\d+)", line)
     return Kernel(
         name=head["name"],
         kind=head["kind"],
-        inputs=inputs,
-        constants=constants,
-        outputs=outputs,
+        inputs=operands[0],
+        constants=operands[1],
+        outputs=operands[2],
         onnx_layers=tuple(_ONNX_LAYER.findall(line.rpartition("Metadata: ")[2])),
         stream=int(stream[1]) if stream else 0,
     )

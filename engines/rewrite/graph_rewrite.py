@@ -121,10 +121,16 @@ def _external_weights(model: "onnx.ModelProto", path: Path) -> dict[str, WeightR
         if not tensor.external_data:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        place = [entries.get(key, "0") for key in ("offset", "length")]
+        if not all(text.isdecimal() for text in place):
+            raise ArtifactError(
+                f"{path}: weight {tensor.name} has offset and length {place}, expected whole "
+                "numbers; export the checkpoint again"
+            )
         places[tensor.name] = WeightPlace(
             entries.get("location", ""),
-            int(entries.get("offset", 0)),
-            int(entries.get("length", 0)),
+            int(place[0]),
+            int(place[1]),
             _DTYPES.get(tensor.data_type, f"type {tensor.data_type}"),
             tuple(tensor.dims),
         )

@@ -16,9 +16,9 @@ from klein_kv.artifacts.numbers import PRECISION_FORMATS
 from klein_kv.artifacts.positions import MAX_OUTPUT_AREA
 from klein_kv.errors import BuildError
 
-__all__ = ["Range", "Recipe", "ShapeProfile", "Size", "recipe_names"]
+__all__ = ["WEIGHTS_MODES", "Range", "Recipe", "ShapeProfile", "Size", "recipe_names"]
 
-_WEIGHTS_MODES = ("shared", "embedded")
+WEIGHTS_MODES = ("shared", "embedded")
 """Weights as engine inputs, one device copy for all engines; or baked into each engine."""
 
 MAX_REFERENCE_AREA = 1024 * 1024
@@ -123,7 +123,7 @@ class Recipe:
     # "bf16", "fp16", or a quantized one that the artifacts hold; None builds what they were
     # exported in
     precision: str | None
-    weights: str  # one of `_WEIGHTS_MODES`
+    weights: str  # one of `WEIGHTS_MODES`
     profiles: tuple[ShapeProfile, ...]  # at least one
     # "fp8" computes the transformer's attention in float8, which a quantized precision and one
     # single shape allow; None leaves it in the type of activations
@@ -145,8 +145,8 @@ class Recipe:
                 "attention in fp8 has a kernel for a fixed number of keys only; expected one "
                 "profile of one single shape, such as static-1024-4ref"
             )
-        elif self.weights not in _WEIGHTS_MODES:
-            wrong = f"weights is {self.weights!r}, expected one of {', '.join(_WEIGHTS_MODES)}"
+        elif self.weights not in WEIGHTS_MODES:
+            wrong = f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS_MODES)}"
         elif not names or len(set(names)) != len(names):
             wrong = f"profiles are {names}, expected at least one and no name twice"
         if wrong is not None:

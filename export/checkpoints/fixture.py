@@ -57,7 +57,7 @@ def make_fixture(out: Path, size: str = "tiny", seed: int = 0, dtype: str | None
     Args:
         out: folder to make; it may exist if it is empty.
         size: "pocket" or a key of `SIZES`.
-        seed: of random weights, 0 to 2**63 - 1.
+        seed: of random weights, 0 to 2**63 - 1; "pocket" and "9b-shapes" have none.
         dtype: "float32", "float16" or "bfloat16"; None takes the size's own.
 
     Raises:

@@ -50,7 +50,7 @@ def place_weights(
     """Puts a component's weights into the artifact folder.
 
     A checkpoint's file is linked (hard link, else reflink, else a copy, with a warning) if at least
-    half of the bytes used of it can be used as they lie there. All other tensors are converted, a
+    half of the numbers used of it can be used as they lie there. All other tensors are converted, a
     piece at a time, into one file.
 
     `names` are the tensors that the graphs use, `dtype` is the floating point type they want;
@@ -70,12 +70,14 @@ def place_weights(
     fit: Counter[Path] = Counter()
     for name, weight in used.items():
         for part in stored_parts(weight):
-            total[part.path] += part.nbytes
-            fit[part.path] += part.nbytes * (name in fitting)
+            count = math.prod(part.shape) * (2 if part.dtype == "uint8" else 1)  # of four bits
+            total[part.path] += count
+            fit[part.path] += count * (name in fitting)
     shared = set()
     targets = {}
     for path in sorted(path for path, count in fit.items() if 0 < total[path] <= 2 * count):
-        linked = _link(path, folder, copy=2 * fit[path] + _HEADER >= path.stat().st_size)
+        read = sum(x.nbytes for x in fitting.values() if x.path == path)
+        linked = _link(path, folder, copy=2 * read + _HEADER >= path.stat().st_size)
         if linked is not None:
             targets[path], is_shared = linked
             shared |= {targets[path]} if is_shared else set()

@@ -29,7 +29,7 @@ _MOST = 0.7
 class Tolerance:
     """What passes.
 
-    It was measured with torch 2.13, diffusers 0.42, transformers 5.23 and onnxruntime 1.31 on two
+    `measured` is with torch 2.13, diffusers 0.42, transformers 5.23 and onnxruntime 1.31 on two
     cores of an x86 CPU with AVX2, over every comparison of the tests. Bounds leave room for other
     machines, whose kernels add in another order.
     """
@@ -114,9 +114,9 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("text_encoder", "fp8-weight-only"): Tolerance(0.090, 0.045),
     # Reference keys and values in float8, besides.
     ("keys and values", "fp8"): Tolerance(0.054, 0.027),
-    # One quantized layer on its own inputs, against its own weight: the largest over the layers of
-    # the small fixture. A scale that is off by 2 gives 0.5 or more, exchanged halves of bytes about
-    # 1; rounding normally distributed numbers 0.04 and 0.14.
+    # One quantized layer on its inputs in float32, against its own weight: the largest over the
+    # layers of the small fixture. A scale that is off by 2 gives 0.5 or more, exchanged halves of
+    # bytes about 1; rounding normally distributed numbers 0.04 and 0.14.
     ("layer", "fp8"): Tolerance(0.178, 0.043),
     ("layer", "nvfp4"): Tolerance(0.398, 0.140),
 }

@@ -242,9 +242,12 @@ def refs_from_places(
                 files[place.file] = path, path.stat().st_size
             path, size = files[place.file]
             expected = tensor_bytes(place.dtype, place.shape)
-        except (OSError, RuntimeError, *MALFORMED) as error:
+        except (OSError, RuntimeError, ArtifactError, *MALFORMED) as error:
             kind = type(error).__name__  # the text of some, a KeyError for one, is the key alone
-            raise ArtifactError(f"{table} cannot be read: {kind}: {error}; export again") from error
+            raise ArtifactError(
+                f"{table}: {name} of type {place.dtype} in {place.file!r} cannot be read: "
+                f"{kind}: {error}; export again"
+            ) from error
         if (
             not 0 <= place.offset <= size - place.nbytes
             or place.nbytes != expected

@@ -265,9 +265,9 @@ class KleinKVEdit(io.ComfyNode):
                 "image_reference": list(references[1:]),
                 "mask_image": None if mask is None else mask.float().cpu().numpy(),
                 "strength": strength,
-                "output_type": "pil",
-                "overlay": True,
             }
+            if mask is not None:
+                request |= {"output_type": "pil", "overlay": True}
             made: Any = KleinKVInpaintPipeline.from_pipe(pipe)(**request)
         else:
             made = pipe(**request, image=list(references))

@@ -126,7 +126,7 @@ class Front:
     def shelve(self, images: tuple[Pixels, ...], digest: str) -> ShelvedReferences:
         """Keeps images under their digest."""
         held = self.shelf.get(digest) or ShelvedReferences(digest, images)
-        self.shelf.put(digest, held, sum(image.nbytes for image in images))
+        self.shelf.put(digest, held, sum(image.nbytes for image in images), param="image")
         return held
 
     def on_shelf(self, digest: str) -> ShelvedReferences:
@@ -182,13 +182,15 @@ class Front:
         )
         return encode_image(image, kind, quality, parameters)
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses names that are not this model's, with "model_not_found"."""
+    def check_model(self, name: str | None, other: str | None = None) -> None:
+        """Refuses names that are not this model's, with "model_not_found"; `other` is one too."""
         own = self.facts.model
-        names = (own, own.rpartition("/")[2], "klein-kv", *self.settings.model_names)
+        names = (own, own.rpartition("/")[2], "klein-kv", *self.settings.model_names, other)
         if name is not None and name not in names:
             raise ServiceError(
-                "model_not_found", f"there is no such model, expected {own!r}", "model"
+                "model_not_found",
+                f"there is no model {name[:60]!r}, expected {other or own!r}",
+                "model",
             )
 
     def check_loras(self, loras: Sequence[tuple[str, float]]) -> None:

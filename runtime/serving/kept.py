@@ -47,13 +47,19 @@ class Kept(Generic[V]):
         return nbytes <= self._own_limits[0]
 
     def put(
-        self, key: str, value: V, nbytes: int, *, owner: str = "", ttl_s: float = math.inf
+        self,
+        key: str,
+        value: V,
+        nbytes: int,
+        *,
+        owner: str = "",
+        ttl_s: float = math.inf,
+        param: str | None = None,
     ) -> None:
-        """Keeps a value; refuses one that alone is more than the owner may have."""
+        """Keeps a value; refuses one, the field `param`, that is more than the owner may have."""
         if not self.fits(nbytes):
-            raise ServiceError(
-                "payload_too_large", "the images are larger than what is kept on this server"
-            )
+            text = "the images are larger than what is kept on this server"
+            raise ServiceError("payload_too_large", text, param)
         self._entries.pop(key, None)
         now = time.monotonic()
         for old in [old for old, entry in self._entries.items() if entry.end <= now]:

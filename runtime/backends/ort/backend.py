@@ -121,7 +121,14 @@ class OrtBackend:
         self._changes: dict[str, Callable[[], Any]] = {}
         self._loading = threading.Lock()
 
-    def prepare(self, graph: str, *_: Any, **__: Any) -> None:
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
         self._session(graph)
 
     def run(self, graph: str, inputs: Mapping[str, Buffer]) -> dict[str, Buffer]:
@@ -197,11 +204,12 @@ class OrtBackend:
         with self._loading:
             keep_changes(self._changes, changes)
             affected = set()
-            for graph in self._sessions:
+            for graph in self._files:  # of one that failed to load, weights may be there still
                 for name, ref in self._table(self._files[graph]).items():
                     if split_part(name)[0] in changes:
                         self._weights.pop(ref, None)
                         affected.add(graph)
+            affected &= self._sessions.keys()
             stay = list(self._weights.values())
             for graph in affected:
                 del self._sessions[graph], self._bound[graph]

@@ -107,7 +107,14 @@ class TorchBackend:
         components = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         return cls(GivenWeights(components, config, dtype, device), **options)
 
-    def prepare(self, graph: str, *_: Any, **__: Any) -> None:
+    def prepare(
+        self,
+        graph: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        kv: Mapping[str, Buffer] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
         with self._torch(graph):
             self._graph(graph)
 

@@ -40,6 +40,7 @@ M = TypeVar("M", bound=BaseModel)
 
 MAX_FIELDS = 64
 _LONGEST_NAME = 256
+_QUOTED = 40  # characters of a text that was wrong
 _LORA = re.compile(r"(?P<name>[^:,]+)(:(?P<weight>-?\d+(\.\d+)?))?")
 _MOST_LORAS = 8
 _LONGEST_LORA = 1000  # characters of all names and weights in one text
@@ -300,10 +301,18 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
     if first["type"] == "extra_forbidden":
         raise ServiceError("unknown_parameter", f"{name} is not known here", name)
     code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else "invalid_value"
-    value = first["input"]
-    got = f" is {value!r:.40}" if isinstance(value, int | float | str) else ""
     text = first["msg"].removeprefix("Value error, ")
-    raise ServiceError(code, f"{name}{got}: {text[:1].lower()}{text[1:]}", name)
+    if first["type"] == "model_type":
+        text = "expected an object"
+    text = text[:1].lower() + text[1:]
+    raise ServiceError(code, f"{name}{_quoted(first['input'])}: {text}", name)
+
+
+def _quoted(value: Any) -> str:
+    """What was sent, where it is a text or a number; of a long text the beginning."""
+    if isinstance(value, str) and len(value) > _QUOTED:
+        return f" is {value[:_QUOTED] + '…'!r} ({len(value)} characters)"
+    return f" is {value!r:.50}" if isinstance(value, int | float | str) else ""
 
 
 def _bad(param: str, text: str) -> ServiceError:
@@ -312,4 +321,4 @@ def _bad(param: str, text: str) -> ServiceError:
 
 def _short(name: str) -> str:
     """A field's name as a client sent it, for an answer."""
-    return "".join(x for x in name[:_LONGEST_NAME] if x.isprintable())[:64]
+    return "".join(x if x.isprintable() else "?" for x in name[:64])

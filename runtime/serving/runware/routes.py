@@ -26,7 +26,7 @@ from klein_kv.runtime.serving.runware.answers import (
 )
 from klein_kv.runtime.serving.runware.service import RunwareService
 from klein_kv.runtime.serving.runware.store import PATH, Caller
-from klein_kv.runtime.serving.runware.tasks import Task, is_uuid
+from klein_kv.runtime.serving.runware.tasks import is_uuid
 from klein_kv.runtime.serving.security.limits import json_value
 
 __all__ = ["runware_routes"]
@@ -38,7 +38,15 @@ _MOST_UNKNOWN = 8
 _LARGEST_WITHOUT_KEY = 1 << 20  # bytes of a request whose key is in a task
 _LARGEST_FIRST = 4096  # characters of the message that authenticates
 _SECONDS_TO_AUTHENTICATE = 10.0
-_TASKS = {"type": "array", "minItems": 1, "maxItems": _MOST_TASKS}
+_TASK = {
+    "type": "object",
+    "required": ["taskType"],
+    "properties": {
+        "taskType": {"type": "string"},
+        "taskUUID": {"type": "string", "format": "uuid"},
+    },
+}
+_TASKS = {"type": "array", "minItems": 1, "maxItems": _MOST_TASKS, "items": _TASK}
 
 
 def runware_routes(front: Front, service: RunwareService) -> APIRouter:
@@ -52,9 +60,7 @@ def runware_routes(front: Front, service: RunwareService) -> APIRouter:
     routes = APIRouter(lifespan=lifespan)
     connections = _Connections(front, service)
 
-    body = described({"application/json": _TASKS | {"items": Task.model_json_schema()}})
-
-    @routes.post(PATH, openapi_extra=body)
+    @routes.post(PATH, openapi_extra=described({"application/json": _TASKS}))
     async def tasks(request: Request) -> Response:
         """A list of tasks, each answered for itself."""
         try:

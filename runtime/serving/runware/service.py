@@ -91,8 +91,7 @@ class RunwareService:
 
     async def _inference(self, sent: Mapping[str, Any], caller: Caller) -> Answer:
         task = checked(ImageTask, sent)
-        if task.model != MODEL:
-            self._front.check_model(task.model)
+        self._front.check_model(task.model, MODEL)
         task.check(self._front.facts.unit)
         self._front.check_loras(task.loras)
         urls = {"webhookURL": task.webhook_url, "uploadEndpoint": task.upload_endpoint}

@@ -9,7 +9,7 @@ import re
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -52,12 +52,21 @@ def _without_guidance(scale: float) -> float:
 def _without_filter(safety: dict[str, Any]) -> dict[str, Any]:
     if safety.get("mode", "none") != "none" or safety.get("checkContent", False) is not False:
         raise PydanticCustomError("unsupported_parameter", _NO_FILTER)
-    return safety
+    return {}  # a task may wait for long, and this may be large
+
+
+def _content(value: Any) -> str:
+    try:
+        if isinstance(value, str) and value.encode():
+            return value
+    except UnicodeEncodeError:
+        pass  # half a character
+    raise ValueError("expected an image: a UUID, URL, data URI or base64")
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Url = Annotated[str, Field(min_length=1, max_length=4096)]
-Content = Annotated[str, Field(min_length=1)]  # a UUID, URL, data URI or base64
+Content = Annotated[str, BeforeValidator(_content)]
 References = Annotated[list[Content], Field(min_length=1, max_length=4)]
 Side = Annotated[int, Field(ge=128, le=2048, multiple_of=16)]
 

@@ -1,6 +1,6 @@
 """Quantized graphs: what ONNX Runtime computes on them, and what they are at the released sizes.
 
-Those whose keys, values and attention stay as they are: tests/runtime/test_quantized_parity.py.
+Those whose keys, values and attention stay as they are: tests/runtime/test_quantized.py.
 """
 
 import collections

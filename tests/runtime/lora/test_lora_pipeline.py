@@ -174,23 +174,32 @@ def test_fused_adapters_stay_when_others_come_and_go(
     assert same(latents(pipe, noise), base)
 
 
+@pytest.mark.parametrize("during", [True, False])
 def test_after_an_error_in_a_switch_the_weights_are_right_again(
-    pipe: KleinKVPipeline, noise: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+    during: bool, pipe: KleinKVPipeline, noise: NDArray[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also while the error is held, and with it what was loaded until then."""
     base = latents(pipe, noise)
     pipe.load_lora_weights(make_adapter(pipe, 1))
     replace = type(pipe.backend).replace_weights
 
-    def broken(self: Any, changes: dict[str, Any]) -> None:
-        replace(self, dict(list(changes.items())[: len(changes) // 2]))
+    def lost() -> Any:
         raise BackendError("the device is lost")
+
+    def broken(self: Any, changes: dict[str, Any]) -> None:
+        some = dict(list(changes.items())[: len(changes) // 2])
+        if during:
+            some[list(changes)[-1]] = lost
+        replace(self, some)
+        lost()
 
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.backend), "replace_weights", broken)
-        with pytest.raises(BackendError, match="lost"):
+        with pytest.raises(BackendError, match="lost") as held:
             latents(pipe, noise)
     pipe.unload_lora_weights()
     assert same(latents(pipe, noise), base)
+    assert held.tb is not None
 
 
 def test_weights_that_do_not_fit_beside_the_files_are_refused(
