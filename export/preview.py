@@ -23,7 +23,7 @@ _RIDGE = 1e-3  # of the channels' variance, which is about 1
 
 def save_preview_matrix(folder: Path, manifest: Manifest) -> None:
     """Encodes a few made-up images, and writes what best maps their tokens to their pixels."""
-    config, vae = manifest.config.vae, FloatVae(folder, manifest)
+    config, vae = manifest.config.vae, FloatVae(folder, manifest, decodes=False)
     unit = config.multiple_of
     pixels = -(-_PIXELS // unit) * unit
     inputs, targets = [], []

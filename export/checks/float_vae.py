@@ -19,15 +19,19 @@ __all__ = ["FloatVae"]
 
 
 class FloatVae:
-    """Encodes reference images and decodes latents.
+    """Encodes reference images and, unless told that nothing `decodes`, decodes latents.
 
     Raises:
         ArtifactError: the folder does not hold the VAE's weights.
     """
 
-    def __init__(self, artifacts: Path, manifest: Manifest) -> None:
+    def __init__(self, artifacts: Path, manifest: Manifest, decodes: bool = True) -> None:
         stored = FolderWeights(artifacts, manifest, device="cpu").load("vae")
-        weights = {name: tensor.float() for name, tensor in stored.items()}
+        weights = {
+            name: tensor.float()
+            for name, tensor in stored.items()
+            if decodes or not name.startswith("decoder.")
+        }
         self._ops, self._config = TorchOps(weights, torch.float32), manifest.config.vae
 
     def encode(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
