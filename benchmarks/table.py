@@ -73,7 +73,7 @@ def edit_section(document: dict[str, Any]) -> str:
 
 def build_section(document: dict[str, Any]) -> str:
     rows = [
-        (recipe, graph, *(f"{plan[key]:.4g}" for key in PLAN))
+        (recipe, graph, *("-" if plan[key] is None else f"{plan[key]:.4g}" for key in PLAN))
         for recipe, build in document["build"].items()
         for graph, plan in build["plans"].items()
     ]

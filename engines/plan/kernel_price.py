@@ -46,7 +46,8 @@ class PlanPrice:
     bytes: int  # memory traffic of all kernels
     seconds: float
     ideal_seconds: float  # `flops` at peak throughput
-    ratio: float  # plan time over ideal time; 1 is a plan of multiplications alone
+    # Plan time over ideal time; 1 is a plan of multiplications alone, None one without any.
+    ratio: float | None
     scratch_bytes: int  # activation memory
     weight_copies: tuple[str, ...]  # kernels that write a whole weight anew at every run
     # kernels that write a modulation per token instead of one vector
@@ -82,7 +83,7 @@ def price_plan(plan: KernelPlan, gpu: Gpu) -> PlanPrice:
         bytes=sum(x.bytes for x in prices),
         seconds=seconds,
         ideal_seconds=ideal,
-        ratio=seconds / ideal if ideal else float("inf"),
+        ratio=seconds / ideal if ideal else None,
         scratch_bytes=plan.scratch_bytes,
         weight_copies=tuple(k.name for k in plan.kernels if copies_weight(k, plan.weights)),
         blended_modulations=tuple(k.name for k in plan.kernels if blends_modulation(k)),

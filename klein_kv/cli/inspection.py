@@ -235,13 +235,14 @@ def _engine_row(record: "EngineRecord", price: "PlanPrice | None") -> str:
     )
     if price is None:
         return row
+    ratio = "-" if price.ratio is None else f"{price.ratio:.4f}"
     native = [f"{count} {name}" for name, count in sorted(price.native_products.items())]
     if price.float8_attentions:
         native.append(f"{price.float8_attentions} attention fp8")
     if price.block_scale_moves:
         native.append(f"{price.block_scale_moves} block scales reordered")
     return (
-        f"{row} {price.seconds * 1e3:8.2f} {price.ideal_seconds * 1e3:8.2f} {price.ratio:6.4f} "
+        f"{row} {price.seconds * 1e3:8.2f} {price.ideal_seconds * 1e3:8.2f} {ratio:>6} "
         f"{price.kernels:7} {price.attention_kernels:9}  {', '.join(native) or '-'}"
     )
 

@@ -210,6 +210,13 @@ def test_one_block_by_hand() -> None:
     assert cost.ratio == cost.seconds / cost.ideal_seconds
 
 
+def test_nothing_is_multiplied() -> None:
+    """As in `blend`: JSON has no infinite ratio."""
+    cost = price_plan(_plan(LINES[3:4]), GPU)
+    assert (cost.flops, cost.ratio) == (0, None)
+    assert cost.seconds > 0
+
+
 def test_plans_without_a_price() -> None:
     plan = _plan([LINES[1].replace("4608", "-1")])
     assert not plan.known
