@@ -2,7 +2,7 @@
 
 They build in seconds and hold no weights, so a service can have them for the sizes that its users
 ask for, and leave the rest to engines for ranges of sizes. The runtime takes whichever fits
-(`runtime.engine_set`) and notes when it did.
+(`klein_kv.artifacts.engines.engine_set`) and notes when it did.
 """
 
 import logging
