@@ -17,6 +17,7 @@ from klein_kv.runtime.serving.runware.tasks import MODEL, ImageTask
 from tests.runtime.serving.conftest import Served, png
 
 LEAKS = re.compile(r'0x[0-9a-f]{6,}|Traceback|File "|/site-packages|(Error|Exception)\(')
+QUOTED = re.compile(r""" (is|model) ('.{0,80}?'|\\?".{0,80}?\\?")( \(\d+ characters\))?[:,]""")
 UUID = "50836053-a0ee-4cf5-b9d6-ae7c5d140ada"
 
 texts = st.text(max_size=40) | st.sampled_from(
@@ -92,9 +93,14 @@ def sendable(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
+def leaks(text: str) -> bool:
+    """Whether an answer says more of us than of what was sent, which is quoted."""
+    return LEAKS.search(QUOTED.sub("", text)) is not None
+
+
 def check_openai(answer: httpx.Response) -> None:
     assert answer.status_code < 500, answer.text
-    assert not LEAKS.search(answer.text)
+    assert not leaks(answer.text)
     if answer.status_code >= 400:
         error = answer.json()["error"]
         assert error["message"]
@@ -111,7 +117,7 @@ def check_runware(answer: dict[str, Any], sent: int | None = None) -> None:
     for error in errors:
         assert error["code"] not in ("internalServerError", "unknown")
         assert error["message"]
-        assert not LEAKS.search(json.dumps(error))
+        assert not leaks(json.dumps(error))
 
 
 def test_runware_answers_every_task(many: settings, http: httpx.Client) -> None:
@@ -192,7 +198,7 @@ def test_what_openapi_describes(many: settings, steered: Served) -> None:
     def check(case: schemathesis.Case) -> None:
         answer = case.call()
         assert answer.status_code < 500, answer.text
-        assert not LEAKS.search(answer.text)
+        assert not leaks(answer.text)
 
     for route in routes:
         right = route.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
