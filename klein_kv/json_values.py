@@ -13,6 +13,9 @@ from klein_kv.errors import MALFORMED, ArtifactError
 
 __all__ = ["from_json", "read_document"]
 
+_NUMBERS = {int: (int,), float: (int, float), bool: (bool,)}
+"""What JSON may give for a type; to Python a truth value would be an integer."""
+
 
 def read_document(path: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
     """A JSON object that says its format, `kind`, and its version.
@@ -43,13 +46,13 @@ def from_json(kind: Any, value: Any) -> Any:
     `MALFORMED` where the value is no such thing, or has fields that the class does not know: what
     gets a new field gets a new format version.
     """
-    origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
         return _text(value)
-    if kind in (int, float, bool):
-        if type(value) not in {int: (int,), float: (int, float), bool: (bool,)}[kind]:
+    if kind in _NUMBERS:
+        if type(value) not in _NUMBERS[kind]:
             raise TypeError(f"{value!r:.80} is no {kind.__name__}")
         return kind(value)
+    origin, inner = get_origin(kind), get_args(kind)
     if hasattr(kind, "__dataclass_fields__"):
         types = _types(kind)
         return kind(**{name: from_json(types[name], item) for name, item in value.items()})

@@ -80,7 +80,8 @@ def place_weights(
         linked = _link(path, folder, copy=2 * read + _HEADER >= path.stat().st_size)
         if linked is not None:
             targets[path], is_shared = linked
-            shared |= {targets[path]} if is_shared else set()
+            if is_shared:
+                shared.add(targets[path])
     refs, rest = {}, {}
     for name, weight in used.items():
         if name in fitting and fitting[name].path in targets:

@@ -28,20 +28,17 @@ def check_mask(mask: object) -> Image.Image:
     return mask
 
 
-def mask_tokens(
-    mask: Any, size: tuple[int, int], unit: int, box: Box | None = None
-) -> NDArray[np.float32]:
+def mask_tokens(pixels: NDArray[Any], unit: int) -> NDArray[np.float32]:
     """How much of each token is made anew: [n, S, 1] of 0, 1/4, 1/2, 3/4 or 1, for n masks.
 
-    Pixels of 0.5 and more count as 1; a token has the mean of the four in its middle. See
-    `mask_pixels`; `unit` is the pixels of a token's side.
+    Pixels [n, H, W] of 0.5 and more count as 1; a token, of `unit` pixels a side, has the mean of
+    the four in its middle.
     """
-    height, width = size
-    pixels = mask_pixels(mask, size, box) >= 0.5
-    cells = pixels.reshape(len(pixels), height // unit, unit, width // unit, unit)
+    count, height, width = pixels.shape
+    cells = (pixels >= 0.5).reshape(count, height // unit, unit, width // unit, unit)
     middle = slice(unit // 2 - 1, unit // 2 + 1)
     means: NDArray[np.float32] = cells[:, :, middle, :, middle].mean((2, 4), np.float32)
-    return means.reshape(len(means), -1, 1)
+    return means.reshape(count, -1, 1)
 
 
 def mask_pixels(mask: Any, size: tuple[int, int], box: Box | None = None) -> NDArray[Any]:

@@ -133,7 +133,7 @@ def make_start(
 
     Args:
         image: mode RGB.
-        mask: see `mask_tokens`; None for all of it.
+        mask: see `mask_pixels`; None for all of it.
         size: height and width to work at, whole tokens.
         unit: pixels of a token's side.
         strength: see `StartImage`.
@@ -154,12 +154,13 @@ def make_start(
     if blur:
         mask = check_mask(mask).convert("L").filter(ImageFilter.GaussianBlur(blur))
     if padding is None:
-        tokens = None if mask is None else mask_tokens(mask, size, unit)
+        shown = None if mask is None else mask_pixels(mask, size)
+        tokens = None if shown is None else mask_tokens(shown, unit)
         reduced = image.resize(_reduced(image), Image.Resampling.LANCZOS)
         pixels = np.array(reduced.resize((width, height), Image.Resampling.LANCZOS))
         crops = []
-        if overlay and mask is not None:
-            masks = [Image.fromarray(np.uint8((x * 255).round())) for x in mask_pixels(mask, size)]
+        if overlay and shown is not None:
+            masks = [Image.fromarray(np.uint8((x * 255).round())) for x in shown]
             crops = [Crop(Image.fromarray(pixels), x, (0, 0, width, height)) for x in masks]
         return StartImage(pixels[None], tokens, strength, noised), crops
     if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
@@ -169,5 +170,5 @@ def make_start(
         mask = mask.resize(image.size, Image.Resampling.LANCZOS)
     crop = Crop(image, mask.convert("L"), crop_box(mask.convert("L"), size, padding))
     pixels = np.array(fit(image.crop(crop.box), size))
-    tokens = mask_tokens(crop.mask, size, unit, crop.box)
+    tokens = mask_tokens(mask_pixels(crop.mask, size, crop.box), unit)
     return StartImage(pixels[None], tokens, strength, noised), [crop]

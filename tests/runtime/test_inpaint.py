@@ -22,7 +22,7 @@ from klein_kv import KleinKVInpaintPipeline, KleinKVPipeline
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.cli import main
 from klein_kv.errors import ArtifactError, RequestError
-from klein_kv.runtime.inputs.masks import mask_tokens
+from klein_kv.runtime.inputs.masks import mask_pixels, mask_tokens
 from tests.conftest import load_ours
 from tests.runtime.conftest import Picture, Watch
 from tests.tolerances import assert_close
@@ -181,7 +181,7 @@ def test_outside_the_mask_latents_are_the_image(ours: Any, picture: Picture) -> 
     request = SHORT | {"image": image, "num_inference_steps": 3}
     (*latents, _), _ = run(pipe, mask_image=mask, **request)
     (*nothing, _), round_trip = run(pipe, mask_image=Image.new("L", mask.size), **request)
-    outside = mask_tokens(mask, (96, 128), 16)[0, :, 0] == 0
+    outside = mask_tokens(mask_pixels(mask, (96, 128)), 16)[0, :, 0] == 0
     assert 0.2 < outside.mean() < 0.9
     np.testing.assert_array_equal(latents[-1][:, outside], nothing[-1][:, outside])
     assert np.abs(latents[-1][:, ~outside] - nothing[-1][:, ~outside]).mean() > 0.1

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from klein_kv import KleinKVPipeline
-from klein_kv.artifacts.engines.engine_manifest import EngineManifest
 from klein_kv.artifacts.manifest import Manifest
 from klein_kv.artifacts.positions import grid_ids, reference_ids, text_ids
 from klein_kv.artifacts.quantized_weights import load_quantized
@@ -26,6 +25,7 @@ from klein_kv.networks.transformer import StepInputs, denoise, encode_references
 from klein_kv.runtime.backends.ort.backend import OrtBackend
 from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.conftest import load_ours
+from tests.runtime.backends.fake_engines import save_no_engines
 
 BOUNDS = {"fp8": 1e-2, "fp8-weight-only": 1e-3}
 """Relative error (root of the mean square). Measured: up to 4e-7, in fp8 3.7e-3 in the last block
@@ -171,18 +171,7 @@ def test_requests_in_fp8(
 
 
 def save_engines(artifacts: Path, name: str, **options: Any) -> None:
-    folder = artifacts / "engines" / name
-    folder.mkdir(parents=True)
-    EngineManifest(
-        module="tensorrt_rtx",
-        version="0",
-        target="rtx5090",
-        sm=120,
-        weights="shared",
-        recipe="default",
-        engines={},
-        **options,
-    ).save(folder)
+    save_no_engines(artifacts / "engines" / name, **options)
 
 
 def test_engines_are_those_of_the_graphs(quantized_artifacts: Path, tmp_path: Path) -> None:

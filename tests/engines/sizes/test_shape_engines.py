@@ -6,26 +6,17 @@ from typing import Any
 
 import pytest
 
-from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, EngineManifest, find_engines
+from klein_kv.artifacts.engines.engine_manifest import ENGINE_MANIFEST, find_engines
 from klein_kv.engines.sizes import shape_engines
 from klein_kv.engines.sizes.recipe import Size
 from klein_kv.engines.sizes.shape_engines import build_shape, prune_shapes, shape_recipe
 from klein_kv.errors import BuildError, RequestError
+from tests.runtime.backends.fake_engines import save_no_engines
 
 
 def save_folder(artifacts: Path, recipe: str, used: int, size: int = 1000) -> Path:
     folder = artifacts / "engines" / f"rtx5090-fp8-{recipe}"
-    folder.mkdir(parents=True)
-    EngineManifest(
-        module="tensorrt_rtx",
-        version="0",
-        target="rtx5090",
-        sm=120,
-        precision="fp8",
-        weights="shared",
-        recipe=recipe,
-        engines={},
-    ).save(folder)
+    save_no_engines(folder, precision="fp8", recipe=recipe)
     (folder / "x.engine").write_bytes(b"-" * size)
     os.utime(folder / ENGINE_MANIFEST, (used, used))
     return folder

@@ -21,7 +21,7 @@ from klein_kv.runtime.backends.trt.backend import TrtBackend
 from tests.runtime.backends.fake_cuda import FakeCuda
 from tests.runtime.backends.fake_trt import SCRATCH, FakeTrt, engine_blob
 
-__all__ = ["REQUEST", "Machine", "make_engines", "random_inputs"]
+__all__ = ["REQUEST", "Machine", "make_engines", "random_inputs", "save_no_engines"]
 
 LOW, HIGH = 0, 1 << 20
 REQUEST: dict[str, Any] = {
@@ -118,6 +118,14 @@ def make_engines(artifacts, folder, graphs=None, sizes=None, scratch=None):
         kv_dtype=graphs.kv_dtype,
         attention=graphs.attention,
     ).save(folder)
+    return folder
+
+
+def save_no_engines(folder: Path, **options: Any) -> Path:
+    """A folder of RTX 5090 engines, of a precision and more, that holds none."""
+    folder.mkdir(parents=True)
+    own = {"recipe": "default", "weights": "shared", "engines": {}} | options
+    EngineManifest(module="tensorrt_rtx", version="0", target="rtx5090", sm=120, **own).save(folder)
     return folder
 
 

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from klein_kv.errors import RequestError
-from klein_kv.runtime.inputs.masks import mask_tokens
+from klein_kv.runtime.inputs.masks import mask_pixels, mask_tokens
 from klein_kv.runtime.inputs.start_image import Crop, StartImage, make_start, size_of
 from klein_kv.schedule import make_schedule
 from tests.runtime.conftest import Picture
@@ -52,6 +52,10 @@ class Judge:
 def start_of(image: Image.Image, mask: Any, **changes: Any) -> tuple[StartImage, list[Crop]]:
     options = {"strength": 1.0, "noised": True, "padding": None, "blur": 0, "overlay": False}
     return make_start(image, mask, size_of(image, UNIT), UNIT, **options | changes)
+
+
+def tokens_of(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    return mask_tokens(mask_pixels(mask, size), UNIT)
 
 
 def blot(width: int, height: int, seed: int, mode: str = "L") -> Image.Image:
@@ -116,12 +120,12 @@ def test_arrays_are_masks(picture: Picture) -> None:
     flat = np.random.default_rng(0).random((60, 50), np.float32)
     pair = np.stack([flat, 1 - flat])
     for mask in (flat, pair, pair[..., None], torch.tensor(flat), torch.tensor(pair)[:, None]):
-        np.testing.assert_array_equal(mask_tokens(mask, size, UNIT), judge.tokens(mask, size))
+        np.testing.assert_array_equal(tokens_of(mask, size), judge.tokens(mask, size))
     expected = judge.tokens(pair, size)
     for mask in ([flat, 1 - flat], pair >= 0.5, torch.tensor(pair >= 0.5)):
-        np.testing.assert_array_equal(mask_tokens(mask, size, UNIT), expected)
+        np.testing.assert_array_equal(tokens_of(mask, size), expected)
     blots = [blot(96, 128, seed) for seed in (1, 2)]
-    np.testing.assert_array_equal(mask_tokens(blots, size, UNIT), judge.tokens(blots, size))
+    np.testing.assert_array_equal(tokens_of(blots, size), judge.tokens(blots, size))
 
 
 def test_a_blurred_mask_is_diffusers_blurred_mask(picture: Picture) -> None:
